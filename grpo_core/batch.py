@@ -1,0 +1,66 @@
+"""From rollouts to what the policy is trained on: packed micro-batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_core.rollout import Rollout
+from sft_core.packing import PackedSequences, idle_sequences, pack, pack_sequences
+
+
+@dataclass
+class MicroBatch:
+    """S completions with their prompts, packed; N completion tokens. Log-probs are of those tokens."""
+
+    rollouts: Sequence[Rollout]
+    sequences: PackedSequences
+    advantages: Tensor  # [S]
+    positions: Tensor  # [N] index of the token within its completion
+    sampler_logps: Tensor  # [N] the engine's
+    old_logps: Tensor | None = None  # [N] the policy's before its first update on this rollout
+    ref_logps: Tensor | None = None  # [N] the reference model's
+
+
+def make_micro_batches(rollouts: Sequence[Rollout], max_tokens: int, device: torch.device) -> list[MicroBatch]:
+    """Pack `rollouts` into micro-batches of at most `max_tokens` tokens, prompts included.
+
+    Every sampled token is scored, the stop token too; no prompt token is.
+    """
+    bins = pack([len(r.prompt_ids) + len(r.completion_ids) for r in rollouts], max_tokens)
+    return [_micro_batch([rollouts[i] for i in members], device) for members in bins]
+
+
+def _micro_batch(rollouts: list[Rollout], device: torch.device) -> MicroBatch:
+    sequences = pack_sequences(
+        [r.prompt_ids + r.completion_ids for r in rollouts],
+        [[False] * len(r.prompt_ids) + [True] * len(r.completion_ids) for r in rollouts],
+        device,
+    )
+    old = [logp for r in rollouts for logp in r.old_logps or []]
+    batch = MicroBatch(
+        rollouts=rollouts,
+        sequences=sequences,
+        advantages=torch.tensor([r.advantage for r in rollouts], device=device, dtype=torch.float32),
+        positions=torch.cat([torch.arange(len(r.completion_ids)) for r in rollouts]).to(device),
+        sampler_logps=torch.tensor([logp for r in rollouts for logp in r.sampler_logps], device=device),
+        old_logps=torch.tensor(old, device=device) if old else None,
+    )
+    assert len(batch.sequences.targets) == len(batch.sampler_logps) == sum(len(r.completion_ids) for r in rollouts)
+    return batch
+
+
+def idle_micro_batch(device: torch.device) -> MicroBatch:
+    """A pass over one token that scores nothing (N = 0), for a rank that has run out of its own."""
+    nothing = torch.zeros(0, device=device)
+    return MicroBatch([], idle_sequences(device), torch.zeros(1, device=device), nothing.long(), nothing)
+
+
+def keep_old_logps(micro_batches: Sequence[MicroBatch]) -> None:
+    """Hand the old log-probs back to the rollouts, so that a checkpoint between two updates on them has them."""
+    for batch in micro_batches:
+        assert batch.old_logps is not None
+        parts = batch.old_logps.split([len(r.completion_ids) for r in batch.rollouts])
+        for rollout, part in zip(batch.rollouts, parts, strict=True):
+            rollout.old_logps = part.tolist()

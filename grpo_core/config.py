@@ -1,0 +1,100 @@
+"""The options of a GRPO run, on top of those of any training run (`sft_core/config.py`).
+
+The objective's defaults are those of the DeepSeekMath paper (arXiv:2402.03300): per-sequence means, KL with beta 0.04,
+clipping at 0.2, one update per rollout. Later variants are options: DAPO (arXiv:2503.14476), Dr. GRPO (2503.20783),
+GSPO (2507.18071), CISPO (2506.13585).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sft_core.config import ScriptArguments, TrainingConfig, option, require
+
+SYSTEM_PROMPT = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
+    "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
+    "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., "
+    "<think> reasoning process here </think><answer> answer here </answer>"
+)
+LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo")
+ENGINES = ("vllm", "torch")
+
+
+@dataclass(frozen=True)
+class GRPOScriptArguments(ScriptArguments):
+    dataset_prompt_column: str | None = option(None, "Column of the prompt; default: `prompt` if there, else `problem`.")
+    reward_funcs: list[str] = option(["accuracy", "format"], "Rewards by name, or your own as module:function.")
+    repetition_n_grams: int = option(3, "n of the n-grams that repetition_penalty counts.")
+    repetition_max_penalty: float = option(-1.0, "repetition_penalty's value where every n-gram repeats.")
+
+
+@dataclass(frozen=True)
+class GRPOConfig(TrainingConfig):
+    learning_rate: float = option(1e-6, "Peak learning rate.")
+    system_prompt: str | None = option(None, "System prompt; default: open-r1's <think>/<answer> prompt; '' for none.")
+    prompts_per_step: int | None = option(
+        None, "Prompts a rollout; default: per_device_train_batch_size x gradient_accumulation_steps x ranks completions."
+    )
+    num_generations: int = option(8, "Completions per prompt: the group G.")
+    num_iterations: int = option(1, "Optimizer steps taken on each rollout.")
+    max_prompt_length: int = option(512, "Prompts longer than this many tokens are left out and counted.")
+    max_completion_length: int = option(256, "Longest completion in tokens.")
+    temperature: float = option(1.0, "Sampling temperature; every log-prob of the trainer is taken at it too.")
+    top_p: float = option(1.0, "Refused below 1 in training: the trainer scores the whole distribution.")
+    top_k: int = option(0, "Refused above 0 in training.")
+    min_p: float | None = option(None, "Refused in training.")
+    repetition_penalty: float = option(1.0, "Refused other than 1 in training.")
+    loss_type: str = option("grpo", f"Aggregation and objective: {', '.join(LOSS_TYPES)}.")
+    beta: float = option(0.04, "Weight of the KL to the reference model; 0: no reference model is loaded.")
+    epsilon: float = option(0.2, "The ratio is clipped below at 1 - epsilon.")
+    epsilon_high: float | None = option(None, "... and above at 1 + epsilon_high (default epsilon); cispo's cap itself.")
+    delta: float | None = option(None, "Upper bound of the unclipped ratio (two-sided clipping); above 1 + epsilon_high.")
+    importance_sampling_level: Literal["token", "sequence"] = option("token", "Ratio per token, or per sequence (GSPO).")
+    scale_rewards: Literal["group", "batch", "none"] = option("group", "What the advantage is divided by: a std or none.")
+    old_logps: Literal["policy", "sampler"] = option("policy", "Whose log-probs are `old`: see DESIGN of the ratio in README.")
+    sampler_ratio_cap: float = option(2.0, "Truncation of the policy / sampler ratio that corrects the engine's mismatch.")
+    mask_truncated_completions: bool = option(False, "Leave completions cut by length out of the loss and its counts.")
+    entropy_coef: float = option(0.0, "Weight of an entropy bonus.")
+    reward_weights: list[float] | None = option(None, "One weight a reward function; default: all 1.")
+    reward_num_workers: int = option(2, "Processes per rank that score completions.")
+    reward_timeout: float = option(5.0, "Seconds a check may take; then it is killed and the completion not scored.")
+    engine: str = option("vllm", f"What samples: {', '.join(ENGINES)} (plain torch: slow, exact).")
+    vllm_gpu_memory_utilization: float = option(0.3, "Share of GPU memory for the engine.")
+    vllm_tensor_parallel_size: int = option(1, "Ranks that share one engine; must divide the number of ranks.")
+    max_logp_difference: float = option(0.1, "The run stops when mean |engine - policy| log-prob differs by more.")
+    save_rollouts: str | None = option(None, "Folder to record every rollout in (parquet).")
+    rollouts_from: str | None = option(None, "Train from the rollouts recorded in this folder, without an engine.")
+    num_completions_to_print: int = option(2, "Completions shown as text in each log entry.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.num_generations >= 2, f"num_generations must be at least 2, got {self.num_generations}: an "
+                "advantage compares the completions of a group.")  # fmt: skip
+        require(self.loss_type in LOSS_TYPES, f"unknown loss_type {self.loss_type!r}: use {', '.join(LOSS_TYPES)}.")
+        require(self.engine in ENGINES, f"unknown engine {self.engine!r}: use {' or '.join(ENGINES)}.")
+        require(self.loss_type != "cispo" or self.epsilon_high is not None,
+                "loss_type cispo needs --epsilon_high, the cap on the ratio itself (5.0 in the paper).")  # fmt: skip
+        neutral = self.top_p == 1.0 and self.top_k <= 0 and not self.min_p and self.repetition_penalty == 1.0
+        require(neutral, "top_p, top_k, min_p and repetition_penalty change what is sampled but not what is scored: "
+                "leave them out in training (temperature is fine).")  # fmt: skip
+        require(self.temperature > 0, f"temperature must be above 0 in training, got {self.temperature}.")
+        for name in ("num_iterations", "max_prompt_length", "max_completion_length", "vllm_tensor_parallel_size"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
+        require(self.prompts_per_step is None or self.prompts_per_step >= 1, "prompts_per_step must be at least 1.")
+        require(self.beta >= 0, f"beta must not be negative, got {self.beta}.")
+        require(self.delta is None or self.loss_type != "cispo", "delta has no meaning for cispo: leave it out.")
+        require(0 < self.vllm_gpu_memory_utilization < 1, "vllm_gpu_memory_utilization is a share between 0 and 1.")
+
+    def prompts_a_rollout(self, world_size: int) -> int:
+        """Prompts sampled together; open-r1's batch sizes are rounded up to whole groups."""
+        if self.prompts_per_step is not None:
+            return self.prompts_per_step
+        completions = self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
+        return math.ceil(completions / self.num_generations)
+
+    def objective(self) -> dict[str, Any]:
+        """The keyword arguments of `loss.policy_loss` that are options of the run."""
+        names = ("loss_type", "epsilon", "epsilon_high", "delta", "beta", "importance_sampling_level",
+                 "max_completion_length", "sampler_ratio_cap")  # fmt: skip
+        return {name: getattr(self, name) for name in names}

@@ -1,0 +1,292 @@
+"""The objective of GRPO and its relatives, as pure functions of packed per-token tensors.
+
+    loss = sum over tokens of weight_t * objective_t
+
+`aggregation_weights` are fixed before the first backward from the whole optimizer step, `token_objective` looks at one
+token at a time, so the loss is additive: any split of the sequences over micro-batches and ranks sums to the same
+number and the same gradient. A head that never holds all tokens may call both chunk by chunk; `policy_loss` composes
+them for a whole micro-batch. Metrics are made to be merged the same way, by `merge_metrics`.
+
+    GRPO    arXiv:2402.03300 (DeepSeekMath)    per-token ratios, clipped; mean over each sequence, then over sequences
+    DAPO    arXiv:2503.14476                   one mean over all tokens; epsilon_high ("clip-higher")
+    Dr.GRPO arXiv:2503.20783                   sums over a constant length: no reward for long wrong answers
+    CISPO   arXiv:2506.13585 (MiniMax-M1)      the ratio as a capped, constant weight of logp: no token is clipped away
+    GSPO    arXiv:2507.18071                   importance_sampling_level="sequence": one ratio a sequence
+    delta   arXiv:2505.07291 (INTELLECT-2)     caps the ratio of bad tokens too ("two-sided clipping")
+
+Left out on purpose: padding and masks (tokens that must not count are not passed), distributed calls, the training
+configuration, value losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo")
+Metrics = dict[str, Tensor]
+
+
+def policy_loss(
+    logps: Tensor,  # [N] the policy's, with gradient: completion tokens of whole sequences, packed
+    old_logps: Tensor,  # [N]
+    advantages: Tensor,  # [S]
+    sequence_ids: Tensor,  # [N] int64 in 0..S-1
+    *,
+    num_tokens: int | Tensor,
+    num_sequences: int | Tensor,
+    ref_logps: Tensor | None = None,  # [N]
+    sampler_logps: Tensor | None = None,  # [N]
+    loss_type: str = "grpo",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    beta: float = 0.0,
+    importance_sampling_level: str = "token",
+    max_completion_length: int | None = None,
+    sampler_ratio_cap: float = 2.0,
+) -> tuple[Tensor, Metrics]:  # [], name -> []
+    """This micro-batch's share of the step's loss, and of its metrics.
+
+    `num_tokens` and `num_sequences` are the optimizer step's totals over all ranks. `ref_logps` are needed with
+    beta > 0 and unused without; `sampler_logps` turn on the correction of the sampler's mismatch. `epsilon_high`
+    defaults to `epsilon`; for "cispo", which has no other bound, it must be given. Sequences may be empty.
+
+    Nothing here waits for the device. Raises ValueError for options that do not exist or contradict each other.
+    """
+    check_options(
+        loss_type=loss_type, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta, beta=beta,
+        importance_sampling_level=importance_sampling_level, max_completion_length=max_completion_length,
+        sampler_ratio_cap=sampler_ratio_cap,
+    )  # fmt: skip
+    count = advantages.shape[0]
+    lengths = sequence_lengths(sequence_ids, count)
+    token_advantages = advantages.to(logps.dtype)[sequence_ids]  # [N]
+    log_ratios = logps - old_logps.detach()
+    if importance_sampling_level == "sequence":
+        log_ratios = sequence_mean(log_ratios, sequence_ids, lengths)[sequence_ids]
+    objective = token_objective(
+        logps, log_ratios, token_advantages, old_logps=old_logps, ref_logps=ref_logps, sampler_logps=sampler_logps,
+        loss_type=loss_type, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta, beta=beta,
+        sampler_ratio_cap=sampler_ratio_cap,
+    )  # fmt: skip
+    weights = aggregation_weights(
+        sequence_ids, lengths, loss_type=loss_type, num_tokens=num_tokens, num_sequences=num_sequences,
+        max_completion_length=max_completion_length,
+    )  # fmt: skip
+    loss = (weights.to(objective.dtype) * objective).sum()
+    metrics = loss_metrics(
+        logps, log_ratios, token_advantages, sequence_ids, lengths, old_logps=old_logps,
+        ref_logps=ref_logps if beta else None, sampler_logps=sampler_logps, num_tokens=num_tokens,
+        num_sequences=num_sequences, loss_type=loss_type, epsilon=epsilon, epsilon_high=epsilon_high,
+        importance_sampling_level=importance_sampling_level, sampler_ratio_cap=sampler_ratio_cap,
+    )  # fmt: skip
+    return loss, metrics
+
+
+def token_objective(
+    logps: Tensor,  # [C] with gradient
+    log_ratios: Tensor,  # [C] logps - old_logps, or the sequence's mean of it
+    advantages: Tensor,  # [C] of each token's sequence
+    *,
+    old_logps: Tensor | None = None,  # [C]
+    ref_logps: Tensor | None = None,  # [C]
+    sampler_logps: Tensor | None = None,  # [C]
+    loss_type: str = "grpo",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    beta: float = 0.0,
+    sampler_ratio_cap: float = 2.0,
+) -> Tensor:  # [C]
+    """What each token adds to the loss before its weight: rho * policy term + beta * KL. To be minimised.
+
+    policy term    -min(min(r, delta) A, clip(r, 1 - epsilon, 1 + epsilon_high) A), r = exp(log_ratios)
+    cispo          -stop_grad(min(r, epsilon_high)) A logp
+    rho            stop_grad(min(exp(old - sampler), sampler_ratio_cap)); 1 without sampler_logps
+    KL             exp(ref - logp) - (ref - logp) - 1, never multiplied by rho
+    """
+    ratios = log_ratios.exp()
+    high = epsilon if epsilon_high is None else epsilon_high
+    if loss_type == "cispo":
+        objective = -ratios.detach().clamp(max=high) * advantages * logps
+    else:
+        clipped = ratios.clamp(1 - epsilon, 1 + high)
+        unclipped = ratios if delta is None else ratios.clamp(max=delta)
+        objective = -torch.min(unclipped * advantages, clipped * advantages)
+    if sampler_logps is not None:
+        if old_logps is None:
+            raise ValueError("sampler_logps correct old_logps: pass both")
+        objective = objective * sampler_ratios(old_logps, sampler_logps, sampler_ratio_cap)
+    if beta:
+        if ref_logps is None:
+            raise ValueError(f"beta={beta} needs ref_logps, the reference model's log-probs")
+        objective = objective + beta * kl_divergence(logps, ref_logps)
+    return objective
+
+
+def aggregation_weights(
+    sequence_ids: Tensor,  # [N]
+    lengths: Tensor,  # [S] each sequence's whole length
+    *,
+    loss_type: str,
+    num_tokens: int | Tensor,
+    num_sequences: int | Tensor,
+    max_completion_length: int | None = None,
+) -> Tensor:  # [N] float64
+    """What each token counts, from the totals of the whole optimizer step over all ranks.
+
+    grpo               1 / (num_sequences * length of its sequence)
+    dapo, bnpo, cispo  1 / num_tokens
+    dr_grpo            1 / (num_sequences * max_completion_length)
+    """
+    if loss_type == "grpo":
+        return 1 / (_at_least_one(num_sequences) * lengths[sequence_ids].double())
+    if loss_type == "dr_grpo":
+        assert max_completion_length is not None
+        denominator = _at_least_one(num_sequences) * max_completion_length
+    else:
+        denominator = _at_least_one(num_tokens)
+    return torch.ones_like(sequence_ids, dtype=torch.float64) / denominator
+
+
+def kl_divergence(logps: Tensor, ref_logps: Tensor) -> Tensor:  # [C], [C] -> [C]
+    """k3 of http://joschu.net/blog/kl-approx.html: unbiased for KL(policy || reference) on the policy's own samples."""
+    difference = ref_logps.detach() - logps
+    return difference.exp() - difference - 1
+
+
+def sampler_ratios(old_logps: Tensor, sampler_logps: Tensor, cap: float) -> Tensor:  # [C], [C] -> [C]
+    """rho: how much likelier a sampled token is under the policy than under the sampler that drew it, truncated."""
+    return (old_logps.detach() - sampler_logps.detach()).exp().clamp(max=cap)
+
+
+def sequence_lengths(sequence_ids: Tensor, count: int) -> Tensor:  # [N] -> [S] int64
+    # Not torch.bincount, which waits for the device to learn the largest id.
+    return torch.zeros(count, dtype=torch.int64, device=sequence_ids.device).index_add_(
+        0, sequence_ids, torch.ones_like(sequence_ids, dtype=torch.int64)
+    )
+
+
+def sequence_mean(values: Tensor, sequence_ids: Tensor, lengths: Tensor) -> Tensor:  # [N] -> [S], differentiable
+    """The mean over each sequence's tokens (0 where it has none); of log-ratios, GSPO's log s_i."""
+    sums = values.new_zeros(lengths.shape[0]).index_add(0, sequence_ids, values)
+    return sums / lengths.clamp(min=1)
+
+
+def entropy_bonus(entropies: Tensor, num_tokens: int | Tensor, coef: float) -> Tensor:  # [N] -> []
+    """-coef * mean entropy over the step's tokens: this micro-batch's share, to be added to the loss."""
+    return -coef * entropies.sum() / _at_least_one(num_tokens)
+
+
+@torch.no_grad()
+def loss_metrics(
+    logps: Tensor,  # [N]
+    log_ratios: Tensor,  # [N] as in token_objective
+    advantages: Tensor,  # [N]
+    sequence_ids: Tensor,  # [N]
+    lengths: Tensor,  # [S]
+    *,
+    num_tokens: int | Tensor,
+    num_sequences: int | Tensor,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    sampler_logps: Tensor | None = None,
+    loss_type: str = "grpo",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    importance_sampling_level: str = "token",
+    sampler_ratio_cap: float = 2.0,
+) -> Metrics:
+    """TRL's names and definitions, each already divided by the step's total, so that shares add up (`merge_metrics`).
+
+    clip_ratio/low_mean is the fraction of tokens (of sequences, with one ratio a sequence) that the lower bound takes
+    out of the gradient: r < 1 - epsilon with A < 0; high: r > 1 + epsilon_high with A > 0; region: either. low_min and
+    high_max are the least and greatest such fraction within one sequence.
+    """
+    metrics: Metrics = {}
+    if ref_logps is not None:
+        metrics["kl"] = kl_divergence(logps, ref_logps).sum() / _at_least_one(num_tokens)
+    if sampler_logps is not None and old_logps is not None:
+        rho = sampler_ratios(old_logps, sampler_logps, sampler_ratio_cap)
+        name = "sampling/importance_sampling_ratio"
+        metrics[f"{name}/mean"] = rho.sum() / _at_least_one(num_tokens)
+        # With a neutral element, for a micro-batch without tokens: rho lies in [0, cap].
+        metrics[f"{name}/min"] = torch.cat([rho, rho.new_full((1,), sampler_ratio_cap)]).min()
+        metrics[f"{name}/max"] = torch.cat([rho, rho.new_zeros(1)]).max()
+
+    def per_sequence(flags: Tensor) -> Tensor:  # [N] bool -> [S]
+        return sequence_mean(flags.to(logps.dtype), sequence_ids, lengths)
+
+    def mean(flags: Tensor) -> Tensor:  # [N] bool -> []
+        if importance_sampling_level == "token":
+            return flags.to(logps.dtype).sum() / _at_least_one(num_tokens)
+        # In float32 as TRL counts sequences, else its figures would not be met to 1e-10.
+        return per_sequence(flags).float().sum() / _at_least_one(num_sequences)
+
+    ratios = log_ratios.exp()
+    high_bound = epsilon if epsilon_high is None else epsilon_high
+    if loss_type == "cispo":
+        metrics["cispo_clip_ratio"] = mean((ratios > high_bound) & (advantages > 0))
+        return metrics
+    low = (ratios < 1 - epsilon) & (advantages < 0)
+    high = (ratios > 1 + high_bound) & (advantages > 0)
+    metrics["clip_ratio/low_mean"] = mean(low)
+    metrics["clip_ratio/high_mean"] = mean(high)
+    metrics["clip_ratio/region_mean"] = mean(low | high)
+    # Empty sequences take no part; the 1 and 0 added are neutral, for a micro-batch without tokens.
+    low_fractions = torch.where(lengths > 0, per_sequence(low), 1)
+    metrics["clip_ratio/low_min"] = torch.cat([low_fractions, low_fractions.new_ones(1)]).min()
+    high_fractions = per_sequence(high)
+    metrics["clip_ratio/high_max"] = torch.cat([high_fractions, high_fractions.new_zeros(1)]).max()
+    return metrics
+
+
+def merge_metrics(parts: Sequence[Metrics]) -> Metrics:
+    """The step's metrics from those of its micro-batches (of its ranks): sums, but for names ending in min or max."""
+    merged: Metrics = {}
+    for name in parts[0]:
+        values = torch.stack([part[name] for part in parts])
+        reduce = torch.amin if name.endswith("min") else torch.amax if name.endswith("max") else torch.sum
+        merged[name] = reduce(values)
+    return merged
+
+
+def check_options(
+    *,
+    loss_type: str = "grpo",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    beta: float = 0.0,
+    importance_sampling_level: str = "token",
+    max_completion_length: int | None = None,
+    sampler_ratio_cap: float = 2.0,
+) -> None:
+    """ValueError, with the remedy, for options of the objective that do not exist or contradict each other."""
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
+    if importance_sampling_level not in ("token", "sequence"):
+        raise ValueError(f"importance_sampling_level must be token or sequence, got {importance_sampling_level!r}")
+    if not 0 <= epsilon < math.inf or (epsilon_high is not None and not 0 <= epsilon_high < math.inf):
+        raise ValueError(f"epsilon and epsilon_high must be finite and >= 0, got {epsilon} and {epsilon_high}")
+    if not beta >= 0:
+        raise ValueError(f"beta must be >= 0, got {beta}")
+    if not sampler_ratio_cap > 0:
+        raise ValueError(f"sampler_ratio_cap must be > 0 (inf for no cap), got {sampler_ratio_cap}")
+    if loss_type == "cispo" and epsilon_high is None:
+        raise ValueError("loss_type=cispo needs epsilon_high, its cap on the ratio (the paper's is 5.0)")
+    if loss_type == "cispo" and delta is not None:
+        raise ValueError("delta does not apply to loss_type=cispo, whose cap is epsilon_high: leave delta out")
+    if delta is not None and not delta > 1:
+        raise ValueError(f"delta caps the ratio and must be > 1 (best above 1 + epsilon_high), got {delta}")
+    if loss_type == "dr_grpo" and (max_completion_length is None or max_completion_length < 1):
+        raise ValueError("loss_type=dr_grpo needs max_completion_length >= 1: it divides by that constant length")
+
+
+def _at_least_one(count: int | Tensor) -> int | Tensor:
+    """A step without tokens has a loss of 0, not of 0 / 0."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

@@ -1,0 +1,202 @@
+"""The task of `make quickstart`: arithmetic word problems made by a seeded program, and a small decoder to learn them.
+
+A problem is one sentence about two numbers from 10 to 99 that have to be added or subtracted. Demonstrations come from
+two kinds of writer, as people's do: one works column by column, the other does the sum in the head and writes only the
+equation. Supervised training imitates both alike, whichever works better for the model; that, and the column facts that
+a few hundred demonstrations never show, is what is left for GRPO to find from answers alone.
+
+Splits share no sum: neither the same two numbers under the same operation, nor the same addition turned round.
+Left out on purpose: more steps, other operations, prose in the working. Run it:
+
+    python -m grpo_core.quickstart_task FOLDER     # FOLDER/model, demonstrations.jsonl, train.jsonl, heldout.jsonl
+"""
+
+import json
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo")
+OBJECTS = ("pens", "books", "coins", "cards", "shells", "stamps", "apples", "stones")
+TEMPLATES = {
+    "+": (
+        "{name} has {a} {things} and finds {b} more. How many {things} does {name} have now?",
+        "{name} had {a} {things} and got {b} from {other}. How many {things} does {name} have now?",
+        "There are {a} {things} in a box. {name} adds {b} more. How many {things} are in the box now?",
+        "{name} has {a} {things} and {other} has {b}. How many {things} do they have together?",
+        "{name} has {a} {things}. {other} has {b} more than {name}. How many {things} does {other} have?",
+    ),
+    "-": (
+        "{name} has {a} {things} and loses {b} of them. How many {things} does {name} have now?",
+        "{name} had {a} {things} and gave {b} to {other}. How many {things} does {name} have now?",
+        "There are {a} {things} in a box. {name} takes {b} away. How many {things} are in the box now?",
+        "{name} has {a} {things} and {other} has {b}. How many more {things} does {name} have?",
+        "{name} has {a} {things}. {other} has {b} fewer than {name}. How many {things} does {other} have?",
+    ),
+}
+BOS, PAD, USER, ASSISTANT, END = "<|bos|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}<|assistant|>"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ '<|user|>' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    a: int
+    b: int
+    operation: str  # "+" or "-"
+    text: str
+
+    @property
+    def answer(self) -> int:
+        return self.a + self.b if self.operation == "+" else self.a - self.b
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What two splits must not share; an addition and its mirror image have one key."""
+        return (self.operation, *sorted((self.a, self.b)))
+
+
+def write_problem(rng: random.Random, operation: str, a: int, b: int) -> Problem:
+    name, other = rng.sample(NAMES, 2)
+    template = rng.choice(TEMPLATES[operation])
+    return Problem(a, b, operation, template.format(a=a, b=b, name=name, other=other, things=rng.choice(OBJECTS)))
+
+
+def columns(problem: Problem) -> list[str]:
+    """The ones, then the tens: 63-28 is worked as ["13-8=5", "6-2-1=3"], 47+38 as ["7+8=15", "4+3+1=8"]."""
+    (a_tens, a_ones), (b_tens, b_ones) = divmod(problem.a, 10), divmod(problem.b, 10)
+    if problem.operation == "+":
+        carry = "+1" if a_ones + b_ones > 9 else ""
+        return [
+            f"{a_ones}+{b_ones}={a_ones + b_ones}",
+            f"{a_tens}+{b_tens}{carry}={a_tens + b_tens + len(carry) // 2}",
+        ]
+    borrow = "-1" if a_ones < b_ones else ""
+    top = a_ones + 5 * len(borrow)
+    return [f"{top}-{b_ones}={top - b_ones}", f"{a_tens}-{b_tens}{borrow}={a_tens - b_tens - len(borrow) // 2}"]
+
+
+def write_demonstration(problem: Problem, in_columns: bool) -> str:
+    question = f" {problem.a}{problem.operation} {problem.b}"
+    working = "\n".join([question, *columns(problem)]) if in_columns else f"{question}={problem.answer}"
+    return f"<think>{working}</think><answer>{problem.answer}</answer>"
+
+
+def make_splits(seed: int, sizes: dict[str, int]) -> dict[str, list[Problem]]:
+    """Problems for every split of `sizes`, no key twice, additions and subtractions half and half on average."""
+    rng = random.Random(seed)
+    keys = [("+", a, b) for a in range(10, 100) for b in range(10, a + 1)]
+    keys += [("-", a, b) for a in range(10, 100) for b in range(10, a)]
+    if sum(sizes.values()) > len(keys):
+        raise ValueError(f"{sum(sizes.values())} problems asked for, {len(keys)} exist: ask for fewer")
+    rng.shuffle(keys)
+    splits = {}
+    for split, size in sizes.items():
+        taken, keys = keys[:size], keys[size:]
+        turned = [(op, *((b, a) if op == "+" and rng.random() < 0.5 else (a, b))) for op, a, b in taken]
+        splits[split] = [write_problem(rng, op, a, b) for op, a, b in turned]
+    return splits
+
+
+def write_data(folder: str | Path, seed: int = 0, demonstrations: int = 400, train: int = 3000, heldout: int = 500,
+               columns_share: float = 0.5) -> dict[str, Path]:  # fmt: skip
+    """Write demonstrations.jsonl ({"messages"}), train.jsonl and heldout.jsonl ({"prompt", "solution"}).
+
+    `columns_share` of the demonstrations, drawn by coin and not by problem, are worked in columns.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = make_splits(seed, {"heldout": heldout, "demonstrations": demonstrations, "train": train})
+    coin = random.Random(seed + 1)
+    shown = [
+        {
+            "messages": [
+                {"role": "user", "content": p.text},
+                {"role": "assistant", "content": write_demonstration(p, coin.random() < columns_share)},
+            ]
+        }
+        for p in splits["demonstrations"]
+    ]
+    asked = {split: [{"prompt": p.text, "solution": str(p.answer)} for p in splits[split]] for split in ("train", "heldout")}
+    paths = {}
+    for split, rows in {"demonstrations": shown, **asked}.items():
+        paths[split] = folder / f"{split}.jsonl"
+        paths[split].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return paths
+
+
+def make_tokenizer(seed: int = 0):
+    """Byte-level BPE in which every word of the task is one token and so is every digit; any text round-trips."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?\d| ?\p{L}+|\s|[^\s\p{L}\d]"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    problems = make_splits(seed, {"all": 2000})["all"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=640,
+        min_frequency=1,
+        show_progress=False,
+        special_tokens=[PAD, BOS, END, USER, ASSISTANT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator((p.text for p in problems), trainer)
+    tokenizer.add_tokens([AddedToken(tag, special=False) for tag in ("<think>", "</think>", "<answer>", "</answer>")])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=END,
+        pad_token=PAD,
+        extra_special_tokens=[USER, ASSISTANT],
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def write_model(folder: str | Path, seed: int = 0) -> Path:
+    """Write a randomly initialised Llama of about 3 million parameters with its tokenizer as a Hugging Face folder."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+if __name__ == "__main__":
+    write_data(sys.argv[1])
+    write_model(Path(sys.argv[1]) / "model")

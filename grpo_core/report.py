@@ -1,0 +1,105 @@
+"""The figures of a step, under the names that TRL's users know, and samples of what was written."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gen.sync import mismatch_summary
+from grpo_core.rollout import Rollout, Summary
+from sft_core.metrics import reduce_metrics
+
+CONSOLE = (
+    "reward", "effective_groups", "unscored", "completions/mean_length", "kl", "clip_ratio/region_mean", "entropy",
+    "sampling/sampling_logp_difference/mean", "tokens_per_second",
+)  # fmt: skip
+MISMATCH_NAMES = {
+    "mean_abs": "sampling/sampling_logp_difference/mean",
+    "abs_max": "sampling/sampling_logp_difference/max",
+}
+
+
+def rollout_metrics(summaries: Sequence[Summary], reward_names: Sequence[str]) -> dict[str, float]:
+    """Figures of one step's completions on all ranks.
+
+    `reward` and `reward_std` are over all scored completions (the std with Bessel's correction); a group is effective
+    when its scored rewards differ, so that it has a gradient.
+    """
+    rewards = np.array([s.reward for s in summaries])
+    lengths = np.array([s.length for s in summaries], dtype=float)
+    ended = np.array([s.finish_reason == "stop" for s in summaries])
+    groups: dict[int, list[float]] = {}
+    for s in summaries:
+        groups.setdefault(s.group, []).append(s.reward)
+    spread = [len({r for r in values if not math.isnan(r)}) > 1 for values in groups.values()]
+    metrics = {
+        **_moments("reward", rewards, mean="reward", std="reward_std"),
+        "frac_reward_zero_std": 1 - sum(spread) / len(spread),
+        "effective_groups": float(sum(spread)),
+        "unscored": float(np.isnan(rewards).sum()),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": 1 - ended.mean(),
+    }
+    if ended.any():
+        for name in ("mean", "min", "max"):
+            metrics[f"completions/{name}_terminated_length"] = getattr(lengths[ended], name)()
+    for i, name in enumerate(reward_names):
+        values = np.array([s.rewards[i] for s in summaries])
+        metrics |= _moments(name, values, mean=f"rewards/{name}/mean", std=f"rewards/{name}/std")
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _moments(name: str, values: np.ndarray, mean: str, std: str) -> dict[str, float]:
+    known = values[~np.isnan(values)]
+    if len(known) == 0:
+        return {mean: math.nan, std: math.nan}
+    return {mean: known.mean(), std: known.std(ddof=1) if len(known) > 1 else 0.0}
+
+
+def reduce_step(figures: dict[str, Tensor], device: torch.device) -> dict[str, float]:
+    """The step's figures over all ranks, in one collective: sums, but for names that end in min or max.
+
+    What `gen.sync.mismatch_stats` counted (under `gap/`) becomes the distance of the engine from the policy.
+    """
+    mins = {name: value for name, value in figures.items() if name.endswith("min")}
+    maxes = {name: value for name, value in figures.items() if name.endswith("max")}
+    sums = {name: value for name, value in figures.items() if name not in mins | maxes}
+    metrics = reduce_metrics(sums, maxes, mins, device=device)
+    gap = {name.removeprefix("gap/"): metrics.pop(name) for name in list(metrics) if name.startswith("gap/")}
+    for name, value in (mismatch_summary(gap) if gap else {}).items():
+        metrics[MISMATCH_NAMES.get(name, f"sampling/mismatch/{name}")] = value
+    return metrics
+
+
+def check_mismatch(metrics: Mapping[str, float], limit: float) -> None:
+    """Raise RuntimeError where engine and policy differ by more than `limit` on average over the step's tokens."""
+    mean = metrics.get(MISMATCH_NAMES["mean_abs"], 0.0)
+    if not mean <= limit:
+        raise RuntimeError(
+            f"the engine's log-probs differ from the policy's by {mean:.4g} on average, more than max_logp_difference "
+            f"{limit:g}: what is sampled is not what is trained. Look for an engine in another precision, or raise the "
+            "limit if you know why."
+        )
+
+
+def completion_rows(
+    rollouts: Sequence[Rollout], reward_names: Sequence[str], tokenizer: PreTrainedTokenizerBase, count: int
+) -> list[dict[str, Any]]:
+    """The first `count` completions as text, special tokens shown, with their rewards and advantages."""
+    return [
+        {
+            "prompt": tokenizer.decode(r.prompt_ids),
+            "completion": tokenizer.decode(r.completion_ids),
+            **{name: None if math.isnan(v) else v for name, v in zip(reward_names, r.rewards, strict=True)},
+            "reward": None if math.isnan(r.reward) else r.reward,
+            "advantage": r.advantage,
+            "finish_reason": r.finish_reason,
+        }
+        for r in rollouts[:count]
+    ]

@@ -1,0 +1,215 @@
+"""Prompts, the completions sampled from them, their rewards; and recording them for replay.
+
+Tokens in, tokens out: what the engine sampled is what is trained on, never decoded and tokenised again.
+"""
+
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch.distributed as dist
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from eval.verify import WorkerPool
+from gen.engine import Engine
+from grpo_core.advantage import group_advantages
+from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
+from grpo_core.rewards import ScoreResult, score_completions
+from sft_core.data import render_prompt
+from sft_core.checkpoint import flush_to_disk
+
+
+@dataclass(frozen=True)
+class Prompt:
+    messages: list[dict[str, str]]
+    ids: list[int]
+    columns: dict[str, Any]  # the data's other columns, for the rewards
+
+
+@dataclass
+class Rollout:
+    """One completion of one prompt, L tokens long."""
+
+    group: int  # index of its prompt in the step, over all ranks
+    prompt_ids: list[int]
+    completion_ids: list[int]  # [L], the stop token included where it was sampled
+    sampler_logps: list[float]  # [L], float32 values, at the sampling temperature
+    finish_reason: str  # "stop" or "length"
+    version: int  # optimizer steps behind the weights that sampled it
+    reward: float = math.nan  # NaN: not scored
+    rewards: list[float] = field(default_factory=list)  # one a reward function; NaN: does not apply
+    advantage: float = 0.0
+    old_logps: list[float] | None = None  # [L], kept only between several updates on one rollout
+
+
+def load_prompts(
+    rows: Dataset, arguments: GRPOScriptArguments, config: GRPOConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], int]:
+    """Prompts as token ids, and how many were left out because they are longer than max_prompt_length.
+
+    Raises:
+        ValueError: no prompt column, no column with the answer that a reward needs, or no prompt short enough.
+    """
+    column = prompt_column(rows, arguments)
+    if "accuracy" in arguments.reward_funcs and not {"solution", "answer"} & set(rows.column_names):
+        raise ValueError(
+            f"the accuracy reward needs a column `solution` or `answer`; {arguments.dataset_name} has "
+            f"{', '.join(rows.column_names)}."
+        )
+    system = SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
+    prompts: list[Prompt] = []
+    for row in tqdm(rows, desc="prompts", disable=None, leave=False):
+        value = row.pop(column)
+        messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
+        if system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        row.pop("messages", None)  # may hold the answer
+        ids = render_prompt(tokenizer, messages)
+        if len(ids) <= config.max_prompt_length:
+            prompts.append(Prompt(messages, ids, row))
+    if not prompts:
+        raise ValueError(f"all {len(rows)} prompts are longer than max_prompt_length {config.max_prompt_length}: raise it.")
+    return prompts, len(rows) - len(prompts)
+
+
+def prompt_column(rows: Dataset, arguments: GRPOScriptArguments) -> str:
+    wanted = arguments.dataset_prompt_column
+    for name in [wanted] if wanted else ["prompt", "problem"]:
+        if name in rows.column_names:
+            return name
+    raise ValueError(
+        f"{arguments.dataset_name} has no column {wanted or '`prompt` or `problem`'} for the prompt; it has "
+        f"{', '.join(rows.column_names)}: name one with --dataset_prompt_column."
+    )
+
+
+def sample_seed(seed: int, step: int, group: int) -> int:
+    """Seed of a prompt's first sample; the next ones take the numbers after it."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {step} {group}".encode(), digest_size=4).digest()) >> 2
+
+
+def sample(
+    engine: Engine, prompts: dict[int, Prompt], config: GRPOConfig, step: int, stop_ids: frozenset[int]
+) -> list[Rollout]:
+    """G completions of each prompt (keyed by its group), from the engine's current weights."""
+    groups = list(prompts)
+    completions = engine.sample(
+        [prompts[group].ids for group in groups],
+        n=config.num_generations,
+        temperature=config.temperature,
+        max_tokens=config.max_completion_length,
+        seeds=[sample_seed(config.seed, step, group) for group in groups],
+        stop_ids=stop_ids,
+    )
+    return [
+        Rollout(group, prompts[group].ids, c.token_ids, c.logps, c.finish_reason, engine.version)
+        for group, samples in zip(groups, completions, strict=True)
+        for c in samples
+    ]
+
+
+def score(
+    rollouts: list[Rollout],
+    prompts: dict[int, Prompt],
+    reward_funcs: list[Callable],
+    config: GRPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    pool: WorkerPool,
+) -> ScoreResult:
+    """Give every rollout its reward, in the pool's worker processes; the result also says what could not be scored."""
+    owners = [prompts[r.group] for r in rollouts]
+    names = sorted({name for prompt in owners for name in prompt.columns})
+    result = score_completions(
+        reward_funcs,
+        config.reward_weights,
+        completions=tokenizer.batch_decode([r.completion_ids for r in rollouts], skip_special_tokens=True),
+        prompts=[prompt.messages for prompt in owners],
+        group_ids=[r.group for r in rollouts],
+        completion_ids=[r.completion_ids for r in rollouts],
+        columns={name: [prompt.columns.get(name) for prompt in owners] for name in names},
+        pool=pool,
+    )
+    for i, rollout in enumerate(rollouts):
+        rollout.reward = float(result.rewards[i])
+        values = [function_values[i] for function_values in result.per_function.values()]
+        rollout.rewards = [math.nan if value is None else float(value) for value in values]
+    return result
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the other ranks need to know of a rollout: for advantages and for the step's figures."""
+
+    group: int
+    length: int
+    finish_reason: str
+    reward: float
+    rewards: list[float]
+
+
+def set_advantages(rollouts: list[Rollout], scale_rewards: str) -> list[Summary]:
+    """Give every rollout its advantage within its group; returns the summaries of all rollouts on all ranks.
+
+    The rewards of the whole step travel, a few bytes a completion: `scale_rewards="batch"` needs them all.
+    """
+    gathered: list[list[Summary]] = [[] for _ in range(dist.get_world_size())]
+    own = [Summary(r.group, len(r.completion_ids), r.finish_reason, r.reward, r.rewards) for r in rollouts]
+    dist.all_gather_object(gathered, own)
+    every = [summary for part in gathered for summary in part]
+    advantages = group_advantages([s.reward for s in every], [s.group for s in every], scale_rewards).tolist()
+    start = sum(len(part) for part in gathered[: dist.get_rank()])
+    for i, rollout in enumerate(rollouts):
+        rollout.advantage = advantages[start + i]
+    return every
+
+
+# Recording and replay: one parquet file a step and rank, a row a completion.
+
+SCHEMA = pa.schema(
+    [
+        ("group", pa.int64()),
+        ("prompt_ids", pa.list_(pa.int64())),
+        ("completion_ids", pa.list_(pa.int64())),
+        ("sampler_logps", pa.list_(pa.float32())),
+        ("finish_reason", pa.string()),
+        ("version", pa.int64()),
+        ("reward", pa.float64()),
+        ("rewards", pa.list_(pa.float64())),
+        ("advantage", pa.float64()),
+        ("old_logps", pa.list_(pa.float32())),
+    ]
+)
+
+
+def write_rollouts(folder: Path, step: int, rollouts: Sequence[Rollout]) -> None:
+    """Record this rank's rollouts of `step`; a file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist([dataclasses.asdict(r) for r in rollouts], schema=SCHEMA)
+    path = folder / f"step-{step:06d}-rank-{dist.get_rank():05d}.parquet"
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(table, temporary)
+    flush_to_disk(temporary)
+    os.replace(temporary, path)
+
+
+def read_rollouts(folder: Path, step: int) -> list[Rollout]:
+    """This rank's share of the rollouts that were recorded for `step`, by any number of ranks.
+
+    Raises:
+        ValueError: nothing was recorded for this step.
+    """
+    files = sorted(folder.glob(f"step-{step:06d}-rank-*.parquet"))
+    if not files:
+        raise ValueError(f"no rollouts of step {step} in {folder}: record them with --save_rollouts, or lower max_steps.")
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    own = [Rollout(**row) for row in rows if row["group"] % dist.get_world_size() == dist.get_rank()]
+    return sorted(own, key=lambda r: r.group)

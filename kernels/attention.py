@@ -1,0 +1,167 @@
+"""Causal attention over packed rows: sequences end to end in one row, none seeing another, no padding in the model.
+
+On CUDA in half precision it is `torch.nn.attention.varlen.varlen_attn` (flash attention by cumulative lengths).
+Elsewhere sequences of like length are gathered into right-padded batches for `scaled_dot_product_attention`: padding
+at the right needs no mask under causal attention, for no real token looks right. Both take grouped queries and
+sliding windows, both differentiate. The plain twin is `kernels.reference.packed_attention`.
+
+Left out on purpose: dropout, key-value caches, anything bidirectional.
+
+    register()                                     # once, before the model is built
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="packed")
+    layout = packed_layout([5, 3, 9], device)      # once per micro-batch
+    model(input_ids=ids[None], position_ids=layout.position_ids[None], use_cache=False, packed=layout)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SHORTEST_IN_BATCH = 0.75  # of the batch's longest: bounds the padded work, costs one call per factor of 4/3 in length
+
+
+@dataclass(eq=False)
+class PackedLayout:
+    """Where each sequence of a packed row lies, made once per micro-batch and read by every layer."""
+
+    cu_seqlens: Tensor  # [S + 1] int32: sequence s is the tokens cu_seqlens[s] : cu_seqlens[s + 1]
+    max_seqlen: int
+    position_ids: Tensor  # [T] int64, from 0 in each sequence
+    batches: list[Tensor]  # each [B, L] int64: the packed tokens of B sequences, right-padded (empty on CUDA)
+    unbatch: Tensor  # [T] int64: each packed token's place in the flattened, concatenated batches
+
+
+def packed_layout(
+    lengths: Sequence[int], device: torch.device | str = "cpu", padded: bool | None = None
+) -> PackedLayout:
+    """The layout of sequences of the given lengths (all positive), in the order in which they are packed.
+
+    `padded` says whether the right-padded batches are needed: by default everywhere but on CUDA, where float32 models
+    need them too.
+    """
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"a packed row needs sequences of at least one token, got lengths {list(lengths)}")
+    device = torch.device(device)
+    if padded is None:
+        padded = device.type != "cuda"
+    sizes = torch.tensor(list(lengths))
+    starts = sizes.cumsum(0) - sizes  # [S]
+    positions = torch.cat([torch.arange(length) for length in lengths])  # [T]
+    batches: list[Tensor] = []
+    unbatch = torch.empty(len(positions) if padded else 0, dtype=torch.int64)
+    if padded:
+        offset = 0
+        for members in _by_length(lengths):
+            longest = int(sizes[members].max())
+            column = torch.arange(longest)
+            real = column < sizes[members, None]  # [B, L]
+            # A pad repeats a token of its own sequence: finite values, and nothing of another document.
+            tokens = starts[members, None] + column * real
+            unbatch[tokens[real]] = offset + real.flatten().nonzero()[:, 0]
+            offset += tokens.numel()
+            batches.append(tokens.to(device))
+    cu_seqlens = torch.cat([starts, sizes.sum()[None]]).to(device, torch.int32)
+    return PackedLayout(cu_seqlens, max(lengths), positions.to(device), batches, unbatch.to(device))
+
+
+def _by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Sequence numbers in groups of like length, each group's shortest at least SHORTEST_IN_BATCH of its longest."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and lengths[index] >= SHORTEST_IN_BATCH * lengths[groups[-1][0]]:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def packed_attention(
+    module: torch.nn.Module | None,
+    query: Tensor,  # [1, H, T, D]
+    key: Tensor,  # [1, Hkv, T, D]
+    value: Tensor,  # [1, Hkv, T, D]
+    attention_mask: Tensor | None = None,
+    *,
+    packed: PackedLayout | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:  # [1, T, H, D]
+    """Attention in the form transformers' `AttentionInterface` calls, `packed` having come through the model's kwargs.
+
+    With a window of W a token sees itself and the W - 1 before it, as in transformers. Raises ValueError for what the
+    kernels cannot do: no layout, dropout, a batch of rows, a mask.
+    """
+    if packed is None:
+        raise ValueError("attn_implementation='packed' needs packed=packed_layout(lengths, device) in the forward call")
+    if dropout:
+        raise ValueError(f"packed attention has no dropout: set attention_dropout to 0 (it is {dropout})")
+    if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != packed.position_ids.shape[0]:
+        raise ValueError(
+            f"packed attention takes one row of the layout's {packed.position_ids.shape[0]} tokens and no mask, "
+            f"got query {tuple(query.shape)} and mask {None if attention_mask is None else tuple(attention_mask.shape)}"
+        )
+    for name in ("softcap", "s_aux"):  # Gemma 2's capping, gpt-oss's sinks: silently wrong if dropped
+        if kwargs.get(name) is not None:
+            raise ValueError(f"packed attention has no {name}: use another attn_implementation for this model")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        out = _varlen(q, k, v, packed, scaling, sliding_window)
+    else:
+        out = _padded(q, k, v, packed, scaling, sliding_window)
+    return out[None], None
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedLayout, scaling: float | None, window: int | None
+) -> Tensor:  # [T, H, D], [T, Hkv, D], [T, Hkv, D] -> [T, H, D]
+    from torch.nn.attention.varlen import varlen_attn  # torch >= 2.11
+
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # torch 2.11 has no grouped queries here; 2.13 has a flag for them
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    left = -1 if window is None else window - 1  # it counts the tokens to the left, not the token itself
+    cu_seqlens, longest = packed.cu_seqlens, packed.max_seqlen
+    return varlen_attn(
+        query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(left, 0)
+    )
+
+
+def _padded(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedLayout, scaling: float | None, window: int | None
+) -> Tensor:  # [T, H, D], [T, Hkv, D], [T, Hkv, D] -> [T, H, D]
+    if not packed.batches:
+        raise ValueError("this layout has no padded batches: build it with packed_layout(..., padded=True)")
+    outputs = []
+    for tokens in packed.batches:
+        q, k, v = (
+            x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2)  # [B, heads, L, D]
+            for x in (query, key, value)
+        )
+        mask = None
+        if window is not None and window < tokens.shape[1]:
+            position = torch.arange(tokens.shape[1], device=query.device)
+            behind = position[:, None] - position[None, :]
+            mask = (behind >= 0) & (behind < window)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B * L, H, D]
+    return torch.cat(outputs).index_select(0, packed.unbatch)
+
+
+def register() -> None:
+    """Make `attn_implementation="packed"` known to transformers. Calling it again changes nothing.
+
+    No mask function goes with it, on purpose: transformers then hands the attention no mask at all, and spares itself
+    the search of position_ids for packed sequences, which would wait for the device in every forward.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("packed", packed_attention)

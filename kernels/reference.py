@@ -1,0 +1,59 @@
+"""Plain torch twins of everything in `kernels`: short, obvious, allowed to be slow and to hold [N, V] or [T, T].
+
+The tests compare every fast path with these; run them in float64 to have a reference beyond rounding.
+Left out on purpose: chunking, custom gradients, packing tricks. Autograd differentiates all of it.
+
+    hidden, weight = torch.randn(5, 8).double(), torch.randn(11, 8).double()
+    logps, entropies = linear_logprob(hidden, weight, torch.tensor([0, 3, 3, 10, 7]), temperature=0.7)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def linear_logprob(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [N] int64
+    *,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # [N], [N]
+    """log p(target) and entropy -sum p log p (nats) of softmax(hidden @ weight.T / temperature).
+
+    float32 throughout, float64 where `hidden` is float64.
+    """
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = hidden.to(dtype) @ weight.to(dtype).T / temperature  # [N, V]
+    log_probs = logits.log_softmax(-1)
+    logps = log_probs.gather(-1, targets[:, None])[:, 0]
+    entropies = -(log_probs.exp() * log_probs).sum(-1)
+    return logps, entropies
+
+
+def packed_attention(
+    query: Tensor,  # [1, H, T, D]
+    key: Tensor,  # [1, Hkv, T, D]
+    value: Tensor,  # [1, Hkv, T, D]
+    lengths: Sequence[int],  # sum = T
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+) -> Tensor:  # [1, T, H, D]
+    """Causal softmax attention inside each packed sequence, by one block-diagonal [T, T] mask.
+
+    With a window of W a token sees itself and the W - 1 before it. Query head h reads key head h // (H // Hkv).
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(query.device)  # [T]
+    position = torch.arange(document.numel(), device=query.device)
+    behind = position[:, None] - position[None, :]  # [T, T] how far the key lies behind the query
+    visible = (document[:, None] == document[None, :]) & (behind >= 0)
+    if sliding_window is not None:
+        visible &= behind < sliding_window
+    scores = (query @ key.transpose(-1, -2) * scaling).masked_fill(~visible, float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(1, 2)

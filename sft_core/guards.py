@@ -1,0 +1,308 @@
+"""What keeps a run honest around its loop: process group, lock, signals, watchdog, phase timer, memory plan.
+
+Left out on purpose: restarting failed ranks (torchrun's work), elastic world sizes (a restart reshards the checkpoint),
+and any agreement between ranks about signals (the loop reduces `StopSignal.requested` with its other metrics).
+
+Nothing here is run by itself. A trainer calls, in this order: `init_distributed`, then inside `usage_errors`
+`lock_output_dir` on the first rank and all its checks, `StopSignal()` once the engine is made, then works in `Phases`.
+"""
+
+import ctypes
+import faulthandler
+import fcntl
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+GIB = 2**30
+_locks: list[int] = []  # open descriptors: a lock lives as long as its process
+
+
+# --- processes ---------------------------------------------------------------------------------------------------
+
+
+def die_with_parent(parent_pid: int | None = None) -> None:
+    """Have the kernel SIGKILL this process when its parent dies, so that no orphan goes on writing (Linux).
+
+    Give `parent_pid` (the parent's `os.getpid()`, passed along) to close the race of a parent that died before this
+    call. A rank of torchrun does not know it and needs not: its rendezvous fails when the launcher is gone. The kernel
+    watches the *thread* that started this process: start children from a thread that lasts.
+    """
+    parent = os.getppid() if parent_pid is None else parent_pid
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        if ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def init_distributed(timeout_s: float = 600.0) -> tuple[int, int, int, torch.device]:
+    """Join torchrun's process group, or make one of a single process; returns (rank, world size, local rank, device).
+
+    gloo on the CPU, `cuda:nccl,cpu:gloo` on CUDA, every collective bounded by `timeout_s` seconds. Crashes, an NCCL
+    time-out's abort among them, print all Python stacks. One process gets the environment variables that torchrun
+    would have set, with a free port, because vLLM's `external_launcher` reads them.
+    """
+    faulthandler.enable(all_threads=True)
+    store: dist.Store | None = None
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with_parent()
+    else:
+        store = dist.HashStore()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"{local_world_size} processes were started for {torch.cuda.device_count()} visible GPUs; "
+                f"start torchrun with --nproc_per_node {torch.cuda.device_count()}."
+            )
+        device, backend = torch.device("cuda", local_rank), "cuda:nccl,cpu:gloo"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        # torchrun gives each of several ranks one thread unless told otherwise; share the cores among them instead.
+        if local_world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    timeout = timedelta(seconds=timeout_s)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+    return rank, world_size, local_rank, device
+
+
+def shutdown() -> None:
+    """Leave in order: watchdog off, process group destroyed. Close a vLLM engine before: its exit needs the group."""
+    disarm()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 only; every rank returns its (picklable) result or raises its ValueError. A collective."""
+    if not dist.is_initialized():
+        return work()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except ValueError as error:  # the user's mistake: all ranks leave the same way, none waits for the time-out
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn a ValueError raised inside, also as a decorator, into one line on stderr and exit code 2.
+
+    Wrap the set-up (configuration, data, checks), not the training: a ValueError there deserves its traceback.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if int(os.environ.get("RANK", "0")) != 0:
+            time.sleep(3)  # an error of all ranks is printed by the first, whose exit ends this one; else it is ours
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        shutdown()
+        raise SystemExit(2) from None
+
+
+def lock_output_dir(output_dir: str | Path, wait_s: float = 10.0) -> None:
+    """Hold `output_dir`/.lock for the life of this process; call on the first rank only.
+
+    Waits `wait_s` seconds for a dying predecessor, then raises ValueError naming the process that holds it. The kernel
+    lets go when the process ends, however it ends: there is no stale lock to remove.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                holder = os.pread(lock, 200, 0).decode() or "unknown process"
+                os.close(lock)
+                raise ValueError(
+                    f"{folder} is in use by another run ({holder.strip()}); stop it or choose another --output_dir."
+                ) from None
+            time.sleep(0.1)
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    _locks.append(lock)
+
+
+# --- stopping ----------------------------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """SIGTERM and the first Ctrl-C set `requested`; the loop reads it at a step's end, saves and leaves.
+
+    A second Ctrl-C raises KeyboardInterrupt. Make it in the main thread, after the engine, which may set handlers of
+    its own. Ranks are signalled at different moments: reduce the flag over all ranks before acting on it.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._interrupts = 0
+        signal.signal(signal.SIGTERM, self._handle)
+        signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+        if not self.requested:
+            os.write(2, b"stopping after this step (checkpoint first); Ctrl-C again stops at once\n")
+        self.requested = True
+
+
+def watchdog(seconds: float) -> None:
+    """(Re)arm: unless called again or disarmed within `seconds`, all stacks go to stderr and the process exits 1.
+
+    A C thread does it, so it also ends a process that hangs inside a C call holding the interpreter's lock.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
+
+
+def disarm() -> None:
+    faulthandler.cancel_dump_traceback_later()
+
+
+class Phases:
+    """Seconds per named phase of a step; every phase's beginning and end re-arms the watchdog.
+
+        phases = Phases(watchdog_s=1800)
+        with phases("sample"): ...
+        metrics |= phases.pop()          # {"time/sample": 1.25}, and counts anew
+
+    `sync=True` waits for CUDA at both ends, so that a phase's figure holds its own kernels; it costs overlap.
+    """
+
+    def __init__(self, watchdog_s: float = 0.0, sync: bool = False) -> None:
+        self.watchdog_s = watchdog_s  # 0: no watchdog
+        self.sync = sync and torch.cuda.is_available()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str, watchdog_s: float | None = None) -> Iterator[None]:
+        """`watchdog_s`: this phase's own limit, for the slow ones (an evaluation, a first compilation)."""
+        self._mark(self.watchdog_s if watchdog_s is None else watchdog_s)
+        start = time.perf_counter()
+        yield
+        self._mark(self.watchdog_s)
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def _mark(self, limit: float) -> None:
+        if limit > 0:
+            watchdog(limit)
+        else:
+            disarm()
+        if self.sync:
+            torch.cuda.synchronize()
+
+    def pop(self) -> dict[str, float]:
+        """Seconds per phase since the last call, as `time/<name>`."""
+        seconds, self._seconds = self._seconds, {}
+        return {f"time/{name}": value for name, value in seconds.items()}
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def memory_plan(
+    device: torch.device,
+    *,
+    num_parameters: int,
+    world_size: int,
+    vocab_size: int,
+    chunk_tokens: int,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    reference: bool = False,
+    engine_share: float = 0.0,
+    engine_kv_bytes: int = 0,
+    engine_share_name: str = "vllm_gpu_memory_utilization",
+) -> str:
+    """One line: the GiB that each part will take on this rank, before it takes them. Activations are not in it.
+
+    float32 masters, gradients and two AdamW moments are sharded over `world_size`, as is the reference model in
+    `compute_dtype`; `chunk_tokens` rows of float32 logits and their gradient are the head's workspace. The engine takes
+    `engine_share` of the device's whole memory for its weights and KV cache; with a share of 0, its weights in
+    `compute_dtype` and `engine_kv_bytes` (-1 where there is no engine).
+    Raises ValueError, naming the number to lower, where the sum exceeds a CUDA device's free memory.
+    """
+    item = torch.empty((), dtype=compute_dtype).element_size()
+    weights = num_parameters * item
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+    parts = {
+        "parameters": 4 * num_parameters / world_size,
+        "gradients": 4 * num_parameters / world_size,
+        "optimizer": 8 * num_parameters / world_size,
+        "logits workspace": 2 * 4 * chunk_tokens * vocab_size,
+    }
+    if reference:
+        parts["reference model"] = weights / world_size
+    if engine_share > 0:
+        parts["engine weights"], parts["engine KV cache"] = weights, max(0.0, engine_share * total - weights)
+    elif engine_kv_bytes >= 0:
+        parts["engine weights"], parts["engine KV cache"] = weights, engine_kv_bytes
+    planned = sum(parts.values())
+    line = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    line = f"memory on {device} (GiB): {line}; sum {planned / GIB:.2f} of {free / GIB:.2f} free"
+    if device.type == "cuda" and engine_share > 0 and engine_share * total < weights:
+        raise ValueError(
+            f"The engine's share of {engine_share * total / GIB:.1f} GiB cannot hold its {weights / GIB:.1f} GiB of "
+            f"weights: raise {engine_share_name} above {weights / total:.2f} or use a smaller model."
+        )
+    if device.type == "cuda" and planned > free:
+        trainer = planned - parts.get("engine weights", 0.0) - parts.get("engine KV cache", 0.0)
+        spare = int(100 * (free - trainer) / total) / 100  # rounded down: what is said must fit
+        remedy = (
+            f"lower {engine_share_name} from {engine_share:.2f} to at most {spare:.2f}"
+            if engine_share > 0 and spare * total > weights
+            else "use more GPUs or a smaller model"
+        )
+        raise ValueError(f"Not enough GPU memory: {remedy} ({line}).")
+    return line
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has held so far: allocated on a CUDA device, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

@@ -1,0 +1,134 @@
+"""Models and tokenizers from the Hub or a folder, and the policy: a transformers model that scores packed sequences.
+
+Left out on purpose: models whose logits are more than `hidden @ head.T` (bias, soft-cap, scale); they are refused, since
+log-probs come straight from hidden states (`kernels/linear_logprob.py`).
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+import kernels.attention
+from kernels.linear_logprob import linear_logprob
+from sft_core.config import ModelConfig
+from sft_core.packing import PackedSequences, pack_sequences
+
+
+kernels.attention.register()
+
+
+class Policy(nn.Module):
+    """A causal language model that gives the log-probs of given tokens, never a [T, V] tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.get_decoder().layers
+
+    def forward(self, batch: PackedSequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [N], float32, of the scored tokens, of softmax(logits / temperature)."""
+        hidden = self.model.get_decoder()(
+            input_ids=batch.input_ids,
+            position_ids=batch.layout.position_ids[None],
+            use_cache=False,
+            packed=batch.layout,
+        ).last_hidden_state[0]  # [T, D]
+        head = self.model.get_output_embeddings()
+        return linear_logprob(hidden[batch.rows], head.weight, batch.targets, temperature=temperature)
+
+    @torch.no_grad()
+    def score(self, prompt: list[int], completion: list[int], temperature: float, device: torch.device) -> Tensor:
+        """Log-probs [L] of one completion's tokens after its prompt. A collective, like every pass."""
+        mask = [False] * len(prompt) + [True] * len(completion)
+        return self(pack_sequences([prompt + completion], [mask], device), temperature)[0]
+
+
+def check_positions(config: PretrainedConfig, tokens: int) -> None:
+    """Raise ValueError where `tokens` are more than the model has positions for."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise ValueError(
+            f"prompt and completion may take {tokens} tokens, the model has {positions} positions: lower "
+            "--max_prompt_length or --max_completion_length."
+        )
+
+
+def load_tokenizer(config: ModelConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """The model's configuration and tokenizer, without its weights.
+
+    Raises:
+        ValueError: there is no such model, or it is of a kind that is refused.
+    """
+    name = config.model_name_or_path
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
+        raise ValueError(f"there is no model folder at {name}: check --model_name_or_path.")
+    arguments = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        model_config = AutoConfig.from_pretrained(name, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+    except OSError as error:
+        raise ValueError(
+            f"no model {name!r} to be had: it is neither a model folder nor a Hub id that can be reached from here "
+            f"(check --model_name_or_path). Cause: {str(error).splitlines()[0]}"
+        ) from error
+    for attribute in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model_config, attribute, None) not in (None, 1.0):
+            raise ValueError(f"{name} transforms its logits ({attribute}), which is not supported: choose another model.")
+    return model_config, tokenizer
+
+
+def load_policy(config: ModelConfig) -> Policy:
+    """The policy on the CPU, in the dtype of its files; `sft_core.parallel.shard` makes float32 shards of it.
+
+    It is put in eval mode for good: dropout would make the policy that is trained another than the one sampled.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model_name_or_path,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        dtype="auto",
+        attn_implementation="packed",
+    )
+    if model.get_output_embeddings().bias is not None:
+        raise ValueError(f"{config.model_name_or_path} has a head with a bias, which is not supported.")
+    return Policy(model).eval()
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> frozenset[int]:
+    """Every token that ends a completion: the tokenizer's EOS and those of the model's generation_config.json."""
+    ids = {tokenizer.eos_token_id}
+    try:
+        declared = GenerationConfig.from_pretrained(
+            config.model_name_or_path, revision=config.model_revision
+        ).eos_token_id
+    except OSError:  # the file is optional
+        declared = None
+    ids |= set(declared if isinstance(declared, list) else [declared])
+    ids.discard(None)
+    if not ids:
+        raise ValueError(f"{config.model_name_or_path} has no EOS token, so completions would never end: set one.")
+    return frozenset(ids)
+
+
+def compute_in_bf16(bf16: bool | None, device: torch.device) -> bool:
+    """Whether to compute in bfloat16: as asked, else on CUDA.
+
+    Raises:
+        ValueError: bfloat16 was asked for on a GPU without it.
+    """
+    if bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError("this GPU has no bfloat16: use --bf16 false (float32).")
+    return device.type == "cuda" and torch.cuda.is_bf16_supported() if bf16 is None else bf16

@@ -1,0 +1,88 @@
+"""Padding-free batches: whole sequences put end to end into bins of at most a token budget."""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.attention import PackedLayout, packed_layout
+
+
+def pack(lengths: list[int], budget: int) -> list[list[int]]:
+    """Best-fit decreasing: indices of `lengths` grouped into bins whose lengths sum to at most `budget`.
+
+    A sequence is never split; one longer than the budget gets a bin of its own. Deterministic.
+
+    >>> pack([5, 3, 3, 2, 9], budget=8)
+    [[4], [0, 1], [2, 3]]
+    """
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = bisect_left(room, (lengths[index], -1))
+        if at < len(room):
+            left, chosen = room.pop(at)
+        else:
+            left, chosen = budget, len(bins)
+            bins.append([])
+        bins[chosen].append(index)
+        insort(room, (left - lengths[index], chosen))
+    return bins
+
+
+@dataclass
+class PackedSequences:
+    """Sequences end to end, and which of their tokens are scored. T tokens, N scored ones, S sequences."""
+
+    input_ids: Tensor  # [1, T]
+    layout: PackedLayout  # sequence boundaries and positions
+    rows: Tensor  # [N] the position whose hidden state predicts the scored token (the one before it)
+    targets: Tensor  # [N] the scored token itself
+    sequence_ids: Tensor  # [N] in 0..S-1
+    num_sequences: int  # S
+
+
+def pack_sequences(sequences: list[list[int]], masks: list[list[bool]], device: torch.device) -> PackedSequences:
+    """Lay `sequences` end to end; `masks[i][t]` says that token t of sequence i is scored (its first never is).
+
+    A scored token is predicted by the position before it, so the head runs on `rows` alone: what is not scored costs
+    nothing there, and no position of one sequence ever predicts a token of the next.
+    """
+    lengths = [len(sequence) for sequence in sequences]
+    tokens = torch.tensor([token for sequence in sequences for token in sequence])
+    scored = torch.tensor([flag and t > 0 for mask in masks for t, flag in enumerate(mask)]).nonzero().squeeze(1)
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return PackedSequences(
+        input_ids=tokens[None].to(device),
+        layout=packed_layout(lengths, device, padded=True),
+        rows=(scored - 1).to(device),
+        targets=tokens[scored].to(device),
+        sequence_ids=owner[scored].to(device),
+        num_sequences=len(sequences),
+    )
+
+
+def idle_sequences(device: torch.device) -> PackedSequences:
+    """Something to pass through the policy with weight zero, on a rank that has run out while others have not."""
+    return pack_sequences([[0, 0]], [[False, True]], device)
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Totals of an optimizer step over all ranks, known before its first backward pass."""
+
+    micro_batches: int  # the largest number on any rank, at least 1: every rank makes as many passes
+    num_tokens: int  # scored tokens
+    num_sequences: int
+
+
+def step_counts(batches: list[PackedSequences], device: torch.device) -> StepCounts:
+    """Counts over all ranks, in one collective."""
+    numbers = [len(batches), sum(len(b.targets) for b in batches), sum(b.num_sequences for b in batches)]
+    own = torch.tensor(numbers, device=device)
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    every = torch.stack(parts)  # [ranks, 3]
+    return StepCounts(max(1, int(every[:, 0].max())), int(every[:, 1].sum()), int(every[:, 2].sum()))

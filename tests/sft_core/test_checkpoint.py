@@ -1,0 +1,368 @@
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from sft_core.checkpoint import (
+    checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    prepare_output_dir,
+    rank_folder,
+    save_checkpoint,
+    saved_world_size,
+)
+from sft_core.guards import init_distributed, shutdown
+from tests.sft_core.processes import run_ranks, start
+
+IDENTITY = {"algorithm": "grpo", "model": "tiny", "seed": 1}
+
+
+def make(tied):
+    """A sharded tiny Llama inside a policy, AdamW with moments, a schedule."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=30,  # does not divide evenly: the ranks' shards differ
+        intermediate_size=45,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+    )
+    policy = nn.Module()
+    policy.model = LlamaForCausalLM(config)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in policy.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(policy, mesh=mesh)
+    matrices = [p for p in policy.parameters() if p.ndim > 1]
+    vectors = [p for p in policy.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    return policy, optimizer, scheduler
+
+
+def update(policy, optimizer, scheduler, steps):
+    for step in range(steps):
+        for parameter in policy.parameters():
+            parameter.grad = parameter.detach() * (0.3 + step)
+        optimizer.step()
+        scheduler.step()
+
+
+def everything(policy, optimizer, scheduler):
+    """Full parameters and moments by name, step counts, learning rates and the schedule."""
+    full = {}
+    for name, parameter in policy.named_parameters():
+        full[name] = parameter.detach().full_tensor().numpy().copy()
+        for key, value in optimizer.state[parameter].items():
+            full[f"{name}.{key}"] = (value.full_tensor() if isinstance(value, DTensor) else value).numpy().copy()
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return full, options, scheduler.state_dict()
+
+
+def assert_same(left, right):
+    assert left[0].keys() == right[0].keys() and len(left[0]) > 20
+    for name, tensor in left[0].items():
+        assert tensor.dtype == right[0][name].dtype and np.array_equal(tensor, right[0][name]), name
+    assert left[1:] == right[1:]
+
+
+def draws():
+    return random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def save_tiny(folder, tied, step, resume_from=None):
+    """Make a run, or resume one; two more updates; save. Returns what should come back."""
+    rank, *_ = init_distributed(60)
+    made = make(tied)
+    if resume_from is not None:
+        load_checkpoint(resume_from, *made)
+    update(*made, steps=2)
+    random.seed(rank)
+    np.random.seed(rank)
+    torch.manual_seed(rank)
+    save_checkpoint(
+        folder,
+        step,
+        *made,
+        progress={"cursor": [step, 0.1], "loss": 1 / 3},
+        identity=IDENTITY,
+        write_extra=lambda own: (own / "rollouts.json").write_text(f"pending of {rank}"),
+    )
+    result = everything(*made), draws()
+    shutdown()
+    return result
+
+
+def load_tiny(folder, tied):
+    init_distributed(60)
+    made = make(tied)
+    checkpoint = prepare_output_dir(folder, IDENTITY, overwrite_output_dir=False)
+    progress = load_checkpoint(checkpoint, *made)
+    result = checkpoint.name, progress, everything(*made), draws()
+    shutdown()
+    return result
+
+
+# --- resharding --------------------------------------------------------------------------------------------------
+
+
+def test_resharding_from_two_ranks_of_torchrun_to_one(tmp_path):
+    script = [__file__, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*torchrun, *script], env=environment, check=True, timeout=300)
+    saved, drawn = torch.load(tmp_path / "expected-0.pt", weights_only=False)
+    (name, progress, loaded, redrawn), *_ = run_ranks(1, load_tiny, tmp_path, True)
+    assert name == "checkpoint-7" and progress == {"cursor": [7, 0.1], "loss": 1 / 3}
+    assert_same(saved, loaded)
+    assert redrawn == drawn
+    checkpoint = tmp_path / "checkpoint-7"
+    assert saved_world_size(checkpoint) == 2
+    for rank in range(2):
+        assert (rank_folder(checkpoint, rank) / "rollouts.json").read_text() == f"pending of {rank}"
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["identity"] == IDENTITY
+
+
+def test_resharding_from_one_rank_to_two_and_on(tmp_path):
+    ((saved, drawn),) = run_ranks(1, save_tiny, tmp_path, False, 7)
+    twice = [run_ranks(2, load_tiny, tmp_path, False) for _ in range(2)]
+    for results in twice:
+        for _, _, loaded, _ in results:
+            assert_same(saved, loaded)
+    first, second = twice[0][0][3], twice[0][1][3]
+    assert first == drawn and second != drawn  # the new rank has numbers of its own,
+    assert second == twice[1][1][3]  # the same at every resume
+    on_two = run_ranks(2, save_tiny, tmp_path, False, 9, tmp_path / "checkpoint-7")
+    ((name, _, loaded, _),) = run_ranks(1, load_tiny, tmp_path, False)
+    assert name == "checkpoint-9"
+    assert_same(on_two[0][0], loaded)
+
+
+# --- kill -9 -----------------------------------------------------------------------------------------------------
+
+
+def small(step):
+    """A sharded layer and its optimizer, every number in them made from `step`."""
+    model = nn.Linear(300, 300, bias=False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    with torch.no_grad():
+        model.weight.fill_(step)
+        optimizer.state[model.weight]["exp_avg"].fill_(2 * step)
+    return model, optimizer
+
+
+def save_forever(folder):
+    init_distributed(60)
+    checkpoint = prepare_output_dir(folder, IDENTITY, overwrite_output_dir=False)
+    step = load_checkpoint(checkpoint, *small(0))["step"] if checkpoint else 0
+    while True:
+        step += 1
+        save_checkpoint(folder, step, *small(step), progress={"step": step}, identity=IDENTITY, save_total_limit=2)
+        (folder / "done").write_text(str(step))
+
+
+def load_small(folder):
+    init_distributed(60)
+    checkpoint = prepare_output_dir(folder, IDENTITY, overwrite_output_dir=False)
+    model, optimizer = small(0)
+    step = load_checkpoint(checkpoint, model, optimizer)["step"]
+    moments = optimizer.state[model.weight]["exp_avg"].full_tensor()
+    return checkpoint.name, step, set(model.weight.full_tensor().flatten().tolist()), set(moments.flatten().tolist())
+
+
+def test_kill_nine_at_any_moment_leaves_what_was_saved(tmp_path):
+    generator, reached, interrupted = random.Random(7), 0, 0
+    for _ in range(8):
+        process = start(save_forever, tmp_path)
+        before, deadline = reached, time.monotonic() + 60
+        while not (tmp_path / "done").exists() or int((tmp_path / "done").read_text() or before) <= before:
+            assert process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.2))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        reached = int((tmp_path / "done").read_text() or before)
+        interrupted += any(tmp_path.glob(".checkpoint-*"))
+        print("DBG", before, reached, sorted(p.name for p in tmp_path.iterdir()))
+        ((name, step, weights, moments),) = run_ranks(1, load_small, tmp_path)
+        assert step >= reached and name == f"checkpoint-{step}"
+        assert weights == {step} and moments == {2 * step}
+        assert not any(tmp_path.glob(".checkpoint-*"))
+        assert len(checkpoints(tmp_path)) <= 3  # the limit of 2, and one that was complete but not yet pointed to
+        reached = step
+    assert interrupted > 0, "no kill hit a save: the test showed nothing"
+
+
+# --- damage ------------------------------------------------------------------------------------------------------
+
+
+def save_steps(folder, steps, limit=None):
+    init_distributed(60)
+    prepare_output_dir(folder, IDENTITY, overwrite_output_dir=False)
+    for step in steps:
+        save_checkpoint(folder, step, *small(step), progress={"step": step}, identity=IDENTITY, save_total_limit=limit)
+
+
+@pytest.fixture(scope="module")
+def three_saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    run_ranks(1, save_steps, folder, [5, 10, 15])
+    return folder
+
+
+@pytest.fixture
+def saved(three_saved, tmp_path):
+    return Path(shutil.copytree(three_saved, tmp_path / "run"))
+
+
+def weights_file(checkpoint):
+    return max((checkpoint / "state").glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+def truncate(checkpoint):
+    os.truncate(weights_file(checkpoint), 1000)
+    return "bytes, crc32"
+
+
+def flip_a_byte(checkpoint):
+    content = bytearray(weights_file(checkpoint).read_bytes())
+    content[len(content) // 2] ^= 1
+    weights_file(checkpoint).write_bytes(content)
+    return "damaged"
+
+
+def lose_a_file(checkpoint):
+    (checkpoint / "rank-00000" / "rng.pt").unlink()
+    return "rng.pt is missing"
+
+
+def lose_the_manifest(checkpoint):
+    (checkpoint / "manifest.json").unlink()
+    return "manifest.json is missing"
+
+
+def garble_the_manifest(checkpoint):
+    os.truncate(checkpoint / "manifest.json", 20)
+    return "manifest.json is damaged"
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_byte, lose_a_file, lose_the_manifest, garble_the_manifest])
+def test_an_unreadable_checkpoint_is_reported_and_the_one_before_it_is_used(saved, damage, capsys):
+    reason = damage(saved / "checkpoint-15")
+    assert prepare_output_dir(saved, IDENTITY, overwrite_output_dir=False) == saved / "checkpoint-10"
+    said = capsys.readouterr().out
+    assert "checkpoint-15 is unreadable" in said and reason in said
+
+
+def test_a_run_goes_on_over_an_unreadable_checkpoint(saved):
+    flip_a_byte(saved / "checkpoint-15")
+    run_ranks(1, save_steps, saved, [12, 15], 2)
+    assert [path.name for path in checkpoints(saved)] == ["checkpoint-12", "checkpoint-15"]
+    assert find_checkpoint(saved) == saved / "checkpoint-15"
+
+
+def test_no_readable_checkpoint_is_an_error_not_a_new_start(saved):
+    for checkpoint in checkpoints(saved):
+        truncate(checkpoint)
+    with pytest.raises(ValueError, match="No checkpoint in .* is readable .*--overwrite_output_dir"):
+        prepare_output_dir(saved, IDENTITY, overwrite_output_dir=False)
+    assert prepare_output_dir(saved, IDENTITY, overwrite_output_dir=True) is None
+    assert len(checkpoints(saved / "previous-1")) == 3
+
+
+def test_the_pointer_decides_and_is_not_needed(saved):
+    (saved / "latest").write_text("checkpoint-10\n")
+    assert find_checkpoint(saved) == saved / "checkpoint-10"
+    (saved / "latest").write_bytes(b"\xff\0")
+    assert find_checkpoint(saved) == saved / "checkpoint-15"
+    (saved / "latest").unlink()
+    assert find_checkpoint(saved) == saved / "checkpoint-15"
+
+
+def test_leftovers_of_a_killed_save_are_finished_or_undone(saved):
+    shutil.copytree(saved / "checkpoint-10", saved / ".checkpoint-20.tmp")
+    os.rename(saved / "checkpoint-15", saved / ".checkpoint-15.replaced")
+    os.rename(saved / "checkpoint-5", saved / ".checkpoint-5.pruned")
+    assert find_checkpoint(saved) == saved / "checkpoint-15"
+    assert [path.name for path in checkpoints(saved)] == ["checkpoint-10", "checkpoint-15"]
+    assert not any(saved.glob(".checkpoint-*"))
+
+
+# --- whose checkpoints -------------------------------------------------------------------------------------------
+
+
+def test_own_checkpoints_resume_with_and_without_overwrite(saved):
+    for overwrite in (False, True):
+        assert prepare_output_dir(saved, dict(IDENTITY), overwrite) == saved / "checkpoint-15"
+    (saved / "run.json").unlink()  # the checkpoint itself says whose it is
+    assert prepare_output_dir(saved, dict(IDENTITY), False) == saved / "checkpoint-15"
+
+
+@pytest.mark.parametrize("lost", [(), ("run.json",)])
+def test_another_runs_checkpoints_are_refused_or_moved_aside(saved, lost):
+    for name in lost:
+        (saved / name).unlink()
+    (saved / "metrics.jsonl").write_text("{}\n")
+    before = sorted(path.relative_to(saved) for path in saved.rglob("*") if path.is_file())
+    other = IDENTITY | {"seed": 2, "data": "abc"}
+    with pytest.raises(ValueError, match="seed is 1 there, 2 here; data is None there, 'abc' here.*--overwrite_output"):
+        prepare_output_dir(saved, other, overwrite_output_dir=False)
+    assert sorted(path.relative_to(saved) for path in saved.rglob("*") if path.is_file()) == before
+    (saved / ".lock").touch()
+    assert prepare_output_dir(saved, other, overwrite_output_dir=True) is None
+    aside = saved / "previous-1"
+    assert sorted(path.relative_to(aside) for path in aside.rglob("*") if path.is_file()) == before
+    assert {path.name for path in saved.iterdir()} == {".lock", "run.json", "previous-1"}
+    (saved / "model.safetensors").touch()  # the second run's result
+    assert prepare_output_dir(saved, IDENTITY, overwrite_output_dir=True) is None
+    assert (saved / "previous-2" / "model.safetensors").exists() and len(checkpoints(aside)) == 3
+
+
+def test_a_model_without_a_run_is_not_overwritten(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="it has no run.json"):
+        prepare_output_dir(tmp_path, IDENTITY, overwrite_output_dir=False)
+
+
+def test_a_start_that_saved_nothing_does_not_stand_in_the_way(tmp_path):
+    assert prepare_output_dir(tmp_path / "new", IDENTITY, overwrite_output_dir=False) is None
+    (tmp_path / "new" / "metrics.jsonl").touch()
+    assert prepare_output_dir(tmp_path / "new", IDENTITY | {"seed": 2}, overwrite_output_dir=False) is None
+    assert (tmp_path / "new" / "previous-1" / "metrics.jsonl").exists()
+
+
+def test_save_total_limit_prunes_the_oldest(tmp_path):
+    run_ranks(1, save_steps, tmp_path, [9, 10, 11, 100], 2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-11", "checkpoint-100"]
+    assert (tmp_path / "latest").read_text() == "checkpoint-100\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-11", "checkpoint-100", "latest", "run.json"}
+
+
+if __name__ == "__main__":  # one rank of the torchrun test
+    output_dir = Path(sys.argv[1])
+    prepare_output_dir(output_dir, IDENTITY, overwrite_output_dir=False)
+    expected = save_tiny(output_dir, tied=True, step=7)
+    torch.save(expected, output_dir / f"expected-{os.environ['RANK']}.pt")
