@@ -12,7 +12,7 @@ Where the answer of a completion is looked for, first hit wins:
   2. the last `<answer>...</answer>`
   3. what follows the last `####` (GSM8K), to the end of its line
   4. what follows the last "answer is", "answer:" or "answer =" (any case, at most 60 characters between)
-  5. the whole text, if it is one formula and nothing else (`63`, `$\frac12$`)
+  5. the whole text, if it is one formula and nothing else (`63`, `$\frac12$`), of at most 1000 characters
 A number in running prose ("so she has 63 left") is no answer: it would pay a model for listing numbers.
 
 Left out: a gold of words without LaTeX ("Paris") is not parseable; `\text{Evelyn}` and single letters are.
@@ -56,7 +56,6 @@ _EXPR, _EXPR_ANCHORED = ExprExtractionConfig(), ExprExtractionConfig(try_extract
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:[ ,]\d{3})+|\d+)?(?:\.\d+)?\s*%?")
 _DELIMITER = re.compile(r"(?<!\\)\$|\\\(|\\\[")
 _LATEX_WORD = re.compile(r"\\(?:text|mathrm|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+")
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _ANCHOR = re.compile(r"(?i:\banswer\b)[^.\n]{0,60}?(?:\bis\b|[:=])[\s:*]*")
 
 
@@ -100,9 +99,11 @@ def _last_boxed(text: str) -> str | None:
 
 def _parse_marked(text: str) -> list | None:
     r"""Parse what `\boxed{}`, `<answer>` or `####` marks as the answer, in this order; None without such a mark."""
-    boxed, tags = _last_boxed(text), _ANSWER_TAG.findall(text)
-    if boxed is not None or tags:
-        content = tags[-1] if boxed is None else boxed
+    boxed = _last_boxed(text)
+    # Not a regular expression: a lazy one takes quadratic time on tags that never close.
+    _, opened, tagged = text.rpartition("</answer>")[0].rpartition("<answer>")
+    if boxed is not None or opened:
+        content = tagged if boxed is None else boxed
         word = not re.search(r"\d", content) and not _DELIMITER.search(content)
         if word or (boxed is not None and _is_formula(content.strip())):
             return _parse_latex(f"$\\boxed{{{content}}}$")
@@ -137,10 +138,10 @@ def parse_answer(text: str) -> list:
         line = text[anchor.end() :].partition("\n")[0]
         if _is_formula(_clean(line)) and not _DELIMITER.search(line):
             return _parse_value(line)
-        sentence = f"The final answer is {text[anchor.end() :]}"
+        sentence = f"The final answer is {text[anchor.end() :][:1000]}"
         targets = [_LATEX_ANCHORED, _EXPR_ANCHORED]
         return parse(sentence, targets, extraction_mode="first_match", parsing_timeout=None)
-    return _parse_value(text) if _is_formula(text) else []
+    return _parse_value(text) if len(text) <= 1000 and _is_formula(text) else []
 
 
 def check_answer(gold: str, completion: str) -> float | None:

@@ -160,5 +160,7 @@ def make_engine(
     from gen.torch_engine import TorchEngine
 
     if tensor_parallel_size != 1:
-        raise ValueError(f"--engine torch has no tensor parallelism: set tensor_parallel_size=1 (got {tensor_parallel_size})")
+        raise ValueError(
+            f"--engine torch cannot split a model: set tensor_parallel_size=1 (got {tensor_parallel_size})"
+        )
     return TorchEngine(model_path, dtype=dtype, max_model_len=max_model_len, max_batch=max_batch)

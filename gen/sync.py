@@ -74,10 +74,9 @@ def sync_weights(
     known = expected if isinstance(expected, Mapping) else sent
     missing = sorted(set(expected) - set(consumed))
     extra = sorted(set(consumed) - set(expected))
-    changed = sorted(
-        name for name in set(consumed) & set(sent) if not consumed[name] == sent[name] == known[name]
-    )
-    for what, names in (("did not arrive", missing), ("were not asked for", extra), ("differ from what was sent", changed)):
+    changed = sorted(name for name in set(consumed) & set(sent) if not consumed[name] == sent[name] == known[name])
+    faults = {"did not arrive": missing, "were not asked for": extra, "differ from what was sent": changed}
+    for what, names in faults.items():
         if names:
             raise RuntimeError(
                 f"weight sync {version}: {len(names)} tensors {what}: {', '.join(names[:5])}"

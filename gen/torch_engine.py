@@ -93,9 +93,8 @@ class TorchEngine:
         for start in range(0, len(rows), self.max_batch):
             batch = rows[start : start + self.max_batch]
             draws = None if greedy else torch.stack([uniforms(seeds[p] + i, max_tokens) for p, i in batch])
-            for (p, _), completion in zip(
-                batch, self._run_batch(prompts, [p for p, _ in batch], draws, temperature, max_tokens, stop), strict=True
-            ):
+            done = self._run_batch(prompts, [p for p, _ in batch], draws, temperature, max_tokens, stop)
+            for (p, _), completion in zip(batch, done, strict=True):
                 completions[p].append(completion)
         return completions
 

@@ -27,7 +27,7 @@ from gen.engine import INITIAL_VERSION, Completion, check_request
 from gen.sync import checksum
 
 GIB = 1 << 30
-CPU_KV_LIMIT = 4 * GIB  # above it vLLM queues sequences; memory is touched only as they grow
+CPU_KV_LIMIT = GIB  # above it vLLM queues sequences; VLLM_CPU_KVCACHE_SPACE (whole GiB) in the environment overrules
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def _host_settings_kept() -> Iterator[None]:
 
 
 def _cpu_kv_bytes(model_path: str, dtype: torch.dtype, max_model_len: int, max_batch: int) -> int:
-    """Bytes of KV cache that `max_batch` sequences of full length need, within [one sequence, 4 GiB]."""
+    """Bytes of KV cache that `max_batch` sequences of full length need, but no more than 1 GiB for many."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model_path).get_text_config()

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gen.engine import ENGINES
+from grpo_core.loss import LOSS_TYPES, check_options
 from sft_core.config import ScriptArguments, TrainingConfig, option, require
 
 SYSTEM_PROMPT = (
@@ -17,8 +19,6 @@ SYSTEM_PROMPT = (
     "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., "
     "<think> reasoning process here </think><answer> answer here </answer>"
 )
-LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo")
-ENGINES = ("vllm", "torch")
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,8 @@ class GRPOConfig(TrainingConfig):
         super().__post_init__()
         require(self.num_generations >= 2, f"num_generations must be at least 2, got {self.num_generations}: an "
                 "advantage compares the completions of a group.")  # fmt: skip
-        require(self.loss_type in LOSS_TYPES, f"unknown loss_type {self.loss_type!r}: use {', '.join(LOSS_TYPES)}.")
+        check_options(**self.objective())
         require(self.engine in ENGINES, f"unknown engine {self.engine!r}: use {' or '.join(ENGINES)}.")
-        require(self.loss_type != "cispo" or self.epsilon_high is not None,
-                "loss_type cispo needs --epsilon_high, the cap on the ratio itself (5.0 in the paper).")  # fmt: skip
         neutral = self.top_p == 1.0 and self.top_k <= 0 and not self.min_p and self.repetition_penalty == 1.0
         require(neutral, "top_p, top_k, min_p and repetition_penalty change what is sampled but not what is scored: "
                 "leave them out in training (temperature is fine).")  # fmt: skip
@@ -82,8 +80,6 @@ class GRPOConfig(TrainingConfig):
         for name in ("num_iterations", "max_prompt_length", "max_completion_length", "vllm_tensor_parallel_size"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
         require(self.prompts_per_step is None or self.prompts_per_step >= 1, "prompts_per_step must be at least 1.")
-        require(self.beta >= 0, f"beta must not be negative, got {self.beta}.")
-        require(self.delta is None or self.loss_type != "cispo", "delta has no meaning for cispo: leave it out.")
         require(0 < self.vllm_gpu_memory_utilization < 1, "vllm_gpu_memory_utilization is a share between 0 and 1.")
 
     def prompts_a_rollout(self, world_size: int) -> int:

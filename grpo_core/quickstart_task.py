@@ -1,6 +1,6 @@
 """The task of `make quickstart`: arithmetic word problems made by a seeded program, and a small decoder to learn them.
 
-A problem is one sentence about two numbers from 10 to 99 that have to be added or subtracted. Demonstrations come from
+A problem is about two numbers from 10 to 99 that have to be added (to less than 100) or subtracted. Demonstrations come from
 two kinds of writer, as people's do: one works column by column, the other does the sum in the head and writes only the
 equation. Supervised training imitates both alike, whichever works better for the model; that, and the column facts that
 a few hundred demonstrations never show, is what is left for GRPO to find from answers alone.
@@ -69,17 +69,14 @@ def write_problem(rng: random.Random, operation: str, a: int, b: int) -> Problem
 
 
 def columns(problem: Problem) -> list[str]:
-    """The ones, then the tens: 63-28 is worked as ["13-8=5", "6-2-1=3"], 47+38 as ["7+8=15", "4+3+1=8"]."""
+    """The ones, then the tens with what was carried or borrowed: 47+38 is ["7+8=15", "5+3=8"], 63-28 ["13-8=5", "5-2=3"]."""
     (a_tens, a_ones), (b_tens, b_ones) = divmod(problem.a, 10), divmod(problem.b, 10)
     if problem.operation == "+":
-        carry = "+1" if a_ones + b_ones > 9 else ""
-        return [
-            f"{a_ones}+{b_ones}={a_ones + b_ones}",
-            f"{a_tens}+{b_tens}{carry}={a_tens + b_tens + len(carry) // 2}",
-        ]
-    borrow = "-1" if a_ones < b_ones else ""
-    top = a_ones + 5 * len(borrow)
-    return [f"{top}-{b_ones}={top - b_ones}", f"{a_tens}-{b_tens}{borrow}={a_tens - b_tens - len(borrow) // 2}"]
+        a_tens += a_ones + b_ones > 9
+        return [f"{a_ones}+{b_ones}={a_ones + b_ones}", f"{a_tens}+{b_tens}={a_tens + b_tens}"]
+    if a_ones < b_ones:
+        a_tens, a_ones = a_tens - 1, a_ones + 10
+    return [f"{a_ones}-{b_ones}={a_ones - b_ones}", f"{a_tens}-{b_tens}={a_tens - b_tens}"]
 
 
 def write_demonstration(problem: Problem, in_columns: bool) -> str:
@@ -91,8 +88,9 @@ def write_demonstration(problem: Problem, in_columns: bool) -> str:
 def make_splits(seed: int, sizes: dict[str, int]) -> dict[str, list[Problem]]:
     """Problems for every split of `sizes`, no key twice, additions and subtractions half and half on average."""
     rng = random.Random(seed)
-    keys = [("+", a, b) for a in range(10, 100) for b in range(10, a + 1)]
-    keys += [("-", a, b) for a in range(10, 100) for b in range(10, a)]
+    additions = [("+", a, b) for a in range(10, 90) for b in range(10, min(a, 99 - a) + 1)]
+    subtractions = [("-", a, b) for a in range(10, 100) for b in range(10, a)]
+    keys = additions + rng.sample(subtractions, len(additions))
     if sum(sizes.values()) > len(keys):
         raise ValueError(f"{sum(sizes.values())} problems asked for, {len(keys)} exist: ask for fewer")
     rng.shuffle(keys)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch.distributed as dist
@@ -126,6 +127,8 @@ def score(
     pool: WorkerPool,
 ) -> ScoreResult:
     """Give every rollout its reward, in the pool's worker processes; the result also says what could not be scored."""
+    if not rollouts:
+        return ScoreResult(np.empty(0), {}, 0)
     owners = [prompts[r.group] for r in rollouts]
     names = sorted({name for prompt in owners for name in prompt.columns})
     result = score_completions(

@@ -17,6 +17,7 @@ The same command resumes from the last complete checkpoint. The mathematics is i
 engines in `gen/`. Left out on purpose: value networks, reward models, asynchronous rollouts, top-p and the like.
 """
 
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -33,7 +34,7 @@ from gen.engine import Engine, check_engine_available, make_engine
 from gen.sync import mismatch_stats, probe, sync_weights
 from grpo_core.batch import MicroBatch, idle_micro_batch, keep_old_logps, make_micro_batches
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
-from grpo_core.loss import check_options, entropy_bonus, merge_metrics, policy_loss
+from grpo_core.loss import entropy_bonus, merge_metrics, policy_loss
 from grpo_core.report import CONSOLE, check_mismatch, completion_rows, reduce_step, rollout_metrics
 from grpo_core.rewards import get_reward_funcs, reward_name
 from grpo_core.rollout import (
@@ -59,7 +60,6 @@ def main(argv: list[str] | None = None) -> None:
         model_config, data, config = parse((ModelConfig, GRPOScriptArguments, GRPOConfig), argv or sys.argv[1:])
         check_schedule(config)
         check_report_to(config.report_to)
-        check_options(**config.objective())
         if config.rollouts_from is None:
             check_engine_available(config.engine)
         reward_funcs = get_reward_funcs(data)
@@ -163,6 +163,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise RuntimeError(f"rollouts of policy version {sorted(stale)} at version {progress['step']}: stale.")
             # 3 advantage: within each group
             summaries = set_advantages(pending, config.scale_rewards)
+            if all(math.isnan(s.reward) for s in summaries):
+                raise RuntimeError(f"step {step}: no completion could be scored: the reward functions are broken.")
             progress["prompts"] += prompts_per_rollout
             if config.save_rollouts is not None:
                 write_rollouts(Path(config.save_rollouts), step, pending)

@@ -44,8 +44,8 @@ def reduce_metrics(
     names = [name for values in kinds for name in values]
     assert len(set(names)) == len(names), f"a metric given twice: {names}"
     fingerprint = float(zlib.crc32(repr([list(values) for values in kinds]).encode()))
-    parts = [torch.as_tensor(value).detach() for values in kinds for value in values.values()]
-    own = torch.stack([part.to(device, torch.float64).reshape(()) for part in [torch.tensor(fingerprint), *parts]])
+    parts = [fingerprint, *(value for values in kinds for value in values.values())]
+    own = torch.stack([torch.as_tensor(part, dtype=torch.float64, device=device).detach() for part in parts])
     gathered = own[None]  # [ranks, 1 + metrics]
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         rows = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
@@ -118,7 +118,7 @@ class MetricsLogger:
         self._append("metrics", [{"step": step, **finite}])
         if self._tensorboard is not None:
             for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step, new_style=True)
+                self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log({**values, "step": step})

@@ -80,6 +80,8 @@ def test_a_given_answer_is_found_wherever_it_is_marked(completion):
         r"\boxed{}",
         r"<answer>63</answer> or \boxed{64}",
         "<answer>63x + 1</answer>",
+        pytest.param(r"\boxed{63 " * 5000, id="boxes that never close: linear time"),
+        pytest.param("<answer>63 " * 20000, id="tags that never close: linear time"),
     ],
 )
 def test_what_is_not_an_answer_does_not_count(completion):

@@ -1,0 +1,97 @@
+"""Ways to break a run from within, put in before `main` starts (see `tests/launch.py`)."""
+
+import os
+import time
+
+import torch
+
+import grpo_core.batch
+import grpo_core.train
+import kernels.linear_logprob
+import sft_core.model
+import sft_core.packing
+from gen.torch_engine import TorchEngine
+
+
+def skip_sync():
+    """The engine says it has loaded the weights and has not."""
+
+    def load_weights(self, weights, version):
+        self.version = version
+        return {}
+
+    TorchEngine.load_weights = load_weights
+
+
+def drop_a_tensor():
+    load = TorchEngine.load_weights
+    TorchEngine.load_weights = lambda self, weights, version: load(self, list(weights)[:-1], version)
+
+
+def swap_two_tensors():
+    load = TorchEngine.load_weights
+
+    def load_weights(self, weights, version):
+        pairs = dict(weights)
+        a, b = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1))
+        pairs[a], pairs[b] = pairs[b], pairs[a]
+        return load(self, pairs.items(), version)
+
+    TorchEngine.load_weights = load_weights
+
+
+def wrong_temperature():
+    sample = TorchEngine.sample
+
+    def colder(self, prompts, *, temperature, **options):
+        return sample(self, prompts, temperature=0.9 * temperature, **options)
+
+    TorchEngine.sample = colder
+
+
+def targets_off_by_one():
+    """The policy scores each token from its own hidden state instead of the one before it."""
+    pack = sft_core.packing.pack_sequences
+
+    def shifted(*arguments):
+        packed = pack(*arguments)
+        packed.rows = (packed.rows + 1).clamp(max=packed.input_ids.shape[1] - 1)
+        return packed
+
+    sft_core.packing.pack_sequences = sft_core.model.pack_sequences = grpo_core.batch.pack_sequences = shifted
+
+
+def mask_the_stop_token():
+    """Leave the last token of every sequence out of the scored ones."""
+    pack = sft_core.packing.pack_sequences
+    grpo_core.batch.pack_sequences = lambda sequences, masks, device: pack(
+        sequences, [[*mask[:-1], False] for mask in masks], device
+    )
+
+
+def nan_in_the_second_step():
+    if os.environ.get("RANK", "0") != "0":
+        return
+    update, policy_loss, steps = grpo_core.train.update, grpo_core.train.policy_loss, []
+
+    def counted(*arguments):
+        steps.append(1)
+        return update(*arguments)
+
+    def poisoned(*arguments, **options):
+        loss, metrics = policy_loss(*arguments, **options)
+        return (loss * torch.nan if len(steps) == 2 else loss), metrics
+
+    grpo_core.train.update, grpo_core.train.policy_loss = counted, poisoned
+
+
+def hang_on_the_last_rank():
+    if os.environ["RANK"] == "0":
+        return
+    step_counts = grpo_core.train.step_counts
+
+    def hang(*arguments):
+        time.sleep(1000)
+        return step_counts(*arguments)
+
+    grpo_core.train.step_counts = hang

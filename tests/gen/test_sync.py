@@ -1,0 +1,198 @@
+"""Every fault that a weight sync can have must stop the run: faults are injected between the trainer and the engine."""
+
+import pytest
+import torch
+
+from gen.sync import checksum, mismatch_stats, mismatch_summary, probe, sync_weights
+from gen.torch_engine import TorchEngine
+
+PROMPT = [5, 9, 17, 30]
+SWAPPED = ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight")
+
+
+@pytest.fixture
+def engine(tied_llama):
+    return TorchEngine(tied_llama, max_model_len=64)
+
+
+@pytest.fixture
+def policy(tied_llama):
+    """A model with the engine's shape and other weights, as after a step."""
+    model = TorchEngine(tied_llama, max_model_len=64).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
+    return model
+
+
+def names(policy):
+    return {name for name, _ in policy.named_parameters()}
+
+
+def scorer(policy, temperature=1.0, shift=0):
+    """policy_logps for `probe`; shift=1 is the classic off-by-one between logits and targets."""
+
+    def logps(prompt, completion):
+        with torch.no_grad():
+            logits = policy(torch.tensor([prompt + completion])).logits[0]
+        rows = torch.arange(len(completion)) + len(prompt) - 1 + shift
+        return (logits[rows] / temperature).log_softmax(-1)[torch.arange(len(completion)), completion]
+
+    return logps
+
+
+def probed(engine, logps, temperature=1.0):
+    return probe(engine, logps, PROMPT, temperature=temperature, max_tokens=16, seed=1, tolerance=1e-3)
+
+
+def test_a_healthy_sync_passes_and_the_probe_agrees(engine, policy):
+    assert engine.version == -1
+    sync_weights(engine, policy.named_parameters(), names(policy), 3)
+    assert engine.version == 3
+    figures = probed(engine, scorer(policy))
+    assert figures["mean_abs"] <= figures["max_abs"] < 1e-5 and figures["tokens"] == 16
+    assert probed(engine, scorer(policy, temperature=0.6), temperature=0.6)["max_abs"] < 1e-5
+
+
+def test_a_skipped_sync_fails_twice(engine, policy, monkeypatch):
+    with pytest.raises(RuntimeError, match="weights version -1"):
+        probed(engine, scorer(policy))
+    monkeypatch.setattr(engine, "load_weights", lambda weights, version: {n: checksum(t) for n, t in weights})
+    with pytest.raises(RuntimeError, match="still says version -1"):
+        sync_weights(engine, policy.named_parameters(), names(policy), 1)
+
+
+def faulty(engine, monkeypatch, fault):
+    """Let `fault` change the list of (name, tensor) on its way into the engine."""
+    load = engine.load_weights
+    monkeypatch.setattr(engine, "load_weights", lambda weights, version: load(fault(list(weights)), version))
+
+
+def test_swapped_tensors(engine, policy, monkeypatch):
+    def swap(weights):
+        tensors = dict(weights)
+        tensors[SWAPPED[0]], tensors[SWAPPED[1]] = tensors[SWAPPED[1]], tensors[SWAPPED[0]]
+        return tensors.items()
+
+    faulty(engine, monkeypatch, swap)
+    with pytest.raises(RuntimeError, match="2 tensors differ from what was sent.*gate_proj"):
+        sync_weights(engine, policy.named_parameters(), names(policy), 1)
+
+
+def test_one_changed_element(engine, policy, monkeypatch):
+    def change(weights):
+        name, tensor = weights[4]
+        tensor = tensor.detach().clone()
+        tensor.view(-1)[17] += 1e-6
+        return [*weights[:4], (name, tensor), *weights[5:]]
+
+    faulty(engine, monkeypatch, change)
+    with pytest.raises(RuntimeError, match="1 tensors differ"):
+        sync_weights(engine, policy.named_parameters(), names(policy), 1)
+
+
+def test_a_dropped_tensor_on_the_way_in(engine, policy, monkeypatch):
+    faulty(engine, monkeypatch, lambda weights: weights[:-1])
+    with pytest.raises(RuntimeError, match="model.norm.weight"):
+        sync_weights(engine, policy.named_parameters(), names(policy), 1)
+    assert engine.version == -1
+
+
+class Forgetful:
+    """An engine, as vLLM's loader is, that does not mind what it is not given."""
+
+    version = 0
+
+    def load_weights(self, weights, version):
+        self.version = version
+        return {name: checksum(tensor) for name, tensor in weights}
+
+
+def test_names_missing_unknown_and_repeated(policy):
+    pairs = list(policy.named_parameters())
+    with pytest.raises(RuntimeError, match="1 tensors did not arrive: model.norm.weight"):
+        sync_weights(Forgetful(), pairs[:-1], names(policy), 1)
+    with pytest.raises(RuntimeError, match="'spare' is not a parameter"):
+        sync_weights(Forgetful(), [*pairs, ("spare", torch.zeros(1))], names(policy), 1)
+    with pytest.raises(RuntimeError, match="sent twice"):
+        sync_weights(Forgetful(), [*pairs, pairs[0]], names(policy), 1)
+    sync_weights(Forgetful(), pairs, names(policy), 1)
+
+
+def test_checksums_known_beforehand(policy):
+    known = {name: checksum(tensor) for name, tensor in policy.named_parameters()}
+    sync_weights(Forgetful(), policy.named_parameters(), known, 1)
+    known["model.norm.weight"] += 1
+    with pytest.raises(RuntimeError, match="1 tensors differ.*model.norm.weight"):
+        sync_weights(Forgetful(), policy.named_parameters(), known, 1)
+
+
+def test_the_engine_refuses_wrong_shapes(engine, policy):
+    weights = dict(policy.named_parameters())
+    weights["model.norm.weight"] = torch.ones(1)  # copy_ would broadcast it
+    with pytest.raises(RuntimeError, match="shape"):
+        sync_weights(engine, weights.items(), names(policy), 1)
+
+
+def test_a_failed_load_leaves_no_trusted_version(engine, policy):
+    sync_weights(engine, policy.named_parameters(), names(policy), 5)
+    with pytest.raises(RuntimeError):
+        engine.load_weights(list(policy.named_parameters())[:-1], 6)
+    assert engine.version == -1
+
+
+@pytest.mark.parametrize("fault", [{"temperature": 0.9}, {"shift": -1}], ids=["temperature", "off by one"])
+def test_the_probe_finds_what_checksums_cannot(engine, policy, fault):
+    sync_weights(engine, policy.named_parameters(), names(policy), 1)
+    with pytest.raises(RuntimeError, match="does not sample from the policy"):
+        probed(engine, scorer(policy, **fault))
+
+
+def test_the_probe_fails_on_nan_and_on_wrong_lengths(engine, policy):
+    with pytest.raises(RuntimeError, match="nan"):
+        probed(engine, lambda prompt, completion: torch.full((len(completion),), torch.nan))
+    with pytest.raises(RuntimeError, match="scored"):
+        probed(engine, lambda prompt, completion: torch.zeros(len(completion) - 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
+@pytest.mark.parametrize("size", [0, 1, 7, 1000, (1 << 20) + 3])
+def test_checksum_against_plain_integers(dtype, size):
+    tensor = torch.randint(0, 200, (size,), generator=torch.Generator().manual_seed(0)).to(dtype)
+    data = tensor.view(torch.uint8).numpy().tobytes()
+    data += b"\0" * (-len(data) % 8)
+    words = [int.from_bytes(data[i : i + 8], "little", signed=True) for i in range(0, len(data), 8)]
+    total = sum((2 * i + 1) * word for i, word in enumerate(words))
+    assert (checksum(tensor) - checksum(torch.zeros_like(tensor)) - total) % (1 << 64) == 0
+
+
+def test_checksum_sees_order_dtype_shape_and_place():
+    a = torch.arange(24, dtype=torch.float32)
+    swapped = a.clone()
+    swapped[[3, 11]] = swapped[[11, 3]]
+    variants = [a, swapped, a.view(4, 6), a.view(6, 4), a.view(torch.int32), a.flip(0), a.bfloat16()]
+    assert len({checksum(v) for v in variants}) == len(variants)
+    assert checksum(a[1:9]) == checksum(a[1:9].clone())  # a view whose storage starts between two words
+    assert checksum(a.view(4, 6).T) == checksum(a.view(4, 6).T.contiguous())
+    assert checksum(torch.zeros(8)) != checksum(torch.zeros(9))
+
+
+def test_mismatch_stats():
+    policy = torch.tensor([-1.0, -2.0, -3.0, -0.5, -1.0])
+    sampler = torch.tensor([-1.0, -2.5, -2.0, -0.5, -1.1])
+    positions = torch.tensor([0, 31, 32, 511, 512])
+    whole = mismatch_stats(policy, sampler, positions)
+    figures = mismatch_summary(whole)
+    d = policy.double() - sampler.double()
+    assert figures["mean_abs"] == pytest.approx(d.abs().mean().item())
+    assert figures["abs_max"] == pytest.approx(1.0)
+    assert figures["k1"] == pytest.approx(-d.mean().item())
+    assert figures["k3"] == pytest.approx((d.exp() - 1 - d).mean().item())
+    assert figures["outside"] == pytest.approx(1 / 5)  # exp(-1) < 0.5; exp(0.5) is inside
+    assert figures["mean_abs_0"] == pytest.approx(0.25) and figures["mean_abs_512"] == pytest.approx(0.1, abs=1e-6)
+
+    parts = [mismatch_stats(policy[s], sampler[s], positions[s]) for s in (slice(0, 2), slice(2, 5), slice(5, 5))]
+    for name, value in whole.items():
+        values = torch.stack([part[name] for part in parts])
+        assert (values.max() if name == "abs_max" else values.sum()) == pytest.approx(value.item()), name
+    assert mismatch_summary(parts[2]) == {}

@@ -1,0 +1,134 @@
+"""The torch engine against the plain forward pass, and its promises on randomness, stopping and weights."""
+
+import pytest
+import torch
+
+from gen.engine import check_engine_available, make_engine
+from gen.torch_engine import TorchEngine, choose_tokens
+
+PROMPTS = [[5, 9, 17], [40, 41, 42, 43, 44, 45, 46], [7], [100, 3, 99, 12]]
+SEEDS = [11, 222, 3333, 44444]
+
+
+@pytest.fixture(scope="module", params=["tied_llama", "untied_qwen"])
+def engine(request):
+    return TorchEngine(request.getfixturevalue(request.param), max_model_len=128)
+
+
+def sample(engine, prompts=PROMPTS, seeds=SEEDS, **options):
+    options = {"n": 3, "temperature": 0.8, "max_tokens": 24, "stop_ids": frozenset({20, 21, 22})} | options
+    return engine.sample(prompts, seeds=seeds, **options)
+
+
+def forward_logps(engine, prompt, completion, temperature):
+    """Log-probs [L] of the completion from one full forward pass, without cache or padding."""
+    with torch.no_grad():
+        logits = engine.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float()
+    return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(completion).unsqueeze(1)).squeeze(1)
+
+
+def test_logps_equal_the_full_forward(engine):
+    for prompt, group in zip(PROMPTS, sample(engine), strict=True):
+        for completion in group:
+            expected = forward_logps(engine, prompt, completion.token_ids, 0.8)
+            assert torch.allclose(torch.tensor(completion.logps), expected, atol=1e-5)
+
+
+def test_sampling_repeats_bitwise(engine):
+    assert sample(engine) == sample(engine)
+
+
+def test_a_sample_does_not_depend_on_its_batch(engine):
+    together = sample(engine)
+    order = [2, 0, 3, 1]
+    shuffled = sample(engine, [PROMPTS[p] for p in order], [SEEDS[p] for p in order])
+    engine.max_batch, cut = 5, engine.max_batch  # batches that split a prompt's samples
+    in_parts = sample(engine)
+    engine.max_batch = cut
+    for p, group in enumerate(together):
+        ids = [completion.token_ids for completion in group]
+        assert ids == [completion.token_ids for completion in shuffled[order.index(p)]]
+        assert ids == [completion.token_ids for completion in in_parts[p]]
+        for i in range(3):  # sample i is the first sample of the seed i further
+            [[alone]] = sample(engine, [PROMPTS[p]], [SEEDS[p] + i], n=1)
+            assert ids[i] == alone.token_ids
+
+
+def test_stopping(engine):
+    stop = frozenset(range(20, 60))
+    completions = [completion for group in sample(engine, n=8, stop_ids=stop) for completion in group]
+    assert {completion.finish_reason for completion in completions} == {"stop", "length"}
+    for completion in completions:
+        assert not stop & set(completion.token_ids[:-1])
+        assert (completion.token_ids[-1] in stop) == (completion.finish_reason == "stop")
+        assert completion.finish_reason == "stop" or len(completion.token_ids) == 24
+        assert len(completion.token_ids) == len(completion.logps)
+
+
+def test_ignore_stop_and_the_folders_own_eos(engine):
+    everything = frozenset(range(160))
+    ignored = sample(engine, stop_ids=everything, ignore_stop=True)
+    assert all(len(c.token_ids) == 24 and c.finish_reason == "length" for group in ignored for c in group)
+    no_stop = sample(engine, n=40, stop_ids=frozenset())
+    assert any({2, 3} & set(c.token_ids[:-1]) for group in no_stop for c in group), "the EOS of the folder stopped it"
+
+
+def test_greedy_is_the_argmax(engine):
+    for prompt, [completion] in zip(PROMPTS, sample(engine, n=1, greedy=True, stop_ids=()), strict=True):
+        with torch.no_grad():
+            logits = engine.model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == completion.token_ids
+        expected = forward_logps(engine, prompt, completion.token_ids, 1.0)
+        assert torch.allclose(torch.tensor(completion.logps), expected, atol=1e-5)
+
+
+def test_the_sampled_distribution_is_the_models():
+    logits = torch.tensor([[1.0, 0.0, -1.0, float("-inf"), 2.0, 0.5]])
+    draws = torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens, logps = choose_tokens(logits.expand(20000, -1), draws, 0.7)
+    probs = (logits[0] / 0.7).softmax(-1)
+    assert torch.allclose(logps, probs.log()[tokens])
+    counts = torch.bincount(tokens, minlength=6).double()
+    assert counts[3] == 0
+    possible = probs > 0
+    expected = 20000 * probs[possible].double()
+    chi_square = ((counts[possible] - expected) ** 2 / expected).sum()
+    assert chi_square < 18.5  # 4 degrees of freedom: 0.1 % of honest samplers exceed it
+
+
+def test_a_draw_of_zero_never_takes_an_impossible_token():
+    logits = torch.tensor([[float("-inf"), 0.0, float("-inf")]])
+    for draw in (0.0, 0.5, 1 - 2**-53):
+        tokens, logps = choose_tokens(logits, torch.tensor([draw], dtype=torch.float64), 1.0)
+        assert tokens.item() == 1 and logps.item() == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"n": 2, "greedy": True}, "set n=1"),
+        ({"temperature": 0.0}, "greedy=True"),
+        ({"max_tokens": 125}, "raise max_model_len"),
+        ({"seeds": [1]}, "one seed per prompt"),
+        ({"prompts": [[], [1], [2], [3]]}, "without tokens"),
+        ({"n": 0}, "at least 1"),
+    ],
+)
+def test_bad_requests_name_the_remedy(engine, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(engine, **options)
+
+
+def test_no_prompts_give_no_groups(engine):
+    assert sample(engine, [], []) == []
+
+
+def test_engine_names(monkeypatch, tied_llama):
+    with pytest.raises(ValueError, match="vllm, torch"):
+        check_engine_available("vlm")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--engine torch"):
+        check_engine_available("vllm")
+    check_engine_available("torch")
+    with pytest.raises(ValueError, match="tensor_parallel_size=1"):
+        make_engine("torch", tied_llama, max_model_len=64, tensor_parallel_size=2)

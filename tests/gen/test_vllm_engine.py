@@ -1,0 +1,41 @@
+"""Real vLLM on the CPU, in processes of their own (tests/gen/vllm_checks.py holds the assertions)."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+CHECKS = str(Path(__file__).parent / "vllm_checks.py")
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None or torch.cuda.is_available(), reason="needs vLLM for the CPU"
+)
+
+
+def run(*command: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "all checks passed" in done.stdout, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+def torchrun(*arguments: str) -> None:
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", CHECKS, *arguments)
+
+
+def test_one_process(tied_llama, untied_qwen):
+    run(CHECKS, "single", tied_llama, untied_qwen)
+
+
+@pytest.mark.slow
+def test_two_ranks_with_an_engine_each(tied_llama):
+    torchrun("ranks", "1", tied_llama)
+
+
+@pytest.mark.slow
+def test_two_ranks_share_one_engine(tied_llama):
+    torchrun("ranks", "2", tied_llama)

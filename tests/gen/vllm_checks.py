@@ -1,0 +1,134 @@
+"""What tests/gen/test_vllm_engine.py runs in processes of its own: vLLM changes too much of the process it lives in.
+
+python vllm_checks.py single MODEL_FOLDER ...      one process, an engine on each folder in turn
+torchrun ... vllm_checks.py ranks TP MODEL_FOLDER  one engine a rank, TP ranks to a copy of the model
+"""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from gen.engine import Engine, make_engine
+from gen.sync import sync_weights
+
+STOP = frozenset(range(20, 40))
+LONG = [(7 * i) % 150 + 4 for i in range(70)]  # more than two blocks of the prefix cache
+PROMPTS = [[5, 9, 17], LONG, [7], [100, 3, 99, 12]]
+SEEDS = [11, 222, 3333, 44444]
+
+
+def sample(engine: Engine, prompts=PROMPTS, seeds=SEEDS, **options):
+    options = {"n": 4, "temperature": 0.8, "max_tokens": 20, "stop_ids": STOP} | options
+    return engine.sample(prompts, seeds=seeds, **options)
+
+
+def ids(groups) -> list:
+    return [[completion.token_ids for completion in group] for group in groups]
+
+
+def worst_difference(model, groups, prompts=PROMPTS, temperature=0.8) -> float:
+    """Largest |engine - full forward| over all log-probs."""
+    worst = 0.0
+    for prompt, group in zip(prompts, groups, strict=True):
+        for completion in group:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+            logps = (logits / temperature).log_softmax(-1)[torch.arange(len(completion.token_ids)), completion.token_ids]
+            worst = max(worst, (logps - torch.tensor(completion.logps)).abs().max().item())
+    return worst
+
+
+def perturb(model, seed: int) -> None:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+
+
+def names(model) -> set:
+    return {name for name, _ in model.named_parameters()}
+
+
+def expect_value_error(fragment: str, call) -> None:
+    try:
+        call()
+    except ValueError as error:
+        assert fragment in str(error), error
+    else:
+        raise AssertionError(f"no ValueError about {fragment!r}")
+
+
+def check_single(folder: str) -> None:
+    host = (torch.get_num_threads(), torch.set_num_threads, os.sched_getaffinity(0), os.environ.get("LD_PRELOAD"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    engine = make_engine("vllm", folder, dtype="float32", max_model_len=128, max_batch=64)
+    after = (torch.get_num_threads(), torch.set_num_threads, os.sched_getaffinity(0), os.environ.get("LD_PRELOAD"))
+    assert after == host, (host, after)
+    assert engine.version == -1
+
+    first = sample(engine)
+    assert worst_difference(model, first) < 1e-3
+    completions = [completion for group in first for completion in group]
+    assert {completion.finish_reason for completion in completions} == {"stop", "length"}
+    for completion in completions:
+        stopped = completion.finish_reason == "stop"
+        assert not STOP & set(completion.token_ids[:-1]) and (completion.token_ids[-1] in STOP) == stopped
+        assert stopped or len(completion.token_ids) == 20
+
+    assert sample(engine) == first  # now from the prefix cache
+    assert ids(sample(engine, seeds=[1, 2, 3, 4])) != ids(first)
+    [[alone]] = sample(engine, [LONG], [SEEDS[1] + 2], n=1)
+    assert alone.token_ids == first[1][2].token_ids  # sample i draws from seed + i, whatever its batch
+    free = sample(engine, n=30, ignore_stop=True)
+    assert all(len(c.token_ids) == 20 and c.finish_reason == "length" for group in free for c in group)
+    assert any({2, 3} & set(c.token_ids[:-1]) for group in free for c in group), "the EOS of the folder stopped it"
+    for prompt, [greedy] in zip(PROMPTS, sample(engine, n=1, greedy=True), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + greedy.token_ids])).logits[0, len(prompt) - 1 : -1]
+        assert greedy.token_ids == logits.argmax(-1).tolist()
+    many = [[(i * j) % 150 + 4 for j in range(100)] for i in range(60)]  # more prompt tokens than one batch holds
+    assert worst_difference(model, sample(engine, many, list(range(60)), n=1), many) < 1e-3
+    expect_value_error("max_model_len", lambda: sample(engine, max_tokens=120))
+    expect_value_error("n=1", lambda: sample(engine, greedy=True))
+    assert sample(engine, [], []) == []
+
+    for version in (1, 2):
+        perturb(model, version)
+        assert worst_difference(model, sample(engine)) > 0.1  # stale
+        sync_weights(engine, model.named_parameters(), names(model), version)
+        assert engine.version == version
+        assert worst_difference(model, sample(engine)) < 1e-3
+        assert worst_difference(model, sample(engine, n=1, greedy=True), temperature=1.0) < 1e-3
+    engine.close()
+
+
+def check_ranks(tensor_parallel_size: int, folder: str) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    engine = make_engine(
+        "vllm", folder, dtype="float32", max_model_len=128, max_batch=64, tensor_parallel_size=tensor_parallel_size
+    )
+    mine = slice(0, 3) if rank == 0 else slice(3, 4)  # ranks need not have equally many prompts
+    perturb(model, 1)
+    sync_weights(engine, model.named_parameters(), names(model), 1)
+    groups = sample(engine, PROMPTS[mine], SEEDS[mine])
+    assert worst_difference(model, groups, PROMPTS[mine]) < 1e-3
+    everyone: list = [None, None]
+    dist.all_gather_object(everyone, ids(groups))
+    whole = everyone[0] + everyone[1]
+    assert ids(sample(engine)) == whole  # the same completions wherever a prompt is sampled
+    engine.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "single":
+        for path in sys.argv[2:]:
+            check_single(path)
+    else:
+        check_ranks(int(sys.argv[2]), sys.argv[3])
+    print("all checks passed")

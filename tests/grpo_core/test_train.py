@@ -1,0 +1,130 @@
+"""Whole GRPO runs with the torch engine: the invariants of a training step that no unit test can hold."""
+
+import math
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests import faults
+from tests.launch import flags, metrics, run
+
+TRAIN = "grpo_core.train"
+
+
+def options(tiny_model, problems, output_dir, **more):
+    base = dict(
+        model_name_or_path=tiny_model, dataset_name=problems, output_dir=output_dir, engine="torch", max_steps=3,
+        prompts_per_step=3, num_generations=4, max_prompt_length=100, max_completion_length=12, learning_rate=1e-3,
+        max_tokens_per_micro_batch=150, system_prompt="", reward_funcs=["tests.rewards_for_tests:digits"],
+        reward_num_workers=1, save_strategy="no", report_to=["none"],
+    )  # fmt: skip
+    return flags(**(base | more))
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def test_every_parameter_changes_and_the_engine_follows(tiny_model, problems, tmp_path):
+    """Invariants 2 and 3: engine and policy agree to float32 rounding after each sync; a step moves every tensor."""
+    code, output = run(TRAIN, options(tiny_model, problems, tmp_path / "out", max_steps=2), tmp_path / "log")
+    assert code == 0, output
+    before, after = weights(tiny_model), weights(tmp_path / "out")
+    assert before.keys() == after.keys() and all((before[name] != after[name]).any() for name in before)
+    rows = metrics(tmp_path / "out")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in rows)
+    assert all(row["effective_groups"] == 3 and row["grad_norm"] > 0 for row in rows)
+
+
+def test_logged_learning_rate_is_the_one_used(tiny_model, problems, tmp_path):
+    """Invariant 8: with a warm-up of two steps the rates are 0, 1/2, 1 of the peak, and a rate of 0 moves nothing."""
+    argv = options(tiny_model, problems, tmp_path / "out", lr_scheduler_type="constant_with_warmup", warmup_steps=2)
+    code, output = run(TRAIN, argv, tmp_path / "log")
+    assert code == 0, output
+    assert [row["learning_rate"] for row in metrics(tmp_path / "out")] == [0, 5e-4, 1e-3]
+    code, output = run(TRAIN, argv + flags(max_steps=1, output_dir=tmp_path / "one"), tmp_path / "log1")
+    assert code == 0, output
+    before, after = weights(tiny_model), weights(tmp_path / "one")
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (faults.skip_sync, "differ from what was sent|engine still says|did not arrive|stale"),
+        (faults.drop_a_tensor, "did not arrive|were not sent"),
+        (faults.swap_two_tensors, "differ from what was sent"),
+        (faults.wrong_temperature, "more than 0.001"),
+        (faults.targets_off_by_one, "more than 0.001"),
+        (faults.mask_the_stop_token, "AssertionError"),
+    ],
+)
+def test_injected_faults_stop_the_run(tiny_model, problems, tmp_path, fault, message):
+    """Invariant 4: each way of sampling from, or scoring, something other than the policy ends the run."""
+    argv = options(tiny_model, problems, tmp_path / "out", max_logp_difference=1e-3)
+    code, output = run(TRAIN, argv, tmp_path / "log", fault=fault)
+    assert code == 1
+    assert any(part in output for part in message.split("|")), output
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loss_that_is_not_finite_stops_every_rank_before_the_step(tiny_model, problems, tmp_path, ranks):
+    """Invariant 7: the fault is on the first rank alone, and in the second step."""
+    argv = options(tiny_model, problems, tmp_path / "out", save_strategy="steps", save_steps=1, prompts_per_step=4)
+    code, output = run(TRAIN, argv, tmp_path / "log", ranks=ranks, fault=faults.nan_in_the_second_step)
+    assert code == 1 and output.count("is not finite: nothing was stepped") >= ranks
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-1"]
+
+
+def test_a_rank_that_hangs_ends_the_job(tiny_model, problems, tmp_path):
+    """Invariant 7: the watchdog of each rank prints all stacks and ends it."""
+    argv = options(tiny_model, problems, tmp_path / "out", ddp_timeout=15, prompts_per_step=4)
+    code, output = run(TRAIN, argv, tmp_path / "log", ranks=2, fault=faults.hang_on_the_last_rank, timeout=120)
+    assert code != 0 and "in hang" in output
+
+
+def test_replay_is_bitwise_the_recorded_run(tiny_model, problems, tmp_path):
+    """Two updates a rollout, KL and clipping in play; then the same from the record, on two ranks too."""
+    more = dict(max_steps=4, num_iterations=2, beta=0.1, prompts_per_step=4, epsilon=0.01)
+    argv = options(tiny_model, problems, tmp_path / "out", save_rollouts=tmp_path / "rollouts", **more)
+    code, output = run(TRAIN, argv, tmp_path / "log")
+    assert code == 0, output
+    replay = options(tiny_model, problems, tmp_path / "again", rollouts_from=tmp_path / "rollouts", **more)
+    code, output = run(TRAIN, replay, tmp_path / "log2")
+    assert code == 0, output
+    first, second = weights(tmp_path / "out"), weights(tmp_path / "again")
+    assert all((first[name] == second[name]).all() for name in first)
+    rows, again = metrics(tmp_path / "out"), metrics(tmp_path / "again")
+    assert [row["loss"] for row in rows] == [row["loss"] for row in again]
+    assert rows[1]["clip_ratio/region_mean"] > 0 == rows[0]["clip_ratio/region_mean"]
+    assert rows[1]["kl"] > 0 and not math.isnan(rows[1]["loss"])
+
+    code, output = run(TRAIN, replay + flags(output_dir=tmp_path / "two"), tmp_path / "log3", ranks=2)
+    assert code == 0, output
+    third = weights(tmp_path / "two")
+    for name in first:
+        assert (first[name] - third[name]).norm() < 1e-4 * first[name].norm(), name
+
+
+def test_stale_rollouts_are_refused(tiny_model, problems, tmp_path):
+    argv = options(tiny_model, problems, tmp_path / "out", save_rollouts=tmp_path / "rollouts", max_steps=2)
+    assert run(TRAIN, argv, tmp_path / "log")[0] == 0
+    (tmp_path / "rollouts" / "step-000001-rank-00000.parquet").rename(
+        tmp_path / "rollouts" / "step-000002-rank-00000.parquet"
+    )
+    replay = options(tiny_model, problems, tmp_path / "again", rollouts_from=tmp_path / "rollouts", max_steps=2)
+    code, output = run(TRAIN, replay, tmp_path / "log2")
+    assert code != 0 and "no rollouts of step 1" in output
+
+
+@pytest.mark.slow
+def test_a_step_on_eight_ranks(tiny_model, problems, tmp_path):
+    """More ranks than prompts: three of them sample nothing and still take part."""
+    argv = options(tiny_model, problems, tmp_path / "out", max_steps=1, prompts_per_step=5)
+    code, output = run(TRAIN, argv, tmp_path / "log", ranks=8)
+    assert code == 0, output
+    [row] = metrics(tmp_path / "out")
+    assert row["effective_groups"] == 5 and row["sampling/sampling_logp_difference/max"] < 1e-4

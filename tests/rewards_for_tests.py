@@ -1,0 +1,7 @@
+"""A reward with spread on the text of an untrained model."""
+
+
+def digits(completions, **kwargs):
+    """Share of a completion's characters that are digits."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in texts]
