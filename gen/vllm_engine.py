@@ -52,6 +52,17 @@ def _host_settings_kept() -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def _default_group_kept() -> Iterator[None]:
+    """vLLM shuts down by destroying the default process group, though here the trainer made it and goes on using it."""
+    destroy = dist.destroy_process_group
+    dist.destroy_process_group = lambda group=None: None if group is None else destroy(group)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group = destroy
+
+
 def _cpu_kv_bytes(model_path: str, dtype: torch.dtype, max_model_len: int, max_batch: int) -> int:
     """Bytes of KV cache that `max_batch` sequences of full length need, but no more than 1 GiB for many."""
     from transformers import AutoConfig
@@ -97,7 +108,8 @@ class VLLMEngine:
         self.tensor_parallel_size = tensor_parallel_size
         self.max_model_len = max_model_len
         self.version = INITIAL_VERSION
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.joined_group = dist.is_initialized()
+        ranks = dist.get_world_size() if self.joined_group else 1
         if ranks % tensor_parallel_size:
             raise ValueError(
                 f"tensor_parallel_size {tensor_parallel_size} does not divide the number of ranks ({ranks}): "
@@ -106,7 +118,7 @@ class VLLMEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are replaced in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if self.on_cpu else "WARNING")
         options: dict[str, Any] = {}
-        if dist.is_initialized():
+        if self.joined_group:
             options["distributed_executor_backend"] = "external_launcher"
             rank = str(dist.get_rank())
             for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", str(ranks))):
@@ -215,9 +227,10 @@ class VLLMEngine:
         return consumed
 
     def close(self) -> None:
-        """Shut the engine down and free its memory, before the trainer destroys its process group."""
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
+        """Shut the engine down and free its memory. Call it before the trainer destroys its process group."""
+        with _default_group_kept() if self.joined_group else nullcontext():
+            self.llm.llm_engine.engine_core.shutdown()
+            del self.llm
         gc.collect()
         if not self.on_cpu:
             torch.cuda.empty_cache()

@@ -23,7 +23,9 @@ SYSTEM_PROMPT = (
 
 @dataclass(frozen=True)
 class GRPOScriptArguments(ScriptArguments):
-    dataset_prompt_column: str | None = option(None, "Column of the prompt; default: `prompt` if there, else `problem`.")
+    dataset_prompt_column: str | None = option(
+        None, "Column of the prompt; default: `prompt` if there, else `problem`."
+    )
     reward_funcs: list[str] = option(["accuracy", "format"], "Rewards by name, or your own as module:function.")
     repetition_n_grams: int = option(3, "n of the n-grams that repetition_penalty counts.")
     repetition_max_penalty: float = option(-1.0, "repetition_penalty's value where every n-gram repeats.")
@@ -34,7 +36,8 @@ class GRPOConfig(TrainingConfig):
     learning_rate: float = option(1e-6, "Peak learning rate.")
     system_prompt: str | None = option(None, "System prompt; default: open-r1's <think>/<answer> prompt; '' for none.")
     prompts_per_step: int | None = option(
-        None, "Prompts a rollout; default: per_device_train_batch_size x gradient_accumulation_steps x ranks completions."
+        None,
+        "Prompts a rollout; default: per_device_train_batch_size x gradient_accumulation_steps x ranks completions.",
     )
     num_generations: int = option(8, "Completions per prompt: the group G.")
     num_iterations: int = option(1, "Optimizer steps taken on each rollout.")
@@ -48,12 +51,24 @@ class GRPOConfig(TrainingConfig):
     loss_type: str = option("grpo", f"Aggregation and objective: {', '.join(LOSS_TYPES)}.")
     beta: float = option(0.04, "Weight of the KL to the reference model; 0: no reference model is loaded.")
     epsilon: float = option(0.2, "The ratio is clipped below at 1 - epsilon.")
-    epsilon_high: float | None = option(None, "... and above at 1 + epsilon_high (default epsilon); cispo's cap itself.")
-    delta: float | None = option(None, "Upper bound of the unclipped ratio (two-sided clipping); above 1 + epsilon_high.")
-    importance_sampling_level: Literal["token", "sequence"] = option("token", "Ratio per token, or per sequence (GSPO).")
-    scale_rewards: Literal["group", "batch", "none"] = option("group", "What the advantage is divided by: a std or none.")
-    old_logps: Literal["policy", "sampler"] = option("policy", "Whose log-probs are `old`: see DESIGN of the ratio in README.")
-    sampler_ratio_cap: float = option(2.0, "Truncation of the policy / sampler ratio that corrects the engine's mismatch.")
+    epsilon_high: float | None = option(
+        None, "... and above at 1 + epsilon_high (default epsilon); cispo's cap itself."
+    )
+    delta: float | None = option(
+        None, "Upper bound of the unclipped ratio (two-sided clipping); above 1 + epsilon_high."
+    )
+    importance_sampling_level: Literal["token", "sequence"] = option(
+        "token", "Ratio per token, or per sequence (GSPO)."
+    )
+    scale_rewards: Literal["group", "batch", "none"] = option(
+        "group", "What the advantage is divided by: a std or none."
+    )
+    old_logps: Literal["policy", "sampler"] = option(
+        "policy", "Whose log-probs are `old`: see DESIGN of the ratio in README."
+    )
+    sampler_ratio_cap: float = option(
+        2.0, "Truncation of the policy / sampler ratio that corrects the engine's mismatch."
+    )
     mask_truncated_completions: bool = option(False, "Leave completions cut by length out of the loss and its counts.")
     entropy_coef: float = option(0.0, "Weight of an entropy bonus.")
     reward_weights: list[float] | None = option(None, "One weight a reward function; default: all 1.")

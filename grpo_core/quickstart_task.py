@@ -129,7 +129,7 @@ def write_data(folder: str | Path, seed: int = 0, demonstrations: int = 400, tra
     return paths
 
 
-def make_tokenizer(seed: int = 0):
+def make_tokenizer():
     """Byte-level BPE in which every word of the task is one token and so is every digit; any text round-trips."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -142,7 +142,8 @@ def make_tokenizer(seed: int = 0):
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    problems = make_splits(seed, {"all": 2000})["all"]
+    words = [*NAMES, *OBJECTS, *(t for of_one in TEMPLATES.values() for t in of_one), *(str(a) for a in range(10, 100))]
+    corpus = [f"{word} {word}" for word in words]
     trainer = trainers.BpeTrainer(
         vocab_size=640,
         min_frequency=1,
@@ -150,7 +151,7 @@ def make_tokenizer(seed: int = 0):
         special_tokens=[PAD, BOS, END, USER, ASSISTANT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator((p.text for p in problems), trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_tokens([AddedToken(tag, special=False) for tag in ("<think>", "</think>", "<answer>", "</answer>")])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -25,8 +25,8 @@ from gen.engine import Engine
 from grpo_core.advantage import group_advantages
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
 from grpo_core.rewards import ScoreResult, score_completions
-from sft_core.data import render_prompt
 from sft_core.checkpoint import flush_to_disk
+from sft_core.data import render_prompt
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ def load_prompts(
         if len(ids) <= config.max_prompt_length:
             prompts.append(Prompt(messages, ids, row))
     if not prompts:
-        raise ValueError(f"all {len(rows)} prompts are longer than max_prompt_length {config.max_prompt_length}: raise it.")
+        raise ValueError(
+            f"all {len(rows)} prompts are longer than max_prompt_length {config.max_prompt_length}: raise it."
+        )
     return prompts, len(rows) - len(prompts)
 
 
@@ -212,7 +214,9 @@ def read_rollouts(folder: Path, step: int) -> list[Rollout]:
     """
     files = sorted(folder.glob(f"step-{step:06d}-rank-*.parquet"))
     if not files:
-        raise ValueError(f"no rollouts of step {step} in {folder}: record them with --save_rollouts, or lower max_steps.")
+        raise ValueError(
+            f"no rollouts of step {step} in {folder}: record them with --save_rollouts, or lower max_steps."
+        )
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
     own = [Rollout(**row) for row in rows if row["group"] % dist.get_world_size() == dist.get_rank()]
     return sorted(own, key=lambda r: r.group)

@@ -38,7 +38,12 @@ from grpo_core.loss import entropy_bonus, merge_metrics, policy_loss
 from grpo_core.report import CONSOLE, check_mismatch, completion_rows, reduce_step, rollout_metrics
 from grpo_core.rewards import get_reward_funcs, reward_name
 from grpo_core.rollout import (
-    load_prompts, read_rollouts, sample, score, set_advantages, write_rollouts,
+    load_prompts,
+    read_rollouts,
+    sample,
+    score,
+    set_advantages,
+    write_rollouts,
 )  # fmt: skip
 from kernels.linear_logprob import CHUNK_ELEMENTS
 from sft_core import guards
@@ -203,7 +208,9 @@ def main(argv: list[str] | None = None) -> None:
                 "tokens_per_second": metrics.pop("tokens") / seconds,
             }  # fmt: skip
             logger.log(step, metrics)
-            logger.log_completions(step, completion_rows(pending, reward_names, tokenizer, config.num_completions_to_print))
+            logger.log_completions(
+                step, completion_rows(pending, reward_names, tokenizer, config.num_completions_to_print)
+            )
         bar.update()
         due = config.save_strategy == "steps" and step % config.steps_between_saves(total_steps) == 0
         if due or stopping:
@@ -249,7 +256,10 @@ def update(
         scored, gap = logps[:n], {}
         if batch.old_logps is None:
             batch.old_logps = scored.detach() if config.old_logps == "policy" else batch.sampler_logps
-            gap = {f"gap/{name}": value for name, value in mismatch_stats(scored, batch.sampler_logps, batch.positions).items()}
+            gap = {
+                f"gap/{name}": value
+                for name, value in mismatch_stats(scored, batch.sampler_logps, batch.positions).items()
+            }
         if reference is not None and batch.ref_logps is None:
             with torch.no_grad():
                 batch.ref_logps = reference(batch.sequences, config.temperature)[0][:n]

@@ -315,10 +315,6 @@ def rank_folder(checkpoint: str | Path, rank: int) -> Path:
     return Path(checkpoint) / f"rank-{rank:05d}"
 
 
-def saved_world_size(checkpoint: str | Path) -> int:
-    return _saved(Path(checkpoint))["world_size"]
-
-
 def _saved(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE).read_text())
 

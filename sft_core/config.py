@@ -93,7 +93,9 @@ class TrainingConfig:
     save_strategy: Literal["no", "steps"] = option("steps", "Write checkpoints every save_steps, or none.")
     save_steps: float = option(500, "Steps between checkpoints; below 1: a share of all steps.")
     save_total_limit: int | None = option(None, "Checkpoints to keep; older ones are removed.")
-    ddp_timeout: int = option(1800, "Seconds a collective or a phase may take before all stacks are dumped and it ends.")
+    ddp_timeout: int = option(
+        1800, "Seconds a collective or a phase may take before all stacks are dumped and it ends."
+    )
 
     def __post_init__(self) -> None:
         require(self.output_dir != "", "--output_dir is missing: give a folder for checkpoints, logs and the model.")

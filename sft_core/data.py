@@ -78,7 +78,9 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, s
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template: start from an instruct model or add one to the tokenizer.")
+        raise ValueError(
+            "the tokenizer has no chat template: start from an instruct model or add one to the tokenizer."
+        )
 
 
 def supervised_example(
@@ -140,7 +142,9 @@ def supervised_examples(
     """
     columns = rows.column_names
     if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
-        raise ValueError(f"the data needs a column `messages`, or `prompt` and `completion`; it has {', '.join(columns)}.")
+        raise ValueError(
+            f"the data needs a column `messages`, or `prompt` and `completion`; it has {', '.join(columns)}."
+        )
     examples = []
     for row in tqdm(rows, desc="tokenise", disable=None, leave=False):
         ids, mask = supervised_example(tokenizer, row, stop_ids)
@@ -148,5 +152,7 @@ def supervised_examples(
         if any(mask[1:]):
             examples.append((ids, mask))
     if not examples:
-        raise ValueError(f"none of the {len(rows)} rows has anything to learn within max_length {max_length}: raise it.")
+        raise ValueError(
+            f"none of the {len(rows)} rows has anything to learn within max_length {max_length}: raise it."
+        )
     return examples, len(rows) - len(examples)

@@ -22,7 +22,6 @@ from kernels.linear_logprob import linear_logprob
 from sft_core.config import ModelConfig
 from sft_core.packing import PackedSequences, pack_sequences
 
-
 kernels.attention.register()
 
 
@@ -86,7 +85,9 @@ def load_tokenizer(config: ModelConfig) -> tuple[PretrainedConfig, PreTrainedTok
         ) from error
     for attribute in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model_config, attribute, None) not in (None, 1.0):
-            raise ValueError(f"{name} transforms its logits ({attribute}), which is not supported: choose another model.")
+            raise ValueError(
+                f"{name} transforms its logits ({attribute}), which is not supported: choose another model."
+            )
     return model_config, tokenizer
 
 

@@ -40,7 +40,9 @@ def check_schedule(config: TrainingConfig) -> None:
     if unknown:
         raise ValueError(f"lr_scheduler_kwargs {sorted(unknown)} mean nothing to {kind}: remove them.")
     if kind == "cosine_with_min_lr" and len(arguments) != 1:
-        raise ValueError('cosine_with_min_lr needs one of min_lr, min_lr_rate: lr_scheduler_kwargs {"min_lr_rate": 0.1}.')
+        raise ValueError(
+            'cosine_with_min_lr needs one of min_lr, min_lr_rate: lr_scheduler_kwargs {"min_lr_rate": 0.1}.'
+        )
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int) -> LambdaLR:

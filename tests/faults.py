@@ -7,7 +7,6 @@ import torch
 
 import grpo_core.batch
 import grpo_core.train
-import kernels.linear_logprob
 import sft_core.model
 import sft_core.packing
 from gen.torch_engine import TorchEngine

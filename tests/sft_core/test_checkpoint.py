@@ -17,17 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from sft_core.checkpoint import (
-    checkpoints,
-    find_checkpoint,
-    load_checkpoint,
-    prepare_output_dir,
-    rank_folder,
-    save_checkpoint,
-    saved_world_size,
-)
+from sft_core.checkpoint import checkpoints, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
 from sft_core.guards import init_distributed, shutdown
-from tests.sft_core.processes import run_ranks, start
+from tests.processes import run_ranks, start
 
 IDENTITY = {"algorithm": "grpo", "model": "tiny", "seed": 1}
 
@@ -37,15 +29,10 @@ def make(tied):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=30,  # does not divide evenly: the ranks' shards differ
-        intermediate_size=45,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        tie_word_embeddings=tied,
-    )
+    config = LlamaConfig(  # 30 does not divide evenly: the ranks' shards differ
+        vocab_size=96, hidden_size=30, intermediate_size=45, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, tie_word_embeddings=tied,
+    )  # fmt: skip
     policy = nn.Module()
     policy.model = LlamaForCausalLM(config)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -101,13 +88,9 @@ def save_tiny(folder, tied, step, resume_from=None):
     np.random.seed(rank)
     torch.manual_seed(rank)
     save_checkpoint(
-        folder,
-        step,
-        *made,
-        progress={"cursor": [step, 0.1], "loss": 1 / 3},
-        identity=IDENTITY,
+        folder, step, *made, progress={"cursor": [step, 0.1], "loss": 1 / 3}, identity=IDENTITY,
         write_extra=lambda own: (own / "rollouts.json").write_text(f"pending of {rank}"),
-    )
+    )  # fmt: skip
     result = everything(*made), draws()
     shutdown()
     return result
@@ -136,11 +119,10 @@ def test_resharding_from_two_ranks_of_torchrun_to_one(tmp_path):
     assert name == "checkpoint-7" and progress == {"cursor": [7, 0.1], "loss": 1 / 3}
     assert_same(saved, loaded)
     assert redrawn == drawn
-    checkpoint = tmp_path / "checkpoint-7"
-    assert saved_world_size(checkpoint) == 2
     for rank in range(2):
-        assert (rank_folder(checkpoint, rank) / "rollouts.json").read_text() == f"pending of {rank}"
-    assert json.loads((checkpoint / "trainer_state.json").read_text())["identity"] == IDENTITY
+        assert (tmp_path / name / f"rank-0000{rank}" / "rollouts.json").read_text() == f"pending of {rank}"
+    state = json.loads((tmp_path / name / "trainer_state.json").read_text())
+    assert state["identity"] == IDENTITY and state["step"] == 7 and state["world_size"] == 2
 
 
 def test_resharding_from_one_rank_to_two_and_on(tmp_path):

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from sft_core.export import export_model, full_weights, weight_names
 from sft_core.guards import init_distributed, shutdown
-from tests.sft_core.processes import run_ranks
+from tests.processes import run_ranks
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
 

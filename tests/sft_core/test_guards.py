@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from sft_core import guards
-from tests.sft_core.processes import run_ranks, start
+from tests.processes import run_ranks, start
 
 
 def wait_for(condition, seconds=60):

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sft_core.guards import init_distributed, shutdown
 from sft_core.metrics import MetricsLogger, cut_back, reduce_metrics
-from tests.sft_core.processes import run_ranks, start
+from tests.processes import run_ranks, start
 
 
 def lines(path):

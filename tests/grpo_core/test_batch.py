@@ -1,0 +1,51 @@
+"""Packing of rollouts: what is scored, and that nothing else is."""
+
+import pytest
+import torch
+
+from grpo_core.batch import keep_old_logps, make_micro_batches
+from grpo_core.rollout import Rollout
+
+CPU = torch.device("cpu")
+
+
+def rollout(group, prompt, answer, reason="stop"):
+    return Rollout(
+        group, prompt, answer, [-float(token) for token in answer], reason, version=0, advantage=float(group)
+    )
+
+
+def test_the_sampled_stop_token_is_scored_and_no_prompt_token_is():
+    """Invariant 5: 2 is the stop token here; the completion that was cut has none."""
+    rollouts = [rollout(0, [5, 6, 2, 7], [8, 2]), rollout(1, [9, 2], [3, 4, 5], "length")]
+    [batch] = make_micro_batches(rollouts, 100, CPU)
+    sequences = batch.sequences
+    scored = {s: sequences.targets[sequences.sequence_ids == s].tolist() for s in (0, 1)}
+    assert sorted(scored.values()) == [[3, 4, 5], [8, 2]]
+    # Each target stands right after the position that predicts it, in the same sequence.
+    assert torch.equal(sequences.input_ids[0, sequences.rows + 1], sequences.targets)
+    assert torch.equal(batch.sampler_logps, -sequences.targets.float())
+    assert torch.equal(batch.advantages[sequences.sequence_ids][sequences.targets == 8], torch.tensor([0.0]))
+    assert sorted(batch.positions.tolist()) == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("budget", [1, 7, 12, 1000])
+def test_sequences_are_never_split_and_budgets_are_kept(budget):
+    rollouts = [rollout(i, [1] * (1 + i % 4), list(range(3, 5 + i % 5))) for i in range(20)]
+    batches = make_micro_batches(rollouts, budget, CPU)
+    assert sorted(id(r) for b in batches for r in b.rollouts) == sorted(id(r) for r in rollouts)
+    for batch in batches:
+        tokens = batch.sequences.input_ids.shape[1]
+        assert tokens <= budget or len(batch.rollouts) == 1
+        assert tokens == sum(len(r.prompt_ids) + len(r.completion_ids) for r in batch.rollouts)
+
+
+def test_old_logps_survive_a_checkpoint():
+    """What one packing computed reaches the same tokens in another."""
+    rollouts = [rollout(i, [1, 1], list(range(3, 5 + i))) for i in range(6)]
+    batches = make_micro_batches(rollouts, 8, CPU)
+    for batch in batches:
+        batch.old_logps = batch.sampler_logps * 0.5
+    keep_old_logps(batches)
+    [batch] = make_micro_batches(rollouts, 1000, CPU)
+    assert torch.equal(batch.old_logps, batch.sampler_logps * 0.5)

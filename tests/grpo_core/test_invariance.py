@@ -1,0 +1,103 @@
+"""Invariant 1: the gradient of a step does not depend on how it is cut into micro-batches and ranks."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.processes import run_ranks
+
+LOSSES = {
+    "grpo": {},
+    "grpo, kl": {"beta": 0.1},
+    "grpo, delta": {"delta": 1.5},
+    "grpo, sequence ratio": {"importance_sampling_level": "sequence"},
+    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
+    "bnpo, entropy bonus": {"loss_type": "bnpo", "entropy_coef": 0.1},
+    "dr_grpo": {"loss_type": "dr_grpo"},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+    "sampler's log-probs as old": {"old_logps": "sampler"},
+}
+BUDGETS = {"one": 1, "three": 75, "all": 10_000}  # tokens; sequences are about 25 long
+
+
+def make_rollouts():
+    """Five groups of four completions of 1 to 20 tokens, with log-probs a little off the policy's."""
+    from grpo_core.rollout import Rollout
+
+    rng = random.Random(0)
+    rollouts = []
+    for group in range(5):
+        prompt = [rng.randrange(5, 200) for _ in range(rng.randint(5, 15))]
+        for _ in range(4):
+            answer = [rng.randrange(5, 200) for _ in range(rng.randint(1, 20))]
+            logps = [rng.uniform(-9, -6) for _ in answer]
+            old = [logp + rng.gauss(0, 0.1) for logp in logps]
+            rollouts.append(Rollout(group, prompt, answer, logps, "stop", 0, advantage=rng.gauss(0, 1), old_logps=old))
+    return rollouts
+
+
+def gradients(model: str) -> dict[str, dict[str, np.ndarray]]:
+    """On one rank: the full gradient of the step for every loss and budget, by "loss | budget"."""
+    from grpo_core.batch import make_micro_batches
+    from grpo_core.config import GRPOConfig
+    from grpo_core.train import update
+    from sft_core import guards
+    from sft_core.config import ModelConfig
+    from sft_core.model import load_policy
+    from sft_core.packing import step_counts
+    from sft_core.parallel import freeze, make_mesh, shard
+
+    rank, world_size, _, device = guards.init_distributed(60)
+    policy = shard(load_policy(ModelConfig(model)), make_mesh(device), bf16=False)
+    reference = load_policy(ModelConfig(model))
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(1.01)
+    freeze(reference)
+    reference = shard(reference, make_mesh(device), bf16=False)
+    result = {}
+    for name, options in LOSSES.items():
+        config = GRPOConfig(output_dir="unused", **({"beta": 0.0} | options))
+        for budget, tokens in BUDGETS.items():
+            own = [r for r in make_rollouts() if r.group % world_size == rank]
+            if config.old_logps == "sampler":
+                for rollout in own:
+                    rollout.old_logps = None
+            random.Random(budget).shuffle(own)  # packing order too
+            batches = make_micro_batches(own, tokens, device)
+            counts = step_counts([batch.sequences for batch in batches], device)
+            figures = update(policy, reference if config.beta else None, batches, counts, config, device)
+            loss = figures["loss"].clone()
+            dist.all_reduce(loss)
+            result[f"{name} | {budget}"] = {
+                parameter: p.grad.full_tensor().numpy().copy() for parameter, p in policy.named_parameters()
+            } | {"loss": loss.numpy()}
+            policy.zero_grad()
+    guards.shutdown()
+    return result
+
+
+@pytest.fixture(scope="module")
+def by_ranks(tiny_model):
+    return {ranks: run_ranks(ranks, gradients, tiny_model)[0] for ranks in (1, 2)}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gradient_is_the_same_for_every_split(by_ranks, loss, budget, ranks):
+    expected, found = by_ranks[1][f"{loss} | all"], by_ranks[ranks][f"{loss} | {budget}"]
+    assert expected.keys() == found.keys()
+    for name in expected:
+        norm = np.linalg.norm(expected[name])
+        assert norm > 0, f"{name} has no gradient: nothing is compared"
+        assert np.linalg.norm(expected[name] - found[name]) < 1e-5 * norm, name
+
+
+def test_losses_differ_from_each_other(by_ranks):
+    """Else the test above might compare one loss with itself nine times; dapo and bnpo differ by options only."""
+    losses = [float(by_ranks[1][f"{loss} | all"]["loss"]) for loss in LOSSES]
+    assert len({round(loss, 6) for loss in losses}) == len(losses)
