@@ -1,0 +1,132 @@
+"""Invariant 6: killed at any moment and started again, a run ends as if nothing had happened, bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.grpo_core.test_train import TRAIN, options, weights
+from tests.launch import metrics, run, start, wait
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+# Two updates a rollout and a checkpoint each step: every other one lies between two updates on the same rollout.
+SETTINGS = dict(max_steps=STEPS, num_iterations=2, save_strategy="steps", save_steps=1, save_total_limit=3,
+                prompts_per_step=4, beta=0.1)  # fmt: skip
+TIMES = ("time/", "step_time", "tokens_per_second", "peak_memory")
+
+
+def comparable(output_dir):
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in metrics(output_dir)]
+
+
+def assert_same_run(expected, found):
+    rows = comparable(found)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows == comparable(expected)
+    first, second = weights(expected), weights(found)
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+def wait_for_step(output_dir, step):
+    """Until the log holds `step` (its checkpoint is then being written) or the run is over."""
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        path = output_dir / "metrics.jsonl"
+        if path.exists() and path.read_text().count("\n") >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_model, problems, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    code, output = run(TRAIN, options(tiny_model, problems, folder / "out", **SETTINGS), folder / "log", ranks=2)
+    assert code == 0, output
+    return folder / "out"
+
+
+def test_killed_ranks_resume_bitwise(uninterrupted, tiny_model, problems, tmp_path):
+    """First one rank, then all, at moments spread over a step and its save."""
+    argv = options(tiny_model, problems, tmp_path / "out", **SETTINGS)
+    rng = random.Random(0)
+    for step, victims in ((1, [1]), (3, [0, 1])):
+        processes = start(TRAIN, argv, tmp_path / "log", ranks=2)
+        wait_for_step(tmp_path / "out", step)
+        time.sleep(rng.uniform(0, 0.3))
+        for victim in victims:
+            processes[victim].kill()
+        assert wait(processes) != 0
+    code, output = run(TRAIN, argv, tmp_path / "log", ranks=2)
+    assert code == 0, output
+    assert_same_run(uninterrupted, tmp_path / "out")
+
+
+def test_sigterm_saves_and_exits(uninterrupted, tiny_model, problems, tmp_path):
+    argv = options(tiny_model, problems, tmp_path / "out", **(SETTINGS | {"save_steps": 100}))
+    processes = start(TRAIN, argv, tmp_path / "log", ranks=2)
+    wait_for_step(tmp_path / "out", 1)
+    os.kill(processes[1].pid, signal.SIGTERM)  # one rank is enough: they agree at the step's end
+    assert wait(processes) == 0
+    saved = [int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*")]
+    assert len(saved) == 1 and 1 <= saved[0] < STEPS and not (tmp_path / "out" / "config.json").exists()
+    code, output = run(TRAIN, argv, tmp_path / "log", ranks=2)
+    assert code == 0, output
+    assert_same_run(uninterrupted, tmp_path / "out")
+
+
+def test_resume_with_another_number_of_ranks(uninterrupted, tiny_model, problems, tmp_path):
+    """Not bitwise, since sums are taken in another order, but the same run to float32 rounding."""
+    argv = options(tiny_model, problems, tmp_path / "out", **SETTINGS)
+    processes = start(TRAIN, argv, tmp_path / "log", ranks=2)
+    wait_for_step(tmp_path / "out", 3)
+    for process in processes:
+        process.kill()
+    wait(processes)
+    code, output = run(TRAIN, argv, tmp_path / "log", ranks=1)
+    assert code == 0, output
+    losses, expected = ([row["loss"] for row in metrics(folder)] for folder in (tmp_path / "out", uninterrupted))
+    assert len(losses) == STEPS and losses == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_killed_launcher_leaves_no_orphan(uninterrupted, tiny_model, problems, tmp_path):
+    """torchrun itself killed with -9: its ranks and their reward workers die with it, and the command resumes."""
+    argv = options(tiny_model, problems, tmp_path / "out", **SETTINGS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "-m", TRAIN, *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    wait_for_step(tmp_path / "out", 2)
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(family) >= 4  # two ranks, a reward worker each
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(uninterrupted, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(uninterrupted, tiny_model, problems, tmp_path):
+    """The whole group, at random moments, until the run is through."""
+    argv = options(tiny_model, problems, tmp_path / "out", **SETTINGS)
+    rng = random.Random(1)
+    for _ in range(20):
+        processes = start(TRAIN, argv, tmp_path / "log", ranks=2)
+        time.sleep(rng.uniform(1.0, 8.0))
+        for process in processes:
+            process.kill()
+        wait(processes)
+    code, output = run(TRAIN, argv, tmp_path / "log", ranks=2)
+    assert code == 0, output
+    assert_same_run(uninterrupted, tmp_path / "out")
