@@ -3,10 +3,10 @@
     make quickstart                          or: python -m grpo_core.quickstart
     make quickstart-control                  the same minutes spent on more SFT instead
 
-Builds a small Llama and a set of word problems (`quickstart_task.py`), warm-starts it with `python -m sft_core.train` on
-worked demonstrations, trains it with `torchrun -m grpo_core.train` on problems and answers alone, sampling through vLLM,
-and scores all three on held-out problems. Every part is the one that a large run uses; only the sizes are small. A
-finished part is not done again: delete the folder to start over.
+Builds a small Llama and a set of word problems (`quickstart_task.py`), warm-starts it with
+`python -m sft_core.train` on worked demonstrations, trains it with `torchrun -m grpo_core.train` on problems and
+answers alone, sampling through vLLM, and scores all three on held-out problems. Every part is the one that a large
+run uses; only the sizes are small. A finished part is not done again: delete the folder to start over.
 """
 
 import argparse
@@ -16,21 +16,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-DATA = {"seed": 0}
-SFT = {
+SFT: dict[str, Any] = {
     "max_steps": 225, "per_device_train_batch_size": 32, "learning_rate": 3e-3, "lr_scheduler_type": "cosine",
     "warmup_steps": 20, "weight_decay": 0.1, "adam_beta2": 0.95, "max_length": 128,
 }  # fmt: skip
-GRPO = {
+GRPO: dict[str, Any] = {
     "max_steps": 150, "prompts_per_step": 24, "num_generations": 8, "max_prompt_length": 96,
     "max_completion_length": 32, "learning_rate": 3e-4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5,
     "adam_beta2": 0.95, "beta": 0.0, "temperature": 1.0, "reward_funcs": "accuracy", "system_prompt": "",
 }  # fmt: skip
-SHARED = {"save_strategy": "no", "logging_steps": 10, "max_tokens_per_micro_batch": 8192}
+SHARED: dict[str, Any] = {"save_strategy": "no", "logging_steps": 10, "max_tokens_per_micro_batch": 8192}
 SAMPLES = 4  # per held-out problem, for pass@1
 
 
@@ -63,7 +63,7 @@ def build(folder: Path) -> None:
     from grpo_core.quickstart_task import write_data, write_model
 
     if not (folder / "base" / "config.json").exists():
-        write_data(folder / "data", **DATA)
+        write_data(folder / "data")
         write_model(folder / "base")
 
 
@@ -127,15 +127,16 @@ def evaluate(folder: Path, engine_name: str, models: list[Path]) -> None:
     pool = WorkerPool(2)
     for version, model in enumerate(tqdm(models, desc="evaluate", disable=None)):
         engine.load_weights(load_file(model / "model.safetensors").items(), version)
-        result = {}
+        result: dict[str, Any] = {}
         for name, n in (("greedy", 1), ("pass@1", SAMPLES)):
             completions = engine.sample(
                 prompts, n=n, temperature=1.0, max_tokens=length, seeds=list(range(0, n * len(prompts), n)),
                 stop_ids=frozenset([tokenizer.eos_token_id]), greedy=name == "greedy",
             )  # fmt: skip
             flat = [(i, sample.token_ids) for i, samples in enumerate(completions) for sample in samples]
+            texts = tokenizer.batch_decode([ids for _, ids in flat], skip_special_tokens=True)
             scores = score_completions(
-                [accuracy_reward], None, completions=tokenizer.batch_decode([ids for _, ids in flat], skip_special_tokens=True),
+                [accuracy_reward], None, completions=texts,
                 prompts=[rows[i]["prompt"] for i, _ in flat], group_ids=[i for i, _ in flat],
                 completion_ids=[ids for _, ids in flat], columns={"solution": [rows[i]["solution"] for i, _ in flat]},
                 pool=pool,

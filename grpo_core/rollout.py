@@ -212,7 +212,7 @@ def read_rollouts(folder: Path, step: int) -> list[Rollout]:
     Raises:
         ValueError: nothing was recorded for this step.
     """
-    files = sorted(folder.glob(f"step-{step:06d}-rank-*.parquet"))
+    files = sorted(folder.rglob(f"step-{step:06d}-rank-*.parquet"))
     if not files:
         raise ValueError(
             f"no rollouts of step {step} in {folder}: record them with --save_rollouts, or lower max_steps."

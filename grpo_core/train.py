@@ -20,7 +20,7 @@ engines in `gen/`. Left out on purpose: value networks, reward models, asynchron
 import math
 import sys
 import time
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +30,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.verify import WorkerPool
-from gen.engine import Engine, check_engine_available, make_engine
 from gen.sync import mismatch_stats, probe, sync_weights
 from grpo_core.batch import MicroBatch, idle_micro_batch, keep_old_logps, make_micro_batches
-from grpo_core.config import GRPOConfig, GRPOScriptArguments
+from grpo_core.config import GRPOConfig
 from grpo_core.loss import entropy_bonus, merge_metrics, policy_loss
 from grpo_core.report import CONSOLE, check_mismatch, completion_rows, reduce_step, rollout_metrics
-from grpo_core.rewards import get_reward_funcs, reward_name
-from grpo_core.rollout import (
-    load_prompts,
-    read_rollouts,
-    sample,
-    score,
-    set_advantages,
-    write_rollouts,
-)  # fmt: skip
-from kernels.linear_logprob import CHUNK_ELEMENTS
+from grpo_core.rollout import Rollout, read_rollouts, sample, score, set_advantages, write_rollouts
+from grpo_core.setup import prepare, start_engine
 from sft_core import guards
-from sft_core.checkpoint import load_checkpoint, prepare_output_dir, save_checkpoint
-from sft_core.cli import parse
-from sft_core.config import ModelConfig
-from sft_core.data import fingerprint, load_rows, row_order
+from sft_core.checkpoint import load_checkpoint, save_checkpoint
+from sft_core.data import row_order
 from sft_core.export import export_model, full_weights, weight_names
-from sft_core.metrics import MetricsLogger, check_report_to
-from sft_core.model import Policy, check_positions, compute_in_bf16, load_policy, load_tokenizer, stop_token_ids
-from sft_core.optim import check_schedule, clip_gradients, guarded_step, make_optimizer, make_scheduler
+from sft_core.metrics import MetricsLogger
+from sft_core.model import Policy, load_policy
+from sft_core.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
 from sft_core.packing import StepCounts, step_counts
 from sft_core.parallel import freeze, make_mesh, shard
 
@@ -62,103 +51,61 @@ from sft_core.parallel import freeze, make_mesh, shard
 def main(argv: list[str] | None = None) -> None:
     """Train as told by `argv` (default: the command line); exit code 2 for bad input, before weights are loaded."""
     with guards.usage_errors():
-        model_config, data, config = parse((ModelConfig, GRPOScriptArguments, GRPOConfig), argv or sys.argv[1:])
-        check_schedule(config)
-        check_report_to(config.report_to)
-        if config.rollouts_from is None:
-            check_engine_available(config.engine)
-        reward_funcs = get_reward_funcs(data)
-        reward_names = [reward_name(function) for function in reward_funcs]
-        rank, world_size, _, device = guards.init_distributed(config.ddp_timeout)
-        bf16 = compute_in_bf16(config.bf16, device)
-        model_info, tokenizer = load_tokenizer(model_config)
-        stop_ids = stop_token_ids(tokenizer, model_config)
-        max_tokens = config.max_prompt_length + config.max_completion_length
-        check_positions(model_info, max_tokens)
-        rows = load_rows(data, data.dataset_train_split)
-        prompts, left_out = load_prompts(rows, data, config, tokenizer)
-        identity = {
-            "algorithm": "grpo", "model": model_config.model_name_or_path, "data": fingerprint(rows),
-            "seed": config.seed,
-        }  # fmt: skip
-        guards.on_first_rank(lambda: guards.lock_output_dir(config.output_dir))
-        checkpoint = prepare_output_dir(config.output_dir, identity, config.overwrite_output_dir)
-        prompts_per_rollout = config.prompts_a_rollout(world_size)
-        total_steps = config.total_steps(config.num_iterations * len(prompts) / prompts_per_rollout)
-
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    policy = load_policy(model_config)
+        run = prepare(sys.argv[1:] if argv is None else argv)
+    config, rank, world_size, device = run.config, run.rank, run.world_size, run.device
     if rank == 0:
-        print(f"{len(prompts)} prompts, {left_out} left out as longer than {config.max_prompt_length} tokens; "
-              f"{total_steps} steps; a rollout is {prompts_per_rollout} prompts x {config.num_generations} completions, "
-              f"used for {config.num_iterations} steps")  # fmt: skip
-        print(guards.memory_plan(
-            device, num_parameters=sum(p.numel() for p in policy.parameters()), world_size=world_size,
-            vocab_size=model_info.vocab_size, chunk_tokens=CHUNK_ELEMENTS[device.type] // model_info.vocab_size,
-            compute_dtype=dtype, reference=config.beta > 0, engine_kv_bytes=0 if config.rollouts_from is None else -1,
-            engine_share=config.vllm_gpu_memory_utilization if device.type == "cuda" and config.engine == "vllm" else 0,
-        ))  # fmt: skip
-    mesh = make_mesh(device)
-    policy = shard(policy, mesh, bf16=bf16, gradient_checkpointing=config.gradient_checkpointing)
-    reference = None
-    if config.beta > 0:
-        reference = load_policy(model_config)
-        freeze(reference)
-        reference = shard(reference, mesh, bf16=bf16)
+        print(run.summary)
+    sharding = {"mesh": make_mesh(device), "bf16": run.bf16, "gradient_checkpointing": config.gradient_checkpointing}
+    policy = shard(load_policy(run.model), **sharding)
+    reference = shard(freeze(load_policy(run.model)), **sharding) if config.beta > 0 else None
     optimizer = make_optimizer(policy, config)
-    scheduler = make_scheduler(optimizer, config, total_steps)
+    scheduler = make_scheduler(optimizer, config, run.total_steps)
     progress: dict[str, Any] = {"step": 0, "prompts": 0, "num_tokens": 0, "uses": 0}
-    pending: list = []  # rollouts still to be used by further updates
-    if checkpoint is not None:
-        progress = load_checkpoint(checkpoint, policy, optimizer, scheduler)
+    pending: list[Rollout] = []  # this rank's rollouts; kept while they are to be used again
+    if run.checkpoint is not None:
+        progress = load_checkpoint(run.checkpoint, policy, optimizer, scheduler)
         if progress["uses"]:
-            pending = read_rollouts(checkpoint, progress["step"])
-    engine: Engine | None = None
-    if config.rollouts_from is None:
-        engine = make_engine(
-            config.engine, model_config.model_name_or_path, dtype=dtype, seed=config.seed, max_model_len=max_tokens,
-            max_batch=min(1024, config.num_generations * prompts_per_rollout),
-            tensor_parallel_size=config.vllm_tensor_parallel_size,
-            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-        )  # fmt: skip
+            pending = read_rollouts(run.checkpoint, progress["step"])
+    engine = start_engine(run)
     pool = WorkerPool(config.reward_num_workers, config.reward_timeout)
     logger = MetricsLogger(
-        config.output_dir, config.report_to, progress["step"], asdict(model_config) | asdict(data) | asdict(config),
-        CONSOLE, total_steps,
+        config.output_dir, config.report_to, progress["step"], run.options, CONSOLE, run.total_steps
     )  # fmt: skip
     phases = guards.Phases(config.ddp_timeout)
     stop = guards.StopSignal()
 
     def save() -> None:
+        to_use = pending if progress["uses"] else []
         save_checkpoint(
-            config.output_dir, progress["step"], policy, optimizer, scheduler, progress=progress, identity=identity,
-            save_total_limit=config.save_total_limit,
-            write_extra=(lambda folder: write_rollouts(folder, progress["step"], pending)) if progress["uses"] else None,
+            config.output_dir, progress["step"], policy, optimizer, scheduler,
+            progress=progress, identity=run.identity, save_total_limit=config.save_total_limit,
+            write_extra=lambda folder: write_rollouts(folder, progress["step"], to_use),
         )  # fmt: skip
 
     micro_batches: list[MicroBatch] = []
     saved_at, stopping = progress["step"], False
-    bar = tqdm(total=total_steps, initial=progress["step"], desc="grpo", disable=None if rank == 0 else True)
-    while progress["step"] < total_steps and not stopping:
+    bar = tqdm(total=run.total_steps, initial=progress["step"], desc="grpo", disable=None if rank == 0 else True)
+    while progress["step"] < run.total_steps and not stopping:
         start = time.perf_counter()
         step = progress["step"] + 1
         if not progress["uses"]:
             if engine is not None:
                 # 1 sync: the engine's weights := the policy's, version = steps behind them, checked by a probe
                 with phases("sync"):
-                    sync_weights(engine, full_weights(policy, dtype), weight_names(policy), version=progress["step"])
+                    sync_weights(engine, full_weights(policy, run.dtype), weight_names(policy), progress["step"])
                     probe(
-                        engine, lambda prompt, answer: policy.score(prompt, answer, config.temperature, device),
-                        prompts[0].ids, temperature=config.temperature, max_tokens=min(8, config.max_completion_length),
-                        seed=config.seed, tolerance=config.max_logp_difference,
+                        engine, partial(policy.score, temperature=config.temperature, device=device),
+                        run.prompts[0].ids, temperature=config.temperature, seed=config.seed,
+                        max_tokens=min(8, config.max_completion_length), tolerance=config.max_logp_difference,
                     )  # fmt: skip
                 # 2 sample and score: this rank's share of the rollout's prompts
-                order = row_order(len(prompts), config.seed, progress["prompts"], prompts_per_rollout)
-                chosen = {group: prompts[order[group]] for group in range(rank, prompts_per_rollout, world_size)}
+                order = row_order(len(run.prompts), config.seed, progress["prompts"], run.prompts_per_rollout)
+                own = range(rank, run.prompts_per_rollout, world_size)
+                chosen = {group: run.prompts[order[group]] for group in own}
                 with phases("sample"):
-                    pending = sample(engine, chosen, config, step, stop_ids)
+                    pending = sample(engine, chosen, config, step, run.stop_ids)
                 with phases("score"):
-                    errors = score(pending, chosen, reward_funcs, config, tokenizer, pool).errors
+                    errors = score(pending, chosen, run.reward_funcs, config, run.tokenizer, pool).errors
                 for text, count in errors.items():
                     tqdm.write(f"step {step}: {count} checks failed and left their completions unscored: {text}")
             else:
@@ -170,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
             summaries = set_advantages(pending, config.scale_rewards)
             if all(math.isnan(s.reward) for s in summaries):
                 raise RuntimeError(f"step {step}: no completion could be scored: the reward functions are broken.")
-            progress["prompts"] += prompts_per_rollout
+            progress["prompts"] += run.prompts_per_rollout
             if config.save_rollouts is not None:
                 write_rollouts(Path(config.save_rollouts), step, pending)
             micro_batches = []
@@ -197,22 +144,22 @@ def main(argv: list[str] | None = None) -> None:
         progress["uses"] = (progress["uses"] + 1) % config.num_iterations
         progress["num_tokens"] += int(metrics["tokens"])
         # 7 log, save
-        seconds = time.perf_counter() - start
-        if step % config.logging_steps == 0 or step == total_steps:
-            metrics |= phases.pop() | (rollout_metrics(summaries, reward_names) if first else {}) | {
+        seconds, timing = time.perf_counter() - start, phases.pop()
+        if step % config.logging_steps == 0 or step == run.total_steps:
+            metrics |= timing | (rollout_metrics(summaries, run.reward_names) if first else {}) | {
                 "grad_norm": float(grad_norm),
                 "learning_rate": learning_rate,
-                "epoch": progress["prompts"] / len(prompts),
+                "epoch": progress["prompts"] / len(run.prompts),
                 "num_tokens": progress["num_tokens"],
                 "step_time": seconds,
                 "tokens_per_second": metrics.pop("tokens") / seconds,
             }  # fmt: skip
             logger.log(step, metrics)
             logger.log_completions(
-                step, completion_rows(pending, reward_names, tokenizer, config.num_completions_to_print)
+                step, completion_rows(pending, run.reward_names, run.tokenizer, config.num_completions_to_print)
             )
         bar.update()
-        due = config.save_strategy == "steps" and step % config.steps_between_saves(total_steps) == 0
+        due = config.save_strategy == "steps" and step % config.steps_between_saves(run.total_steps) == 0
         if due or stopping:
             if progress["uses"]:
                 keep_old_logps(micro_batches)
@@ -225,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         with phases("export"):
             if config.save_strategy == "steps" and saved_at != progress["step"]:
                 save()
-            export_model(policy, tokenizer, config.output_dir, dtype, stop_ids)
+            export_model(policy, run.tokenizer, config.output_dir, run.dtype, run.stop_ids)
     elif rank == 0:
         print(f"stopped by a signal after step {progress['step']}: the same command goes on from there")
     logger.close()

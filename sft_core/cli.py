@@ -20,7 +20,7 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     """One validated instance of each dataclass type.
 
     Raises:
-        ValueError: unknown key or flag, unreadable YAML, or a value that a dataclass refuses; the message has the remedy.
+        ValueError: unknown key or flag, unreadable YAML, or a value that a dataclass refuses.
     """
     path, argv = _take_config_path(argv)
     known = [field.name for config_type in config_types for field in dataclasses.fields(config_type)]

@@ -37,7 +37,7 @@ def load_rows(arguments: ScriptArguments, split: str) -> Dataset:
             data = load_dataset(name, arguments.dataset_config)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"no data set {name!r} to be had: it is neither a .json, .jsonl or .parquet file, a saved data set, nor "
+                f"no data set {name!r} to be had: it is neither a .json, .jsonl or .parquet file, a saved set, nor "
                 f"a Hub id that can be reached from here (check --dataset_name). Cause: {str(error).splitlines()[0]}"
             ) from error
     if isinstance(data, DatasetDict):

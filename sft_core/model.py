@@ -1,9 +1,11 @@
-"""Models and tokenizers from the Hub or a folder, and the policy: a transformers model that scores packed sequences.
+"""Models and tokenizers, and the policy: a transformers model that scores packed sequences.
 
-Left out on purpose: models whose logits are more than `hidden @ head.T` (bias, soft-cap, scale); they are refused, since
-log-probs come straight from hidden states (`kernels/linear_logprob.py`).
+Left out on purpose: models whose logits are more than `hidden @ head.T` (bias, soft-cap, scale); they are refused,
+since log-probs come straight from hidden states (`kernels/linear_logprob.py`).
 """
 
+import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -89,6 +91,19 @@ def load_tokenizer(config: ModelConfig) -> tuple[PretrainedConfig, PreTrainedTok
                 f"{name} transforms its logits ({attribute}), which is not supported: choose another model."
             )
     return model_config, tokenizer
+
+
+def architecture(config: PretrainedConfig) -> str:
+    """A short digest of what the weights of a model look like."""
+    ignored = {"transformers_version", "_name_or_path", "dtype", "use_cache"}
+    described = {key: value for key, value in config.to_dict().items() if key not in ignored}
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Parameters of the model that `config` describes, without making it."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
 def load_policy(config: ModelConfig) -> Policy:

@@ -35,7 +35,8 @@ def make_optimizer(policy: nn.Module, config: TrainingConfig) -> torch.optim.Ada
 
 def check_schedule(config: TrainingConfig) -> None:
     """Raise ValueError where lr_scheduler_kwargs do not fit lr_scheduler_type."""
-    kind, arguments = config.lr_scheduler_type, config.lr_scheduler_kwargs or {}
+    kind = config.lr_scheduler_type
+    arguments: dict = config.lr_scheduler_kwargs or {}
     unknown = set(arguments) - ({"min_lr", "min_lr_rate"} if kind == "cosine_with_min_lr" else set())
     if unknown:
         raise ValueError(f"lr_scheduler_kwargs {sorted(unknown)} mean nothing to {kind}: remove them.")

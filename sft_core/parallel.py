@@ -1,4 +1,4 @@
-"""Sharding with FSDP2, applied to the policy from outside: activation checkpointing, then one unit a block, then the rest.
+"""Sharding with FSDP2, applied to the policy from outside: one unit a block, then one for the rest.
 
 Masters are float32 and sharded; each unit is gathered in the compute dtype for its forward and backward; gradients are
 reduced in float32 and *summed*: the loss divides by the whole step's counts itself (see `grpo_core/loss.py`), so the
@@ -7,7 +7,6 @@ gradient does not depend on how many ranks share the work. Tensor and pipeline p
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -49,7 +48,6 @@ def _sum_gradients(module: FSDPModule) -> None:
     module.set_force_sum_reduction_for_comms(True)
 
 
-def freeze(model: nn.Module) -> None:
-    """Mark every parameter as not trained (the reference model)."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+def freeze(policy: Policy) -> Policy:
+    """The same policy with no parameter trained (the reference model)."""
+    return policy.requires_grad_(False)

@@ -5,8 +5,8 @@
 
 The loss is the mean negative log-likelihood of the step's trained tokens (what the assistant says, its end of turn
 included). Rows are packed end to end without padding and without seeing each other. The mean is over the whole
-optimizer step on all ranks, so how the step is cut into micro-batches and ranks does not change its gradient. The same
-command resumes from the last complete checkpoint. GRPO (`grpo_core/train.py`) is this loop plus rollouts and advantages.
+optimizer step on all ranks, so how it is cut into micro-batches and ranks does not change its gradient. The same
+command resumes from the last complete checkpoint. GRPO (`grpo_core/train.py`) is this loop plus rollouts.
 
 Left out on purpose: padding, dropout, adapters, evaluation during training, streaming data.
 """
@@ -27,7 +27,7 @@ from sft_core.config import ModelConfig, ScriptArguments, SFTConfig
 from sft_core.data import fingerprint, load_rows, row_order, supervised_examples
 from sft_core.export import export_model
 from sft_core.metrics import MetricsLogger, check_report_to, reduce_metrics
-from sft_core.model import compute_in_bf16, load_policy, load_tokenizer, stop_token_ids
+from sft_core.model import architecture, compute_in_bf16, count_parameters, load_policy, load_tokenizer, stop_token_ids
 from sft_core.optim import check_schedule, clip_gradients, guarded_step, make_optimizer, make_scheduler
 from sft_core.packing import idle_sequences, pack, pack_sequences, step_counts
 from sft_core.parallel import make_mesh, shard
@@ -38,32 +38,44 @@ CONSOLE = ("loss", "entropy", "grad_norm", "learning_rate", "tokens_per_second")
 def main(argv: list[str] | None = None) -> None:
     """Train as told by `argv` (default: the command line); exit code 2 for bad input, before weights are loaded."""
     with guards.usage_errors():
-        model_config, data, config = parse((ModelConfig, ScriptArguments, SFTConfig), argv or sys.argv[1:])
+        model_config, data, config = parse(
+            (ModelConfig, ScriptArguments, SFTConfig), sys.argv[1:] if argv is None else argv
+        )
         check_schedule(config)
         check_report_to(config.report_to)
         rank, world_size, _, device = guards.init_distributed(config.ddp_timeout)
         bf16 = compute_in_bf16(config.bf16, device)
+        dtype = torch.bfloat16 if bf16 else torch.float32
         model_info, tokenizer = load_tokenizer(model_config)
         stop_ids = stop_token_ids(tokenizer, model_config)
         rows = load_rows(data, data.dataset_train_split)
         examples, dropped = supervised_examples(rows, tokenizer, stop_ids, config.max_length)
         identity = {
-            "algorithm": "sft", "model": model_config.model_name_or_path, "data": fingerprint(rows), "seed": config.seed,
-        }  # fmt: skip
+            "algorithm": "sft",
+            "model": model_config.model_name_or_path,
+            "architecture": architecture(model_info),
+            "data": fingerprint(rows),
+            "seed": config.seed,
+        }
         guards.on_first_rank(lambda: guards.lock_output_dir(config.output_dir))
         checkpoint = prepare_output_dir(config.output_dir, identity, config.overwrite_output_dir)
         rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size
         total_steps = config.total_steps(len(examples) / rows_per_step)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    policy = load_policy(model_config)
+        plan = guards.memory_plan(
+            device,
+            num_parameters=count_parameters(model_info),
+            world_size=world_size,
+            vocab_size=model_info.vocab_size,
+            chunk_tokens=CHUNK_ELEMENTS[device.type] // model_info.vocab_size,
+            compute_dtype=dtype,
+            engine_kv_bytes=-1,
+        )
     if rank == 0:
-        size = sum(p.numel() for p in policy.parameters())
         print(f"{len(examples)} rows to train on, {dropped} dropped (nothing to learn); {total_steps} steps of "
-              f"{rows_per_step} rows")  # fmt: skip
-        print(guards.memory_plan(device, num_parameters=size, world_size=world_size, vocab_size=model_info.vocab_size,
-                                 chunk_tokens=CHUNK_ELEMENTS[device.type] // model_info.vocab_size,
-                                 compute_dtype=dtype, engine_kv_bytes=-1))  # fmt: skip
-    policy = shard(policy, make_mesh(device), bf16=bf16, gradient_checkpointing=config.gradient_checkpointing)
+              f"{rows_per_step} rows\n{plan}")  # fmt: skip
+    policy = shard(
+        load_policy(model_config), make_mesh(device), bf16=bf16, gradient_checkpointing=config.gradient_checkpointing
+    )
     optimizer = make_optimizer(policy, config)
     scheduler = make_scheduler(optimizer, config, total_steps)
     progress = {"step": 0, "rows": 0, "num_tokens": 0}
