@@ -57,7 +57,7 @@ def init_distributed(timeout_s: float = 600.0) -> tuple[int, int, int, torch.dev
     time-out's abort among them, print all Python stacks. One process gets the environment variables that torchrun
     would have set, with a free port, because vLLM's `external_launcher` reads them.
     """
-    faulthandler.enable(all_threads=True)
+    faulthandler.enable(file=2, all_threads=True)
     store: dist.Store | None = None
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if "TORCHELASTIC_RUN_ID" in os.environ:

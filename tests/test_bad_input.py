@@ -1,0 +1,155 @@
+"""Invariant 9: bad input is one clear sentence and exit code 2, before weights are loaded; nothing written is lost."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+
+import grpo_core.train
+import sft_core
+import sft_core.train
+from tests.grpo_core.test_train import TRAIN, options, weights
+from tests.launch import flags, run
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch):
+    """Whatever these tests do, no weight may be loaded."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+def refusal(main, argv, capsys) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lerning_rate": 1}, "did you mean `learning_rate`?"),
+        ({"learning_rate": "fast"}, "invalid float value"),
+        ({"model_name_or_path": "./no/such/folder"}, "no model folder at ./no/such/folder"),
+        ({"dataset_name": "./nothing.jsonl"}, "no data file at ./nothing.jsonl"),
+        ({"dataset_name": "./no/folder"}, "no data set at ./no/folder"),
+        ({"dataset_prompt_column": "question"}, "it has prompt, solution: name one with --dataset_prompt_column"),
+        ({"reward_funcs": ["acuracy"]}, "did you mean 'accuracy'?"),
+        ({"reward_funcs": ["no_such_module:reward"]}, "cannot import the reward"),
+        ({"reward_weights": [1, 2]}, "give one weight each"),
+        ({"engine": "sglang"}, "unknown engine 'sglang': use vllm or torch"),
+        ({"loss_type": "ppo"}, "loss_type must be one of grpo, dapo"),
+        ({"num_generations": 1}, "num_generations must be at least 2"),
+        ({"loss_type": "cispo"}, "cispo needs epsilon_high"),
+        ({"top_p": 0.9}, "leave them out in training"),
+        ({"top_k": 50}, "leave them out in training"),
+        ({"min_p": 0.1}, "leave them out in training"),
+        ({"repetition_penalty": 1.1}, "leave them out in training"),
+        ({"max_completion_length": 200}, "the model has 256 positions: lower --max_prompt_length"),
+        ({"max_prompt_length": 3}, "all 24 prompts are longer than max_prompt_length 3: raise it"),
+        ({"fp16": "true"}, "use --bf16 true"),
+        ({"lr_scheduler_type": "sawtooth"}, "unknown lr_scheduler_type 'sawtooth'"),
+        ({"lr_scheduler_kwargs": '{"min_lr": 1}'}, "mean nothing to linear"),
+        ({"report_to": ["mlflow"]}, "use tensorboard, wandb or none"),
+        ({"save_steps": 0}, "save_steps must be positive"),
+        ({"vllm_tensor_parallel_size": 3}, "does not divide 1 ranks"),
+        ({"rollouts_from": "./no/rollouts"}, "no folder of rollouts at ./no/rollouts"),
+        ({"output_dir": ""}, "--output_dir is missing"),
+    ],
+)
+def test_bad_options(change, says, tiny_model, problems, tmp_path, capsys):
+    argv = options(tiny_model, problems, tmp_path / "out") + flags(**change)
+    assert says in refusal(grpo_core.train.main, argv, capsys)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_data_without_an_answer_names_its_columns(tiny_model, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"prompt": "1+1?", "reply": "2"}) + "\n")
+    argv = options(tiny_model, data, tmp_path / "out", reward_funcs=["accuracy"])
+    assert "needs a column `solution` or `answer`" in (line := refusal(grpo_core.train.main, argv, capsys))
+    assert "has prompt, reply" in line
+    argv = flags(model_name_or_path=tiny_model, dataset_name=data, output_dir=tmp_path / "out")
+    assert "needs a column `messages`, or `prompt` and `completion`; it has prompt, reply" in refusal(
+        sft_core.train.main, argv, capsys
+    )
+
+
+def test_unknown_key_in_a_recipe(tiny_model, problems, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"learning_rate": "1e-6", "num_generation": 4}))
+    argv = ["--config", str(recipe), *options(tiny_model, problems, tmp_path / "out")]
+    assert f"unknown key `num_generation` in {recipe}: did you mean `num_generations`?" in refusal(
+        grpo_core.train.main, argv, capsys
+    )
+    assert "no recipe at nowhere.yaml" in refusal(grpo_core.train.main, ["--config=nowhere.yaml"], capsys)
+
+
+def test_vllm_asked_for_but_absent(tiny_model, problems, tmp_path, capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else find_spec(name))
+    argv = options(tiny_model, problems, tmp_path / "out", engine="vllm")
+    assert "use --engine torch" in refusal(grpo_core.train.main, argv, capsys)
+
+
+def test_bf16_where_impossible(monkeypatch):
+    from sft_core.model import compute_in_bf16
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    with pytest.raises(ValueError, match="use --bf16 false"):
+        compute_in_bf16(True, torch.device("cuda"))
+    assert compute_in_bf16(None, torch.device("cuda")) is False
+
+
+def test_not_enough_gpu_memory_says_which_number_to_lower(monkeypatch):
+    from sft_core.guards import memory_plan
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * 2**30, 80 * 2**30))
+    with pytest.raises(ValueError, match="lower vllm_gpu_memory_utilization from 0.80 to at most 0.67"):
+        memory_plan(
+            torch.device("cuda"), num_parameters=10**9, world_size=1, vocab_size=150_000, chunk_tokens=1000,
+            engine_share=0.8,
+        )  # fmt: skip
+
+
+def test_the_hubs_kernels_package_in_the_way(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.1")
+    with pytest.raises(SystemExit) as stopped:
+        sft_core.refuse_foreign_kernels()
+    assert stopped.value.code == 2 and "run `pip uninstall kernels`" in capsys.readouterr().err
+
+
+def test_the_folder_of_another_run(tiny_model, problems, tmp_path):
+    """Refused, or moved aside whole; the run's own command resumes."""
+    out = tmp_path / "out"
+    argv = options(tiny_model, problems, out, max_steps=1, save_strategy="steps", save_steps=1)
+    assert run(TRAIN, argv, tmp_path / "log")[0] == 0
+    before = weights(out)
+    code, output = run(TRAIN, argv + flags(seed=7), tmp_path / "log1")
+    assert code == 2 and "seed is 42 there, 7 here" in output and "--overwrite_output_dir" in output
+    assert all((weights(out)[name] == before[name]).all() for name in before)
+    code, output = run(TRAIN, argv + flags(seed=7, overwrite_output_dir="true"), tmp_path / "log2")
+    assert code == 0, output
+    assert all((weights(out / "previous-1")[name] == before[name]).all() for name in before)
+    assert (out / "previous-1" / "checkpoint-1" / "manifest.json").exists()
+
+
+def test_the_exit_code_of_a_real_command(tmp_path):
+    command = [sys.executable, "-m", "grpo_core.train", "--model_name_or_path=./nowhere", "--dataset_name=x.jsonl"]
+    done = subprocess.run([*command, f"--output_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: there is no model folder at ./nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
