@@ -11,7 +11,15 @@ from typing import Any, Literal
 
 from gen.engine import ENGINES
 from grpo_core.loss import LOSS_TYPES, check_options
-from sft_core.config import ScriptArguments, TrainingConfig, option, require
+from sft_core.config import (
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    TrainingConfig,
+    option,
+    option_table,
+    require,
+)
 
 SYSTEM_PROMPT = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
@@ -55,7 +63,7 @@ class GRPOConfig(TrainingConfig):
         None, "... and above at 1 + epsilon_high (default epsilon); cispo's cap itself."
     )
     delta: float | None = option(
-        None, "Upper bound of the unclipped ratio (two-sided clipping); above 1 + epsilon_high."
+        None, "Upper bound of the unclipped ratio (two-sided clipping); best above 1 + epsilon_high."
     )
     importance_sampling_level: Literal["token", "sequence"] = option(
         "token", "Ratio per token, or per sequence (GSPO)."
@@ -64,7 +72,7 @@ class GRPOConfig(TrainingConfig):
         "group", "What the advantage is divided by: a std or none."
     )
     old_logps: Literal["policy", "sampler"] = option(
-        "policy", "Whose log-probs are `old`: see DESIGN of the ratio in README."
+        "policy", "Whose log-probs are `old`: the policy's, or the engine's (another algorithm)."
     )
     sampler_ratio_cap: float = option(
         2.0, "Truncation of the policy / sampler ratio that corrects the engine's mismatch."
@@ -77,7 +85,7 @@ class GRPOConfig(TrainingConfig):
     engine: str = option("vllm", f"What samples: {', '.join(ENGINES)} (plain torch: slow, exact).")
     vllm_gpu_memory_utilization: float = option(0.3, "Share of GPU memory for the engine.")
     vllm_tensor_parallel_size: int = option(1, "Ranks that share one engine; must divide the number of ranks.")
-    max_logp_difference: float = option(0.1, "The run stops when mean |engine - policy| log-prob differs by more.")
+    max_logp_difference: float = option(0.1, "The run stops when engine and policy log-probs differ by more on average.")
     save_rollouts: str | None = option(None, "Folder to record every rollout in (parquet).")
     rollouts_from: str | None = option(None, "Train from the rollouts recorded in this folder, without an engine.")
     num_completions_to_print: int = option(2, "Completions shown as text in each log entry.")
@@ -109,3 +117,20 @@ class GRPOConfig(TrainingConfig):
         names = ("loss_type", "epsilon", "epsilon_high", "delta", "beta", "importance_sampling_level",
                  "max_completion_length", "sampler_ratio_cap")  # fmt: skip
         return {name: getattr(self, name) for name in names}
+
+
+def option_tables() -> str:
+    """README's section of options, all of it (`python -m grpo_core.config` prints it)."""
+    tables = [
+        ("Model (both trainers)", option_table(ModelConfig)),
+        ("Data (both trainers)", option_table(ScriptArguments)),
+        ("Training (both trainers)", option_table(TrainingConfig)),
+        ("SFT only", option_table(SFTConfig, TrainingConfig)),
+        ("GRPO only: data and rewards", option_table(GRPOScriptArguments, ScriptArguments)),
+        ("GRPO only: sampling, objective, engine", option_table(GRPOConfig, TrainingConfig)),
+    ]
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in tables)
+
+
+if __name__ == "__main__":
+    print(option_tables())

@@ -1,9 +1,9 @@
 """The task of `make quickstart`: arithmetic word problems made by a seeded program, and a small decoder to learn them.
 
-A problem is about two numbers from 10 to 99 that have to be added (to less than 100) or subtracted. Demonstrations come from
-two kinds of writer, as people's do: one works column by column, the other does the sum in the head and writes only the
-equation. Supervised training imitates both alike, whichever works better for the model; that, and the column facts that
-a few hundred demonstrations never show, is what is left for GRPO to find from answers alone.
+A problem is about two numbers from 10 to 99 that have to be added (to less than 100) or subtracted. A demonstration
+writes the sum down, works the ones and then the tens, and ends in the answer. A few hundred of them teach the manner,
+and show each of the two hundred single-digit facts only a few times: further supervised training soon has nothing more
+to give, and the facts the model gets wrong are what is left for GRPO to find from answers alone.
 
 Splits share no sum: neither the same two numbers under the same operation, nor the same addition turned round.
 Left out on purpose: more steps, other operations, prose in the working. Run it:
@@ -69,7 +69,7 @@ def write_problem(rng: random.Random, operation: str, a: int, b: int) -> Problem
 
 
 def columns(problem: Problem) -> list[str]:
-    """The ones, then the tens with what was carried or borrowed: 47+38 is ["7+8=15", "5+3=8"], 63-28 ["13-8=5", "5-2=3"]."""
+    """Ones, then tens with what was carried or borrowed: 47+38 is ["7+8=15", "5+3=8"], 63-28 ["13-8=5", "5-2=3"]."""
     (a_tens, a_ones), (b_tens, b_ones) = divmod(problem.a, 10), divmod(problem.b, 10)
     if problem.operation == "+":
         a_tens += a_ones + b_ones > 9
@@ -79,9 +79,8 @@ def columns(problem: Problem) -> list[str]:
     return [f"{a_ones}-{b_ones}={a_ones - b_ones}", f"{a_tens}-{b_tens}={a_tens - b_tens}"]
 
 
-def write_demonstration(problem: Problem, in_columns: bool) -> str:
-    question = f" {problem.a}{problem.operation} {problem.b}"
-    working = "\n".join([question, *columns(problem)]) if in_columns else f"{question}={problem.answer}"
+def write_demonstration(problem: Problem) -> str:
+    working = "\n".join([f" {problem.a}{problem.operation} {problem.b}", *columns(problem)])
     return f"<think>{working}</think><answer>{problem.answer}</answer>"
 
 
@@ -102,26 +101,25 @@ def make_splits(seed: int, sizes: dict[str, int]) -> dict[str, list[Problem]]:
     return splits
 
 
-def write_data(folder: str | Path, seed: int = 0, demonstrations: int = 400, train: int = 3000, heldout: int = 500,
-               columns_share: float = 0.5) -> dict[str, Path]:  # fmt: skip
-    """Write demonstrations.jsonl ({"messages"}), train.jsonl and heldout.jsonl ({"prompt", "solution"}).
-
-    `columns_share` of the demonstrations, drawn by coin and not by problem, are worked in columns.
-    """
+def write_data(
+    folder: str | Path, seed: int = 0, demonstrations: int = 500, train: int = 2200, heldout: int = 500
+) -> dict[str, Path]:
+    """Write demonstrations.jsonl ({"messages"}), train.jsonl and heldout.jsonl ({"prompt", "solution"})."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     splits = make_splits(seed, {"heldout": heldout, "demonstrations": demonstrations, "train": train})
-    coin = random.Random(seed + 1)
     shown = [
         {
             "messages": [
                 {"role": "user", "content": p.text},
-                {"role": "assistant", "content": write_demonstration(p, coin.random() < columns_share)},
+                {"role": "assistant", "content": write_demonstration(p)},
             ]
         }
         for p in splits["demonstrations"]
     ]
-    asked = {split: [{"prompt": p.text, "solution": str(p.answer)} for p in splits[split]] for split in ("train", "heldout")}
+    asked = {
+        split: [{"prompt": p.text, "solution": str(p.answer)} for p in splits[split]] for split in ("train", "heldout")
+    }
     paths = {}
     for split, rows in {"demonstrations": shown, **asked}.items():
         paths[split] = folder / f"{split}.jsonl"
@@ -167,18 +165,19 @@ def make_tokenizer():
 
 
 def write_model(folder: str | Path, seed: int = 0) -> Path:
-    """Write a randomly initialised Llama of about 3 million parameters with its tokenizer as a Hugging Face folder."""
+    """Write a randomly initialised Llama of 1.4 million parameters, and its tokenizer, as a Hugging Face folder."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=6,  # heads of 32: the smallest that vLLM takes on the CPU
+        num_key_value_heads=6,
+        initializer_range=0.06,  # 0.02 suits wider models; here it doubles the steps until the model copies numbers
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,

@@ -37,6 +37,19 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def option_table(config_type: type, base: type | None = None) -> str:
+    """README's table of a configuration: a row an option, without those that `base` has in the same form."""
+    inherited = {f.name: (f.default, f.metadata["help"]) for f in dataclasses.fields(base)} if base else {}
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    for f in dataclasses.fields(config_type):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if inherited.get(f.name) == (f.default, f.metadata["help"]):
+            continue
+        shown = "required" if default == "" else " ".join(default) if isinstance(default, list) else default
+        rows.append(f"| `{f.name}` | {shown} | {f.metadata['help'].replace('|', '/')} |")
+    return "\n".join(rows)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     model_name_or_path: str = option("", "Model to start from: a Hub id or a folder.")
@@ -52,7 +65,6 @@ class ScriptArguments:
     dataset_name: str = option("", "Data: a Hub id, a .json/.jsonl/.parquet file, or a folder from save_to_disk.")
     dataset_config: str | None = option(None, "Configuration (subset) of a Hub data set.")
     dataset_train_split: str = option("train", "Split to train on.")
-    dataset_test_split: str = option("test", "Split to evaluate on.")
 
     def __post_init__(self) -> None:
         require(self.dataset_name != "", "--dataset_name is missing: give a Hub id or a data file.")

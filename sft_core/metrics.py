@@ -105,7 +105,7 @@ class MetricsLogger:
             identity = folder / "wandb_id"  # in the run's folder, so that a restart continues the same wandb run
             if not identity.is_file():
                 write_atomically(identity, uuid.uuid4().hex)
-            wandb.init(id=identity.read_text(), resume="allow", dir=folder, config=record)
+            wandb.init(name=(config or {}).get("run_name"), id=identity.read_text(), resume="allow", dir=folder, config=record)
             wandb.define_metric("*", step_metric="step")  # wandb's own step cannot go back on resume
             self._wandb = wandb
 

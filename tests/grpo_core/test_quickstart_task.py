@@ -54,37 +54,29 @@ def test_no_sum_is_in_two_splits_or_twice_in_one(data):
 def test_solutions_are_right(data):
     for row in data["train"] + data["heldout"]:
         assert row["solution"] == str(solve(row["prompt"]))
-    assert 0.4 < sum("-" == t for t in (("+" if any(w in r["prompt"] for w in ADDS) else "-") for r in data["train"])) / len(
-        data["train"]
-    ) < 0.6
+    additions = sum(any(word in row["prompt"] for word in ADDS) for row in data["train"])
+    assert 0.4 < additions / len(data["train"]) < 0.6
 
 
 def test_every_line_of_a_demonstration_is_true_and_leads_to_the_answer(data):
-    in_columns = 0
     for row in data["demonstrations"]:
         user, assistant = row["messages"]
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         match = re.fullmatch(r"<think>(.*)</think><answer>(\d+)</answer>", assistant["content"], flags=re.DOTALL)
         assert match and int(match[2]) == solve(user["content"])
         question, *steps = match[1].split("\n")
-        question, _, result = question.partition("=")
-        assert eval(question.strip()) == solve(user["content"])
-        if not steps:
-            assert int(result) == solve(user["content"])
-            continue
-        in_columns += 1
         ones, tens = steps
+        assert eval(question.strip()) == solve(user["content"])
         assert all(eval(left) == int(right) for left, right in (step.split("=") for step in steps))
         assert int(tens.split("=")[1] + ones[-1]) == solve(user["content"])
-    assert 0.4 < in_columns / len(data["demonstrations"]) < 0.6
 
 
 @pytest.mark.parametrize(
     ("a", "operation", "b", "steps"),
     [
-        (47, "+", 38, ["7+8=15", "4+3+1=8"]),
+        (47, "+", 38, ["7+8=15", "5+3=8"]),
         (42, "+", 31, ["2+1=3", "4+3=7"]),
-        (63, "-", 28, ["13-8=5", "6-2-1=3"]),
+        (63, "-", 28, ["13-8=5", "5-2=3"]),
         (63, "-", 21, ["3-1=2", "6-2=4"]),
     ],
 )
@@ -128,7 +120,7 @@ def test_model_loads_as_any_other_and_depends_on_its_seed_only(folder, tokenizer
     model = AutoModelForCausalLM.from_pretrained(folder)
     config, special = model.config, (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert 1e6 < model.num_parameters() < 6e6
-    assert config.hidden_size // config.num_attention_heads in (32, 64, 80, 96, 112, 128)  # what vLLM's CPU kernels take
+    assert config.hidden_size // config.num_attention_heads in (32, 64, 80, 96, 112, 128)  # vLLM on the CPU
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == special
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert config.vocab_size == len(tokenizer)
