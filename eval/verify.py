@@ -122,7 +122,7 @@ def parse_gold(text: str) -> list:
 
 
 def gold_is_parseable(text: str) -> bool:
-    """Whether a completion can be compared with this gold; a trainer leaves out the rows where it cannot. Parsing can
+    """Whether a completion can be compared with this gold; leave out the rows where it cannot. Parsing can
     hang like checking can: call it through a `WorkerPool` on data you have not seen."""
     return bool(parse_gold(text))
 

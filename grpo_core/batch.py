@@ -47,7 +47,10 @@ def _micro_batch(rollouts: list[Rollout], device: torch.device) -> MicroBatch:
         sampler_logps=torch.tensor([logp for r in rollouts for logp in r.sampler_logps], device=device),
         old_logps=torch.tensor(old, device=device) if old else None,
     )
-    assert len(batch.sequences.targets) == len(batch.sampler_logps) == sum(len(r.completion_ids) for r in rollouts)
+    if len(batch.sequences.targets) != len(batch.sampler_logps):
+        raise RuntimeError(
+            f"{len(batch.sampler_logps)} tokens were sampled, {len(batch.sequences.targets)} are scored."
+        )
     return batch
 
 
@@ -60,7 +63,7 @@ def idle_micro_batch(device: torch.device) -> MicroBatch:
 def keep_old_logps(micro_batches: Sequence[MicroBatch]) -> None:
     """Hand the old log-probs back to the rollouts, so that a checkpoint between two updates on them has them."""
     for batch in micro_batches:
-        assert batch.old_logps is not None
+        assert batch.old_logps is not None, "nothing was updated yet"
         parts = batch.old_logps.split([len(r.completion_ids) for r in batch.rollouts])
         for rollout, part in zip(batch.rollouts, parts, strict=True):
             rollout.old_logps = part.tolist()

@@ -85,7 +85,9 @@ class GRPOConfig(TrainingConfig):
     engine: str = option("vllm", f"What samples: {', '.join(ENGINES)} (plain torch: slow, exact).")
     vllm_gpu_memory_utilization: float = option(0.3, "Share of GPU memory for the engine.")
     vllm_tensor_parallel_size: int = option(1, "Ranks that share one engine; must divide the number of ranks.")
-    max_logp_difference: float = option(0.1, "The run stops when engine and policy log-probs differ by more on average.")
+    max_logp_difference: float = option(
+        0.1, "The run stops when engine and policy log-probs differ by more on average."
+    )
     save_rollouts: str | None = option(None, "Folder to record every rollout in (parquet).")
     rollouts_from: str | None = option(None, "Train from the rollouts recorded in this folder, without an engine.")
     num_completions_to_print: int = option(2, "Completions shown as text in each log entry.")
@@ -95,12 +97,15 @@ class GRPOConfig(TrainingConfig):
         require(self.num_generations >= 2, f"num_generations must be at least 2, got {self.num_generations}: an "
                 "advantage compares the completions of a group.")  # fmt: skip
         check_options(**self.objective())
-        require(self.engine in ENGINES, f"unknown engine {self.engine!r}: use {' or '.join(ENGINES)}.")
+        require(self.engine != "torch" or self.vllm_tensor_parallel_size == 1,
+                "engine torch has no tensor parallelism: leave out --vllm_tensor_parallel_size.")  # fmt: skip
+        require(self.reward_timeout > 0, f"reward_timeout must be above 0 seconds, got {self.reward_timeout}.")
         neutral = self.top_p == 1.0 and self.top_k <= 0 and not self.min_p and self.repetition_penalty == 1.0
         require(neutral, "top_p, top_k, min_p and repetition_penalty change what is sampled but not what is scored: "
                 "leave them out in training (temperature is fine).")  # fmt: skip
         require(self.temperature > 0, f"temperature must be above 0 in training, got {self.temperature}.")
-        for name in ("num_iterations", "max_prompt_length", "max_completion_length", "vllm_tensor_parallel_size"):
+        for name in ("num_iterations", "max_prompt_length", "max_completion_length", "vllm_tensor_parallel_size",
+                     "reward_num_workers"):  # fmt: skip
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
         require(self.prompts_per_step is None or self.prompts_per_step >= 1, "prompts_per_step must be at least 1.")
         require(0 < self.vllm_gpu_memory_utilization < 1, "vllm_gpu_memory_utilization is a share between 0 and 1.")

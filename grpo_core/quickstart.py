@@ -12,21 +12,25 @@ run uses; only the sizes are small. A finished part is not done again: delete th
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from sft_core.checkpoint import write_atomically
+
 SFT: dict[str, Any] = {
-    "max_steps": 225, "per_device_train_batch_size": 32, "learning_rate": 3e-3, "lr_scheduler_type": "cosine",
+    "max_steps": 200, "per_device_train_batch_size": 32, "learning_rate": 3e-3, "lr_scheduler_type": "cosine",
     "warmup_steps": 20, "weight_decay": 0.1, "adam_beta2": 0.95, "max_length": 128,
 }  # fmt: skip
 GRPO: dict[str, Any] = {
-    "max_steps": 150, "prompts_per_step": 24, "num_generations": 8, "max_prompt_length": 96,
+    "max_steps": 80, "prompts_per_step": 24, "num_generations": 8, "max_prompt_length": 64,
     "max_completion_length": 32, "learning_rate": 3e-4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5,
     "adam_beta2": 0.95, "beta": 0.0, "temperature": 1.0, "reward_funcs": "accuracy", "system_prompt": "",
 }  # fmt: skip
@@ -73,7 +77,7 @@ def train_sft(output: Path, model: Path, folder: Path, settings: dict) -> None:
 
 
 def train_grpo(folder: Path, engine: str) -> None:
-    ranks = torch.cuda.device_count() or 1
+    ranks = torch.cuda.device_count() or min(2, os.cpu_count() or 1)  # on a CPU a rank samples with one core
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "-m", "grpo_core.train"]
     train(folder / "grpo", launcher, folder / "sft", folder / "data" / "train.jsonl", GRPO | {"engine": engine})
 
@@ -95,7 +99,7 @@ def train(output: Path, launcher: list, model: Path, data: Path, settings: dict)
     start = time.time()
     options = {"model_name_or_path": model, "dataset_name": data, "output_dir": output} | SHARED | settings
     run([*launcher, *(f"--{name}={value}" for name, value in options.items())])
-    (output / "quickstart.json").write_text(json.dumps({"seconds": time.time() - start}))
+    write_atomically(output / "quickstart.json", json.dumps({"seconds": time.time() - start}))
 
 
 def run(command: list) -> None:
@@ -140,10 +144,10 @@ def evaluate(folder: Path, engine_name: str, models: list[Path]) -> None:
                 prompts=[rows[i]["prompt"] for i, _ in flat], group_ids=[i for i, _ in flat],
                 completion_ids=[ids for _, ids in flat], columns={"solution": [rows[i]["solution"] for i, _ in flat]},
                 pool=pool,
-            ).rewards.reshape(len(rows), n)  # fmt: skip
-            result[name] = interval(scores.mean(axis=1).tolist())
+            ).rewards  # fmt: skip
+            result[name] = interval(np.nan_to_num(scores).reshape(len(rows), n).mean(axis=1).tolist())
         result["problems"] = len(rows)
-        (model / "heldout.json").write_text(json.dumps(result))
+        write_atomically(model / "heldout.json", json.dumps(result))
     pool.close()
     engine.close()
 

@@ -1,9 +1,9 @@
 """The task of `make quickstart`: arithmetic word problems made by a seeded program, and a small decoder to learn them.
 
-A problem is about two numbers from 10 to 99 that have to be added (to less than 100) or subtracted. A demonstration
-writes the sum down, works the ones and then the tens, and ends in the answer. A few hundred of them teach the manner,
-and show each of the two hundred single-digit facts only a few times: further supervised training soon has nothing more
-to give, and the facts the model gets wrong are what is left for GRPO to find from answers alone.
+A problem is about two numbers from 10 to 99 that have to be added or subtracted, without carrying or borrowing. The
+demonstrations work the ones and then the tens, and are those of a careless student: one column in five is wrong, and so
+then is the answer. Imitation can at best become as careless; a reward for right answers can do better. That is the case
+reinforcement learning is for, and what makes it visible within minutes.
 
 Splits share no sum: neither the same two numbers under the same operation, nor the same addition turned round.
 Left out on purpose: more steps, other operations, prose in the working. Run it:
@@ -59,7 +59,7 @@ class Problem:
     @property
     def key(self) -> tuple[str, int, int]:
         """What two splits must not share; an addition and its mirror image have one key."""
-        return (self.operation, *sorted((self.a, self.b)))
+        return (self.operation, min(self.a, self.b), max(self.a, self.b))
 
 
 def write_problem(rng: random.Random, operation: str, a: int, b: int) -> Problem:
@@ -68,34 +68,34 @@ def write_problem(rng: random.Random, operation: str, a: int, b: int) -> Problem
     return Problem(a, b, operation, template.format(a=a, b=b, name=name, other=other, things=rng.choice(OBJECTS)))
 
 
-def columns(problem: Problem) -> list[str]:
-    """Ones, then tens with what was carried or borrowed: 47+38 is ["7+8=15", "5+3=8"], 63-28 ["13-8=5", "5-2=3"]."""
+def columns(problem: Problem) -> list[tuple[str, int]]:
+    """What to work out and the result, ones before tens: 47+32 is [("7+2", 9), ("4+3", 7)]."""
     (a_tens, a_ones), (b_tens, b_ones) = divmod(problem.a, 10), divmod(problem.b, 10)
-    if problem.operation == "+":
-        a_tens += a_ones + b_ones > 9
-        return [f"{a_ones}+{b_ones}={a_ones + b_ones}", f"{a_tens}+{b_tens}={a_tens + b_tens}"]
-    if a_ones < b_ones:
-        a_tens, a_ones = a_tens - 1, a_ones + 10
-    return [f"{a_ones}-{b_ones}={a_ones - b_ones}", f"{a_tens}-{b_tens}={a_tens - b_tens}"]
+    sign = 1 if problem.operation == "+" else -1
+    return [
+        (f"{a_ones}{problem.operation}{b_ones}", a_ones + sign * b_ones),
+        (f"{a_tens}{problem.operation}{b_tens}", a_tens + sign * b_tens),
+    ]
 
 
-def write_demonstration(problem: Problem) -> str:
-    working = "\n".join([f" {problem.a}{problem.operation} {problem.b}", *columns(problem)])
-    return f"<think>{working}</think><answer>{problem.answer}</answer>"
+def write_demonstration(problem: Problem, rng: random.Random, slips: float) -> str:
+    """A working in which each column is wrong by one or two with probability `slips`, and the answer that follows."""
+    lines, digits = [], []
+    for task, result in columns(problem):
+        if rng.random() < slips:
+            result = max(0, result + rng.choice((-2, -1, 1, 2)))
+        lines.append(f"{task}={result}")
+        digits.append(result)
+    working = "\n".join([f" {problem.a}{problem.operation} {problem.b}", *lines])
+    return f"<think>{working}</think><answer>{10 * digits[1] + digits[0] % 10}</answer>"
 
 
-def make_splits(seed: int, sizes: dict[str, int], carrying: bool = True) -> dict[str, list[Problem]]:
-    """Problems for every split of `sizes`, no key twice, additions and subtractions half and half on average.
-
-    Without `carrying` no column carries or borrows: half the facts to learn; 2,000 problems exist, not 3,280.
-    """
+def make_splits(seed: int, sizes: dict[str, int]) -> dict[str, list[Problem]]:
+    """Problems for every split of `sizes`, no key twice, additions and subtractions half and half on average."""
     rng = random.Random(seed)
-    additions = [("+", a, b) for a in range(10, 90) for b in range(10, min(a, 99 - a) + 1)]
-    subtractions = [("-", a, b) for a in range(10, 100) for b in range(10, a)]
-    if not carrying:
-        additions = [key for key in additions if key[1] % 10 + key[2] % 10 < 10]
-        subtractions = [key for key in subtractions if key[1] % 10 >= key[2] % 10]
-    keys = additions + rng.sample(subtractions, len(additions))
+    additions = [(a, b) for a in range(10, 90) for b in range(10, min(a, 99 - a) + 1) if a % 10 + b % 10 < 10]
+    subtractions = [(a, b) for a in range(10, 100) for b in range(10, a) if a % 10 >= b % 10]
+    keys = [("+", a, b) for a, b in additions] + [("-", a, b) for a, b in rng.sample(subtractions, len(additions))]
     if sum(sizes.values()) > len(keys):
         raise ValueError(f"{sum(sizes.values())} problems asked for, {len(keys)} exist: ask for fewer")
     rng.shuffle(keys)
@@ -110,32 +110,30 @@ def make_splits(seed: int, sizes: dict[str, int], carrying: bool = True) -> dict
 def write_data(
     folder: str | Path,
     seed: int = 0,
-    demonstrations: int = 500,
-    train: int = 2200,
+    demonstrations: int = 700,
+    train: int = 800,
     heldout: int = 500,
-    carrying: bool = True,
-) -> dict[str, Path]:
+    slips: float = 0.2,
+) -> None:
     """Write demonstrations.jsonl ({"messages"}), train.jsonl and heldout.jsonl ({"prompt", "solution"})."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    splits = make_splits(seed, {"heldout": heldout, "demonstrations": demonstrations, "train": train}, carrying)
+    rng = random.Random(seed)
+    splits = make_splits(seed, {"heldout": heldout, "demonstrations": demonstrations, "train": train})
     shown = [
         {
             "messages": [
                 {"role": "user", "content": p.text},
-                {"role": "assistant", "content": write_demonstration(p)},
+                {"role": "assistant", "content": write_demonstration(p, rng, slips)},
             ]
         }
         for p in splits["demonstrations"]
     ]
-    asked = {
-        split: [{"prompt": p.text, "solution": str(p.answer)} for p in splits[split]] for split in ("train", "heldout")
-    }
-    paths = {}
-    for split, rows in {"demonstrations": shown, **asked}.items():
-        paths[split] = folder / f"{split}.jsonl"
-        paths[split].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return paths
+    rows: dict[str, list[dict]] = {"demonstrations": shown}
+    for split in ("train", "heldout"):
+        rows[split] = [{"prompt": p.text, "solution": str(p.answer)} for p in splits[split]]
+    for split, of_split in rows.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_split))
 
 
 def make_tokenizer():
@@ -176,18 +174,18 @@ def make_tokenizer():
 
 
 def write_model(folder: str | Path, seed: int = 0) -> Path:
-    """Write a randomly initialised Llama of 1.4 million parameters, and its tokenizer, as a Hugging Face folder."""
+    """Write a randomly initialised Llama of 2.5 million parameters, and its tokenizer, as a Hugging Face folder."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
+        hidden_size=256,
+        intermediate_size=704,
         num_hidden_layers=3,
-        num_attention_heads=6,  # heads of 32: the smallest that vLLM takes on the CPU
-        num_key_value_heads=6,
+        num_attention_heads=8,  # heads of 32: the smallest that vLLM takes on the CPU
+        num_key_value_heads=8,
         initializer_range=0.06,  # 0.02 suits wider models; here it doubles the steps until the model copies numbers
         max_position_embeddings=256,
         tie_word_embeddings=True,

@@ -1,6 +1,7 @@
 """The figures of a step, under the names that TRL's users know, and samples of what was written."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,6 +78,14 @@ def reduce_step(figures: dict[str, Tensor], device: torch.device) -> dict[str, f
     return metrics
 
 
+def check_scores(figures: Mapping[str, float], steps_unscored: int) -> int:
+    """Rollouts in a row in which nothing could be scored; the third raises RuntimeError: that is not bad luck."""
+    steps_unscored = steps_unscored + 1 if math.isnan(figures["reward"]) else 0
+    if steps_unscored == 3:
+        raise RuntimeError("no completion of the last three rollouts could be scored: the reward functions are broken.")
+    return steps_unscored
+
+
 def check_mismatch(metrics: Mapping[str, float], limit: float) -> None:
     """Raise RuntimeError where engine and policy differ by more than `limit` on average over the step's tokens."""
     mean = metrics.get(MISMATCH_NAMES["mean_abs"], 0.0)
@@ -88,10 +97,20 @@ def check_mismatch(metrics: Mapping[str, float], limit: float) -> None:
         )
 
 
+def spread(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
+    """`count` of the rollouts, from different groups as far as there are."""
+    seen: Counter[int] = Counter()
+    ranked = []
+    for rollout in rollouts:
+        ranked.append((seen[rollout.group], rollout))
+        seen[rollout.group] += 1
+    return [rollout for _, rollout in sorted(ranked, key=lambda pair: pair[0])[:count]]
+
+
 def completion_rows(
-    rollouts: Sequence[Rollout], reward_names: Sequence[str], tokenizer: PreTrainedTokenizerBase, count: int
+    rollouts: Sequence[Rollout], reward_names: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """The first `count` completions as text, special tokens shown, with their rewards and advantages."""
+    """Completions as text, special tokens shown, with their rewards and advantages."""
     return [
         {
             "prompt": tokenizer.decode(r.prompt_ids),
@@ -101,5 +120,5 @@ def completion_rows(
             "advantage": r.advantage,
             "finish_reason": r.finish_reason,
         }
-        for r in rollouts[:count]
+        for r in rollouts
     ]

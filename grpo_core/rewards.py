@@ -39,8 +39,9 @@ _TAG = re.compile(r"</?(?:think|answer)>")
 def accuracy_reward(completions: list, solution: list, **kwargs: Any) -> list[float | None]:
     r"""1.0 where the answer equals the gold one, else 0.0; see `eval.verify` for where an answer is looked for.
 
-    A gold that cannot be parsed gives 1.0, as in open-r1 (the trainer drops such rows before training). Mended: gold
-    and answer are compared in this order, a bare `63` is a gold, the content of `<answer>` is an answer.
+    A gold that cannot be parsed gives 1.0 to every completion, as in open-r1: no spread, so no gradient from this
+    reward, but leave such rows out of your data (`eval.verify.gold_is_parseable`). Mended: gold and answer are compared
+    in this order, a bare `63` is a gold, the content of `<answer>` is an answer.
     """
     scores = [check_answer(str(g), c[0]["content"]) for g, c in zip(solution, completions, strict=True)]
     return [1.0 if score is None else score for score in scores]

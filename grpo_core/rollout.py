@@ -70,7 +70,9 @@ def load_prompts(
     prompts: list[Prompt] = []
     for row in tqdm(rows, desc="prompts", disable=None, leave=False):
         value = row.pop(column)
-        messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
+        if not value:
+            raise ValueError(f"a row of {arguments.dataset_name} has an empty {column!r}: leave such rows out.")
+        messages = value if isinstance(value, list) else [{"role": "user", "content": str(value)}]
         if system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
         row.pop("messages", None)  # may hold the answer
@@ -177,6 +179,12 @@ def set_advantages(rollouts: list[Rollout], scale_rewards: str) -> list[Summary]
     return every
 
 
+def check_version(rollouts: Sequence[Rollout], version: int) -> None:
+    """Raise RuntimeError unless the policy of `version` sampled all rollouts."""
+    if stale := {r.version for r in rollouts} - {version}:
+        raise RuntimeError(f"stale rollouts: policy version {sorted(stale)} sampled them, they are used at {version}.")
+
+
 # Recording and replay: one parquet file a step and rank, a row a completion.
 
 SCHEMA = pa.schema(
@@ -198,7 +206,8 @@ SCHEMA = pa.schema(
 def write_rollouts(folder: Path, step: int, rollouts: Sequence[Rollout]) -> None:
     """Record this rank's rollouts of `step`; a file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist([dataclasses.asdict(r) for r in rollouts], schema=SCHEMA)
+    schema = SCHEMA.with_metadata({"ranks": str(dist.get_world_size())})
+    table = pa.Table.from_pylist([dataclasses.asdict(r) for r in rollouts], schema=schema)
     path = folder / f"step-{step:06d}-rank-{dist.get_rank():05d}.parquet"
     temporary = path.with_suffix(".tmp")
     pq.write_table(table, temporary)
@@ -210,13 +219,17 @@ def read_rollouts(folder: Path, step: int) -> list[Rollout]:
     """This rank's share of the rollouts that were recorded for `step`, by any number of ranks.
 
     Raises:
-        ValueError: nothing was recorded for this step.
+        ValueError: this step was not recorded, or not by all ranks.
     """
-    files = sorted(folder.rglob(f"step-{step:06d}-rank-*.parquet"))
-    if not files:
-        raise ValueError(
-            f"no rollouts of step {step} in {folder}: record them with --save_rollouts, or lower max_steps."
-        )
-    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    files = {file.name: file for file in folder.rglob(f"step-{step:06d}-rank-*.parquet")}
+    names = [f"step-{step:06d}-rank-00000.parquet"]
+    if (
+        names[0] in files
+    ):  # it says how many ranks there were; what more ranks left from an earlier recording is ignored
+        ranks = int(pq.read_schema(files[names[0]]).metadata[b"ranks"])
+        names = [f"step-{step:06d}-rank-{rank:05d}.parquet" for rank in range(ranks)]
+    if missing := [name for name in names if name not in files]:
+        raise ValueError(f"{missing[0]} is not in {folder}: record it with --save_rollouts, or lower max_steps.")
+    rows = [row for name in names for row in pq.read_table(files[name]).to_pylist()]
     own = [Rollout(**row) for row in rows if row["group"] % dist.get_world_size() == dist.get_rank()]
     return sorted(own, key=lambda r: r.group)

@@ -26,6 +26,7 @@ from sft_core.model import (
     compute_in_bf16,
     count_parameters,
     load_tokenizer,
+    local_copy,
     stop_token_ids,
 )  # fmt: skip
 from sft_core.optim import check_schedule
@@ -36,7 +37,7 @@ class Run:
     """A run that has been checked and may start."""
 
     config: GRPOConfig
-    model: ModelConfig
+    local_model: ModelConfig  # the model's folder on this machine
     options: dict[str, Any]  # all of them, for the record
     rank: int
     world_size: int
@@ -52,6 +53,12 @@ class Run:
     prompts_per_rollout: int
     total_steps: int
     summary: str  # what is about to happen, in a few lines
+
+    @property
+    def max_batch(self) -> int:
+        """Sequences that an engine samples at once: the share of the ranks that it serves."""
+        prompts = math.ceil(self.prompts_per_rollout / self.world_size) * self.config.vllm_tensor_parallel_size
+        return min(1024, self.config.num_generations * prompts)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,6 +102,7 @@ def prepare(argv: list[str]) -> Run:
         "architecture": architecture(model_config),
         "data": fingerprint(rows),
         "seed": config.seed,
+        "num_iterations": config.num_iterations,
     }
     checkpoint = prepare_output_dir(config.output_dir, identity, config.overwrite_output_dir)
     on_gpu = device.type == "cuda" and config.engine == "vllm" and config.rollouts_from is None
@@ -107,6 +115,7 @@ def prepare(argv: list[str]) -> Run:
         compute_dtype=torch.bfloat16 if bf16 else torch.float32,
         reference=config.beta > 0,
         engine_share=config.vllm_gpu_memory_utilization if on_gpu else 0,
+        engine_ranks=tensor_parallel,
         engine_kv_bytes=0 if config.rollouts_from is None else -1,
     )
     batch = f"{prompts_per_rollout} prompts x {config.num_generations} completions"
@@ -121,7 +130,7 @@ def prepare(argv: list[str]) -> Run:
         memory,
     ]
     return Run(
-        config=config, model=model, options=asdict(model) | asdict(data) | asdict(config), rank=rank,
+        config=config, local_model=local_copy(model), options=asdict(model) | asdict(data) | asdict(config), rank=rank,
         world_size=world_size, device=device, bf16=bf16, tokenizer=tokenizer, stop_ids=stop_ids, prompts=prompts,
         reward_funcs=reward_funcs, reward_names=[reward_name(function) for function in reward_funcs],
         identity=identity, checkpoint=checkpoint, prompts_per_rollout=prompts_per_rollout, total_steps=total_steps,
@@ -136,11 +145,11 @@ def start_engine(run: Run) -> Engine | None:
         return None
     return make_engine(
         config.engine,
-        run.model.model_name_or_path,
+        run.local_model.model_name_or_path,
         dtype=run.dtype,
         seed=config.seed,
         max_model_len=config.max_prompt_length + config.max_completion_length,
-        max_batch=min(1024, config.num_generations * math.ceil(run.prompts_per_rollout / run.world_size)),
+        max_batch=run.max_batch,
         tensor_parallel_size=config.vllm_tensor_parallel_size,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
     )

@@ -17,7 +17,6 @@ The same command resumes from the last complete checkpoint. The mathematics is i
 engines in `gen/`. Left out on purpose: value networks, reward models, asynchronous rollouts, top-p and the like.
 """
 
-import math
 import sys
 import time
 from functools import partial
@@ -34,8 +33,24 @@ from gen.sync import mismatch_stats, probe, sync_weights
 from grpo_core.batch import MicroBatch, idle_micro_batch, keep_old_logps, make_micro_batches
 from grpo_core.config import GRPOConfig
 from grpo_core.loss import entropy_bonus, merge_metrics, policy_loss
-from grpo_core.report import CONSOLE, check_mismatch, completion_rows, reduce_step, rollout_metrics
-from grpo_core.rollout import Rollout, read_rollouts, sample, score, set_advantages, write_rollouts
+from grpo_core.report import (
+    CONSOLE,
+    check_mismatch,
+    check_scores,
+    completion_rows,
+    reduce_step,
+    rollout_metrics,
+    spread,
+)
+from grpo_core.rollout import (
+    Rollout,
+    check_version,
+    read_rollouts,
+    sample,
+    score,
+    set_advantages,
+    write_rollouts,
+)
 from grpo_core.setup import prepare, start_engine
 from sft_core import guards
 from sft_core.checkpoint import load_checkpoint, save_checkpoint
@@ -56,113 +71,108 @@ def main(argv: list[str] | None = None) -> None:
     if rank == 0:
         print(run.summary)
     sharding = {"mesh": make_mesh(device), "bf16": run.bf16, "gradient_checkpointing": config.gradient_checkpointing}
-    policy = shard(load_policy(run.model), **sharding)
-    reference = shard(freeze(load_policy(run.model)), **sharding) if config.beta > 0 else None
+    policy = shard(load_policy(run.local_model), **sharding)
+    reference = shard(freeze(load_policy(run.local_model)), **sharding) if config.beta > 0 else None
     optimizer = make_optimizer(policy, config)
     scheduler = make_scheduler(optimizer, config, run.total_steps)
     progress: dict[str, Any] = {"step": 0, "prompts": 0, "num_tokens": 0, "uses": 0}
-    pending: list[Rollout] = []  # this rank's rollouts; kept while they are to be used again
+    rollouts: list[Rollout] = []  # this rank's
     if run.checkpoint is not None:
         progress = load_checkpoint(run.checkpoint, policy, optimizer, scheduler)
-        if progress["uses"]:
-            pending = read_rollouts(run.checkpoint, progress["step"])
+        rollouts = read_rollouts(run.checkpoint, progress["step"]) if progress["uses"] else []
     engine = start_engine(run)
     pool = WorkerPool(config.reward_num_workers, config.reward_timeout)
     logger = MetricsLogger(
-        config.output_dir, config.report_to, progress["step"], run.options, CONSOLE, run.total_steps
+        config.output_dir, config.report_to, progress["step"], run.options, CONSOLE, run.total_steps,
+        max_text_samples=config.num_completions_to_print,
     )  # fmt: skip
     phases = guards.Phases(config.ddp_timeout)
     stop = guards.StopSignal()
 
     def save() -> None:
-        to_use = pending if progress["uses"] else []
+        if progress["uses"]:
+            keep_old_logps(micro_batches)
         save_checkpoint(
             config.output_dir, progress["step"], policy, optimizer, scheduler,
             progress=progress, identity=run.identity, save_total_limit=config.save_total_limit,
-            write_extra=lambda folder: write_rollouts(folder, progress["step"], to_use),
+            write_extra=lambda folder: write_rollouts(folder, progress["step"], rollouts if progress["uses"] else []),
         )  # fmt: skip
 
-    micro_batches: list[MicroBatch] = []
-    saved_at, stopping = progress["step"], False
+    micro_batches: list[MicroBatch] = []  # of the rollouts; made anew for each rollout, and after a resume within one
+    saved_at, stopping, steps_unscored = progress["step"], False, 0
     bar = tqdm(total=run.total_steps, initial=progress["step"], desc="grpo", disable=None if rank == 0 else True)
     while progress["step"] < run.total_steps and not stopping:
         start = time.perf_counter()
         step = progress["step"] + 1
-        if not progress["uses"]:
-            if engine is not None:
-                # 1 sync: the engine's weights := the policy's, version = steps behind them, checked by a probe
-                with phases("sync"):
-                    sync_weights(engine, full_weights(policy, run.dtype), weight_names(policy), progress["step"])
-                    probe(
-                        engine, partial(policy.score, temperature=config.temperature, device=device),
-                        run.prompts[0].ids, temperature=config.temperature, seed=config.seed,
-                        max_tokens=min(8, config.max_completion_length), tolerance=config.max_logp_difference,
-                    )  # fmt: skip
-                # 2 sample and score: this rank's share of the rollout's prompts
-                order = row_order(len(run.prompts), config.seed, progress["prompts"], run.prompts_per_rollout)
-                own = range(rank, run.prompts_per_rollout, world_size)
-                chosen = {group: run.prompts[order[group]] for group in own}
-                with phases("sample"):
-                    pending = sample(engine, chosen, config, step, run.stop_ids)
-                with phases("score"):
-                    errors = score(pending, chosen, run.reward_funcs, config, run.tokenizer, pool).errors
-                for text, count in errors.items():
-                    tqdm.write(f"step {step}: {count} checks failed and left their completions unscored: {text}")
-            else:
-                pending = read_rollouts(Path(config.rollouts_from or ""), step)
-            stale = {r.version for r in pending} - {progress["step"]}
-            if stale:
-                raise RuntimeError(f"rollouts of policy version {sorted(stale)} at version {progress['step']}: stale.")
+        first_use = progress["uses"] == 0
+        if first_use and engine is not None:
+            # 1 sync: the engine's weights := the policy's, version = steps behind them, checked by a probe
+            with phases("sync"):
+                sync_weights(engine, full_weights(policy, run.dtype), weight_names(policy), progress["step"])
+                probe(
+                    engine, partial(policy.score, temperature=config.temperature, device=device), run.prompts[0].ids,
+                    temperature=config.temperature, max_tokens=min(8, config.max_completion_length),
+                    seed=config.seed, tolerance=config.max_logp_difference,
+                )  # fmt: skip
+            # 2 sample and score: this rank's share of the rollout's prompts
+            order = row_order(len(run.prompts), config.seed, progress["prompts"], run.prompts_per_rollout)
+            own = range(rank, run.prompts_per_rollout, world_size)
+            chosen = {group: run.prompts[order[group]] for group in own}
+            with phases("sample"):
+                rollouts = sample(engine, chosen, config, step, run.stop_ids)
+            with phases("score"):
+                errors = score(rollouts, chosen, run.reward_funcs, config, run.tokenizer, pool).errors
+            for text, count in errors.items():
+                tqdm.write(f"step {step}: {count} checks failed and left their completions unscored: {text}")
+        elif first_use:
+            rollouts = read_rollouts(Path(config.rollouts_from or ""), step)
+        if first_use or not micro_batches:
             # 3 advantage: within each group
-            summaries = set_advantages(pending, config.scale_rewards)
-            if all(math.isnan(s.reward) for s in summaries):
-                raise RuntimeError(f"step {step}: no completion could be scored: the reward functions are broken.")
-            progress["prompts"] += run.prompts_per_rollout
-            if config.save_rollouts is not None:
-                write_rollouts(Path(config.save_rollouts), step, pending)
-            micro_batches = []
-        # 4 pack
-        with phases("pack"):
-            if not micro_batches:
-                kept = [r for r in pending if r.finish_reason == "stop" or not config.mask_truncated_completions]
+            check_version(rollouts, progress["step"] - progress["uses"])
+            summaries = set_advantages(rollouts, config.scale_rewards)
+            figures = rollout_metrics(summaries, run.reward_names)
+            steps_unscored = check_scores(figures, steps_unscored)
+            if first_use and config.save_rollouts is not None:
+                write_rollouts(Path(config.save_rollouts), step, rollouts)
+            # 4 pack: without padding
+            with phases("pack"):
+                kept = [r for r in rollouts if r.finish_reason == "stop" or not config.mask_truncated_completions]
                 micro_batches = make_micro_batches(kept, config.max_tokens_per_micro_batch, device)
-        # 5 denominators: over all ranks, before the first backward
-        counts = step_counts([b.sequences for b in micro_batches], device)
+            # 5 denominators: over all ranks, before the first backward; ranks with fewer micro-batches idle along
+            counts = step_counts([batch.sequences for batch in micro_batches], device)
+            micro_batches += [idle_micro_batch(device) for _ in range(counts.micro_batches - len(micro_batches))]
         # 6 update
         with phases("train"):
-            figures = update(policy, reference, micro_batches, counts, config, device)
+            shares = update(policy, reference, micro_batches, counts, config, first_use)
             grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
-            figures["tokens"] = torch.tensor(sum(len(r.prompt_ids) + len(r.completion_ids) for r in pending))
-            figures["peak_memory_gib/max"] = torch.tensor(guards.peak_memory_gib(device))
-            figures["stop/max"] = torch.tensor(float(stop.requested))
-            metrics = reduce_step(figures, device)
+            shares["tokens"] = torch.tensor(sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts))
+            shares["peak_memory_gib/max"] = torch.tensor(guards.peak_memory_gib(device))
+            shares["stop/max"] = torch.tensor(float(stop.requested))
+            metrics = reduce_step(shares, device)
             stopping = bool(metrics.pop("stop/max"))
             check_mismatch(metrics, config.max_logp_difference)
             learning_rate = guarded_step(optimizer, scheduler, metrics["loss"], float(grad_norm))
-        first = progress["uses"] == 0
         progress["step"] = step
+        progress["prompts"] += run.prompts_per_rollout if first_use else 0
         progress["uses"] = (progress["uses"] + 1) % config.num_iterations
         progress["num_tokens"] += int(metrics["tokens"])
         # 7 log, save
         seconds, timing = time.perf_counter() - start, phases.pop()
+        figures |= {name: value for name, value in metrics.items() if name.startswith("sampling/")}
         if step % config.logging_steps == 0 or step == run.total_steps:
-            metrics |= timing | (rollout_metrics(summaries, run.reward_names) if first else {}) | {
+            logger.log(step, figures | metrics | timing | {
                 "grad_norm": float(grad_norm),
                 "learning_rate": learning_rate,
                 "epoch": progress["prompts"] / len(run.prompts),
                 "num_tokens": progress["num_tokens"],
                 "step_time": seconds,
-                "tokens_per_second": metrics.pop("tokens") / seconds,
-            }  # fmt: skip
-            logger.log(step, metrics)
-            logger.log_completions(
-                step, completion_rows(pending, run.reward_names, run.tokenizer, config.num_completions_to_print)
-            )
+                "tokens_per_second": metrics["tokens"] / seconds,
+            })  # fmt: skip
+            samples = spread(rollouts, config.num_completions_to_print)
+            logger.log_completions(step, completion_rows(samples, run.reward_names, run.tokenizer))
         bar.update()
         due = config.save_strategy == "steps" and step % config.steps_between_saves(run.total_steps) == 0
         if due or stopping:
-            if progress["uses"]:
-                keep_old_logps(micro_batches)
             with phases("save"):
                 save()
                 saved_at = step
@@ -188,25 +198,24 @@ def update(
     micro_batches: list[MicroBatch],
     counts: StepCounts,
     config: GRPOConfig,
-    device: torch.device,
+    first_use: bool,
 ) -> dict[str, Tensor]:
     """Add the step's gradient to the policy; returns this rank's share of the step's figures, by name.
 
     Old and reference log-probs are taken at the first update on a rollout and kept for the later ones. With one update
-    `old_logps` are the very log-probs that are trained, so the ratio is 1 and no extra pass is made.
+    `old_logps` are the very log-probs that are trained, so the ratio is 1 and no extra pass is made. All ranks have as
+    many micro-batches and make the same passes.
     """
     parts: list[dict[str, Tensor]] = []
-    for i in range(counts.micro_batches):
-        batch = micro_batches[i] if i < len(micro_batches) else idle_micro_batch(device)
+    for batch in micro_batches:
         logps, entropies = policy(batch.sequences, config.temperature)
-        n = len(batch.positions)  # 0 in an idle pass, which only keeps the ranks' collectives in step
+        n = len(batch.positions)  # 0 in an idle pass
         scored, gap = logps[:n], {}
+        if first_use:
+            stats = mismatch_stats(scored, batch.sampler_logps, batch.positions)
+            gap = {f"gap/{name}": value for name, value in stats.items()}
         if batch.old_logps is None:
             batch.old_logps = scored.detach() if config.old_logps == "policy" else batch.sampler_logps
-            gap = {
-                f"gap/{name}": value
-                for name, value in mismatch_stats(scored, batch.sampler_logps, batch.positions).items()
-            }
         if reference is not None and batch.ref_logps is None:
             with torch.no_grad():
                 batch.ref_logps = reference(batch.sequences, config.temperature)[0][:n]

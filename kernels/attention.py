@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -32,41 +33,39 @@ class PackedLayout:
     cu_seqlens: Tensor  # [S + 1] int32: sequence s is the tokens cu_seqlens[s] : cu_seqlens[s + 1]
     max_seqlen: int
     position_ids: Tensor  # [T] int64, from 0 in each sequence
-    batches: list[Tensor]  # each [B, L] int64: the packed tokens of B sequences, right-padded (empty on CUDA)
-    unbatch: Tensor  # [T] int64: each packed token's place in the flattened, concatenated batches
+    lengths: tuple[int, ...]
 
+    @cached_property
+    def batches(self) -> tuple[list[Tensor], Tensor]:
+        """Right-padded batches of sequences of like length, for devices and dtypes without varlen attention.
 
-def packed_layout(
-    lengths: Sequence[int], device: torch.device | str = "cpu", padded: bool | None = None
-) -> PackedLayout:
-    """The layout of sequences of the given lengths (all positive), in the order in which they are packed.
-
-    `padded` says whether the right-padded batches are needed: by default everywhere but on CUDA, where float32 models
-    need them too.
-    """
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"a packed row needs sequences of at least one token, got lengths {list(lengths)}")
-    device = torch.device(device)
-    if padded is None:
-        padded = device.type != "cuda"
-    sizes = torch.tensor(list(lengths))
-    starts = sizes.cumsum(0) - sizes  # [S]
-    positions = torch.cat([torch.arange(length) for length in lengths])  # [T]
-    batches: list[Tensor] = []
-    unbatch = torch.empty(len(positions) if padded else 0, dtype=torch.int64)
-    if padded:
+        Each batch [B, L] int64 holds packed tokens; the second tensor, [T] int64, is each packed token's place in the
+        flattened, concatenated batches. Made when first asked for, once for all layers.
+        """
+        device, sizes = self.position_ids.device, torch.tensor(self.lengths)
+        starts = sizes.cumsum(0) - sizes  # [S]
+        batches: list[Tensor] = []
+        unbatch = torch.empty(int(sizes.sum()), dtype=torch.int64)
         offset = 0
-        for members in _by_length(lengths):
-            longest = int(sizes[members].max())
-            column = torch.arange(longest)
+        for members in _by_length(self.lengths):
+            column = torch.arange(int(sizes[members].max()))
             real = column < sizes[members, None]  # [B, L]
             # A pad repeats a token of its own sequence: finite values, and nothing of another document.
             tokens = starts[members, None] + column * real
             unbatch[tokens[real]] = offset + real.flatten().nonzero()[:, 0]
             offset += tokens.numel()
             batches.append(tokens.to(device))
-    cu_seqlens = torch.cat([starts, sizes.sum()[None]]).to(device, torch.int32)
-    return PackedLayout(cu_seqlens, max(lengths), positions.to(device), batches, unbatch.to(device))
+        return batches, unbatch.to(device)
+
+
+def packed_layout(lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedLayout:
+    """The layout of sequences of the given lengths (all positive), in the order in which they are packed."""
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"a packed row needs sequences of at least one token, got lengths {list(lengths)}")
+    sizes = torch.tensor(list(lengths))
+    cu_seqlens = torch.cat([torch.zeros(1), sizes.cumsum(0)]).to(device, torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths])  # [T]
+    return PackedLayout(cu_seqlens, max(lengths), positions.to(device), tuple(lengths))
 
 
 def _by_length(lengths: Sequence[int]) -> list[list[int]]:
@@ -136,10 +135,9 @@ def _varlen(
 def _padded(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedLayout, scaling: float | None, window: int | None
 ) -> Tensor:  # [T, H, D], [T, Hkv, D], [T, Hkv, D] -> [T, H, D]
-    if not packed.batches:
-        raise ValueError("this layout has no padded batches: build it with packed_layout(..., padded=True)")
+    batches, unbatch = packed.batches
     outputs = []
-    for tokens in packed.batches:
+    for tokens in batches:
         q, k, v = (
             x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2)  # [B, heads, L, D]
             for x in (query, key, value)
@@ -153,7 +151,7 @@ def _padded(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B * L, H, D]
-    return torch.cat(outputs).index_select(0, packed.unbatch)
+    return torch.cat(outputs).index_select(0, unbatch)
 
 
 def register() -> None:

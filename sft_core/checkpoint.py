@@ -178,7 +178,9 @@ def prepare_output_dir(output_dir: str | Path, identity: dict[str, Any], overwri
         elif difference is None and not record.is_file() and any(folder.glob("*.safetensors")):
             difference = f"it has no {RUN}"
         if difference is not None:
-            has_results = any(checkpoints(folder)) or any(folder.glob("*.safetensors"))
+            log = folder / "metrics.jsonl"
+            logged = log.is_file() and log.stat().st_size > 0
+            has_results = logged or any(checkpoints(folder)) or any(folder.glob("*.safetensors"))
             if has_results and not overwrite_output_dir:
                 raise ValueError(
                     f"{folder} holds another run ({difference}); choose another --output_dir, or give "

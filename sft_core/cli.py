@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -33,6 +33,7 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
         else:
             tokens += _as_tokens(key, value)
     parser = HfArgumentParser(config_types, allow_abbrev=False)
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its whole usage first
     *configs, remaining = parser.parse_args_into_dataclasses(
         [*tokens, *argv], return_remaining_strings=True, look_for_args_file=False
     )
@@ -71,6 +72,10 @@ def _as_tokens(key: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [f"--{key}", *map(str, value)]
     return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"{message} (see --help)")
 
 
 def _nearest(name: str, known: list[str]) -> str:

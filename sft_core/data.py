@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +28,14 @@ def load_rows(arguments: ScriptArguments, split: str) -> Dataset:
     if path.suffix in (".json", ".jsonl", ".parquet"):
         if not path.is_file():
             raise ValueError(f"there is no data file at {name}: check --dataset_name.")
-        return load_dataset(path.suffix[1:].replace("jsonl", "json"), data_files=str(path), split="train")
+        try:
+            rows = load_dataset(path.suffix[1:].replace("jsonl", "json"), data_files=str(path), split="train")
+        except (DatasetGenerationError, StopIteration, ValueError) as error:
+            cause = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"{name} cannot be read as {path.suffix}: {cause[:200]} (one row a line).") from error
+        if len(rows) == 0:
+            raise ValueError(f"{name} has no rows.")
+        return rows
     if path.is_dir() and (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         data = load_from_disk(str(path))
     elif name.startswith((".", "/", "~")) and not path.is_dir():

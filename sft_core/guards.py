@@ -144,7 +144,10 @@ def lock_output_dir(output_dir: str | Path, wait_s: float = 10.0) -> None:
     lets go when the process ends, however it ends: there is no stale lock to remove.
     """
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {folder}: {error.strerror}. Choose another --output_dir.") from error
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     deadline = time.monotonic() + wait_s
     while True:
@@ -208,12 +211,11 @@ class Phases:
         with phases("sample"): ...
         metrics |= phases.pop()          # {"time/sample": 1.25}, and counts anew
 
-    `sync=True` waits for CUDA at both ends, so that a phase's figure holds its own kernels; it costs overlap.
+    Kernels that a phase only launched are counted where the host waits for them.
     """
 
-    def __init__(self, watchdog_s: float = 0.0, sync: bool = False) -> None:
+    def __init__(self, watchdog_s: float = 0.0) -> None:
         self.watchdog_s = watchdog_s  # 0: no watchdog
-        self.sync = sync and torch.cuda.is_available()
         self._seconds: dict[str, float] = {}
 
     @contextmanager
@@ -230,8 +232,6 @@ class Phases:
             watchdog(limit)
         else:
             disarm()
-        if self.sync:
-            torch.cuda.synchronize()
 
     def pop(self) -> dict[str, float]:
         """Seconds per phase since the last call, as `time/<name>`."""
@@ -252,6 +252,7 @@ def memory_plan(
     compute_dtype: torch.dtype = torch.bfloat16,
     reference: bool = False,
     engine_share: float = 0.0,
+    engine_ranks: int = 1,
     engine_kv_bytes: int = 0,
     engine_share_name: str = "vllm_gpu_memory_utilization",
 ) -> str:
@@ -259,8 +260,8 @@ def memory_plan(
 
     float32 masters, gradients and two AdamW moments are sharded over `world_size`, as is the reference model in
     `compute_dtype`; `chunk_tokens` rows of float32 logits and their gradient are the head's workspace. The engine takes
-    `engine_share` of the device's whole memory for its weights and KV cache; with a share of 0, its weights in
-    `compute_dtype` and `engine_kv_bytes` (-1 where there is no engine).
+    `engine_share` of the device's whole memory for its weights and KV cache, the weights spread over `engine_ranks`;
+    with a share of 0, its weights in `compute_dtype` and `engine_kv_bytes` (-1 where there is no engine).
     Raises ValueError, naming the number to lower, where the sum exceeds a CUDA device's free memory.
     """
     item = torch.empty((), dtype=compute_dtype).element_size()
@@ -277,24 +278,27 @@ def memory_plan(
     }
     if reference:
         parts["reference model"] = weights / world_size
+    engine_weights = weights / engine_ranks
     if engine_share > 0:
-        parts["engine weights"], parts["engine KV cache"] = weights, max(0.0, engine_share * total - weights)
+        parts["engine weights"] = engine_weights
+        parts["engine KV cache"] = max(0.0, engine_share * total - engine_weights)
     elif engine_kv_bytes >= 0:
-        parts["engine weights"], parts["engine KV cache"] = weights, engine_kv_bytes
+        parts["engine weights"], parts["engine KV cache"] = engine_weights, engine_kv_bytes
     planned = sum(parts.values())
     line = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     line = f"memory on {device} (GiB): {line}; sum {planned / GIB:.2f} of {free / GIB:.2f} free"
-    if device.type == "cuda" and engine_share > 0 and engine_share * total < weights:
+    if device.type == "cuda" and engine_share > 0 and engine_share * total < engine_weights:
         raise ValueError(
-            f"The engine's share of {engine_share * total / GIB:.1f} GiB cannot hold its {weights / GIB:.1f} GiB of "
-            f"weights: raise {engine_share_name} above {weights / total:.2f} or use a smaller model."
+            f"The engine's share of {engine_share * total / GIB:.1f} GiB cannot hold its weights, "
+            f"{engine_weights / GIB:.1f} GiB: raise {engine_share_name} above {engine_weights / total:.2f} or use a "
+            "smaller model."
         )
     if device.type == "cuda" and planned > free:
         trainer = planned - parts.get("engine weights", 0.0) - parts.get("engine KV cache", 0.0)
         spare = int(100 * (free - trainer) / total) / 100  # rounded down: what is said must fit
         remedy = (
             f"lower {engine_share_name} from {engine_share:.2f} to at most {spare:.2f}"
-            if engine_share > 0 and spare * total > weights
+            if engine_share > 0 and spare * total > engine_weights
             else "use more GPUs or a smaller model"
         )
         raise ValueError(f"Not enough GPU memory: {remedy} ({line}).")

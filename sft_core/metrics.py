@@ -33,7 +33,6 @@ def reduce_metrics(
     mins: Values | None = None,
     *,
     device: torch.device | str = "cpu",
-    group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
     """Sums, maxima and minima over all ranks, in ONE collective and one copy to the host.
 
@@ -47,9 +46,9 @@ def reduce_metrics(
     parts = [fingerprint, *(value for values in kinds for value in values.values())]
     own = torch.stack([torch.as_tensor(part, dtype=torch.float64, device=device).detach() for part in parts])
     gathered = own[None]  # [ranks, 1 + metrics]
-    if dist.is_initialized() and dist.get_world_size(group) > 1:
-        rows = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(rows, own, group=group)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, own)
         gathered = torch.stack(rows)
     a, b = 1 + len(kinds[0]), 1 + len(kinds[0]) + len(kinds[1])
     reduced = [gathered[:, 1:a].sum(0)]
@@ -105,7 +104,9 @@ class MetricsLogger:
             identity = folder / "wandb_id"  # in the run's folder, so that a restart continues the same wandb run
             if not identity.is_file():
                 write_atomically(identity, uuid.uuid4().hex)
-            wandb.init(name=(config or {}).get("run_name"), id=identity.read_text(), resume="allow", dir=folder, config=record)
+            wandb.init(
+                name=(config or {}).get("run_name"), id=identity.read_text(), resume="allow", dir=folder, config=record
+            )
             wandb.define_metric("*", step_metric="step")  # wandb's own step cannot go back on resume
             self._wandb = wandb
 

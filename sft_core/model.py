@@ -4,11 +4,13 @@ Left out on purpose: models whose logits are more than `hidden @ head.T` (bias, 
 since log-probs come straight from hidden states (`kernels/linear_logprob.py`).
 """
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -76,7 +78,7 @@ def load_tokenizer(config: ModelConfig) -> tuple[PretrainedConfig, PreTrainedTok
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
         raise ValueError(f"there is no model folder at {name}: check --model_name_or_path.")
-    arguments = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+    arguments = {"revision": config.model_revision}
     try:
         model_config = AutoConfig.from_pretrained(name, **arguments)
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
@@ -106,6 +108,15 @@ def count_parameters(config: PretrainedConfig) -> int:
         return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
+def local_copy(config: ModelConfig) -> ModelConfig:
+    """The same model as a folder on this machine, so that policy, reference and engine read the same files."""
+    if Path(config.model_name_or_path).is_dir():
+        return config
+    files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    folder = snapshot_download(config.model_name_or_path, revision=config.model_revision, allow_patterns=files)
+    return dataclasses.replace(config, model_name_or_path=folder)
+
+
 def load_policy(config: ModelConfig) -> Policy:
     """The policy on the CPU, in the dtype of its files; `sft_core.parallel.shard` makes float32 shards of it.
 
@@ -114,7 +125,6 @@ def load_policy(config: ModelConfig) -> Policy:
     model = AutoModelForCausalLM.from_pretrained(
         config.model_name_or_path,
         revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
         dtype="auto",
         attn_implementation="packed",
     )

@@ -56,7 +56,7 @@ def pack_sequences(sequences: list[list[int]], masks: list[list[bool]], device: 
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     return PackedSequences(
         input_ids=tokens[None].to(device),
-        layout=packed_layout(lengths, device, padded=True),
+        layout=packed_layout(lengths, device),
         rows=(scored - 1).to(device),
         targets=tokens[scored].to(device),
         sequence_ids=owner[scored].to(device),

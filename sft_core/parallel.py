@@ -22,19 +22,23 @@ def make_mesh(device: torch.device) -> DeviceMesh:
 def shard(policy: Policy, mesh: DeviceMesh, *, bf16: bool, gradient_checkpointing: bool = False) -> Policy:
     """Turn `policy`'s parameters into float32 shards over `mesh`, in place; they move to the mesh's device.
 
+    A frozen policy has no masters: its shards are in the compute dtype.
+
     Embedding, final norm and head stay in the root unit: it is gathered once a pass, the fused head runs inside the
     root's forward, and tied embeddings remain one parameter.
     """
-    precision = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    compute = torch.bfloat16 if bf16 else torch.float32
+    stored = torch.float32 if any(p.requires_grad for p in policy.parameters()) else compute
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = policy.blocks
     for i, block in enumerate(blocks):
-        block.float()  # one block at a time, so that the float32 copy of a large model never stands whole on the host
+        block.to(
+            stored
+        )  # one block at a time, so that the float32 copy of a large model never stands whole on the host
         if gradient_checkpointing:
             blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)
         fully_shard(blocks[i], mesh=mesh, mp_policy=precision)
-    policy.float()
+    policy.to(stored)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
     for module in policy.modules():
         if isinstance(module, FSDPModule):

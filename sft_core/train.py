@@ -27,7 +27,15 @@ from sft_core.config import ModelConfig, ScriptArguments, SFTConfig
 from sft_core.data import fingerprint, load_rows, row_order, supervised_examples
 from sft_core.export import export_model
 from sft_core.metrics import MetricsLogger, check_report_to, reduce_metrics
-from sft_core.model import architecture, compute_in_bf16, count_parameters, load_policy, load_tokenizer, stop_token_ids
+from sft_core.model import (
+    architecture,
+    compute_in_bf16,
+    count_parameters,
+    load_policy,
+    load_tokenizer,
+    local_copy,
+    stop_token_ids,
+)
 from sft_core.optim import check_schedule, clip_gradients, guarded_step, make_optimizer, make_scheduler
 from sft_core.packing import idle_sequences, pack, pack_sequences, step_counts
 from sft_core.parallel import make_mesh, shard
@@ -74,7 +82,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{len(examples)} rows to train on, {dropped} dropped (nothing to learn); {total_steps} steps of "
               f"{rows_per_step} rows\n{plan}")  # fmt: skip
     policy = shard(
-        load_policy(model_config), make_mesh(device), bf16=bf16, gradient_checkpointing=config.gradient_checkpointing
+        load_policy(local_copy(model_config)),
+        make_mesh(device),
+        bf16=bf16,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
     optimizer = make_optimizer(policy, config)
     scheduler = make_scheduler(optimizer, config, total_steps)
@@ -127,9 +138,9 @@ def main(argv: list[str] | None = None) -> None:
         progress["rows"] += rows_per_step
         progress["num_tokens"] += int(metrics["tokens"])
         # 5 log, save
-        seconds = time.perf_counter() - start
+        seconds, timing = time.perf_counter() - start, phases.pop()
         if progress["step"] % config.logging_steps == 0 or progress["step"] == total_steps:
-            metrics |= phases.pop() | {
+            metrics |= timing | {
                 "grad_norm": float(grad_norm),
                 "learning_rate": learning_rate,
                 "epoch": progress["rows"] / len(examples),

@@ -34,8 +34,8 @@ def refusal(main, argv, capsys) -> str:
     with pytest.raises(SystemExit) as stopped:
         main(argv)
     assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert len(lines) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "%|" not in line and line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 
 
@@ -51,7 +51,11 @@ def refusal(main, argv, capsys) -> str:
         ({"reward_funcs": ["acuracy"]}, "did you mean 'accuracy'?"),
         ({"reward_funcs": ["no_such_module:reward"]}, "cannot import the reward"),
         ({"reward_weights": [1, 2]}, "give one weight each"),
-        ({"engine": "sglang"}, "unknown engine 'sglang': use vllm or torch"),
+        ({"engine": "sglang"}, "unknown engine 'sglang': use one of vllm, torch"),
+        ({"vllm_tensor_parallel_size": 2}, "engine torch has no tensor parallelism"),
+        ({"reward_num_workers": 0}, "reward_num_workers must be at least 1"),
+        ({"reward_timeout": 0}, "reward_timeout must be above 0"),
+        ({"output_dir": "/dev/null/out"}, "Choose another --output_dir"),
         ({"loss_type": "ppo"}, "loss_type must be one of grpo, dapo"),
         ({"num_generations": 1}, "num_generations must be at least 2"),
         ({"loss_type": "cispo"}, "cispo needs epsilon_high"),
@@ -64,9 +68,9 @@ def refusal(main, argv, capsys) -> str:
         ({"fp16": "true"}, "use --bf16 true"),
         ({"lr_scheduler_type": "sawtooth"}, "unknown lr_scheduler_type 'sawtooth'"),
         ({"lr_scheduler_kwargs": '{"min_lr": 1}'}, "mean nothing to linear"),
-        ({"report_to": ["mlflow"]}, "use tensorboard, wandb or none"),
+        ({"report_to": ["mlflow"]}, "unknown report_to mlflow: choose from tensorboard, wandb, none"),
         ({"save_steps": 0}, "save_steps must be positive"),
-        ({"vllm_tensor_parallel_size": 3}, "does not divide 1 ranks"),
+        ({"engine": "vllm", "vllm_tensor_parallel_size": 3}, "does not divide 1 ranks"),
         ({"rollouts_from": "./no/rollouts"}, "no folder of rollouts at ./no/rollouts"),
         ({"output_dir": ""}, "--output_dir is missing"),
     ],
@@ -87,6 +91,20 @@ def test_data_without_an_answer_names_its_columns(tiny_model, tmp_path, capsys):
     assert "needs a column `messages`, or `prompt` and `completion`; it has prompt, reply" in refusal(
         sft_core.train.main, argv, capsys
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{oops\n", "cannot be read as .jsonl"),
+        ("", "rows.jsonl"),
+        ('{"prompt": null, "solution": "1"}\n', "empty 'prompt'"),
+    ],
+)
+def test_damaged_data(text, says, tiny_model, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(text)
+    assert says in refusal(grpo_core.train.main, options(tiny_model, data, tmp_path / "out"), capsys)
 
 
 def test_unknown_key_in_a_recipe(tiny_model, problems, tmp_path, capsys):

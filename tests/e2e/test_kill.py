@@ -96,6 +96,19 @@ def test_resume_with_another_number_of_ranks(uninterrupted, tiny_model, problems
     assert len(losses) == STEPS and losses == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
+def test_a_finished_run_goes_on_from_within_a_rollout(uninterrupted, tiny_model, problems, tmp_path):
+    """Five steps end after the first of two updates; with six asked for, the rollout's other update is made."""
+    argv = options(
+        tiny_model, problems, tmp_path / "out", **(SETTINGS | {"max_steps": 5, "lr_scheduler_type": "constant"})
+    )
+    whole = options(tiny_model, problems, tmp_path / "whole", **(SETTINGS | {"lr_scheduler_type": "constant"}))
+    assert run(TRAIN, argv, tmp_path / "log")[0] == 0
+    for command in (argv + ["--max_steps=6"], whole):
+        code, output = run(TRAIN, command, tmp_path / "log")
+        assert code == 0, output
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_killed_launcher_leaves_no_orphan(uninterrupted, tiny_model, problems, tmp_path):
     """torchrun itself killed with -9: its ranks and their reward workers die with it, and the command resumes."""

@@ -14,8 +14,13 @@ ADDS = ("finds", "got", "adds", "together", "more than")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    paths = task.write_data(tmp_path_factory.mktemp("data"), seed=3)
-    return {split: [json.loads(line) for line in path.read_text().splitlines()] for split, path in paths.items()}
+    return written(tmp_path_factory.mktemp("data"), seed=3)
+
+
+def written(folder, **options):
+    task.write_data(folder, **options)
+    files = {split: folder / f"{split}.jsonl" for split in ("demonstrations", "train", "heldout")}
+    return {split: [json.loads(line) for line in file.read_text().splitlines()] for split, file in files.items()}
 
 
 @pytest.fixture(scope="module")
@@ -58,44 +63,38 @@ def test_solutions_are_right(data):
     assert 0.4 < additions / len(data["train"]) < 0.6
 
 
-def test_every_line_of_a_demonstration_is_true_and_leads_to_the_answer(data):
+def read_demonstration(row):
+    """(right answer, answer given, [(what to work out, result given)])"""
+    user, assistant = row["messages"]
+    assert (user["role"], assistant["role"]) == ("user", "assistant")
+    match = re.fullmatch(r"<think>(.*)</think><answer>(\d+)</answer>", assistant["content"], flags=re.DOTALL)
+    assert match
+    question, *steps = match[1].split("\n")
+    assert eval(question.strip()) == solve(user["content"]) and len(steps) == 2
+    return solve(user["content"]), int(match[2]), [(left, int(right)) for left, right in (s.split("=") for s in steps)]
+
+
+def test_without_slips_every_line_is_true_and_leads_to_the_answer(tmp_path):
+    for row in written(tmp_path, slips=0)["demonstrations"]:
+        right, given, steps = read_demonstration(row)
+        assert given == right == 10 * steps[1][1] + steps[0][1]
+        assert all(eval(left) == result and 0 <= result < 10 for left, result in steps)
+
+
+def test_one_column_in_five_slips_and_the_answer_follows(data):
+    slips = []
     for row in data["demonstrations"]:
-        user, assistant = row["messages"]
-        assert (user["role"], assistant["role"]) == ("user", "assistant")
-        match = re.fullmatch(r"<think>(.*)</think><answer>(\d+)</answer>", assistant["content"], flags=re.DOTALL)
-        assert match and int(match[2]) == solve(user["content"])
-        question, *steps = match[1].split("\n")
-        ones, tens = steps
-        assert eval(question.strip()) == solve(user["content"])
-        assert all(eval(left) == int(right) for left, right in (step.split("=") for step in steps))
-        assert int(tens.split("=")[1] + ones[-1]) == solve(user["content"])
-
-
-@pytest.mark.parametrize(
-    ("a", "operation", "b", "steps"),
-    [
-        (47, "+", 38, ["7+8=15", "5+3=8"]),
-        (42, "+", 31, ["2+1=3", "4+3=7"]),
-        (63, "-", 28, ["13-8=5", "5-2=3"]),
-        (63, "-", 21, ["3-1=2", "6-2=4"]),
-    ],
-)
-def test_columns(a, operation, b, steps):
-    assert task.columns(task.Problem(a, b, operation, "")) == steps
-
-
-def test_without_carrying_every_column_stands_alone():
-    for problem in task.make_splits(0, {"all": 1500}, carrying=False)["all"]:
-        tens = f"{problem.a // 10}{problem.operation}{problem.b // 10}="
-        assert task.columns(problem)[1].startswith(tens) and 0 <= int(task.columns(problem)[0].split("=")[1]) < 10
+        right, given, steps = read_demonstration(row)
+        assert given == 10 * steps[1][1] + steps[0][1] % 10
+        slips += [eval(left) != result for left, result in steps]
+        assert all(abs(eval(left) - result) <= 2 for left, result in steps)
+    assert 0.15 < sum(slips) / len(slips) < 0.25
 
 
 def test_one_seed_one_task(tmp_path, data):
-    same = task.write_data(tmp_path / "same", seed=3)
-    other = task.write_data(tmp_path / "other", seed=4)
-    for split, rows in data.items():
-        assert [json.loads(line) for line in same[split].read_text().splitlines()] == rows
-        assert other[split].read_text() != same[split].read_text()
+    assert written(tmp_path / "same", seed=3) == data
+    other = written(tmp_path / "other", seed=4)
+    assert all(other[split] != rows for split, rows in data.items())
 
 
 def test_too_many_problems_is_a_clear_error(tmp_path):
@@ -125,7 +124,7 @@ def test_chat_template_ends_turns_and_marks_the_assistant(tokenizer, data):
 def test_model_loads_as_any_other_and_depends_on_its_seed_only(folder, tokenizer, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     config, special = model.config, (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    assert 1e6 < model.num_parameters() < 6e6
+    assert 2e6 < model.num_parameters() < 4e6
     assert config.hidden_size // config.num_attention_heads in (32, 64, 80, 96, 112, 128)  # vLLM on the CPU
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == special
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id

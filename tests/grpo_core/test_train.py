@@ -53,12 +53,12 @@ def test_logged_learning_rate_is_the_one_used(tiny_model, problems, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (faults.skip_sync, "differ from what was sent|engine still says|did not arrive|stale"),
-        (faults.drop_a_tensor, "did not arrive|were not sent"),
+        (faults.skip_sync, "tensors did not arrive"),
+        (faults.drop_a_tensor, "were not sent, the first is 'model.norm.weight'"),
         (faults.swap_two_tensors, "differ from what was sent"),
         (faults.wrong_temperature, "more than 0.001"),
         (faults.targets_off_by_one, "more than 0.001"),
-        (faults.mask_the_stop_token, "AssertionError"),
+        (faults.mask_the_stop_token, "tokens were sampled, "),
     ],
 )
 def test_injected_faults_stop_the_run(tiny_model, problems, tmp_path, fault, message):
@@ -66,7 +66,7 @@ def test_injected_faults_stop_the_run(tiny_model, problems, tmp_path, fault, mes
     argv = options(tiny_model, problems, tmp_path / "out", max_logp_difference=1e-3)
     code, output = run(TRAIN, argv, tmp_path / "log", fault=fault)
     assert code == 1
-    assert any(part in output for part in message.split("|")), output
+    assert message in output, output
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -112,12 +112,50 @@ def test_replay_is_bitwise_the_recorded_run(tiny_model, problems, tmp_path):
 def test_stale_rollouts_are_refused(tiny_model, problems, tmp_path):
     argv = options(tiny_model, problems, tmp_path / "out", save_rollouts=tmp_path / "rollouts", max_steps=2)
     assert run(TRAIN, argv, tmp_path / "log")[0] == 0
-    (tmp_path / "rollouts" / "step-000001-rank-00000.parquet").rename(
-        tmp_path / "rollouts" / "step-000002-rank-00000.parquet"
-    )
-    replay = options(tiny_model, problems, tmp_path / "again", rollouts_from=tmp_path / "rollouts", max_steps=2)
+    first, second = (tmp_path / "rollouts" / f"step-00000{i}-rank-00000.parquet" for i in (1, 2))
+    second.write_bytes(first.read_bytes())
+    replay = options(tiny_model, problems, tmp_path / "again", rollouts_from=tmp_path / "rollouts", max_steps=3)
     code, output = run(TRAIN, replay, tmp_path / "log2")
-    assert code != 0 and "no rollouts of step 1" in output
+    assert code == 1 and "policy version [0] sampled them, they are used at 1" in output
+    second.unlink()
+    code, output = run(TRAIN, replay + flags(output_dir=tmp_path / "more"), tmp_path / "log3")
+    assert code == 1 and "step-000002-rank-00000.parquet is not in" in output
+
+
+def test_what_more_ranks_recorded_earlier_is_not_replayed(tiny_model, problems, tmp_path):
+    record = dict(save_rollouts=tmp_path / "rollouts", max_steps=1)
+    for ranks in (2, 1):
+        argv = options(tiny_model, problems, tmp_path / f"out{ranks}", **record)
+        assert run(TRAIN, argv, tmp_path / "log", ranks=ranks)[0] == 0
+    assert len(list((tmp_path / "rollouts").iterdir())) == 2
+    replay = options(tiny_model, problems, tmp_path / "again", rollouts_from=tmp_path / "rollouts", max_steps=1)
+    assert run(TRAIN, replay, tmp_path / "log2")[0] == 0
+    assert metrics(tmp_path / "again")[0]["num_tokens"] == metrics(tmp_path / "out1")[0]["num_tokens"]
+    assert metrics(tmp_path / "again")[0]["loss"] == metrics(tmp_path / "out1")[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prompts_per_step": 3, "max_tokens_per_micro_batch": 60},
+        {"prompts_per_step": 1},
+        {"mask_truncated_completions": "true", "entropy_coef": 0.01, "loss_type": "dr_grpo"},
+        {"bf16": "true", "gradient_checkpointing": "true", "importance_sampling_level": "sequence"},
+    ],
+    ids=["uneven micro-batches", "a rank without prompts", "truncated ones masked", "bf16 and checkpointing"],
+)
+def test_uneven_ranks_stay_in_step(tiny_model, problems, tmp_path, more):
+    """Two updates a rollout with a reference model: every rank makes the same passes, whatever it has to do."""
+    base = dict(max_steps=4, num_iterations=2, beta=0.1, logging_steps=2, ddp_timeout=60, save_rollouts=tmp_path / "r")
+    code, output = run(
+        TRAIN, options(tiny_model, problems, tmp_path / "out", **(base | more)), tmp_path / "log", ranks=2
+    )
+    assert code == 0, output
+    rows = metrics(tmp_path / "out")
+    assert [row["step"] for row in rows] == [2, 4]
+    # Each log line tells of its rollout, also where it stands at a later use of it.
+    assert all({"reward", "kl", "sampling/sampling_logp_difference/mean"} <= row.keys() for row in rows)
+    assert all(row["kl"] > 0 for row in rows) or "mask_truncated_completions" in more
 
 
 @pytest.mark.slow

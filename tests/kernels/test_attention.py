@@ -144,8 +144,9 @@ def test_one_document_never_sees_another(name):
 def test_layout_pads_little_and_places_every_token_once():
     lengths = torch.randint(1, 500, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     layout = packed_layout(lengths)
-    padded = torch.cat([batch.flatten() for batch in layout.batches])
-    assert torch.equal(padded[layout.unbatch], torch.arange(sum(lengths)))
+    batches, unbatch = layout.batches
+    padded = torch.cat([batch.flatten() for batch in batches])
+    assert torch.equal(padded[unbatch], torch.arange(sum(lengths)))
     assert len(padded) <= sum(lengths) / attention.SHORTEST_IN_BATCH
     assert layout.cu_seqlens.tolist() == [0, *torch.tensor(lengths).cumsum(0).tolist()]
     assert layout.max_seqlen == max(lengths)
@@ -153,7 +154,7 @@ def test_layout_pads_little_and_places_every_token_once():
 
 @pytest.mark.parametrize(
     "change", [{"packed": None}, {"dropout": 0.1}, {"packed": packed_layout([3, 4])}, {"softcap": 30.0},
-               {"packed": packed_layout(LENGTHS, padded=False)}, {"attention_mask": torch.ones(1, 1)}],
+               {"attention_mask": torch.ones(1, 1)}],
 )  # fmt: skip
 def test_refuses(change):
     arguments = {"packed": packed_layout(LENGTHS), "attention_mask": None, "scaling": 0.3, **change}
