@@ -63,6 +63,29 @@ def expect_value_error(fragment: str, call) -> None:
         raise AssertionError(f"no ValueError about {fragment!r}")
 
 
+def expect_refused_syncs(engine: Engine, model) -> None:
+    """A tensor lost, and two exchanged, between what is sent and what the loader gets: neither passes as a sync."""
+    load, (a, b) = engine.load_weights, (f"model.layers.{i}.input_layernorm.weight" for i in (0, 1))
+
+    def lose_one(weights, version):
+        return load([pair for pair in weights if pair[0] != a], version)
+
+    def exchange_two(weights, version):
+        pairs = dict(weights)
+        pairs[a], pairs[b] = pairs[b], pairs[a]
+        return load(pairs.items(), version)
+
+    for fault, says in ((lose_one, "did not arrive"), (exchange_two, "differ from what was sent")):
+        engine.load_weights = fault  # type: ignore[method-assign]
+        try:
+            sync_weights(engine, model.named_parameters(), names(model), 3)
+        except RuntimeError as error:
+            assert says in str(error), error
+        else:
+            raise AssertionError(f"{fault.__name__} went unnoticed")
+    engine.load_weights = load  # type: ignore[method-assign]
+
+
 def check_single(folder: str) -> None:
     host = (torch.get_num_threads(), torch.set_num_threads, os.sched_getaffinity(0), os.environ.get("LD_PRELOAD"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -104,6 +127,7 @@ def check_single(folder: str) -> None:
         assert engine.version == version
         assert worst_difference(model, sample(engine)) < 1e-3
         assert worst_difference(model, sample(engine, n=1, greedy=True), temperature=1.0) < 1e-3
+    expect_refused_syncs(engine, model)
     engine.close()
 
 
