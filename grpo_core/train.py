@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     reference = shard(freeze(load_policy(run.local_model)), **sharding) if config.beta > 0 else None
     optimizer = make_optimizer(policy, config)
     scheduler = make_scheduler(optimizer, config, run.total_steps)
-    progress: dict[str, Any] = {"step": 0, "prompts": 0, "num_tokens": 0, "uses": 0}
+    progress: dict[str, Any] = {"step": 0, "prompts": 0, "num_tokens": 0, "uses": 0, "figures": {}}
     rollouts: list[Rollout] = []  # this rank's
     if run.checkpoint is not None:
         progress = load_checkpoint(run.checkpoint, policy, optimizer, scheduler)
@@ -126,14 +126,16 @@ def main(argv: list[str] | None = None) -> None:
                 tqdm.write(f"step {step}: {count} checks failed and left their completions unscored: {text}")
         elif first_use:
             rollouts = read_rollouts(Path(config.rollouts_from or ""), step)
-        if first_use or not micro_batches:
+        if first_use:
             # 3 advantage: within each group
-            check_version(rollouts, progress["step"] - progress["uses"])
+            check_version(rollouts, progress["step"])
             summaries = set_advantages(rollouts, config.scale_rewards)
-            figures = rollout_metrics(summaries, run.reward_names)
-            steps_unscored = check_scores(figures, steps_unscored)
-            if first_use and config.save_rollouts is not None:
+            progress["prompts"] += run.prompts_per_rollout
+            progress["figures"] = rollout_metrics(summaries, run.reward_names)
+            steps_unscored = check_scores(progress["figures"], steps_unscored)
+            if config.save_rollouts is not None:
                 write_rollouts(Path(config.save_rollouts), step, rollouts)
+        if first_use or not micro_batches:
             # 4 pack: without padding
             with phases("pack"):
                 kept = [r for r in rollouts if r.finish_reason == "stop" or not config.mask_truncated_completions]
@@ -153,14 +155,13 @@ def main(argv: list[str] | None = None) -> None:
             check_mismatch(metrics, config.max_logp_difference)
             learning_rate = guarded_step(optimizer, scheduler, metrics["loss"], float(grad_norm))
         progress["step"] = step
-        progress["prompts"] += run.prompts_per_rollout if first_use else 0
         progress["uses"] = (progress["uses"] + 1) % config.num_iterations
         progress["num_tokens"] += int(metrics["tokens"])
         # 7 log, save
         seconds, timing = time.perf_counter() - start, phases.pop()
-        figures |= {name: value for name, value in metrics.items() if name.startswith("sampling/")}
+        progress["figures"] |= {name: value for name, value in metrics.items() if name.startswith("sampling/")}
         if step % config.logging_steps == 0 or step == run.total_steps:
-            logger.log(step, figures | metrics | timing | {
+            logger.log(step, progress["figures"] | metrics | timing | {
                 "grad_norm": float(grad_norm),
                 "learning_rate": learning_rate,
                 "epoch": progress["prompts"] / len(run.prompts),

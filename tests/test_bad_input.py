@@ -34,7 +34,10 @@ def refusal(main, argv, capsys) -> str:
     with pytest.raises(SystemExit) as stopped:
         main(argv)
     assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "%|" not in line and line.strip()]
+    printed = capsys.readouterr().err.splitlines()
+    lines = [
+        line for line in printed if line.strip() and "%|" not in line and "examples/s]" not in line
+    ]  # progress bars
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 

@@ -59,5 +59,6 @@ def record(folder):
         for group in range(4) for i in range(8)
     ]  # fmt: skip
     (folder / "rollouts").mkdir()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / "rollouts" / "step-000001-rank-00000.parquet")
+    schema = SCHEMA.with_metadata({"ranks": "1"})
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "rollouts" / "step-000001-rank-00000.parquet")
     return folder / "rollouts"

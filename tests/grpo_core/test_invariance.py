@@ -41,7 +41,7 @@ def make_rollouts():
 
 def gradients(model: str) -> dict[str, dict[str, np.ndarray]]:
     """On one rank: the full gradient of the step for every loss and budget, by "loss | budget"."""
-    from grpo_core.batch import make_micro_batches
+    from grpo_core.batch import idle_micro_batch, make_micro_batches
     from grpo_core.config import GRPOConfig
     from grpo_core.train import update
     from sft_core import guards
@@ -69,7 +69,8 @@ def gradients(model: str) -> dict[str, dict[str, np.ndarray]]:
             random.Random(budget).shuffle(own)  # packing order too
             batches = make_micro_batches(own, tokens, device)
             counts = step_counts([batch.sequences for batch in batches], device)
-            figures = update(policy, reference if config.beta else None, batches, counts, config, device)
+            batches += [idle_micro_batch(device) for _ in range(counts.micro_batches - len(batches))]
+            figures = update(policy, reference if config.beta else None, batches, counts, config, first_use=True)
             loss = figures["loss"].clone()
             dist.all_reduce(loss)
             result[f"{name} | {budget}"] = {

@@ -207,7 +207,7 @@ def test_memory_plan_refuses_what_does_not_fit_on_a_gpu(monkeypatch):
     assert "engine KV cache 2.80; sum 9.80 of 10.00 free" in plan("cuda", engine_share=0.4)
     with pytest.raises(ValueError, match=r"lower vllm_gpu_memory_utilization from 0.80 to at most 0.41 \(memory on"):
         plan("cuda", engine_share=0.8)
-    with pytest.raises(ValueError, match="cannot hold its 2.0 GiB of weights: raise vllm_gpu_memory_utilization"):
+    with pytest.raises(ValueError, match="cannot hold its weights, 2.0 GiB: raise vllm_gpu_memory_utilization"):
         plan("cuda", engine_share=0.1)
     with pytest.raises(ValueError, match="use more GPUs or a smaller model"):
         plan("cuda", engine_share=0.8, world_size=1)
