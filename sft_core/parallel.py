@@ -7,6 +7,7 @@ gradient does not depend on how many ranks share the work. Tensor and pipeline p
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -32,18 +33,22 @@ def shard(policy: Policy, mesh: DeviceMesh, *, bf16: bool, gradient_checkpointin
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = policy.blocks
     for i, block in enumerate(blocks):
-        block.to(
-            stored
-        )  # one block at a time, so that the float32 copy of a large model never stands whole on the host
+        _cast(block, stored)  # one at a time: the float32 copy of a large model never stands whole on the host
         if gradient_checkpointing:
             blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)
         fully_shard(blocks[i], mesh=mesh, mp_policy=precision)
-    policy.to(stored)
+    _cast(policy, stored)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             _sum_gradients(module)
     return policy
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters only: the rotary frequencies, a buffer, stay float32."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _sum_gradients(module: FSDPModule) -> None:

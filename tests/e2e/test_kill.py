@@ -110,9 +110,11 @@ def test_a_finished_run_goes_on_from_within_a_rollout(uninterrupted, tiny_model,
 
 
 @pytest.mark.slow
-def test_killed_launcher_leaves_no_orphan(uninterrupted, tiny_model, problems, tmp_path):
-    """torchrun itself killed with -9: its ranks and their reward workers die with it, and the command resumes."""
-    argv = options(tiny_model, problems, tmp_path / "out", **SETTINGS)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_ended_launcher_leaves_no_orphan(how, uninterrupted, tiny_model, problems, tmp_path):
+    """torchrun itself ended: its ranks and their reward workers end with it (saving, if asked), the command resumes."""
+    every = 1 if how == signal.SIGKILL else 100
+    argv = options(tiny_model, problems, tmp_path / "out", **(SETTINGS | {"save_steps": every}))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "-m", TRAIN, *argv]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -120,10 +122,11 @@ def test_killed_launcher_leaves_no_orphan(uninterrupted, tiny_model, problems, t
     wait_for_step(tmp_path / "out", 2)
     family = psutil.Process(launcher.pid).children(recursive=True)
     assert len(family) >= 4  # two ranks, a reward worker each
-    launcher.kill()
+    launcher.send_signal(how)
     launcher.wait()
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    assert list((tmp_path / "out").glob("checkpoint-*"))
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same_run(uninterrupted, tmp_path / "out")

@@ -1,0 +1,112 @@
+"""Order, loss masks and packing of training rows; schedules; options from YAML."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from sft_core.cli import parse
+from sft_core.config import ModelConfig, ScriptArguments, SFTConfig
+from sft_core.data import row_order, supervised_example
+from sft_core.optim import check_schedule, make_scheduler
+from sft_core.packing import pack
+
+
+@given(st.integers(1, 50), st.integers(0, 200), st.integers(1, 120), st.integers(1, 120))
+def test_order_is_one_sequence_wherever_it_is_cut(rows, start, first, second):
+    whole = row_order(rows, 7, start, first + second)
+    assert whole == row_order(rows, 7, start, first) + row_order(rows, 7, start + first, second)
+    epoch = row_order(rows, 7, rows * (start // rows), rows)
+    assert sorted(epoch) == list(range(rows))
+
+
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 50))
+def test_packing_takes_every_sequence_once_and_keeps_the_budget(lengths, budget):
+    bins = pack(lengths, budget)
+    assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
+    assert all(len(members) == 1 or sum(lengths[i] for i in members) <= budget for members in bins)
+    if lengths and max(lengths) <= budget:  # no two bins could be one
+        fills = sorted(sum(lengths[i] for i in members) for members in bins)
+        assert len(fills) < 2 or fills[0] + fills[1] > budget
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def trained(tokenizer, row):
+    ids, mask = supervised_example(tokenizer, row, frozenset([tokenizer.eos_token_id]))
+    assert len(ids) == len(mask)
+    return tokenizer.decode(ids), tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
+
+
+def test_only_the_assistant_is_trained_its_end_of_turn_included(tokenizer):
+    turns = [("user", "Ben has 4"), ("assistant", "yes"), ("user", "more"), ("assistant", "no")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    whole, learnt = trained(tokenizer, {"messages": messages})
+    assert learnt == "yes<|end|>no<|end|>"
+    assert whole == tokenizer.apply_chat_template(messages, tokenize=False)
+    _, learnt = trained(tokenizer, {"prompt": messages[:3], "completion": messages[3:]})
+    assert learnt == "no<|end|>"  # with prompt and completion only the completion, whoever spoke before
+    _, learnt = trained(tokenizer, {"prompt": "1+1=", "completion": "2"})
+    assert learnt == "2<|end|>"
+
+
+def test_templates_that_hide_what_is_trained_are_refused(tokenizer):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(ValueError, match="does not end the assistant's turn with a stop token"):
+        supervised_example(tokenizer, {"messages": messages}, frozenset([3]))
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    tokenizer.chat_template = "{% for m in messages %}{{ loop.length }}{{ m['content'] + eos_token }}{% endfor %}"
+    with pytest.raises(ValueError, match="use a template that only appends"):
+        supervised_example(tokenizer, {"messages": messages}, frozenset([tokenizer.eos_token_id]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "expected"),
+    [
+        ("constant", {}, {0: 1, 5: 1, 10: 1}),
+        ("constant_with_warmup", {"warmup_steps": 4}, {0: 0, 2: 0.5, 4: 1, 10: 1}),
+        ("linear", {"warmup_ratio": 0.2}, {0: 0, 1: 0.5, 2: 1, 6: 0.5, 10: 0}),
+        ("cosine", {}, {0: 1, 5: 0.5, 10: 0}),
+        ("cosine_with_min_lr", {"lr_scheduler_kwargs": '{"min_lr_rate": 0.1}'}, {0: 1, 5: 0.55, 10: 0.1}),
+    ],
+)
+def test_schedules(kind, more, expected):
+    argv = [f"--{name}={value}" for name, value in ({"lr_scheduler_type": kind} | more).items()]
+    [config] = parse((SFTConfig,), [*argv, "--output_dir=x", "--learning_rate=1.0"])
+    check_schedule(config)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    scheduler = make_scheduler(optimizer, config, total_steps=10)
+    for step in range(11):
+        if step in expected:
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(expected[step])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_command_line_over_yaml_over_defaults(tmp_path, monkeypatch):
+    monkeypatch.delenv("OF_A_RECIPE", raising=False)
+    recipe = tmp_path / "recipe.yaml"
+    content = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o", "learning_rate": "1e-3",
+               "report_to": ["none"], "save_total_limit": None, "max_steps": 7, "bf16": True,
+               "lr_scheduler_kwargs": {"min_lr": 0.5}, "env": {"OF_A_RECIPE": 1}}  # fmt: skip
+    recipe.write_text(yaml.safe_dump(content))
+    types = (ModelConfig, ScriptArguments, SFTConfig)
+    model, data, config = parse(types, ["--max_steps", "9", "--config", str(recipe), "--seed=3"])
+    assert (model.model_name_or_path, data.dataset_name, config.learning_rate) == ("m", "d", 1e-3)
+    assert (config.max_steps, config.seed, config.bf16, config.max_length) == (9, 3, True, 1024)
+    assert config.report_to == ["none"] and config.lr_scheduler_kwargs == {"min_lr": 0.5}
+    import os
+
+    assert os.environ["OF_A_RECIPE"] == "1"
+
+
+def test_save_steps_may_be_a_share():
+    [config] = parse((SFTConfig,), ["--output_dir=x", "--save_steps=0.25"])
+    assert config.steps_between_saves(10) == 3 and json.dumps(config.total_steps(12.3)) == "13"
