@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -120,6 +120,14 @@ def check_request(
             f"the longest prompt ({longest} tokens) plus max_tokens ({max_tokens}) exceeds the engine's max_model_len "
             f"({max_model_len}): raise max_model_len, or lower the prompt or completion limit"
         )
+
+
+def kv_cache_bytes(config: Any, dtype: torch.dtype, tokens: int) -> int:
+    """Keys and values of `tokens` tokens in all layers of the model that a transformers `config` describes."""
+    config = config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize * tokens
 
 
 def make_engine(

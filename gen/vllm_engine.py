@@ -22,8 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import AutoConfig
 
-from gen.engine import INITIAL_VERSION, Completion, check_request
+from gen.engine import INITIAL_VERSION, Completion, check_request, kv_cache_bytes
 from gen.sync import checksum
 
 GIB = 1 << 30
@@ -63,15 +64,9 @@ def _default_group_kept() -> Iterator[None]:
         dist.destroy_process_group = destroy
 
 
-def _cpu_kv_bytes(model_path: str, dtype: torch.dtype, max_model_len: int, max_batch: int) -> int:
-    """Bytes of KV cache that `max_batch` sequences of full length need, but no more than 1 GiB for many."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model_path).get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    tokens = (max_model_len // 128 + 2) * 128  # whole blocks
-    sequence = 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize * tokens
+def cpu_kv_bytes(config: Any, dtype: torch.dtype, max_model_len: int, max_batch: int) -> int:
+    """The engine's KV cache on the CPU: what `max_batch` sequences of full length need, but not over 1 GiB for many."""
+    sequence = kv_cache_bytes(config, dtype, (max_model_len // 128 + 2) * 128)  # whole blocks
     return max(sequence, min(max_batch * sequence, CPU_KV_LIMIT))
 
 
@@ -129,7 +124,8 @@ class VLLMEngine:
             options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, 4096)}
             options["block_size"] = 32
             if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-                options["kv_cache_memory_bytes"] = _cpu_kv_bytes(model_path, dtype, max_model_len, max_batch)
+                config = AutoConfig.from_pretrained(model_path)
+                options["kv_cache_memory_bytes"] = cpu_kv_bytes(config, dtype, max_model_len, max_batch)
         else:
             _check_gpu_memory(gpu_memory_utilization)
             options["gpu_memory_utilization"] = gpu_memory_utilization

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gen.engine import Engine, check_engine_available, make_engine
+from gen.engine import Engine, check_engine_available, kv_cache_bytes, make_engine
+from gen.vllm_engine import cpu_kv_bytes
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.rewards import get_reward_funcs, reward_name
 from grpo_core.rollout import Prompt, load_prompts
@@ -51,14 +52,9 @@ class Run:
     identity: dict[str, Any]
     checkpoint: Path | None  # to resume from
     prompts_per_rollout: int
+    max_batch: int  # sequences that an engine samples at once: the share of the ranks that it serves
     total_steps: int
     summary: str  # what is about to happen, in a few lines
-
-    @property
-    def max_batch(self) -> int:
-        """Sequences that an engine samples at once: the share of the ranks that it serves."""
-        prompts = math.ceil(self.prompts_per_rollout / self.world_size) * self.config.vllm_tensor_parallel_size
-        return min(1024, self.config.num_generations * prompts)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,6 +101,15 @@ def prepare(argv: list[str]) -> Run:
         "num_iterations": config.num_iterations,
     }
     checkpoint = prepare_output_dir(config.output_dir, identity, config.overwrite_output_dir)
+    max_batch = min(1024, config.num_generations * math.ceil(prompts_per_rollout / world_size) * tensor_parallel)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    max_model_len = config.max_prompt_length + config.max_completion_length
+    if config.rollouts_from is not None:
+        kv_bytes = -1  # no engine
+    elif config.engine == "vllm":
+        kv_bytes = cpu_kv_bytes(model_config, dtype, max_model_len, max_batch)
+    else:
+        kv_bytes = max_batch * kv_cache_bytes(model_config, dtype, max_model_len)
     on_gpu = device.type == "cuda" and config.engine == "vllm" and config.rollouts_from is None
     memory = guards.memory_plan(
         device,
@@ -112,11 +117,11 @@ def prepare(argv: list[str]) -> Run:
         world_size=world_size,
         vocab_size=model_config.get_text_config().vocab_size,
         chunk_tokens=CHUNK_ELEMENTS[device.type] // model_config.get_text_config().vocab_size,
-        compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+        compute_dtype=dtype,
         reference=config.beta > 0,
         engine_share=config.vllm_gpu_memory_utilization if on_gpu else 0,
         engine_ranks=tensor_parallel,
-        engine_kv_bytes=0 if config.rollouts_from is None else -1,
+        engine_kv_bytes=kv_bytes,
     )
     batch = f"{prompts_per_rollout} prompts x {config.num_generations} completions"
     if config.prompts_per_step is None:
@@ -133,7 +138,8 @@ def prepare(argv: list[str]) -> Run:
         config=config, local_model=local_copy(model), options=asdict(model) | asdict(data) | asdict(config), rank=rank,
         world_size=world_size, device=device, bf16=bf16, tokenizer=tokenizer, stop_ids=stop_ids, prompts=prompts,
         reward_funcs=reward_funcs, reward_names=[reward_name(function) for function in reward_funcs],
-        identity=identity, checkpoint=checkpoint, prompts_per_rollout=prompts_per_rollout, total_steps=total_steps,
+        identity=identity, checkpoint=checkpoint, prompts_per_rollout=prompts_per_rollout,
+        max_batch=max_batch, total_steps=total_steps,
         summary="\n".join(summary),
     )  # fmt: skip
 
