@@ -167,4 +167,8 @@ def test_a_step_on_eight_ranks(tiny_model, problems, tmp_path):
     code, output = run(TRAIN, argv, tmp_path / "log", ranks=8)
     assert code == 0, output
     [row] = metrics(tmp_path / "out")
-    assert row["effective_groups"] == 5 and row["sampling/sampling_logp_difference/max"] < 1e-4
+    assert (
+        0 < row["effective_groups"] <= 5
+        and row["grad_norm"] > 0
+        and row["sampling/sampling_logp_difference/max"] < 1e-4
+    )
