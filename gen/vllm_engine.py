@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -129,7 +130,8 @@ class VLLMEngine:
         else:
             _check_gpu_memory(gpu_memory_utilization)
             options["gpu_memory_utilization"] = gpu_memory_utilization
-        with _host_settings_kept():
+        with _host_settings_kept(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of vLLM's own imports
             import vllm
 
             self.vllm = vllm
