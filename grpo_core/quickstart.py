@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", default="runs/quickstart", help="where models, data and results go")
     parser.add_argument("--control", action="store_true", help="spend GRPO's minutes on more SFT instead")
+    parser.add_argument("--seed", type=int, default=0, help="of the problems and of the untrained model")
     parser.add_argument("--engine", default="vllm", help="what samples: vllm or torch")
     parser.add_argument("--evaluate", nargs="*", metavar="MODEL", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -49,7 +50,7 @@ def main() -> None:
     if arguments.evaluate:
         return evaluate(folder, arguments.engine, [Path(model) for model in arguments.evaluate])
     started = time.time()
-    build(folder)
+    build(folder, arguments.seed)
     train_sft(folder / "sft", folder / "base", folder, SFT)
     train_grpo(folder, arguments.engine)
     models = {"before SFT": folder / "base", "after SFT": folder / "sft", "after GRPO": folder / "grpo"}
@@ -62,13 +63,13 @@ def main() -> None:
     print(f"\n{(time.time() - started) / 60:.1f} minutes in all. Curves: tensorboard --logdir {folder}")
 
 
-def build(folder: Path) -> None:
+def build(folder: Path, seed: int) -> None:
     """The problems and the untrained model."""
     from grpo_core.quickstart_task import write_data, write_model
 
     if not (folder / "base" / "config.json").exists():
-        write_data(folder / "data")
-        write_model(folder / "base")
+        write_data(folder / "data", seed)
+        write_model(folder / "base", seed)
 
 
 def train_sft(output: Path, model: Path, folder: Path, settings: dict) -> None:
