@@ -187,7 +187,7 @@ def score_completions(
     columns: dict[str, list],
     pool: WorkerPool,
 ) -> ScoreResult:
-    """R = sum over functions of weight * value, in float64 (DESIGN 3).
+    """R = sum over functions of weight * value, in float64.
 
     completions: [n] texts; prompts [n], group_ids [n], completion_ids [n] and every column [n] go with them.
     reward_weights: one a function; None: all 1. A None value is left out of its row's sum. A row is unscored (NaN) if
