@@ -117,9 +117,10 @@ def evaluate(folder: Path, engine_name: str, models: list[Path]) -> None:
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
-    from eval.verify import WorkerPool
+    from eval.workers import WorkerPool
     from gen.engine import make_engine
-    from grpo_core.rewards import accuracy_reward, score_completions
+    from grpo_core.rewards import accuracy_reward
+    from grpo_core.scoring import score_completions
     from sft_core.data import render_prompt
 
     rows = [json.loads(line) for line in (folder / "data" / "heldout.jsonl").read_text().splitlines()]

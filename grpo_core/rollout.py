@@ -20,11 +20,11 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from eval.verify import WorkerPool
+from eval.workers import WorkerPool
 from gen.engine import Engine
 from grpo_core.advantage import group_advantages
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
-from grpo_core.rewards import ScoreResult, score_completions
+from grpo_core.scoring import ScoreResult, score_completions
 from sft_core.checkpoint import flush_to_disk
 from sft_core.data import render_prompt
 

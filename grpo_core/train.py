@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.verify import WorkerPool
+from eval.workers import WorkerPool
 from gen.sync import mismatch_stats, probe, sync_weights
 from grpo_core.batch import MicroBatch, idle_micro_batch, keep_old_logps, make_micro_batches
 from grpo_core.config import GRPOConfig

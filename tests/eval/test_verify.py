@@ -1,19 +1,15 @@
-"""The answer checker and the killable worker processes."""
+"""The answer checker."""
 
 import builtins
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.verify import Unscored, WorkerPool, check_answer, gold_is_parseable, parse_answer, parse_gold
+from eval.verify import check_answer, gold_is_parseable, parse_answer, parse_gold
+from eval.workers import WorkerPool
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -160,119 +156,3 @@ TRICKY = st.one_of(
 def test_no_text_raises(pool, pairs):
     for result in check(pool, *zip(*pairs, strict=True)):
         assert result in (0.0, 1.0, None) or result.reason == "timeout"
-
-
-# ------------------------------------------------------------------------------------------------ workers
-
-
-def test_what_hangs_crashes_or_raises_costs_only_itself(pool):
-    tasks = {
-        "6 * 7": 42,
-        "[None for _ in iter(int, 1)]": "timeout",  # for ever, in Python
-        "__import__('re').match('(a+)+$', 'a' * 60 + 'b')": "timeout",  # in C, holding the lock
-        "3 ** (10 ** 10)": "timeout",
-        "__import__('time').sleep(1000)": "timeout",
-        "__import__('os')._exit(0)": "crash",
-        "__import__('ctypes').string_at(0)": "crash",  # a segmentation fault
-        "__import__('os').kill(__import__('os').getpid(), 9)": "crash",
-        "'a' * (64 << 30)": "exception",  # memory
-        "1 / 0": "exception",
-        "__import__('sys').exit(3)": "exception",
-        "lambda: 0": "exception",  # a result that does not pickle
-        "print('noise') or __import__('os').write(1, b'noise')": 5,
-    }
-    results = pool.map(run, [*tasks, "7"])
-    assert results.pop() == 7
-    for (task, expected), result in zip(tasks.items(), results, strict=True):
-        found = result.reason if isinstance(result, Unscored) else result
-        assert found == expected, (task, result)
-    by_task = dict(zip(tasks, results, strict=True))
-    assert by_task["1 / 0"].error == "ZeroDivisionError: division by zero"
-    assert "MemoryError" in by_task["'a' * (64 << 30)"].error
-    assert pool.map(run, ["1", "2"]) == [1, 2]
-
-
-def test_order_is_kept_with_any_number_of_workers(pool):
-    with WorkerPool(1) as single:
-        for count in (0, 1, 7, 300):
-            items = [f"{i} * 2" for i in range(count)]
-            assert pool.map(run, items) == single.map(run, items) == [2 * i for i in range(count)]
-
-
-def test_an_item_may_have_its_own_limit(pool):
-    naps = ["__import__('time').sleep(2) or 'slept'"] * 2
-    slept, cut = pool.map(run, naps, timeouts=[60.0, 1.0])
-    assert slept == "slept" and cut.reason == "timeout"
-
-
-def test_workers_import_nothing_heavy_and_have_one_hash_seed(pool):
-    heavy = "[m for m in ('torch', 'vllm', 'transformers') if m in __import__('sys').modules]"
-    task = f"(__import__('grpo_core.rewards'), {heavy})[1]"
-    assert pool.map(run, [task] * 8) == [[]] * 8
-    assert len(set(pool.map(run, ["hash('a')"] * 8))) == 1
-
-
-def test_imports_are_not_charged_and_their_failure_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "slow_import.py").write_text(
-        "import os, time\ntime.sleep(float(os.environ['NAP']))\ndef f(x): return x"
-    )
-    monkeypatch.setenv("NAP", "0")
-    import slow_import
-
-    monkeypatch.setenv("NAP", "2")
-    with WorkerPool(1, timeout=1.0) as pool:
-        assert pool.map(slow_import.f, [1, 2]) == [1, 2]
-    monkeypatch.setenv("NAP", "not a number")
-    with WorkerPool(1) as pool:
-        with pytest.raises(RuntimeError, match="cannot import.*could not convert"):
-            pool.map(slow_import.f, [1])
-        assert pool.map(abs, [-1]) == [1]
-        with pytest.raises(ValueError, match="define it in a module"):
-            pool.map(lambda x: x, [1])
-
-
-def test_workers_ignore_the_signals_of_the_terminal_and_are_replaced_when_killed(pool):
-    first = pool.map(run, ["__import__('os').getpid()"] * 40)
-    for worker in set(first):
-        os.kill(worker, signal.SIGINT)
-        os.kill(worker, signal.SIGTERM)
-    assert set(pool.map(run, ["__import__('os').getpid()"] * 40)) <= {w.process.pid for w in pool._workers}
-    survivors = {w.process.pid for w in pool._workers}
-    assert set(first) <= survivors
-    for worker in survivors:
-        os.kill(worker, signal.SIGKILL)
-    assert pool.map(run, ["1"] * 5) == [1] * 5
-    assert survivors.isdisjoint(w.process.pid for w in pool._workers)
-
-
-def running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_a_killed_parent_leaves_no_worker():
-    code = (
-        "import builtins, os, time; from eval.verify import WorkerPool\n"
-        "pool = WorkerPool(2, timeout=1000)\n"
-        "pool.map(abs, [1])\n"
-        "fork = os.fork()\n"  # keeps the sockets open, as a library's own children may
-        "while not fork: time.sleep(1)\n"
-        "print(fork, *[w.process.pid for w in pool._workers], flush=True)\n"
-        "pool.map(builtins.eval, ['1', '__import__(\"time\").sleep(1000)', '2'])\n"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    fork, *workers = map(int, parent.stdout.readline().split())
-    try:
-        assert len(workers) == 2 and all(running(worker) for worker in workers)
-        parent.kill()
-        parent.wait()
-        give_up = time.monotonic() + 60  # only so that a failure ends
-        while any(running(worker) for worker in workers) and time.monotonic() < give_up:
-            time.sleep(0.05)
-        assert not any(running(worker) for worker in workers)
-    finally:
-        os.kill(fork, signal.SIGKILL)

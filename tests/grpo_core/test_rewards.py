@@ -10,17 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.verify import WorkerPool
+from eval.workers import WorkerPool
 from grpo_core.rewards import (
     REWARD_FUNCS_REGISTRY,
     accuracy_reward,
     format_reward,
     get_repetition_penalty_reward,
     get_reward_funcs,
-    gold_column,
     reward_name,
-    score_completions,
 )
+from grpo_core.scoring import gold_column, score_completions
 
 USER_REWARDS = """
 import os, time

@@ -1,0 +1,122 @@
+"""The step of the loop that scores completions: reward functions in killable worker processes, then their weighted sum.
+
+What a reward function is, says `grpo_core/rewards.py`; what happens to a check that fails, `score_completions`.
+"""
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from eval.workers import Unscored, WorkerPool
+from grpo_core.rewards import RewardFunction, reward_name
+
+
+@dataclass
+class ScoreResult:
+    rewards: np.ndarray  # [n] float64; NaN where unscored
+    per_function: dict[str, list[float | None]]  # [n] each; None where it does not apply or failed
+    unscored: int  # rows of rewards that are NaN
+    errors: dict[str, int] = field(default_factory=dict)  # failed checks, by "function: reason: text"
+
+
+def gold_column(columns: dict[str, list]) -> list[str] | None:
+    """The gold answers of the data as text: column `solution`, else `answer` (GSM8K's part after `####`); None if
+    there is neither."""
+    if "solution" in columns:
+        return [str(gold) for gold in columns["solution"]]
+    if "answer" in columns:
+        return [str(gold).rpartition("####")[2].strip() for gold in columns["answer"]]
+    return None
+
+
+def _accepted(function: RewardFunction, names: Iterable[str]) -> set[str]:
+    """Which of these arguments the function takes: all if it has `**kwargs`."""
+    parameters = inspect.signature(function).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {name for name in names if anything or name in parameters}
+
+
+def _call(task: tuple[RewardFunction, dict[str, list]]) -> list[float | None]:
+    """In a worker: one reward function on one completion, or on one group. Rejects what is not a list of rewards."""
+    function, arguments = task
+    values = function(**arguments)
+    count = len(arguments["completions"])
+    if not isinstance(values, list) or len(values) != count:
+        raise TypeError(f"{reward_name(function)} must return a list of {count} rewards, not {values!r:.100}")
+    rewards = [None if value is None else float(value) for value in values]
+    if any(reward is not None and not math.isfinite(reward) for reward in rewards):
+        raise ValueError(f"{reward_name(function)} returned a reward that is not finite: {values!r:.100}")
+    return rewards
+
+
+def score_completions(
+    reward_funcs: Sequence[RewardFunction],
+    reward_weights: Sequence[float] | None,
+    *,
+    completions: list[str],
+    prompts: list,
+    group_ids: list,
+    completion_ids: list[list[int]],
+    columns: dict[str, list],
+    pool: WorkerPool,
+) -> ScoreResult:
+    """R = sum over functions of weight * value, in float64.
+
+    completions: [n] texts; prompts [n], group_ids [n], completion_ids [n] and every column [n] go with them.
+    reward_weights: one a function; None: all 1. A None value is left out of its row's sum. A row is unscored (NaN) if
+    any of its checks failed (time-out, crash, exception) or every function gave None. A check may take `pool.timeout`
+    seconds, one of a whole group as many times that as the group has completions.
+    """
+    n = len(completions)
+    weights = [1.0] * len(reward_funcs) if reward_weights is None else list(reward_weights)
+    if len(weights) != len(reward_funcs):
+        raise ValueError(f"reward_weights has {len(weights)} numbers for {len(reward_funcs)} reward_funcs")
+    messages = [[{"role": "assistant", "content": text}] for text in completions]
+    gold = gold_column(columns)
+    fields = columns | ({} if gold is None else {"solution": gold})
+    fields |= {"prompts": prompts, "completions": messages, "completion_ids": completion_ids, "group_ids": group_ids}
+    for name, values in fields.items():
+        assert len(values) == n, f"column {name} has {len(values)} rows for {n} completions"
+
+    groups: dict[Any, list[int]] = {}
+    for row, group in enumerate(group_ids):
+        groups.setdefault(group, []).append(row)
+    # Rows outside, functions inside: a chunk of tasks then holds each text once for all its functions.
+    calls: list[tuple[int, list[int]]] = []  # (function, rows)
+    for rows in groups.values():
+        single = [j for j, function in enumerate(reward_funcs) if not getattr(function, "batch", False)]
+        calls += [(j, [row]) for row in rows for j in single]
+        calls += [(j, rows) for j in range(len(reward_funcs)) if j not in single]
+
+    inputs = [{k: v for k, v in fields.items() if k in _accepted(function, fields)} for function in reward_funcs]
+
+    def task(j: int, rows: list[int]) -> tuple[RewardFunction, dict[str, list]]:
+        return reward_funcs[j], {name: [values[row] for row in rows] for name, values in inputs[j].items()}
+
+    answers = pool.map(_call, [task(*call) for call in calls], timeouts=[pool.timeout * len(rows) for _, rows in calls])
+
+    names = [reward_name(function) for function in reward_funcs]
+    assert len(set(names)) == len(names), f"reward functions of the same name: {names}"
+    values_of: list[list[float | None]] = [[None] * n for _ in reward_funcs]
+    failed: set[int] = set()
+    errors: Counter[str] = Counter()
+    for (j, rows), answer in zip(calls, answers, strict=True):
+        if isinstance(answer, Unscored):
+            failed.update(rows)
+            errors[f"{names[j]}: {answer.reason}: {answer.error}"] += 1
+            continue
+        for row, value in zip(rows, answer, strict=True):
+            values_of[j][row] = value
+
+    rewards = np.full(n, np.nan)
+    for row in range(n):
+        terms = [weight * v[row] for weight, v in zip(weights, values_of, strict=True) if v[row] is not None]  # type: ignore[operator]
+        if terms and row not in failed:
+            rewards[row] = sum(terms)
+    unscored = int(np.isnan(rewards).sum())
+    return ScoreResult(rewards, dict(zip(names, values_of, strict=True)), unscored, dict(errors))
