@@ -7,8 +7,8 @@ and encoded again. Two makers stand behind the same protocol:
 * `torch` (gen/torch_engine.py)  the model in plain torch with a KV cache: the twin for tests, exactness and machines
   without vLLM.
 
-Left out on purpose: top-p, top-k, min-p and penalties (the sampler's distribution would not be the one that the trainer
-scores), streaming, engines behind HTTP.
+Left out on purpose: top-k, min-p and penalties, streaming, engines behind HTTP. top-p is for evaluation alone: with it
+the sampler's distribution is not the one that a trainer scores.
 
     engine = make_engine("vllm", "path/to/model", dtype="float32", max_model_len=512)
     [[completion, ...]] = engine.sample([[1, 2, 3]], n=8, temperature=1.0, max_tokens=64, seeds=[7], stop_ids={2})
@@ -57,12 +57,14 @@ class Engine(Protocol):
         stop_ids: Collection[int],
         greedy: bool = False,
         ignore_stop: bool = False,
+        top_p: float = 1.0,
     ) -> list[list[Completion]]:
         """Sample `n` completions of every prompt; sample i of prompt p draws from seed `seeds[p] + i`.
 
         `greedy` takes the most likely token (n must be 1); its log-probs are those at temperature 1, whatever
-        `temperature` says. `ignore_stop` samples all `max_tokens`. Only `stop_ids` end a completion: the model
-        folder's own EOS and generation_config.json count for nothing here.
+        `temperature` says. `top_p` below 1 samples from the fewest most likely tokens whose probabilities reach it;
+        log-probs are those among them. `ignore_stop` samples all `max_tokens`. Only `stop_ids` end a completion: the
+        model folder's own EOS and generation_config.json count for nothing here.
 
         Raises ValueError for a request that cannot be served (see `check_request`).
         """
@@ -102,6 +104,7 @@ def check_request(
     seeds: list[int],
     greedy: bool,
     max_model_len: int,
+    top_p: float = 1.0,
 ) -> None:
     """Raise ValueError for what no engine can serve, naming the number to change."""
     if len(seeds) != len(prompts):
@@ -112,6 +115,8 @@ def check_request(
         raise ValueError(f"greedy sampling gives the same completion every time: set n=1, got n={n}")
     if not greedy and not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}: use greedy=True for the most likely tokens")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}: 1 leaves nothing out")
     longest = max((len(ids) for ids in prompts), default=1)
     if min((len(ids) for ids in prompts), default=1) < 1:
         raise ValueError("a prompt without tokens cannot be continued: start it with the beginning-of-text token")

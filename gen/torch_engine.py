@@ -30,13 +30,20 @@ def uniforms(seed: int, count: int) -> Tensor:
     return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def choose_tokens(logits: Tensor, draws: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+def choose_tokens(
+    logits: Tensor, draws: Tensor | None, temperature: float, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Tokens and their log-probs [B] from logits [B, V] float32; draws [B] uniforms, or None for the most likely."""
     if draws is None:
         logps = torch.log_softmax(logits, dim=-1)
         tokens = logits.argmax(dim=-1)
     else:
         logps = torch.log_softmax(logits / temperature, dim=-1)
+        if top_p < 1:
+            probs, order = logps.double().exp().sort(dim=-1, descending=True)
+            beyond = probs.cumsum(dim=-1) - probs >= top_p  # the more likely ones reach top_p without this one
+            logps = logps.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
+            logps = torch.log_softmax(logps, dim=-1)
         cdf = logps.double().exp().cumsum(dim=-1)  # float64: a float32 sum over a large vocabulary loses rare tokens
         # right=True finds the first entry above the draw, so a token of probability zero is never chosen.
         tokens = torch.searchsorted(cdf, (draws * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
@@ -76,6 +83,7 @@ class TorchEngine:
         stop_ids: Collection[int],
         greedy: bool = False,
         ignore_stop: bool = False,
+        top_p: float = 1.0,
     ) -> list[list[Completion]]:
         """See `gen.engine.Engine.sample`."""
         check_request(
@@ -86,6 +94,7 @@ class TorchEngine:
             seeds=seeds,
             greedy=greedy,
             max_model_len=self.max_model_len,
+            top_p=top_p,
         )
         stop = torch.tensor(sorted(() if ignore_stop else stop_ids), dtype=torch.long, device=self.device)
         rows = [(p, i) for p in range(len(prompts)) for i in range(n)]
@@ -93,7 +102,7 @@ class TorchEngine:
         for start in range(0, len(rows), self.max_batch):
             batch = rows[start : start + self.max_batch]
             draws = None if greedy else torch.stack([uniforms(seeds[p] + i, max_tokens) for p, i in batch])
-            done = self._run_batch(prompts, [p for p, _ in batch], draws, temperature, max_tokens, stop)
+            done = self._run_batch(prompts, [p for p, _ in batch], draws, temperature, max_tokens, stop, top_p)
             for (p, _), completion in zip(batch, done, strict=True):
                 completions[p].append(completion)
         return completions
@@ -107,6 +116,7 @@ class TorchEngine:
         temperature: float,
         max_tokens: int,
         stop: Tensor,
+        top_p: float,
     ) -> list[Completion]:
         """Complete B rows, of which row b continues prompts[prompt_of_row[b]]."""
         used = sorted(set(prompt_of_row))
@@ -131,7 +141,7 @@ class TorchEngine:
         stopped = [False] * len(prompt_of_row)
         alive = torch.arange(len(prompt_of_row), device=self.device)  # rows still in the batch
         for t in range(max_tokens):
-            tokens, logps = choose_tokens(logits, None if draws is None else draws[alive, t], temperature)
+            tokens, logps = choose_tokens(logits, None if draws is None else draws[alive, t], temperature, top_p)
             ended = torch.isin(tokens, stop)
             for row, token, logp, end in zip(
                 alive.tolist(), tokens.tolist(), logps.tolist(), ended.tolist(), strict=True

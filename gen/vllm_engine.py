@@ -162,6 +162,7 @@ class VLLMEngine:
         stop_ids: Collection[int],
         greedy: bool = False,
         ignore_stop: bool = False,
+        top_p: float = 1.0,
     ) -> list[list[Completion]]:
         """See `gen.engine.Engine.sample`. With tensor parallelism all ranks of a group call together."""
         check_request(
@@ -172,13 +173,17 @@ class VLLMEngine:
             seeds=seeds,
             greedy=greedy,
             max_model_len=self.max_model_len,
+            top_p=top_p,
         )
+        # Else rounding would depend on which prefixes earlier calls left in the cache.
+        self.llm.reset_prefix_cache()
         everyone, own = self._gather(prompts, seeds)
         stop = [] if ignore_stop else sorted(stop_ids)
         params = [
             self.vllm.SamplingParams(
                 n=n,
                 temperature=0.0 if greedy else temperature,
+                top_p=1.0 if greedy else top_p,
                 max_tokens=max_tokens,
                 seed=seed,
                 logprobs=0,  # the sampled token's only

@@ -1,0 +1,112 @@
+"""What a run's samples say: scores with intervals, a table, and a page to read the answers on.
+
+A task's figures, all plain numbers:
+
+    pass@1                    mean score over all samples
+    pass@1_stderr             its standard error: the spread over problems, since samples of one problem are kin
+    pass@1_ci95_low, _high    95 % interval: Wilson's, at the number of independent samples that would have that error
+    pass@k                    share of problems solved within k tries, unbiased (Chen et al., arXiv:2107.03374, eq. 1)
+    maj@n                     score of the most frequent answer (equal as printed; ties shared)
+    mean_length, cut_off      tokens a sample; share ended by the length limit
+    unparsed, unscored        share with no answer to be found; share whose check was given up (both count as wrong)
+    problems, samples         how many
+
+Left out on purpose: an average over tasks.
+"""
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_STRINGS = ("task", "query", "prompt", "gold", "completion", "finish_reason", "extracted", "error")
+SCHEMA = pa.schema(
+    [(name, pa.int64()) for name in ("problem", "sample", "seed", "length")]
+    + [("score", pa.float64())]
+    + [(name, pa.string()) for name in _STRINGS]
+)
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def read_rows(paths: list[Path]) -> list[dict[str, Any]]:
+    """The samples in these files, as dicts."""
+    return [row for path in paths for row in pq.read_table(path, schema=SCHEMA).to_pylist()]
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The figures of one task's samples; every problem has equally many."""
+    groups: dict[int, list[dict]] = defaultdict(list)
+    for row in rows:
+        groups[row["problem"]].append(row)
+    scores = [[row["score"] or 0.0 for row in group] for group in groups.values()]
+    n = len(scores[0])
+    mean, error, low, high = interval([sum(group) / n for group in scores])
+    result = {"pass@1": mean, "pass@1_stderr": error, "pass@1_ci95_low": low, "pass@1_ci95_high": high}
+    for k in sorted({2**i for i in range(1, n.bit_length())} | ({n} if n > 1 else set())):
+        result[f"pass@{k}"] = _mean([pass_at_k(n, sum(score > 0 for score in group), k) for group in scores])
+    if n > 1:
+        result[f"maj@{n}"] = _mean([majority(group) for group in groups.values()])
+    return result | {
+        "mean_length": _mean([row["length"] for row in rows]),
+        "cut_off": _mean([row["finish_reason"] == "length" for row in rows]),
+        "unparsed": _mean([row["extracted"] == "" for row in rows]),
+        "unscored": _mean([row["score"] is None for row in rows]),
+        "problems": len(groups),
+        "samples": len(rows),
+    }
+
+
+def _mean(values: list) -> float:
+    return sum(values) / len(values)
+
+
+def interval(means: list[float]) -> tuple[float, float, float, float]:
+    """Mean, standard error, and 95 % interval of the mean of `means`, one a problem, in [0, 1].
+
+    The plain interval would be empty where all problems fail; Wilson's is not, and equals the textbook one for one
+    sample a problem.
+    """
+    mean, count = _mean(means), len(means)
+    variance = sum((value - mean) ** 2 for value in means) / (count - 1) if count > 1 else mean * (1 - mean)
+    size = mean * (1 - mean) / (variance * (count - 1) / count / count) if variance > 0 else count
+    z = 1.959964
+    middle = (mean + z * z / (2 * size)) / (1 + z * z / size)
+    half = z * math.sqrt(mean * (1 - mean) / size + z * z / (4 * size * size)) / (1 + z * z / size)
+    return mean, math.sqrt(variance / count), max(0.0, middle - half), min(1.0, middle + half)
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Probability that k of n samples, drawn without replacement, hold a correct one."""
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def majority(group: list[dict[str, Any]]) -> float:
+    """Score of the answer given most often; where several are, their mean. Samples without an answer have no vote."""
+    votes: dict[str, list[float]] = defaultdict(list)
+    for row in group:
+        if row["extracted"]:
+            votes[row["extracted"]].append(row["score"] or 0.0)
+    most = max(map(len, votes.values()), default=0)
+    return _mean([_mean(scores) for scores in votes.values() if len(scores) == most]) if votes else 0.0
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """The results for a terminal."""
+    lines = [
+        f"{'task':16} {'pass@1':>8}  {'95 % interval':>15} {'length':>8} {'cut off':>8} {'unparsed':>9} {'problems':>9}"
+    ]
+    for task, r in results.items():
+        between = f"{100 * r['pass@1_ci95_low']:.1f} to {100 * r['pass@1_ci95_high']:.1f}"
+        shares = f"{100 * r['cut_off']:6.1f} % {100 * r['unparsed']:7.1f} %"
+        lines.append(
+            f"{task:16} {100 * r['pass@1']:6.1f} %  {between:>15} {r['mean_length']:8.0f} {shares} {r['problems']:9}"
+        )
+    return "\n".join(lines)

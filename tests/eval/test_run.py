@@ -1,0 +1,169 @@
+"""The runner from the command line: results, repetition, kills, several processes, bad input."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from eval.run import main
+from tests import launch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "rows.jsonl", {i: str(i) for i in range(20)})
+
+
+def write_data(path: Path, answers: dict[int, str]) -> Path:
+    rows = [{"problem": f"Ben has {10 + i} stones and finds {i} more.", "answer": answers[i]} for i in answers]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def arguments(model: str, data: Path, output: Path, **options) -> list[str]:
+    options = {"tasks": "aime24", "engine": "torch", "max_new_tokens": 24, "num_samples": 2, "batch_size": 8} | options
+    dataset = [f"{task}={data}" for task in ("aime24", "gsm8k")]
+    return ["--model", model, "--output_dir", str(output), "--dataset", *dataset] + [
+        f"--{name}={value}" for name, value in options.items()
+    ]
+
+
+def evaluate(tmp_path: Path, *args, **options) -> tuple[dict, list[dict]]:
+    """The results and the rows of aime24 that a run leaves behind."""
+    output = args[2]
+    code, log = launch.run("eval.run", arguments(*args, **options), tmp_path / "log.txt")
+    assert code == 0, log
+    return json.loads((output / "results.json").read_text()), rows_in(output)
+
+
+def rows_in(output: Path) -> list[dict]:
+    return [
+        row
+        for file in sorted((output / "details" / "aime24").glob("*.parquet"))
+        for row in pq.read_table(file).to_pylist()
+    ]
+
+
+def test_scores_are_of_the_models_answers(tiny_model, data, tmp_path):
+    """Golds are set to what the model says, for every second of the problems that it answers: half are right."""
+    greedy = {"temperature": 0, "num_samples": 1}
+    content, rows = evaluate(tmp_path, tiny_model, data, tmp_path / "a", **greedy)
+    assert [row["problem"] for row in rows] == list(range(20)) and content["results"]["aime24"]["pass@1"] == 0
+    unparsed = [row["extracted"] == "" for row in rows]
+    assert content["results"]["aime24"]["unparsed"] == sum(unparsed) / 20 < 1
+    answered = [row for row in rows if row["extracted"] and row["extracted"].isdecimal()]
+    right = {row["problem"]: row["extracted"] for row in answered[::2]}
+    assert right
+    other = write_data(tmp_path / "other.jsonl", {i: right.get(i, "123456") for i in range(20)})
+    content, again = evaluate(tmp_path, tiny_model, other, tmp_path / "b", **greedy)
+    assert [row["completion"] for row in again] == [row["completion"] for row in rows]
+    assert {row["problem"] for row in again if row["score"] == 1.0} == set(right)
+    result = content["results"]["aime24"]
+    assert result["pass@1"] == len(right) / 20 and result["pass@1_ci95_low"] < result["pass@1"]
+    assert result["mean_length"] == sum(row["length"] for row in rows) / 20
+    assert {"torch", "math-verify"} <= set(content["versions"]) and content["config"]["temperature"] == 0
+
+
+def test_seeds_and_processes(tiny_model, data, tmp_path):
+    one, rows = evaluate(tmp_path, tiny_model, data, tmp_path / "one")
+    two, parallel = evaluate(tmp_path, tiny_model, data, tmp_path / "two", data_parallel_size=2)
+    assert parallel == rows and two["results"] == one["results"]
+    assert rows[0]["completion"] != rows[1]["completion"] and len(rows) == 40
+    _, other = evaluate(tmp_path, tiny_model, data, tmp_path / "three", seed=1)
+    assert [row["completion"] for row in other] != [row["completion"] for row in rows]
+
+
+def test_killed_and_continued(tiny_model, data, tmp_path):
+    expected, rows = evaluate(tmp_path, tiny_model, data, tmp_path / "whole", max_new_tokens=100)
+    output = tmp_path / "killed"
+    [process] = launch.start("eval.run", arguments(tiny_model, data, output, max_new_tokens=100), tmp_path / "log.txt")
+    while not list(output.glob("details/aime24/*.parquet")):
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    done = {file: file.stat().st_mtime_ns for file in output.glob("details/aime24/*.parquet")}
+    assert 1 <= len(done) < 5 and not (output / "results.json").exists()
+    content, again = evaluate(tmp_path, tiny_model, data, output, max_new_tokens=100)
+    assert again == rows and content["results"] == expected["results"]
+    assert all(file.stat().st_mtime_ns == when for file, when in done.items())
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None or torch.cuda.is_available(), reason="needs vLLM's CPU build"
+)
+def test_vllm_repeats_a_missing_batch_exactly(tiny_model, data, tmp_path):
+    command = [sys.executable, "-m", "eval.run", *arguments(tiny_model, data, tmp_path / "out", engine="vllm")]
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "8"}  # a trainer's rank that starts it
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    rows = rows_in(tmp_path / "out")
+    (tmp_path / "out" / "details" / "aime24" / "00008.parquet").unlink()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert rows_in(tmp_path / "out") == rows and len(rows) == 40
+
+
+def test_a_folder_holds_one_setting_and_several_tasks(tiny_model, data, tmp_path):
+    evaluate(tmp_path, tiny_model, data, tmp_path / "out", limit=2)
+    code, log = launch.run(
+        "eval.run", arguments(tiny_model, data, tmp_path / "out", limit=2, seed=7), tmp_path / "log.txt"
+    )
+    assert code == 2 and "seed (0, now 7)" in log and "--output_dir" in log
+    rows = [{"question": "2 and 3?", "answer": "so 5 #### 5"}]
+    (tmp_path / "gsm.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    content, _ = evaluate(tmp_path, tiny_model, tmp_path / "gsm.jsonl", tmp_path / "out", limit=2, tasks="gsm8k")
+    assert set(content["results"]) == {"aime24", "gsm8k"} and content["results"]["gsm8k"]["problems"] == 1
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"tasks": "math_501"}, "did you mean math_500?"),
+        ({"tasks": "custom|aime24|5|0"}, "examples in the prompt"),
+        ({"tasks": "math_500", "dataset": "math_500={data}"}, "no column 'solution'"),
+        ({"dataset": "aime24=/nowhere.jsonl"}, "no file at /nowhere.jsonl: check --dataset."),
+        ({"model": "/no/such/folder"}, "no model folder at /no/such/folder"),
+        ({"max_new_tokens": 250}, "--fit_context"),
+        ({"temperature": 0}, "--num_samples 1"),
+        ({"engine": "vlm"}, "vllm, torch"),
+        ({"nun_samples": 3}, "did you mean `num_samples`?"),
+        ({"custom_tasks": "/nowhere.py"}, "check --custom_tasks"),
+    ],
+)
+def test_bad_input(options, says, tiny_model, data, tmp_path, capfd):
+    options = {name: str(value).format(data=data) for name, value in options.items()}
+    model = options.pop("model", tiny_model)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments(model, data, tmp_path / "out", **options))
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stopped.value.code == 2 and len(errors) == 1 and says in errors[0], errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_short_context_and_custom_tasks(tiny_model, data, tmp_path):
+    (tmp_path / "my_tasks.py").write_text(
+        "from eval.tasks import Doc, LightevalTaskConfig\n"
+        "class Short:\n"
+        "    def compute(self, doc, predictions):\n"
+        "        return float(max(map(len, predictions)) < int(doc.choices[0]))\n"
+        "def ask(line, task_name=None):\n"
+        "    return Doc(query=line['problem'], choices=['100000'], gold_index=0)\n"
+        f"TASKS_TABLE = [LightevalTaskConfig('short', ask, {str(data)!r}, metric=[Short()], stop_sequence=['e'])]\n"
+    )
+    options = {"tasks": "short", "fit_context": True, "custom_tasks": tmp_path / "my_tasks.py", "limit": 3}
+    argv = arguments(tiny_model, data, tmp_path / "out", max_new_tokens=1000, **options)
+    code, log = launch.run("eval.run", argv, tmp_path / "log.txt")
+    assert code == 0 and "answers are cut at" in log, log
+    result = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["short"]
+    assert result["pass@1"] == 1.0 and result["samples"] == 6 and 24 < result["mean_length"] < 256
+    rows = [r for f in (tmp_path / "out" / "details" / "short").glob("*.parquet") for r in pq.read_table(f).to_pylist()]
+    assert not any("e" in row["completion"] for row in rows)
