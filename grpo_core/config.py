@@ -35,8 +35,19 @@ class GRPOScriptArguments(ScriptArguments):
         None, "Column of the prompt; default: `prompt` if there, else `problem`."
     )
     reward_funcs: list[str] = option(["accuracy", "format"], "Rewards by name, or your own as module:function.")
+    drop_unparseable_golds: bool = option(
+        True, "Leave out (and count) rows whose gold answer cannot be parsed: they give no signal."
+    )
+    cosine_min_value_wrong: float = option(-1.0, "cosine's value for a wrong answer of no length.")
+    cosine_max_value_wrong: float = option(-0.5, "... of cosine_max_len: a long wrong answer costs less.")
+    cosine_min_value_correct: float = option(0.5, "cosine's value for a right answer of cosine_max_len.")
+    cosine_max_value_correct: float = option(1.0, "... of no length: a short right answer gains most.")
+    cosine_max_len: int = option(1000, "Length at which cosine stays where it is, in characters.")
+    cosine_in_tokens: bool = option(False, "Count cosine's lengths in tokens.")
     repetition_n_grams: int = option(3, "n of the n-grams that repetition_penalty counts.")
     repetition_max_penalty: float = option(-1.0, "repetition_penalty's value where every n-gram repeats.")
+    max_completion_len: int = option(16384, "soft_overlong_punishment: tokens from which the value is -1.")
+    soft_punish_cache: int = option(4096, "soft_overlong_punishment: the last tokens before that, where it falls.")
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class GRPOConfig(TrainingConfig):
         "Prompts a rollout; default: per_device_train_batch_size x gradient_accumulation_steps x ranks completions.",
     )
     num_generations: int = option(8, "Completions per prompt: the group G.")
+    num_generations_eval: int | None = option(None, "Completions per prompt in evaluation; default: num_generations.")
     num_iterations: int = option(1, "Optimizer steps taken on each rollout.")
     max_prompt_length: int = option(512, "Prompts longer than this many tokens are left out and counted.")
     max_completion_length: int = option(256, "Longest completion in tokens.")
@@ -68,8 +80,8 @@ class GRPOConfig(TrainingConfig):
     importance_sampling_level: Literal["token", "sequence"] = option(
         "token", "Ratio per token, or per sequence (GSPO)."
     )
-    scale_rewards: Literal["group", "batch", "none"] = option(
-        "group", "What the advantage is divided by: a std or none."
+    scale_rewards: str = option(
+        "group", "What the advantage is divided by: the std of the group (true), of the batch, or none (false)."
     )
     old_logps: Literal["policy", "sampler"] = option(
         "policy", "Whose log-probs are `old`: the policy's, or the engine's (another algorithm)."
@@ -82,7 +94,13 @@ class GRPOConfig(TrainingConfig):
     reward_weights: list[float] | None = option(None, "One weight a reward function; default: all 1.")
     reward_num_workers: int = option(2, "Processes per rank that score completions.")
     reward_timeout: float = option(5.0, "Seconds a check may take; then it is killed and the completion not scored.")
-    engine: str = option("vllm", f"What samples: {', '.join(ENGINES)} (plain torch: slow, exact).")
+    engine: str | None = option(
+        None, f"What samples: {', '.join(ENGINES)} (plain torch: slow, exact); default: vllm, unless use_vllm is false."
+    )
+    use_vllm: bool | None = option(None, "true: engine vllm, false: engine torch (TRL's name for the choice).")
+    vllm_mode: Literal["colocate", "server"] = option(
+        "colocate", "The engine lives in the ranks; server is taken for colocate, with a warning."
+    )
     vllm_gpu_memory_utilization: float = option(0.3, "Share of GPU memory for the engine.")
     vllm_tensor_parallel_size: int = option(1, "Ranks that share one engine; must divide the number of ranks.")
     max_logp_difference: float = option(
@@ -90,10 +108,12 @@ class GRPOConfig(TrainingConfig):
     )
     save_rollouts: str | None = option(None, "Folder to record every rollout in (parquet).")
     rollouts_from: str | None = option(None, "Train from the rollouts recorded in this folder, without an engine.")
+    log_completions: bool = option(True, "Log samples to completions.jsonl and, as text, to TensorBoard.")
     num_completions_to_print: int = option(2, "Completions shown as text in each log entry.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._resolve()
         require(self.num_generations >= 2, f"num_generations must be at least 2, got {self.num_generations}: an "
                 "advantage compares the completions of a group.")  # fmt: skip
         check_options(**self.objective())
@@ -109,6 +129,16 @@ class GRPOConfig(TrainingConfig):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
         require(self.prompts_per_step is None or self.prompts_per_step >= 1, "prompts_per_step must be at least 1.")
         require(0 < self.vllm_gpu_memory_utilization < 1, "vllm_gpu_memory_utilization is a share between 0 and 1.")
+
+    def _resolve(self) -> None:
+        """One name for what several options or spellings say."""
+        scale = {"true": "group", "false": "none"}.get(self.scale_rewards.lower(), self.scale_rewards)
+        require(scale in ("group", "batch", "none"), f"unknown scale_rewards {scale!r}: group, batch or none.")
+        chosen = "torch" if self.use_vllm is False else "vllm"
+        require(self.use_vllm is None or self.engine in (None, chosen),
+                f"engine {self.engine} and use_vllm {self.use_vllm} contradict each other: give one.")  # fmt: skip
+        object.__setattr__(self, "scale_rewards", scale)
+        object.__setattr__(self, "engine", self.engine or chosen)
 
     def prompts_a_rollout(self, world_size: int) -> int:
         """Prompts sampled together; open-r1's batch sizes are rounded up to whole groups."""

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sft_core.checkpoint import write_atomically
+from sft_core.files import write_atomically
 
 SFT: dict[str, Any] = {
     "max_steps": 200, "per_device_train_batch_size": 32, "learning_rate": 3e-3, "lr_scheduler_type": "cosine",

@@ -15,8 +15,8 @@ from grpo_core.rollout import Rollout, Summary
 from sft_core.metrics import reduce_metrics
 
 CONSOLE = (
-    "reward", "effective_groups", "unscored", "completions/mean_length", "kl", "clip_ratio/region_mean", "entropy",
-    "sampling/sampling_logp_difference/mean", "tokens_per_second",
+    "reward", "eval_reward", "effective_groups", "unscored", "completions/mean_length", "kl", "clip_ratio/region_mean",
+    "entropy", "sampling/sampling_logp_difference/mean", "tokens_per_second",
 )  # fmt: skip
 MISMATCH_NAMES = {
     "mean_abs": "sampling/sampling_logp_difference/mean",

@@ -25,8 +25,10 @@ from gen.engine import Engine
 from grpo_core.advantage import group_advantages
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
 from grpo_core.scoring import ScoreResult, score_completions
-from sft_core.checkpoint import flush_to_disk
 from sft_core.data import render_prompt
+from sft_core.files import flush_to_disk
+
+GOLD_REWARDS = {"accuracy", "cosine", "length"}  # what compares with a gold answer
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,17 @@ def load_prompts(
         ValueError: no prompt column, no column with the answer that a reward needs, or no prompt short enough.
     """
     column = prompt_column(rows, arguments)
-    if "accuracy" in arguments.reward_funcs and not {"solution", "answer"} & set(rows.column_names):
+    needy = [name for name in arguments.reward_funcs if name in GOLD_REWARDS]
+    if needy and not {"solution", "answer"} & set(rows.column_names):
         raise ValueError(
-            f"the accuracy reward needs a column `solution` or `answer`; {arguments.dataset_name} has "
-            f"{', '.join(rows.column_names)}."
+            f"the {needy[0]} reward needs a column `solution` or `answer`; the data has {', '.join(rows.column_names)}."
         )
     system = SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
     prompts: list[Prompt] = []
     for row in tqdm(rows, desc="prompts", disable=None, leave=False):
         value = row.pop(column)
         if not value:
-            raise ValueError(f"a row of {arguments.dataset_name} has an empty {column!r}: leave such rows out.")
+            raise ValueError(f"a row of the data has an empty {column!r}: leave such rows out.")
         messages = value if isinstance(value, list) else [{"role": "user", "content": str(value)}]
         if system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
@@ -92,8 +94,8 @@ def prompt_column(rows: Dataset, arguments: GRPOScriptArguments) -> str:
         if name in rows.column_names:
             return name
     raise ValueError(
-        f"{arguments.dataset_name} has no column {wanted or '`prompt` or `problem`'} for the prompt; it has "
-        f"{', '.join(rows.column_names)}: name one with --dataset_prompt_column."
+        f"{arguments.dataset_name or 'the mixture'} has no column {wanted or '`prompt` or `problem`'} for the prompt; "
+        f"it has {', '.join(rows.column_names)}: name one with --dataset_prompt_column."
     )
 
 
@@ -103,13 +105,13 @@ def sample_seed(seed: int, step: int, group: int) -> int:
 
 
 def sample(
-    engine: Engine, prompts: dict[int, Prompt], config: GRPOConfig, step: int, stop_ids: frozenset[int]
+    engine: Engine, prompts: dict[int, Prompt], n: int, config: GRPOConfig, step: int, stop_ids: frozenset[int]
 ) -> list[Rollout]:
-    """G completions of each prompt (keyed by its group), from the engine's current weights."""
+    """`n` completions of each prompt (keyed by its group), from the engine's current weights."""
     groups = list(prompts)
     completions = engine.sample(
         [prompts[group].ids for group in groups],
-        n=config.num_generations,
+        n=n,
         temperature=config.temperature,
         max_tokens=config.max_completion_length,
         seeds=[sample_seed(config.seed, step, group) for group in groups],
@@ -140,6 +142,7 @@ def score(
         config.reward_weights,
         completions=tokenizer.batch_decode([r.completion_ids for r in rollouts], skip_special_tokens=True),
         prompts=[prompt.messages for prompt in owners],
+        prompt_texts=tokenizer.batch_decode([prompt.ids[-16:] for prompt in owners]),  # their ends, as rendered
         group_ids=[r.group for r in rollouts],
         completion_ids=[r.completion_ids for r in rollouts],
         columns={name: [prompt.columns.get(name) for prompt in owners] for name in names},
@@ -163,14 +166,20 @@ class Summary:
     rewards: list[float]
 
 
-def set_advantages(rollouts: list[Rollout], scale_rewards: str) -> list[Summary]:
-    """Give every rollout its advantage within its group; returns the summaries of all rollouts on all ranks.
-
-    The rewards of the whole step travel, a few bytes a completion: `scale_rewards="batch"` needs them all.
-    """
+def gather_summaries(rollouts: list[Rollout]) -> list[list[Summary]]:
+    """The summaries of all rollouts, a list a rank: a few bytes a completion. A collective."""
     gathered: list[list[Summary]] = [[] for _ in range(dist.get_world_size())]
     own = [Summary(r.group, len(r.completion_ids), r.finish_reason, r.reward, r.rewards) for r in rollouts]
     dist.all_gather_object(gathered, own)
+    return gathered
+
+
+def set_advantages(rollouts: list[Rollout], scale_rewards: str) -> list[Summary]:
+    """Give every rollout its advantage within its group; returns the summaries of all rollouts on all ranks.
+
+    The rewards of the whole step travel: `scale_rewards="batch"` needs them all.
+    """
+    gathered = gather_summaries(rollouts)
     every = [summary for part in gathered for summary in part]
     advantages = group_advantages([s.reward for s in every], [s.group for s in every], scale_rewards).tolist()
     start = sum(len(part) for part in gathered[: dist.get_rank()])

@@ -11,7 +11,7 @@ It is `sft_core/train.py` with rollouts and advantages in front. One step, as th
     4 pack         prompts and completions into micro-batches without padding
     5 denominators the step's tokens and sequences over all ranks, before the first backward
     6 update       log-probs, objective, backward, clip, step
-    7 log, save
+    7 log, evaluate, save
 
 The same command resumes from the last complete checkpoint. The mathematics is in `loss.py` and `advantage.py`, the
 engines in `gen/`. Left out on purpose: value networks, reward models, asynchronous rollouts, top-p and the like.
@@ -32,6 +32,7 @@ from eval.workers import WorkerPool
 from gen.sync import mismatch_stats, probe, sync_weights
 from grpo_core.batch import MicroBatch, idle_micro_batch, keep_old_logps, make_micro_batches
 from grpo_core.config import GRPOConfig
+from grpo_core.evaluation import evaluate_policy
 from grpo_core.loss import entropy_bonus, merge_metrics, policy_loss
 from grpo_core.report import (
     CONSOLE,
@@ -51,11 +52,13 @@ from grpo_core.rollout import (
     set_advantages,
     write_rollouts,
 )
-from grpo_core.setup import prepare, start_engine
+from grpo_core.setup import Run, prepare, start_engine
 from sft_core import guards
 from sft_core.checkpoint import load_checkpoint, save_checkpoint
 from sft_core.data import row_order
+from sft_core.errands import Errands
 from sft_core.export import export_model, full_weights, weight_names
+from sft_core.flow import announce
 from sft_core.metrics import MetricsLogger
 from sft_core.model import Policy, load_policy
 from sft_core.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
@@ -67,15 +70,21 @@ def main(argv: list[str] | None = None) -> None:
     """Train as told by `argv` (default: the command line); exit code 2 for bad input, before weights are loaded."""
     with guards.usage_errors():
         run = prepare(sys.argv[1:] if argv is None else argv)
+    announce(run)
+    train(run).finish()
+
+
+def train(run: Run) -> Errands:
+    """The loop. Returns what the first rank has left to do when the weights are out of memory."""
     config, rank, world_size, device = run.config, run.rank, run.world_size, run.device
-    if rank == 0:
-        print(run.summary)
     sharding = {"mesh": make_mesh(device), "bf16": run.bf16, "gradient_checkpointing": config.gradient_checkpointing}
     policy = shard(load_policy(run.local_model), **sharding)
     reference = shard(freeze(load_policy(run.local_model)), **sharding) if config.beta > 0 else None
     optimizer = make_optimizer(policy, config)
     scheduler = make_scheduler(optimizer, config, run.total_steps)
-    progress: dict[str, Any] = {"step": 0, "prompts": 0, "num_tokens": 0, "uses": 0, "figures": {}}
+    progress: dict[str, Any] = {
+        "step": 0, "prompts": 0, "num_tokens": 0, "loss_sum": 0.0, "seconds": 0.0, "uses": 0, "figures": {},
+    }  # fmt: skip
     rollouts: list[Rollout] = []  # this rank's
     if run.checkpoint is not None:
         progress = load_checkpoint(run.checkpoint, policy, optimizer, scheduler)
@@ -86,17 +95,42 @@ def main(argv: list[str] | None = None) -> None:
         config.output_dir, config.report_to, progress["step"], run.options, CONSOLE, run.total_steps,
         max_text_samples=config.num_completions_to_print,
     )  # fmt: skip
+    errands = Errands(run, logger, samples=len(run.prompts), steps_per_epoch=run.steps_per_epoch)
     phases = guards.Phases(config.ddp_timeout)
     stop = guards.StopSignal()
+
+    def sync() -> None:
+        """The engine's weights := the policy's, version = steps behind them, checked by a probe."""
+        if engine is None or engine.version == progress["step"]:
+            return
+        with phases("sync"):
+            sync_weights(engine, full_weights(policy, run.dtype), weight_names(policy), progress["step"])
+            probe(
+                engine, partial(policy.score, temperature=config.temperature, device=device), run.prompts[0].ids,
+                temperature=config.temperature, max_tokens=min(8, config.max_completion_length),
+                seed=config.seed, tolerance=config.max_logp_difference,
+            )  # fmt: skip
+
+    def evaluate() -> None:
+        sync()
+        with phases("eval", watchdog_s=0):
+            figures = evaluate_policy(engine, run, pool)
+        errands.log_evaluation(progress["step"], progress["prompts"] / len(run.prompts), figures)
+
+    def write_model(folder: Path) -> None:
+        export_model(policy, run.tokenizer, folder, run.dtype, run.stop_ids)
+        errands.write_state(folder, progress)
 
     def save() -> None:
         if progress["uses"]:
             keep_old_logps(micro_batches)
-        save_checkpoint(
+        folder = save_checkpoint(
             config.output_dir, progress["step"], policy, optimizer, scheduler,
             progress=progress, identity=run.identity, save_total_limit=config.save_total_limit,
             write_extra=lambda folder: write_rollouts(folder, progress["step"], rollouts if progress["uses"] else []),
+            write_model=write_model, only_model=config.save_only_model,
         )  # fmt: skip
+        errands.on_save(progress["step"], folder)
 
     micro_batches: list[MicroBatch] = []  # of the rollouts; made anew for each rollout, and after a resume within one
     saved_at, stopping, steps_unscored = progress["step"], False, 0
@@ -106,20 +140,14 @@ def main(argv: list[str] | None = None) -> None:
         step = progress["step"] + 1
         first_use = progress["uses"] == 0
         if first_use and engine is not None:
-            # 1 sync: the engine's weights := the policy's, version = steps behind them, checked by a probe
-            with phases("sync"):
-                sync_weights(engine, full_weights(policy, run.dtype), weight_names(policy), progress["step"])
-                probe(
-                    engine, partial(policy.score, temperature=config.temperature, device=device), run.prompts[0].ids,
-                    temperature=config.temperature, max_tokens=min(8, config.max_completion_length),
-                    seed=config.seed, tolerance=config.max_logp_difference,
-                )  # fmt: skip
+            # 1 sync: weights into the engine, and the proof that they arrived
+            sync()
             # 2 sample and score: this rank's share of the rollout's prompts
             order = row_order(len(run.prompts), config.seed, progress["prompts"], run.prompts_per_rollout)
             own = range(rank, run.prompts_per_rollout, world_size)
             chosen = {group: run.prompts[order[group]] for group in own}
             with phases("sample"):
-                rollouts = sample(engine, chosen, config, step, run.stop_ids)
+                rollouts = sample(engine, chosen, config.num_generations, config, step, run.stop_ids)
             with phases("score"):
                 errors = score(rollouts, chosen, run.reward_funcs, config, run.tokenizer, pool).errors
             for text, count in errors.items():
@@ -157,10 +185,12 @@ def main(argv: list[str] | None = None) -> None:
         progress["step"] = step
         progress["uses"] = (progress["uses"] + 1) % config.num_iterations
         progress["num_tokens"] += int(metrics["tokens"])
-        # 7 log, save
+        # 7 log, evaluate, save
         seconds, timing = time.perf_counter() - start, phases.pop()
+        progress["loss_sum"] += metrics["loss"]
+        progress["seconds"] += seconds
         progress["figures"] |= {name: value for name, value in metrics.items() if name.startswith("sampling/")}
-        if step % config.logging_steps == 0 or step == run.total_steps:
+        if errands.due("logging", step):
             logger.log(step, progress["figures"] | metrics | timing | {
                 "grad_norm": float(grad_norm),
                 "learning_rate": learning_rate,
@@ -169,28 +199,33 @@ def main(argv: list[str] | None = None) -> None:
                 "step_time": seconds,
                 "tokens_per_second": metrics["tokens"] / seconds,
             })  # fmt: skip
-            samples = spread(rollouts, config.num_completions_to_print)
+            samples = spread(rollouts, config.num_completions_to_print if config.log_completions else 0)
             logger.log_completions(step, completion_rows(samples, run.reward_names, run.tokenizer))
+        errands.log_benchmarks()
         bar.update()
-        due = config.save_strategy == "steps" and step % config.steps_between_saves(run.total_steps) == 0
-        if due or stopping:
+        if errands.due("eval", step):
+            evaluate()
+        if errands.due("save", step) or stopping:
             with phases("save"):
                 save()
                 saved_at = step
     bar.close()
+    if not stopping and config.evaluates and not errands.evaluated_at(progress["step"]):
+        evaluate()
     pool.close()
     if not stopping:
         with phases("export"):
-            if config.save_strategy == "steps" and saved_at != progress["step"]:
+            if config.save_strategy != "no" and saved_at != progress["step"]:
                 save()
             export_model(policy, run.tokenizer, config.output_dir, run.dtype, run.stop_ids)
+        errands.trained(progress)
     elif rank == 0:
         print(f"stopped by a signal after step {progress['step']}: the same command goes on from there")
-    logger.close()
     dist.barrier()
     if engine is not None:
         engine.close()
     guards.shutdown()
+    return errands
 
 
 def update(

@@ -4,10 +4,11 @@ A checkpoint is complete or it is not there: everything goes into `.checkpoint-<
 a manifest (size and checksum of each file) as its last file, is renamed to `checkpoint-<step>`, and only then does the
 file `latest` name it. Inside:
 
-    model and optimizer   `state/`, by torch.distributed.checkpoint: loads with any number of ranks
+    the model             as a Hugging Face folder, put there by the caller's `write_model`
+    state/                model and optimizer, by torch.distributed.checkpoint: loads with any number of ranks
     scheduler.pt          the schedule's state
     rank-00000/           that rank's random generators (rng.pt) and whatever the caller's `write_extra` put there
-    trainer_state.json    step, world size, identity and the caller's `progress`, readable
+    progress.json         step, world size, identity and the caller's `progress`, readable
     manifest.json         written last
 
 Left out on purpose: asynchronous saving, and folders that the ranks do not share. In this order, on every rank:
@@ -24,7 +25,6 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,46 +35,13 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from sft_core.files import MANIFEST, flush_to_disk, manifest, write_atomically
 from sft_core.guards import on_first_rank
 
-MANIFEST, STATE, POINTER, RUN = "manifest.json", "trainer_state.json", "latest", "run.json"
+STATE, POINTER, RUN = "progress.json", "latest", "run.json"
 
 
-# --- files -------------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Old content or new content, never half of it, whenever the process or the machine dies."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    flush_to_disk(path.parent)
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync a file's bytes, or a folder's entries (a rename is on the disk once its folder is)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _describe(path: Path) -> tuple[int, int]:
-    crc, size = 0, 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return size, crc
-
-
-def _manifest(folder: Path) -> dict[str, list[int]]:
-    """{file name: [bytes, crc32]} of every file below `folder` but the manifest itself."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    with ThreadPoolExecutor(8) as pool:  # crc32 and read release the interpreter's lock
-        described = pool.map(_describe, files)
-    return {str(path.relative_to(folder)): list(found) for path, found in zip(files, described, strict=True)}
+# --- which checkpoint, and whose ---------------------------------------------------------------------------------
 
 
 def unreadable_reason(checkpoint: Path) -> str | None:
@@ -87,16 +54,15 @@ def unreadable_reason(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is damaged"
     if not isinstance(expected, dict):
         return f"{MANIFEST} is damaged"
-    found = _manifest(checkpoint)
+    if "state/.metadata" not in expected:
+        return "it holds the model alone (save_only_model)"
+    found = manifest(checkpoint)
     for name, description in expected.items():
         if name not in found:
             return f"{name} is missing"
         if found[name] != description:
             return f"{name} is damaged: [bytes, crc32] are {found[name]} instead of {description}"
     return None
-
-
-# --- which checkpoint, and whose ---------------------------------------------------------------------------------
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -151,17 +117,26 @@ def _clean_up(folder: Path) -> None:
             os.rename(replaced, original)
 
 
-def prepare_output_dir(output_dir: str | Path, identity: dict[str, Any], overwrite_output_dir: bool) -> Path | None:
+def prepare_output_dir(
+    output_dir: str | Path, identity: dict[str, Any], overwrite_output_dir: bool, resume_from: str | None = None
+) -> Path | None:
     """Claim `output_dir` for the run of this `identity`; returns the checkpoint to resume from, or None. A collective.
 
     `identity`: what makes it this run (algorithm, model, data fingerprint, seed), as JSON-able values. Our own
     checkpoints always resume. A folder that holds another run's results raises ValueError saying what differs, or with
-    `overwrite_output_dir` has everything in it moved to `previous-<n>/`. Nothing is ever deleted.
+    `overwrite_output_dir` has everything in it moved to `previous-<n>/`. Nothing is ever deleted. `resume_from`: a
+    checkpoint of the same identity, of whatever folder, to go on from instead of the last one in this.
     """
     folder = Path(output_dir)
     identity = json.loads(json.dumps(identity))
 
     def claim() -> Path | None:
+        if resume_from is not None:
+            reason = unreadable_reason(Path(resume_from))
+            if reason is None and (difference := _difference(json.dumps(_saved(resume_from)["identity"]), identity)):
+                reason = f"it is of another run: {difference}"
+            if reason is not None:
+                raise ValueError(f"cannot resume from {resume_from}: {reason}. Check --resume_from_checkpoint.")
         folder.mkdir(parents=True, exist_ok=True)
         record = folder / RUN
         difference = _difference(record.read_text(), identity) if record.is_file() else None
@@ -189,7 +164,7 @@ def prepare_output_dir(output_dir: str | Path, identity: dict[str, Any], overwri
             _move_aside(folder, difference)
             checkpoint = None
         write_atomically(folder / RUN, json.dumps(identity, indent=2) + "\n")
-        return checkpoint
+        return checkpoint if resume_from is None else Path(resume_from)
 
     return on_first_rank(claim)
 
@@ -228,11 +203,14 @@ def save_checkpoint(
     identity: dict[str, Any],
     save_total_limit: int | None = None,
     write_extra: Callable[[Path], None] | None = None,
+    write_model: Callable[[Path], None] | None = None,
+    only_model: bool = False,
 ) -> Path:
     """Write `checkpoint-<step>` and point `latest` to it. A collective.
 
     `progress`: JSON-able, the same on every rank, given back by `load_checkpoint`. `write_extra(folder)` is called on
-    every rank with its own `rank-<r>` folder. The oldest beyond `save_total_limit` go, never the one just written.
+    every rank with its own `rank-<r>` folder, `write_model(folder)` with the checkpoint's; with `only_model` nothing
+    else is written, and no run resumes from it. The oldest beyond `save_total_limit` go, never the one just written.
     """
     folder = Path(output_dir)
     final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
@@ -242,24 +220,27 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
 
     on_first_rank(start)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary / "state")
-    own = rank_folder(temporary, dist.get_rank())
-    own.mkdir()
-    torch.save(_rng_state(), own / "rng.pt")
-    if write_extra is not None:
-        write_extra(own)
+    if write_model is not None:
+        write_model(temporary)
+    if not only_model:
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary / "state")
+        own = rank_folder(temporary, dist.get_rank())
+        own.mkdir()
+        torch.save(_rng_state(), own / "rng.pt")
+        if write_extra is not None:
+            write_extra(own)
     dist.barrier()  # every rank's files are there
 
     def finish() -> None:
-        if scheduler is not None:
+        if scheduler is not None and not only_model:
             torch.save(scheduler.state_dict(), temporary / "scheduler.pt")
         state = {"step": step, "world_size": dist.get_world_size(), "identity": identity, "progress": progress}
         (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
-        manifest = _manifest(temporary)
+        described = manifest(temporary)
         for path in temporary.rglob("*"):
             flush_to_disk(path)
-        write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        write_atomically(temporary / MANIFEST, json.dumps(described, indent=1) + "\n")
         if final.exists():  # an unreadable one, or one of a time line that was given up
             os.rename(final, folder / f".{final.name}.replaced")
         os.rename(temporary, final)
@@ -317,8 +298,8 @@ def rank_folder(checkpoint: str | Path, rank: int) -> Path:
     return Path(checkpoint) / f"rank-{rank:05d}"
 
 
-def _saved(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / STATE).read_text())
+def _saved(checkpoint: str | Path) -> dict[str, Any]:
+    return json.loads((Path(checkpoint) / STATE).read_text())
 
 
 def _rng_state() -> dict[str, Any]:

@@ -1,13 +1,16 @@
 """From `--config run.yaml --field value ...` to validated dataclasses.
 
 YAML values are turned into the same tokens as a command line and put before the real one, so there is one conversion
-of types and the command line wins. An unknown key or flag is refused with the nearest known name. A key `env:` in the
-YAML sets environment variables. Types, `--help` and choices come from transformers' HfArgumentParser.
+of types and the command line wins. An unknown key or flag is refused with the nearest known name; one of open-r1's that
+means nothing here is accepted with a warning (`foreign_keys.py`). A key `env:` in the YAML sets environment variables.
+`--parse_only` prints the resolved configuration as YAML and ends. Types, `--help` and choices come from transformers'
+HfArgumentParser.
 """
 
 import dataclasses
 import difflib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,19 +18,27 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from sft_core.foreign_keys import FOREIGN_KEYS
+
+logger = logging.getLogger(__name__)
+
 
 def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
-    """One validated instance of each dataclass type.
+    """One validated instance of each dataclass type; with `--parse_only`, prints them as YAML and exits with 0.
 
     Raises:
         ValueError: unknown key or flag, unreadable YAML, or a value that a dataclass refuses.
     """
-    path, argv = _take_config_path(argv)
-    known = [field.name for config_type in config_types for field in dataclasses.fields(config_type)]
+    parse_only = "--parse_only" in argv
+    path, argv = _take_config_path([text for text in argv if text != "--parse_only"])
+    known = [name for config_type in config_types for field in dataclasses.fields(config_type)
+             for name in (field.name, *(alias[2:] for alias in field.metadata.get("aliases", [])))]  # fmt: skip
     tokens = []
     for key, value in (_read_yaml(path) if path else {}).items():
         if key == "env":
             os.environ.update({name: str(text) for name, text in value.items()})
+        elif key in FOREIGN_KEYS and key not in known:
+            _warn(key)
         elif key not in known:
             raise ValueError(f"unknown key `{key}` in {path}{_nearest(key, known)}")
         else:
@@ -37,10 +48,32 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     *configs, remaining = parser.parse_args_into_dataclasses(
         [*tokens, *argv], return_remaining_strings=True, look_for_args_file=False
     )
+    foreign = False  # values that follow a key of others go with it
     for text in remaining:
         name = text.lstrip("-").split("=")[0].replace("-", "_")
-        raise ValueError(f"unknown flag `{text}`{_nearest(name, known)}")
+        if text.startswith("--"):
+            foreign = name in FOREIGN_KEYS
+        if not foreign:
+            raise ValueError(f"unknown flag `{text}`{_nearest(name, known)}")
+        if text.startswith("--"):
+            _warn(name)
+    if parse_only:
+        if os.environ.get("RANK", "0") == "0":
+            print(as_yaml(configs), end="")
+        raise SystemExit(0)
     return tuple(configs)
+
+
+def as_yaml(configs: list[Any]) -> str:
+    """The resolved options of all dataclasses as one YAML recipe, which parses to the same again."""
+    values = {key: value for config in configs for key, value in dataclasses.asdict(config).items() if value != []}
+    plain = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _warn(key: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("`%s` has no meaning here and is passed over: %s.", key, FOREIGN_KEYS[key])
 
 
 def _take_config_path(argv: list[str]) -> tuple[str | None, list[str]]:

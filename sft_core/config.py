@@ -9,27 +9,40 @@ here is an optimizer step. How they are read from YAML and the command line: `sf
 import dataclasses
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+OPTIMIZERS = (
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+)
 SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup")
 
 
 class JsonDict(dict):
     """A dict that can also be written as a JSON object on the command line."""
 
-    def __init__(self, value: str | dict) -> None:
-        parsed = json.loads(value) if isinstance(value, str) else value
+    def __init__(self, value: str | Mapping | Iterable) -> None:
+        parsed = json.loads(value) if isinstance(value, str) else dict(value)  # dataclasses.asdict gives pairs
         if not isinstance(parsed, dict):
             raise ValueError(f"expected a JSON object, got {value!r}")
         super().__init__(parsed)
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its one-line documentation (also the source of README's option tables)."""
+def option(default: Any, help: str, alias: str | None = None) -> Any:
+    """A dataclass field with its one-line documentation (also the source of README's option tables).
+
+    `alias`: another name under which recipes know it.
+    """
+    metadata: dict[str, Any] = {"help": help} | ({"aliases": [f"--{alias}"]} if alias else {})
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def require(condition: bool, message: str) -> None:
@@ -54,19 +67,43 @@ def option_table(config_type: type, base: type | None = None) -> str:
 class ModelConfig:
     model_name_or_path: str = option("", "Model to start from: a Hub id or a folder.")
     model_revision: str = option("main", "Branch, tag or commit of a Hub model.")
+    dtype: str | None = option(
+        None, "Precision of computing where bf16 is not given: bfloat16, float32 or auto; masters are float32 always.",
+        alias="torch_dtype",
+    )  # fmt: skip
+    trust_remote_code: bool = option(False, "Run the model code that comes with a Hub model.")
+    attn_implementation: str | None = option(
+        None, "Any of transformers' names: attention here is always the packed one (varlen kernels on a GPU)."
+    )
+    use_peft: bool = option(False, "Refused: adapters are not trained here; the whole model is, sharded over the GPUs.")
+    load_in_8bit: bool = option(False, "Refused: a quantised model cannot be trained whole.")
+    load_in_4bit: bool = option(False, "Refused, likewise.")
 
     def __post_init__(self) -> None:
         require(self.model_name_or_path != "", "--model_name_or_path is missing: give a Hub id or a model folder.")
+        require(self.dtype in (None, "auto", "bfloat16", "float32"),
+                f"dtype {self.dtype!r} is not supported (float16 needs loss scaling): use bfloat16.")  # fmt: skip
+        for name in ("use_peft", "load_in_8bit", "load_in_4bit"):
+            require(not getattr(self, name), f"{name} is not supported: the whole model is trained, in shards; leave "
+                    "it out and use more GPUs or a smaller model.")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ScriptArguments:
-    dataset_name: str = option("", "Data: a Hub id, a .json/.jsonl/.parquet file, or a folder from save_to_disk.")
+    dataset_name: str = option("", "Data: a Hub id, a .json/.jsonl/.parquet file, or a folder of either kind.")
     dataset_config: str | None = option(None, "Configuration (subset) of a Hub data set.")
     dataset_train_split: str = option("train", "Split to train on.")
+    dataset_test_split: str = option("test", "Split to evaluate on; beside a data file, another data file.")
+    dataset_mixture: JsonDict | None = option(
+        None,
+        "Instead of dataset_name: {datasets: [{id, config, split, columns, weight}], seed, test_split_size}; weight is "
+        "the share of that set's rows.",
+    )
 
     def __post_init__(self) -> None:
-        require(self.dataset_name != "", "--dataset_name is missing: give a Hub id or a data file.")
+        require(bool(self.dataset_name) != bool(self.dataset_mixture),
+                "give either --dataset_name (a Hub id or a data file) or a dataset_mixture, not both."
+                if self.dataset_name else "--dataset_name is missing: give a Hub id or a data file.")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,12 +135,46 @@ class TrainingConfig:
     bf16: bool | None = option(None, "Compute in bfloat16 (masters stay float32); default: on CUDA yes, on CPU no.")
     fp16: bool = option(False, "Refused: float16 needs loss scaling; use bf16.")
     gradient_checkpointing: bool = option(False, "Recompute each block's activations in the backward pass.")
-    logging_steps: int = option(1, "Steps between log lines.")
+    optim: str = option("adamw_torch", f"Always AdamW with float32 moments; known: {', '.join(OPTIMIZERS)}.")
+    logging_strategy: Literal["no", "steps", "epoch"] = option("steps", "Log every logging_steps, each epoch, or not.")
+    logging_steps: float = option(1, "Steps between log lines; below 1: a share of all steps.")
+    logging_first_step: bool = option(False, "Log the first step too.")
+    log_level: Literal["debug", "info", "warning", "error", "critical", "passive"] = option(
+        "passive", "Verbosity of this program, datasets and transformers; passive: as they are set."
+    )
     report_to: list[str] = option(["tensorboard"], "Any of tensorboard, wandb; or none.")
     run_name: str | None = option(None, "Name of the run in wandb.")
-    save_strategy: Literal["no", "steps"] = option("steps", "Write checkpoints every save_steps, or none.")
+    wandb_entity: str | None = option(None, "wandb's team or user.")
+    wandb_project: str | None = option(None, "wandb's project.")
+    wandb_run_group: str | None = option(None, "wandb's group of runs.")
+    do_eval: bool = option(False, "Evaluate on the test split after training.")
+    eval_strategy: Literal["no", "steps", "epoch"] = option(
+        "no", "Evaluate during training too: every eval_steps, or each epoch."
+    )
+    eval_steps: float | None = option(None, "Steps between evaluations; below 1: a share; default: logging_steps.")
+    benchmarks: list[str] = option([], "Tasks of eval.run to measure the final model with; all: every one.")
+    system_prompt: str | None = option(None, "System prompt of the benchmarks.")
+    chat_template: str | None = option(None, "Jinja text, or a file with it, in place of the tokenizer's template.")
+    save_strategy: Literal["no", "steps", "epoch"] = option(
+        "steps", "Write checkpoints every save_steps, each epoch, or none."
+    )
     save_steps: float = option(500, "Steps between checkpoints; below 1: a share of all steps.")
     save_total_limit: int | None = option(None, "Checkpoints to keep; older ones are removed.")
+    save_only_model: bool = option(False, "Checkpoints hold the model alone: small, but no run resumes from them.")
+    resume_from_checkpoint: str | None = option(
+        None, "Checkpoint folder to go on from; default: the last one in output_dir."
+    )
+    callbacks: list[str] = option([], "push_to_hub_revision: each checkpoint to a branch of its own, and benchmarks.")
+    push_to_hub: bool = option(False, "Push the model and its card to the Hub.")
+    hub_model_id: str | None = option(None, "Repository to push to; default: output_dir's name.")
+    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = option(
+        "every_save", "When push_to_hub pushes: after training, or at each checkpoint too."
+    )
+    hub_always_push: bool = option(False, "Push a checkpoint even while the one before is still being pushed.")
+    hub_private_repo: bool = option(False, "Make the repository private where it is new.")
+    hub_model_revision: str = option("main", "Branch to push to.")
+    overwrite_hub_revision: bool = option(False, "Push to hub_model_revision even if a model is there.")
+    push_to_hub_revision: bool = option(False, "Push the final model to hub_model_revision.")
     ddp_timeout: int = option(
         1800, "Seconds a collective or a phase may take before all stacks are dumped and it ends."
     )
@@ -114,26 +185,41 @@ class TrainingConfig:
         names = ", ".join(SCHEDULES)
         require(self.lr_scheduler_type in SCHEDULES, f"unknown lr_scheduler_type {self.lr_scheduler_type!r}: {names}.")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_micro_batch",
-                     "logging_steps", "ddp_timeout"):  # fmt: skip
+                     "ddp_timeout"):  # fmt: skip
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "warmup_steps"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}.")
         require(self.warmup_ratio <= 1, f"warmup_ratio is a share of the run (0 to 1), got {self.warmup_ratio}.")
-        require(self.save_steps > 0, f"save_steps must be positive, got {self.save_steps}.")
+        for name in ("save_steps", "logging_steps", "eval_steps"):
+            require(getattr(self, name) is None or getattr(self, name) > 0,
+                    f"{name} must be positive, got {getattr(self, name)}.")  # fmt: skip
+        require(self.optim in OPTIMIZERS, f"unknown optim {self.optim!r}: {', '.join(OPTIMIZERS)}.")
         require(self.max_steps > 0 or self.num_train_epochs > 0, "give --max_steps or --num_train_epochs above 0.")
 
     def total_steps(self, steps_per_epoch: float) -> int:
         """Optimizer steps of the whole run, for a data set that takes `steps_per_epoch` of them."""
         return self.max_steps if self.max_steps > 0 else max(1, math.ceil(self.num_train_epochs * steps_per_epoch))
 
-    def steps_between_saves(self, total: int) -> int:
-        """Steps between two checkpoints; `save_steps` below 1 is a share of `total`."""
-        return int(self.save_steps) if self.save_steps >= 1 else max(1, math.ceil(self.save_steps * total))
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run needs a test split."""
+        return self.do_eval or self.eval_strategy != "no"
+
+    def due(self, what: Literal["logging", "save", "eval"], step: int, total: int, steps_per_epoch: float) -> bool:
+        """Whether `what` is due after `step` of `total`: `<what>_strategy` and `<what>_steps` say so."""
+        strategy, every = getattr(self, f"{what}_strategy"), getattr(self, f"{what}_steps")
+        if what == "eval" and every is None:
+            every = self.logging_steps
+        if strategy == "epoch":
+            return step == total or int(step / steps_per_epoch) > int((step - 1) / steps_per_epoch)
+        between = int(every) if every >= 1 else max(1, math.ceil(every * total))
+        return strategy == "steps" and step % between == 0
 
 
 @dataclass(frozen=True)
 class SFTConfig(TrainingConfig):
-    max_length: int = option(1024, "Longest sequence in tokens; longer rows keep their start.")
+    max_length: int = option(1024, "Longest sequence in tokens; longer rows keep their start.", alias="max_seq_length")
+    eos_token: str | None = option(None, "Token that ends a turn, in place of the tokenizer's.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,6 @@
 """Rows from the Hub or local files, a data order that can be resumed, and token ids with loss masks from conversations.
 
-Left out on purpose: streaming, mixtures, caching of tokenised rows.
+Left out on purpose: streaming, caching of tokenised rows.
 """
 
 import hashlib
@@ -9,25 +9,83 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sft_core.config import ScriptArguments
 
+FILES = (".json", ".jsonl", ".parquet")
 
-def load_rows(arguments: ScriptArguments, split: str) -> Dataset:
+
+def load_splits(arguments: ScriptArguments, test: bool) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on, and those to evaluate on where `test` asks for them.
+
+    Raises:
+        ValueError: nothing is there, or no such split, or no rows to evaluate on; the message names the remedy.
+    """
+    if arguments.dataset_mixture is not None:
+        return _mix(arguments.dataset_mixture, test)
+    train = load_rows(arguments.dataset_name, arguments.dataset_config, arguments.dataset_train_split)
+    if not test:
+        return train, None
+    name = arguments.dataset_test_split
+    if Path(name).suffix in FILES:
+        return train, load_rows(name, None, name)
+    if Path(arguments.dataset_name).suffix in FILES:
+        raise ValueError(
+            f"evaluation needs a test split, and {arguments.dataset_name} is one file: name another with "
+            "--dataset_test_split FILE, or leave out do_eval and eval_strategy."
+        )
+    return train, load_rows(arguments.dataset_name, arguments.dataset_config, name)
+
+
+def _mix(mixture: dict[str, Any], test: bool) -> tuple[Dataset, Dataset | None]:
+    """open-r1's mixture: a share of each set's shuffled rows, put together and shuffled, and a test split of them."""
+    if not mixture.get("datasets") or set(mixture) - {"datasets", "seed", "test_split_size"}:
+        raise ValueError(f"dataset_mixture takes a list `datasets`, `seed` and `test_split_size`; got {mixture}.")
+    seed = mixture.get("seed", 0)
+    parts: list[Dataset] = []
+    for entry in mixture["datasets"]:
+        if not entry.get("id") or set(entry) - {"id", "config", "split", "columns", "weight"}:
+            raise ValueError(f"a set of dataset_mixture takes id, config, split, columns and weight; got {entry}.")
+        rows = load_rows(entry["id"], entry.get("config"), entry.get("split", "train"))
+        if columns := entry.get("columns"):
+            if missing := set(columns) - set(rows.column_names):
+                raise ValueError(f"{entry['id']} has no columns {sorted(missing)}; it has {rows.column_names}.")
+            rows = rows.select_columns(columns)
+        weight = entry.get("weight", 1.0)
+        if not 0 < weight <= 1:
+            raise ValueError(f"weight {weight} of {entry['id']} is a share of its rows: above 0 and at most 1.")
+        parts.append(rows.shuffle(seed=seed).select(range(int(len(rows) * weight))))
+        if set(rows.column_names) != set(parts[0].column_names):
+            raise ValueError(
+                f"the sets of a mixture must have the same columns: {entry['id']} has {sorted(rows.column_names)}, "
+                f"the first has {sorted(parts[0].column_names)}; choose them with `columns`."
+            )
+    try:
+        mixed = concatenate_datasets(parts).shuffle(seed=seed)
+    except ValueError as error:
+        raise ValueError(f"the sets of the mixture hold different types: {' '.join(str(error).split())}") from error
+    if size := mixture.get("test_split_size"):
+        split = mixed.train_test_split(test_size=size, seed=seed)
+        return split["train"], split["test"] if test else None
+    if test:
+        raise ValueError("evaluation needs a test split: give the mixture a test_split_size.")
+    return mixed, None
+
+
+def load_rows(name: str, config: str | None = None, split: str = "train") -> Dataset:
     """The rows of `split`. A local file or an undivided saved data set is one split, whatever its name.
 
     Raises:
         ValueError: nothing is there, or no such split; the message says what there is.
     """
-    name = arguments.dataset_name
     path = Path(name).expanduser()
-    if path.suffix in (".json", ".jsonl", ".parquet"):
+    if path.suffix in FILES:
         if not path.is_file():
-            raise ValueError(f"there is no data file at {name}: check --dataset_name.")
+            raise ValueError(f"there is no data file at {name}: check --dataset_name and --dataset_test_split.")
         try:
             rows = load_dataset(path.suffix[1:].replace("jsonl", "json"), data_files=str(path), split="train")
         except (DatasetGenerationError, StopIteration, ValueError) as error:
@@ -42,7 +100,7 @@ def load_rows(arguments: ScriptArguments, split: str) -> Dataset:
         raise ValueError(f"there is no data set at {name}: check --dataset_name.")
     else:
         try:
-            data = load_dataset(name, arguments.dataset_config)
+            data = load_dataset(name, config)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"no data set {name!r} to be had: it is neither a .json, .jsonl or .parquet file, a saved set, nor "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
-from sft_core.checkpoint import flush_to_disk
+from sft_core.files import flush_to_disk
 from sft_core.guards import is_first_rank, on_first_rank
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sft_core.checkpoint import write_atomically
+from sft_core.files import write_atomically
 from sft_core.guards import is_first_rank
 
 Values = Mapping[str, Tensor | float]

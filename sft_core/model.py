@@ -68,8 +68,12 @@ def check_positions(config: PretrainedConfig, tokens: int) -> None:
         )
 
 
-def load_tokenizer(config: ModelConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+def load_tokenizer(
+    config: ModelConfig, chat_template: str | None = None, eos_token: str | None = None
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     """The model's configuration and tokenizer, without its weights.
+
+    `chat_template` (Jinja text, or a file with it) and `eos_token` take the place of the tokenizer's own.
 
     Raises:
         ValueError: there is no such model, or it is of a kind that is refused.
@@ -78,7 +82,7 @@ def load_tokenizer(config: ModelConfig) -> tuple[PretrainedConfig, PreTrainedTok
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
         raise ValueError(f"there is no model folder at {name}: check --model_name_or_path.")
-    arguments = {"revision": config.model_revision}
+    arguments = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
     try:
         model_config = AutoConfig.from_pretrained(name, **arguments)
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
@@ -87,12 +91,26 @@ def load_tokenizer(config: ModelConfig) -> tuple[PretrainedConfig, PreTrainedTok
             f"no model {name!r} to be had: it is neither a model folder nor a Hub id that can be reached from here "
             f"(check --model_name_or_path). Cause: {str(error).splitlines()[0]}"
         ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = _template(chat_template)
+    if eos_token is not None:
+        if tokenizer.convert_tokens_to_ids(eos_token) in (None, tokenizer.unk_token_id):
+            raise ValueError(f"eos_token {eos_token!r} is not a token of {name}: name one of its vocabulary.")
+        tokenizer.eos_token = eos_token
     for attribute in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model_config, attribute, None) not in (None, 1.0):
             raise ValueError(
                 f"{name} transforms its logits ({attribute}), which is not supported: choose another model."
             )
     return model_config, tokenizer
+
+
+def _template(text: str) -> str:
+    if len(text) < 1000 and "{" not in text:  # a Jinja template has braces
+        if not Path(text).is_file():
+            raise ValueError(f"chat_template {text!r} is neither Jinja text nor a file: check --chat_template.")
+        text = Path(text).read_text(encoding="utf-8")
+    return text
 
 
 def architecture(config: PretrainedConfig) -> str:
@@ -102,17 +120,17 @@ def architecture(config: PretrainedConfig) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def count_parameters(config: PretrainedConfig) -> int:
+def count_parameters(config: PretrainedConfig, trust_remote_code: bool = False) -> int:
     """Parameters of the model that `config` describes, without making it."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).num_parameters()
 
 
 def local_copy(config: ModelConfig) -> ModelConfig:
     """The same model as a folder on this machine, so that policy, reference and engine read the same files."""
     if Path(config.model_name_or_path).is_dir():
         return config
-    files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *(["*.py"] if config.trust_remote_code else [])]
     folder = snapshot_download(config.model_name_or_path, revision=config.model_revision, allow_patterns=files)
     return dataclasses.replace(config, model_name_or_path=folder)
 
@@ -125,6 +143,7 @@ def load_policy(config: ModelConfig) -> Policy:
     model = AutoModelForCausalLM.from_pretrained(
         config.model_name_or_path,
         revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
         dtype="auto",
         attn_implementation="packed",
     )
@@ -149,12 +168,14 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> f
     return frozenset(ids)
 
 
-def compute_in_bf16(bf16: bool | None, device: torch.device) -> bool:
-    """Whether to compute in bfloat16: as asked, else on CUDA.
+def compute_in_bf16(bf16: bool | None, dtype: str | None, device: torch.device) -> bool:
+    """Whether to compute in bfloat16: as `bf16` says, else the model's `dtype`, else on CUDA.
 
     Raises:
         ValueError: bfloat16 was asked for on a GPU without it.
     """
+    if bf16 is None and dtype in ("bfloat16", "float32"):
+        bf16 = dtype == "bfloat16"
     if bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError("this GPU has no bfloat16: use --bf16 false (float32).")
     return device.type == "cuda" and torch.cuda.is_bf16_supported() if bf16 is None else bf16

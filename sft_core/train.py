@@ -8,113 +8,82 @@ included). Rows are packed end to end without padding and without seeing each ot
 optimizer step on all ranks, so how it is cut into micro-batches and ranks does not change its gradient. The same
 command resumes from the last complete checkpoint. GRPO (`grpo_core/train.py`) is this loop plus rollouts.
 
-Left out on purpose: padding, dropout, adapters, evaluation during training, streaming data.
+Left out on purpose: padding, dropout, adapters, streaming data.
 """
 
 import sys
 import time
-from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from kernels.linear_logprob import CHUNK_ELEMENTS
 from sft_core import guards
-from sft_core.checkpoint import load_checkpoint, prepare_output_dir, save_checkpoint
-from sft_core.cli import parse
-from sft_core.config import ModelConfig, ScriptArguments, SFTConfig
-from sft_core.data import fingerprint, load_rows, row_order, supervised_examples
+from sft_core.checkpoint import load_checkpoint, save_checkpoint
+from sft_core.data import row_order
+from sft_core.errands import Errands
 from sft_core.export import export_model
-from sft_core.metrics import MetricsLogger, check_report_to, reduce_metrics
-from sft_core.model import (
-    architecture,
-    compute_in_bf16,
-    count_parameters,
-    load_policy,
-    load_tokenizer,
-    local_copy,
-    stop_token_ids,
-)
-from sft_core.optim import check_schedule, clip_gradients, guarded_step, make_optimizer, make_scheduler
-from sft_core.packing import idle_sequences, pack, pack_sequences, step_counts
+from sft_core.flow import announce
+from sft_core.metrics import MetricsLogger, reduce_metrics
+from sft_core.model import Policy, load_policy
+from sft_core.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
+from sft_core.packing import PackedSequences, idle_sequences, pack, pack_sequences, step_counts
 from sft_core.parallel import make_mesh, shard
+from sft_core.setup import Run, prepare
 
-CONSOLE = ("loss", "entropy", "grad_norm", "learning_rate", "tokens_per_second")
+CONSOLE = ("loss", "eval_loss", "entropy", "grad_norm", "learning_rate", "tokens_per_second")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train as told by `argv` (default: the command line); exit code 2 for bad input, before weights are loaded."""
     with guards.usage_errors():
-        model_config, data, config = parse(
-            (ModelConfig, ScriptArguments, SFTConfig), sys.argv[1:] if argv is None else argv
-        )
-        check_schedule(config)
-        check_report_to(config.report_to)
-        rank, world_size, _, device = guards.init_distributed(config.ddp_timeout)
-        bf16 = compute_in_bf16(config.bf16, device)
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        model_info, tokenizer = load_tokenizer(model_config)
-        stop_ids = stop_token_ids(tokenizer, model_config)
-        rows = load_rows(data, data.dataset_train_split)
-        examples, dropped = supervised_examples(rows, tokenizer, stop_ids, config.max_length)
-        identity = {
-            "algorithm": "sft",
-            "model": model_config.model_name_or_path,
-            "architecture": architecture(model_info),
-            "data": fingerprint(rows),
-            "seed": config.seed,
-        }
-        guards.on_first_rank(lambda: guards.lock_output_dir(config.output_dir))
-        checkpoint = prepare_output_dir(config.output_dir, identity, config.overwrite_output_dir)
-        rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size
-        total_steps = config.total_steps(len(examples) / rows_per_step)
-        plan = guards.memory_plan(
-            device,
-            num_parameters=count_parameters(model_info),
-            world_size=world_size,
-            vocab_size=model_info.vocab_size,
-            chunk_tokens=CHUNK_ELEMENTS[device.type] // model_info.vocab_size,
-            compute_dtype=dtype,
-            engine_kv_bytes=-1,
-        )
-    if rank == 0:
-        print(f"{len(examples)} rows to train on, {dropped} dropped (nothing to learn); {total_steps} steps of "
-              f"{rows_per_step} rows\n{plan}")  # fmt: skip
+        run = prepare(sys.argv[1:] if argv is None else argv)
+    announce(run)
+    train(run).finish()
+
+
+def train(run: Run) -> Errands:
+    """The loop. Returns what the first rank has left to do when the weights are out of memory."""
+    config, device, total_steps = run.config, run.device, run.total_steps
     policy = shard(
-        load_policy(local_copy(model_config)),
+        load_policy(run.local_model),
         make_mesh(device),
-        bf16=bf16,
+        bf16=run.bf16,
         gradient_checkpointing=config.gradient_checkpointing,
     )
     optimizer = make_optimizer(policy, config)
     scheduler = make_scheduler(optimizer, config, total_steps)
-    progress = {"step": 0, "rows": 0, "num_tokens": 0}
-    if checkpoint is not None:
-        progress = load_checkpoint(checkpoint, policy, optimizer, scheduler)
-    logger = MetricsLogger(
-        config.output_dir, config.report_to, progress["step"], asdict(model_config) | asdict(data) | asdict(config),
-        CONSOLE, total_steps,
-    )  # fmt: skip
+    progress: dict[str, Any] = {"step": 0, "rows": 0, "num_tokens": 0, "loss_sum": 0.0, "seconds": 0.0}
+    if run.checkpoint is not None:
+        progress = load_checkpoint(run.checkpoint, policy, optimizer, scheduler)
+    logger = MetricsLogger(config.output_dir, config.report_to, progress["step"], run.options, CONSOLE, total_steps)
+    errands = Errands(run, logger, samples=len(run.examples), steps_per_epoch=run.steps_per_epoch)
     phases = guards.Phases(config.ddp_timeout)
     stop = guards.StopSignal()
 
+    def write_model(folder: Path) -> None:
+        export_model(policy, run.tokenizer, folder, run.dtype, run.stop_ids)
+        errands.write_state(folder, progress)
+
     def save() -> None:
-        save_checkpoint(
+        folder = save_checkpoint(
             config.output_dir, progress["step"], policy, optimizer, scheduler,
-            progress=progress, identity=identity, save_total_limit=config.save_total_limit,
+            progress=progress, identity=run.identity, save_total_limit=config.save_total_limit,
+            write_model=write_model, only_model=config.save_only_model,
         )  # fmt: skip
+        errands.on_save(progress["step"], folder)
 
     saved_at, stopping = progress["step"], False
-    bar = tqdm(total=total_steps, initial=progress["step"], desc="sft", disable=None if rank == 0 else True)
+    bar = tqdm(total=total_steps, initial=progress["step"], desc="sft", disable=None if run.rank == 0 else True)
     while progress["step"] < total_steps and not stopping:
         start = time.perf_counter()
         # 1 batch: this rank's share of the step's rows, packed
         with phases("batch"):
-            chosen = row_order(len(examples), config.seed, progress["rows"], rows_per_step)[rank::world_size]
-            own = [examples[i] for i in chosen]
-            bins = pack([len(ids) for ids, _ in own], config.max_tokens_per_micro_batch)
-            batches = [pack_sequences([own[i][0] for i in b], [own[i][1] for i in b], device) for b in bins]
+            chosen = row_order(len(run.examples), config.seed, progress["rows"], run.rows_per_step)
+            own = [run.examples[i] for i in chosen[run.rank :: run.world_size]]
+            batches = micro_batches(own, config.max_tokens_per_micro_batch, device)
         # 2 denominator: the step's trained tokens over all ranks, before the first backward
         counts = step_counts(batches, device)
         # 3 forward and backward
@@ -135,37 +104,71 @@ def main(argv: list[str] | None = None) -> None:
             # 4 step, unless something is not finite
             learning_rate = guarded_step(optimizer, scheduler, metrics["loss"], float(grad_norm))
         progress["step"] += 1
-        progress["rows"] += rows_per_step
+        progress["rows"] += run.rows_per_step
         progress["num_tokens"] += int(metrics["tokens"])
-        # 5 log, save
+        progress["loss_sum"] += metrics["loss"]
         seconds, timing = time.perf_counter() - start, phases.pop()
-        if progress["step"] % config.logging_steps == 0 or progress["step"] == total_steps:
+        progress["seconds"] += seconds
+        # 5 log, evaluate, save
+        step = progress["step"]
+        epoch = progress["rows"] / len(run.examples)
+        if errands.due("logging", step):
             metrics |= timing | {
                 "grad_norm": float(grad_norm),
                 "learning_rate": learning_rate,
-                "epoch": progress["rows"] / len(examples),
+                "epoch": epoch,
                 "num_tokens": progress["num_tokens"],
                 "step_time": seconds,
                 "tokens_per_second": metrics.pop("tokens") / seconds,
             }
-            logger.log(progress["step"], metrics)
+            logger.log(step, metrics)
+        errands.log_benchmarks()
         bar.update()
-        due = config.save_strategy == "steps" and progress["step"] % config.steps_between_saves(total_steps) == 0
-        if due or stopping:
+        if errands.due("eval", step):
+            with phases("eval", watchdog_s=0):
+                errands.log_evaluation(step, epoch, evaluate(policy, run))
+        if errands.due("save", step) or stopping:
             with phases("save"):
                 save()
-                saved_at = progress["step"]
+                saved_at = step
     bar.close()
     if not stopping:
+        if config.evaluates and not errands.evaluated_at(progress["step"]):
+            with phases("eval", watchdog_s=0):
+                errands.log_evaluation(progress["step"], progress["rows"] / len(run.examples), evaluate(policy, run))
         with phases("export"):
-            if config.save_strategy == "steps" and saved_at != progress["step"]:
+            if config.save_strategy != "no" and saved_at != progress["step"]:
                 save()
-            export_model(policy, tokenizer, config.output_dir, dtype, stop_ids)
-    elif rank == 0:
+            export_model(policy, run.tokenizer, config.output_dir, run.dtype, run.stop_ids)
+        errands.trained(progress)
+    elif run.rank == 0:
         print(f"stopped by a signal after step {progress['step']}: the same command goes on from there")
-    logger.close()
     dist.barrier()
     guards.shutdown()
+    return errands
+
+
+def micro_batches(
+    examples: list[tuple[list[int], list[bool]]], budget: int, device: torch.device
+) -> list[PackedSequences]:
+    """Examples packed into micro-batches of at most `budget` tokens."""
+    bins = pack([len(ids) for ids, _ in examples], budget)
+    return [pack_sequences([examples[i][0] for i in b], [examples[i][1] for i in b], device) for b in bins]
+
+
+@torch.no_grad()
+def evaluate(policy: Policy, run: Run) -> dict[str, float]:
+    """Mean loss and entropy [nats] over the trained tokens of the test rows. A collective."""
+    own = run.test_examples[run.rank :: run.world_size]
+    batches = micro_batches(own, run.config.max_tokens_per_micro_batch, run.device)
+    counts = step_counts(batches, run.device)
+    sums = {"eval_loss": torch.zeros((), device=run.device), "eval_entropy": torch.zeros((), device=run.device)}
+    for i in range(counts.micro_batches):
+        logps, entropies = policy(batches[i] if i < len(batches) else idle_sequences(run.device))
+        if i < len(batches):
+            sums["eval_loss"] -= logps.sum() / counts.num_tokens
+            sums["eval_entropy"] += entropies.sum() / counts.num_tokens
+    return reduce_metrics(sums, device=run.device) | {"eval_samples": float(len(run.test_examples))}
 
 
 if __name__ == "__main__":

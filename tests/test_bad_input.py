@@ -132,8 +132,8 @@ def test_bf16_where_impossible(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     with pytest.raises(ValueError, match="use --bf16 false"):
-        compute_in_bf16(True, torch.device("cuda"))
-    assert compute_in_bf16(None, torch.device("cuda")) is False
+        compute_in_bf16(True, None, torch.device("cuda"))
+    assert compute_in_bf16(None, "auto", torch.device("cuda")) is False
 
 
 def test_not_enough_gpu_memory_says_which_number_to_lower(monkeypatch):

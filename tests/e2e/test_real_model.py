@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.launch import flags, metrics
 
 ROOT = Path(__file__).parents[2]
-RECIPE = "recipes/smollm2-135m/grpo_cpu.yaml"
+RECIPE = "recipes/SmolLM2-135M-Instruct/grpo/config_cpu.yaml"
 pytestmark = pytest.mark.slow
 
 

@@ -121,7 +121,7 @@ def test_resharding_from_two_ranks_of_torchrun_to_one(tmp_path):
     assert redrawn == drawn
     for rank in range(2):
         assert (tmp_path / name / f"rank-0000{rank}" / "rollouts.json").read_text() == f"pending of {rank}"
-    state = json.loads((tmp_path / name / "trainer_state.json").read_text())
+    state = json.loads((tmp_path / name / "progress.json").read_text())
     assert state["identity"] == IDENTITY and state["step"] == 7 and state["world_size"] == 2
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from sft_core.cli import parse
 from sft_core.config import ModelConfig, ScriptArguments, SFTConfig
-from sft_core.data import row_order, supervised_example
+from sft_core.data import load_splits, row_order, supervised_example
 from sft_core.optim import check_schedule, make_scheduler
 from sft_core.packing import pack
 
@@ -107,6 +107,62 @@ def test_command_line_over_yaml_over_defaults(tmp_path, monkeypatch):
     assert os.environ["OF_A_RECIPE"] == "1"
 
 
-def test_save_steps_may_be_a_share():
-    [config] = parse((SFTConfig,), ["--output_dir=x", "--save_steps=0.25"])
-    assert config.steps_between_saves(10) == 3 and json.dumps(config.total_steps(12.3)) == "13"
+def test_when_something_is_due():
+    """Steps, a share of all steps, and the ends of epochs of 2.5 steps (steps 3, 5, 8, 10)."""
+    [config] = parse(
+        (SFTConfig,), ["--output_dir=x", "--save_steps=0.25", "--eval_strategy=epoch", "--logging_steps=4"]
+    )
+    due = {
+        what: [step for step in range(1, 11) if config.due(what, step, 10, 2.5)] for what in ("save", "eval", "logging")
+    }
+    assert due == {"save": [3, 6, 9], "eval": [3, 5, 8, 10], "logging": [4, 8]}
+    assert config.total_steps(12.3) == 13
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_mixture_takes_its_shares_and_splits(tmp_path):
+    first = jsonl(tmp_path / "a.jsonl", [{"prompt": f"a{i}", "solution": str(i), "extra": i} for i in range(40)])
+    second = jsonl(tmp_path / "b.jsonl", [{"prompt": f"b{i}", "solution": str(i)} for i in range(20)])
+    sets = [{"id": first, "columns": ["prompt", "solution"], "weight": 0.5}, {"id": second}]
+    mixture = {"datasets": sets, "seed": 3, "test_split_size": 0.1}
+    train, test = load_splits(ScriptArguments(dataset_mixture=mixture), test=True)
+    every = train["prompt"][:] + test["prompt"][:]
+    assert (len(train), len(test), len(set(every))) == (36, 4, 40)
+    assert sum(text.startswith("a") for text in every) == 20
+    again, _ = load_splits(ScriptArguments(dataset_mixture=mixture), test=True)
+    assert again["prompt"][:] == train["prompt"][:]
+    other, _ = load_splits(ScriptArguments(dataset_mixture=mixture | {"seed": 4}), test=True)
+    assert other["prompt"][:] != train["prompt"][:]
+    assert load_splits(ScriptArguments(dataset_mixture=mixture), test=False)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"datasets": []}, "takes a list `datasets`"),
+        ({"fraction": 1}, "got {.*'fraction': 1"),
+        ({"datasets": [{"id": "A", "weight": 1.5}]}, "weight 1.5 of .* above 0 and at most 1"),
+        ({"datasets": [{"id": "A", "columns": ["answer"]}]}, r"has no columns \['answer'\]; it has"),
+        ({"datasets": [{"id": "A"}, {"id": "B"}]}, "must have the same columns"),
+        ({}, "give the mixture a test_split_size"),
+    ],
+)
+def test_a_mixture_that_cannot_be_made(change, says, tmp_path):
+    files = {"A": jsonl(tmp_path / "a.jsonl", [{"x": 1}]), "B": jsonl(tmp_path / "b.jsonl", [{"y": 1}])}
+    mixture = {"datasets": [{"id": "A"}]} | change
+    mixture["datasets"] = [entry | {"id": files[entry["id"]]} for entry in mixture["datasets"]]
+    with pytest.raises(ValueError, match=says):
+        load_splits(ScriptArguments(dataset_mixture=mixture), test=True)
+
+
+def test_the_test_split_of_a_data_file(tmp_path):
+    """Never the training rows themselves."""
+    train, test = jsonl(tmp_path / "a.jsonl", [{"x": 1}] * 3), jsonl(tmp_path / "b.jsonl", [{"x": 1}] * 2)
+    with pytest.raises(ValueError, match="is one file: name another with --dataset_test_split FILE"):
+        load_splits(ScriptArguments(dataset_name=train), test=True)
+    both = load_splits(ScriptArguments(dataset_name=train, dataset_test_split=test), test=True)
+    assert [len(rows) for rows in both] == [3, 2]

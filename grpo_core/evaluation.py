@@ -1,0 +1,33 @@
+"""The policy on the test split, during training: sampled and scored as in training, nothing trained."""
+
+import math
+
+from tqdm import tqdm
+
+from eval.workers import WorkerPool
+from gen.engine import Engine
+from grpo_core.report import rollout_metrics
+from grpo_core.rollout import Rollout, gather_summaries, sample, score
+from grpo_core.setup import Run
+
+STEP = -1  # whose seeds evaluation draws from: the same every time, so that two evaluations differ by the policy alone
+
+
+def evaluate_policy(engine: Engine | None, run: Run, pool: WorkerPool) -> dict[str, float]:
+    """Figures of `num_generations_eval` completions a test prompt, from the engine's current weights: those of a
+    training step, named `eval_...` as TRL's users know them. A collective.
+    """
+    assert engine is not None, "set-up refuses an evaluation without an engine"
+    n = run.config.num_generations_eval or run.config.num_generations
+    at_once = max(1, run.max_batch // n) * run.world_size  # prompts; the engine queues what is too much
+    rollouts: list[Rollout] = []
+    for start in tqdm(range(0, len(run.test_prompts), at_once), desc="evaluate", disable=None, leave=False):
+        groups = range(start + run.rank, min(start + at_once, len(run.test_prompts)), run.world_size)
+        chosen = {group: run.test_prompts[group] for group in groups}
+        part = sample(engine, chosen, n, run.config, STEP, run.stop_ids)
+        score(part, chosen, run.reward_funcs, run.config, run.tokenizer, pool)
+        rollouts += part
+    summaries = [summary for part in gather_summaries(rollouts) for summary in part]
+    figures = {f"eval_{name}": value for name, value in rollout_metrics(summaries, run.reward_names).items()}
+    known = {name: value for name, value in figures.items() if not math.isnan(value)}
+    return known | {"eval_samples": float(len(run.test_prompts))}

@@ -1,0 +1,42 @@
+"""Files that survive kill -9: written whole, flushed to the disk, and known by size and checksum."""
+
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Old content or new content, never half of it, whenever the process or the machine dies."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    flush_to_disk(path.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file's bytes, or a folder's entries (a rename is on the disk once its folder is)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _describe(path: Path) -> tuple[int, int]:
+    crc, size = 0, 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return size, crc
+
+
+def manifest(folder: Path) -> dict[str, list[int]]:
+    """{file name: [bytes, crc32]} of every file below `folder` but the manifest itself."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    with ThreadPoolExecutor(8) as pool:  # crc32 and read release the interpreter's lock
+        described = pool.map(_describe, files)
+    return {str(path.relative_to(folder)): list(found) for path, found in zip(files, described, strict=True)}
