@@ -1,5 +1,6 @@
 """Whole GRPO runs with the torch engine: the invariants of a training step that no unit test can hold."""
 
+import json
 import math
 from pathlib import Path
 
@@ -172,3 +173,37 @@ def test_a_step_on_eight_ranks(tiny_model, problems, tmp_path):
         and row["grad_norm"] > 0
         and row["sampling/sampling_logp_difference/max"] < 1e-4
     )
+
+
+def test_evaluation_repeats_itself_on_any_number_of_ranks(tiny_model, problems, tmp_path):
+    """At a learning rate of 0 the same prompts and seeds give the same figures, and training is none the wiser."""
+    more = dict(max_steps=2, learning_rate=0, prompts_per_step=2)
+    code, output = run(TRAIN, options(tiny_model, problems, tmp_path / "plain", **more), tmp_path / "log")
+    assert code == 0, output
+    more |= dict(eval_strategy="steps", dataset_test_split=problems, num_generations_eval=2)
+    found = []
+    for ranks in (1, 2):
+        argv = options(tiny_model, problems, tmp_path / f"out{ranks}", **more)
+        code, output = run(TRAIN, argv, tmp_path / f"log{ranks}", ranks=ranks)
+        assert code == 0, output
+        rows = metrics(tmp_path / f"out{ranks}")
+        found += [row for row in rows if "eval_reward" in row]
+        if ranks == 1:
+            trained = [row["reward"] for row in rows if "reward" in row]
+            assert trained == [row["reward"] for row in metrics(tmp_path / "plain")]
+    assert len(found) == 4 and found[0]["eval_samples"] == 24
+    names = ("eval_reward", "eval_rewards/digits/mean", "eval_completions/mean_length")
+    assert len({tuple(round(row[name], 9) for name in names) for row in found}) == 1
+
+
+def test_rows_whose_gold_cannot_be_parsed_are_left_out(tiny_model, tmp_path):
+    golds = ["63", "It depends on the weather", r"\boxed{7}", ""]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"Ben has {g}.", "solution": g}) + "\n" for g in golds))
+    argv = options(tiny_model, data, tmp_path / "out", max_steps=1, reward_funcs=["accuracy"])
+    code, output = run(TRAIN, argv, tmp_path / "log")
+    assert code == 0 and "2 prompts; left out: 0 longer than 100 tokens, 2 whose gold answer" in output, output
+    more = flags(drop_unparseable_golds="false", output_dir=tmp_path / "all", dataset_test_split=data, do_eval="true")
+    code, output = run(TRAIN, argv + more, tmp_path / "log1")
+    assert code == 0 and "4 prompts; left out: 0 longer than 100 tokens; 4 to evaluate on" in output, output
+    assert metrics(tmp_path / "all")[-1]["eval_rewards/accuracy_reward/mean"] == 0.5  # 1.0 without a gold

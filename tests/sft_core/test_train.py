@@ -4,6 +4,7 @@ import json
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerState
 
 from tests.launch import flags, metrics, run
 
@@ -48,3 +49,42 @@ def test_resumes_bitwise(tiny_model, rows, tmp_path):
     found = train(tiny_model, rows, tmp_path / "out", **saving)
     assert all((found[key] == whole[key]).all() for key in whole)
     assert [r["loss"] for r in metrics(tmp_path / "out")] == [r["loss"] for r in metrics(tmp_path / "whole")]
+
+
+def test_resumes_from_the_checkpoint_that_is_named(tiny_model, rows, tmp_path):
+    """Of another folder too; each checkpoint is also a model folder, with a state that transformers reads."""
+    saving = dict(save_strategy="steps", save_steps=2)
+    whole = train(tiny_model, rows, tmp_path / "whole", **saving)
+    named = tmp_path / "whole" / "checkpoint-2"
+    found = train(tiny_model, rows, tmp_path / "other", resume_from_checkpoint=named, **saving)
+    assert all((found[key] == whole[key]).all() for key in whole)
+    assert [row["step"] for row in metrics(tmp_path / "other")] == [3, 4, 5, 6]
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-6").state_dict()
+    assert all((last[key] == whole[key]).all() for key in whole)
+    state = TrainerState.load_from_json(str(tmp_path / "whole" / "checkpoint-4" / "trainer_state.json"))
+    assert (state.global_step, state.max_steps, len(state.log_history)) == (4, 6, 4)
+    assert state.log_history[-1]["loss"] == metrics(tmp_path / "whole")[3]["loss"]
+
+
+def test_checkpoints_of_the_model_alone(tiny_model, rows, tmp_path):
+    argv = dict(save_strategy="steps", save_steps=3, save_only_model="true")
+    train(tiny_model, rows, tmp_path / "out", **argv)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-3")
+    assert not (tmp_path / "out" / "checkpoint-3" / "state").exists()
+    options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=tmp_path / "out")
+    code, output = run(TRAIN, flags(**options), tmp_path / "log")
+    assert code == 2 and "checkpoint-6: it holds the model alone (save_only_model)" in output
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_evaluation_is_the_loss_of_the_test_rows(tiny_model, rows, tmp_path, ranks):
+    """With a learning rate of 0 and all rows in a step, training and evaluation see the same."""
+    more = dict(max_steps=2, learning_rate=0, per_device_train_batch_size=20 // ranks, eval_strategy="steps",
+                dataset_test_split=rows, max_tokens_per_micro_batch=50, eval_steps=2)  # fmt: skip
+    train(tiny_model, rows, tmp_path / "out", ranks, **more)
+    first, second, evaluation = metrics(tmp_path / "out")
+    assert evaluation["eval_loss"] == pytest.approx(first["loss"], rel=1e-6) and evaluation["step"] == 2
+    assert evaluation["eval_entropy"] == pytest.approx(first["entropy"], rel=1e-6)
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["eval_samples"] == results["train_samples"] == 20
+    assert results["eval_loss"] == evaluation["eval_loss"] and results["train_loss"] == pytest.approx(first["loss"])
