@@ -26,12 +26,11 @@ import math_verify.parser
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import verify
 from math_verify.parser import extract_target_from_pred, make_latex_env_pattern
+from sympy import UnevaluatedExpr
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns that its time limits are off
 
-_NORMALIZATION = NormalizationConfig(
-    basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="all", equations=True
-)
+_NORMALIZATION = NormalizationConfig(basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="all")
 
 
 class Language(Enum):
@@ -82,12 +81,14 @@ def _anchored(value: str, before: str = r"\s*") -> list[tuple[str, int]]:
 
 @lru_cache
 def _expr_patterns(config: ExprExtractionConfig) -> Patterns:
+    digits = "[0-9]"  # no other scripts' digits: sympy refuses them
     number = (
-        r"(?:(?P<integer1>-?\d{1,3}(?:[ ,]\d{3})+)(?P<decimal1>\.\d+)?|(?P<integer2>-?\d+)(?P<decimal2>[.,]\d+)"
-        r"|(?P<decimal3>\.\d+)|(?P<integer3>-?\d+))(?P<percent>\s*(?:%|[Pp]ercent|\s*[Pp]ercentage|\s*[Pp]ct))?"
+        rf"(?:(?P<integer1>-?{digits}{{1,3}}(?:[ ,]{digits}{{3}})+)(?P<decimal1>\.{digits}+)?"
+        rf"|(?P<integer2>-?{digits}+)(?P<decimal2>[.,]{digits}+)|(?P<decimal3>\.{digits}+)|(?P<integer3>-?{digits}+))"
+        r"(?P<percent>\s*(?:%|[Pp]ercent|\s*[Pp]ercentage|\s*[Pp]ct))?"
     )
     operators = r"\+\-\*×/\^\(\)÷"
-    formula = rf"(?P<expr>-?\(?-?\d[\d.\s{operators}]*[{operators}][\d.\s{operators}]+\)?)"
+    formula = rf"(?P<expr>-?\(?-?[0-9][0-9.\s{operators}]*[{operators}][0-9.\s{operators}]+\)?)"
     start = r"(?:^|\s|=)(?:\*\*)?"
     formula = rf"(?:{start}{formula}(?:\*\*)?(?:[.,\s)$]|\s?:|$))"
     number = rf"(?:{start}[{_CURRENCY}]?{number})"  # no end is asked for, so that 100m2 is found
@@ -112,8 +113,9 @@ def _latex_patterns(config: LatexExtractionConfig) -> Patterns:
     if config.try_extract_without_anchor:
         patterns.append((value, 300))
     if config.boxed_match_priority >= 0:
-        # Bare, a box is taken to the text's last brace; the normalisation then finds the last box and where it ends.
-        bare = r"(?P<first_latexBoxed>\\boxed{.+})"
+        # Bare: the last box, with those before it that only "and", "or" or a comma keeps apart; where it ends, the
+        # normalisation finds out. Left alone, that joins any boxes that a comma stands between.
+        bare = r"(?P<first_latexBoxed>\\boxed{(?:(?!\\boxed).|\}\s*(?:and|or|,)\s*\\boxed)+})(?!.*\\boxed{.*})"
         patterns += [(up_to_six("boxed"), config.boxed_match_priority), (bare, config.boxed_match_priority)]
     return [(re.compile(pattern, re.DOTALL), priority) for pattern, priority in patterns]
 
@@ -136,9 +138,8 @@ def _index_patterns(config: IndicesExtractionConfig, choices: int) -> Patterns:
     return [(re.compile(pattern), priority) for pattern, priority in patterns]
 
 
-_LETTERS = math_verify.parser.StringExtractionConfig(
-    lowercase=False
-)  # tells math-verify to take `string_keys` as it is
+# Tells math-verify to take the group `string_keys` as it is.
+_LETTERS = math_verify.parser.StringExtractionConfig(lowercase=False)
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,11 @@ class ExtractiveMatch:
                 found.append((_index_patterns(target, choices), _LETTERS))
             else:
                 found.append((_latex_patterns(target) if _is_latex(target) else _expr_patterns(target), target))
-        return extract_target_from_pred(text, found, self.fallback_mode, self.extraction_mode)
+        values = extract_target_from_pred(text, found, self.fallback_mode, self.extraction_mode)
+        # A percentage is its hundredth; math-verify's comparison would also let 15 % pass for 15.
+        return [
+            value.doit() if not isinstance(value, str) and value.has(UnevaluatedExpr) else value for value in values
+        ]
 
     def judge(self, doc: Any, prediction: str) -> tuple[float, list]:
         """(1.0 or 0.0, what was extracted from the prediction)."""
@@ -168,8 +173,14 @@ class ExtractiveMatch:
         if not all(golds):
             golds = [[gold] for gold in doc.get_golds()]
         answer = self.extract(prediction, self.pred_extraction_target, len(doc.choices))
-        right = any(verify(gold, answer, float_rounding=self.precision, timeout_seconds=None) for gold in golds)
-        return float(right), answer
+        return float(any(self._equal(gold, answer) for gold in golds)), answer
+
+    def _equal(self, gold: list, answer: list) -> bool:
+        if verify(gold, answer, float_rounding=self.precision, timeout_seconds=None):
+            return True
+        # Symbols that differ only in what sympy assumes of them, like the i of `3 + 4i` and `3+4\\,i`.
+        values = [[str(value) for value in side if not isinstance(value, str)] for side in (gold, answer)]
+        return bool(set(values[0]) & set(values[1]))
 
     def compute(self, doc: Any, predictions: Sequence[str]) -> float:
         """The aggregate over the predictions of 1.0 for a right one, 0.0 for a wrong one. May take for ever on

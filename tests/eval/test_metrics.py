@@ -1,0 +1,138 @@
+"""Verdicts against LightEval 0.13.0's, on MATH-500's own solutions, and under hostile input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eval import metrics
+from eval.metrics import IndicesExtractionConfig, judge, multilingual_extractive_match_metric, without_thoughts
+from eval.report import interval, majority, pass_at_k, summarise
+from eval.tasks import Doc
+from eval.workers import Unscored, WorkerPool
+from tests.eval.parity_pairs import constructed, from_data
+
+BY_NAME = {"latex": metrics.latex_gold_metric, "expr": metrics.expr_gold_metric, "gpqa": metrics.gpqa_metric}
+VERDICTS = json.loads((Path(__file__).parent / "lighteval_verdicts.json").read_text())
+# (gold, an answer to it that only we accept): LightEval has latex2sympy2 1.0.6 and a comparison of its own
+OURS_IS_RIGHT = [
+    (r"2\sqrt{3}", "3.46410"),  # equal to the 5 decimals that `precision` asks for; it rounds only against a number
+    (r"\sqrt{51}", "7.14143"),
+    (r"\pm 2", "2, -2"),  # both values, as a list or a set
+    (r"\pm 2", r"2,-2\}"),
+    ("25", "25 apples"),  # the number and its unit
+    ("40%", "40 percent"),  # written out inside a box
+]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with WorkerPool(2, timeout=20) as pool:
+        yield pool
+
+
+def verdicts(pool, quadruples) -> list:
+    items = [(BY_NAME[m], Doc(query="", choices=c, gold_index=c.index(g)), text) for m, g, c, text in quadruples]
+    return pool.map(judge, items)
+
+
+def differences(pool, quadruples, theirs: str) -> list:
+    assert len(quadruples) == len(theirs)
+    ours = verdicts(pool, quadruples)
+    assert not [verdict for verdict in ours if isinstance(verdict, Unscored)]
+    return [
+        (gold, text, ours["score"])
+        for (_, gold, _, text), ours, his in zip(quadruples, ours, theirs, strict=True)
+        if ours["score"] != float(his)
+    ]
+
+
+def test_constructed_pairs_as_lighteval(pool):
+    quadruples = constructed()
+    assert len(quadruples) >= 400 and 0.3 < VERDICTS["constructed"].count("1") / len(quadruples) < 0.7
+    for gold, text, score in differences(pool, quadruples, VERDICTS["constructed"]):
+        known = [answer for ours, answer in OURS_IS_RIGHT if f"{{{ours}}}" in gold or ours == gold]
+        assert score == 1.0 and any(answer in text for answer in known), (gold, text, score)
+
+
+def test_math_500_and_aime_as_lighteval(pool, shared):
+    quadruples = from_data(shared / "data")
+    assert len(quadruples) == 2120 and differences(pool, quadruples, VERDICTS["from_data"]) == []
+
+
+def test_every_solution_of_math_500_is_right(pool, shared):
+    rows = [json.loads(line) for line in (shared / "data" / "math_500.jsonl").read_text().splitlines()]
+    scores = verdicts(pool, [("latex", row["solution"], [row["solution"]], row["solution"]) for row in rows])
+    misses = [row["answer"] for row, verdict in zip(rows, scores, strict=True) if verdict["score"] != 1.0]
+    print(f"\nMATH-500 solutions against themselves: {len(rows) - len(misses)} of {len(rows)}; misses {misses}")
+    assert misses == []
+
+
+def test_hostile_answers_cost_themselves_alone():
+    hostile = [
+        r"\boxed{" + "(" * 2000 + "1" + ")" * 2000 + "}",
+        r"\boxed{9^{9^{9^{9}}}}",
+        "The answer is 9^9^9^9 + 1 ",
+        r"\boxed{" + "1+" * 50_000 + "1}",
+        "$" * 100_000,
+        r"\boxed{" * 14_000,
+        "9" * 100_000,
+        "answer " * 14_000,
+        r"\frac{" * 10_000,
+        r"\boxed{10000000!}",
+    ]
+    doc = Doc(query="", choices=[r"so it is $\boxed{5}$"])
+    texts = [r"\boxed{5}", "5", r"it is \boxed{6}"] * 100
+    texts[30:30] = hostile
+    with WorkerPool(2, timeout=3) as pool:
+        found = pool.map(judge, [(metrics.latex_gold_metric, doc, text) for text in texts])
+    reasons = [verdict.reason for verdict in found if isinstance(verdict, Unscored)]
+    print(f"\n{len(texts)} answers, {len(hostile)} hostile: given up {reasons}")
+    fair = found[:30] + found[30 + len(hostile) :]
+    assert [verdict["score"] for verdict in fair] == [1.0, 1.0, 0.0] * 100
+    assert all(isinstance(verdict, Unscored) or verdict["score"] == 0.0 for verdict in found[30 : 30 + len(hostile)])
+
+
+def test_compute_aggregates_over_texts():
+    doc = Doc(query="", choices=["5"])
+    assert metrics.expr_gold_metric.compute(doc, ["6", "the answer is 5"]) == 1.0  # max
+    mean = multilingual_extractive_match_metric(aggregation_function=lambda scores: sum(scores) / len(scores))
+    assert mean.compute(doc, ["6", "5", "7", "5.0"]) == 0.5
+    assert isinstance(mean.compute(doc, ["5"]), float)
+    numbers = (IndicesExtractionConfig("Numbers"),)
+    third = multilingual_extractive_match_metric(gold_extraction_target=numbers, pred_extraction_target=numbers)
+    assert third.compute(Doc(query="", choices=["1", "2", "3"], gold_index=2), ["Answer: 3"]) == 1.0
+    with pytest.raises(ValueError, match="Language.ENGLISH"):
+        multilingual_extractive_match_metric(language="french")
+
+
+def test_thoughts_are_not_answers():
+    assert without_thoughts("<think>a</think>b<think>c</think>d") == "bd"
+    assert without_thoughts("<think>a") == "<think>a" and without_thoughts("a</think>b") == "a</think>b"
+
+
+def rows(*problems: list[tuple[str, float]]) -> list[dict]:
+    return [
+        {"problem": p, "extracted": said, "score": score, "length": 10 * (p + 1), "finish_reason": "stop"}
+        for p, samples in enumerate(problems)
+        for said, score in samples
+    ]
+
+
+def test_figures_by_hand():
+    found = rows([("5", 1.0), ("5", 1.0), ("6", 0.0), ("", 0.0)], [("1", 0.0), ("2", 1.0), ("1", 0.0), ("3", None)])
+    found[-1]["finish_reason"] = "length"
+    result = summarise(found)
+    assert result["pass@1"] == (0.5 + 0.25) / 2
+    assert result["pass@2"] == pytest.approx(((1 - 1 / 6) + (1 - 3 / 6)) / 2) and result["pass@4"] == 1.0
+    assert result["maj@4"] == 0.5 and result["mean_length"] == 15
+    assert (result["unparsed"], result["unscored"], result["cut_off"]) == (1 / 8, 1 / 8, 1 / 8)
+    assert majority(rows([("5", 1.0), ("6", 0.0)])) == 0.5 and majority(rows([("", 0.0)])) == 0.0
+    assert pass_at_k(10, 0, 3) == 0.0 and pass_at_k(10, 8, 3) == 1.0
+
+
+def test_intervals():
+    mean, error, low, high = interval([1.0] * 30 + [0.0] * 70)
+    assert (low, high) == (pytest.approx(0.2189, abs=1e-4), pytest.approx(0.3958, abs=1e-4))  # Wilson's, 30 of 100
+    assert interval([0.0] * 30)[3] == pytest.approx(0.1135, abs=1e-4)  # not a sure zero
+    assert interval([0.3] * 50 + [0.31] * 50)[1] < error / 20  # problems alike: samples tell more
