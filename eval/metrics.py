@@ -25,8 +25,9 @@ from typing import Any
 import math_verify.parser
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import verify
+from math_verify.grader import is_equation, take_last_relation
 from math_verify.parser import extract_target_from_pred, make_latex_env_pattern
-from sympy import UnevaluatedExpr
+from sympy import And, UnevaluatedExpr
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns that its time limits are off
 
@@ -162,10 +163,7 @@ class ExtractiveMatch:
             else:
                 found.append((_latex_patterns(target) if _is_latex(target) else _expr_patterns(target), target))
         values = extract_target_from_pred(text, found, self.fallback_mode, self.extraction_mode)
-        # A percentage is its hundredth; math-verify's comparison would also let 15 % pass for 15.
-        return [
-            value.doit() if not isinstance(value, str) and value.has(UnevaluatedExpr) else value for value in values
-        ]
+        return [value if isinstance(value, str) else _as_lighteval(value) for value in values]
 
     def judge(self, doc: Any, prediction: str) -> tuple[float, list]:
         """(1.0 or 0.0, what was extracted from the prediction)."""
@@ -186,6 +184,13 @@ class ExtractiveMatch:
         """The aggregate over the predictions of 1.0 for a right one, 0.0 for a wrong one. May take for ever on
         hostile input."""
         return self.aggregation_function([self.judge(doc, text)[0] for text in predictions])
+
+
+def _as_lighteval(value: Any) -> Any:
+    """A percentage is its hundredth (math-verify would also let 15 % pass for 15), and `a = b = 5` says 5."""
+    if isinstance(value, And) and is_equation(value):
+        return take_last_relation(value).rhs
+    return value.doit() if value.has(UnevaluatedExpr) else value
 
 
 def _is_latex(target: Target) -> bool:

@@ -96,6 +96,17 @@ def test_the_sampled_distribution_is_the_models():
     assert chi_square < 18.5  # 4 degrees of freedom: 0.1 % of honest samplers exceed it
 
 
+def test_top_p_keeps_the_fewest_tokens_that_reach_it(engine):
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
+    draws = torch.rand(2000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for top_p, kept in ((0.49, [1]), (0.7, [1, 3]), (0.81, [0, 1, 3])):
+        tokens, logps = choose_tokens(logits.expand(2000, -1), draws, 1.0, top_p)
+        assert tokens.unique().tolist() == kept
+        expected = logits[0, tokens] - logits[0, kept].logsumexp(0)
+        assert torch.allclose(logps, expected)
+    assert sample(engine, top_p=1.0) == sample(engine) != sample(engine, top_p=0.5)
+
+
 def test_a_draw_of_zero_never_takes_an_impossible_token():
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf")]])
     for draw in (0.0, 0.5, 1 - 2**-53):
@@ -112,6 +123,7 @@ def test_a_draw_of_zero_never_takes_an_impossible_token():
         ({"seeds": [1]}, "one seed per prompt"),
         ({"prompts": [[], [1], [2], [3]]}, "without tokens"),
         ({"n": 0}, "at least 1"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
     ],
 )
 def test_bad_requests_name_the_remedy(engine, options, message):

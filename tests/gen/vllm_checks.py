@@ -43,6 +43,23 @@ def worst_difference(model, groups, prompts=PROMPTS, temperature=0.8) -> float:
     return worst
 
 
+def check_top_p(model, engine: Engine, top_p: float = 0.7) -> None:
+    """Log-probs are those among the kept tokens, and history does not show: the same call gives the same."""
+    groups = sample(engine, top_p=top_p)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+            for row, token, logp in zip(logits / 0.8, completion.token_ids, completion.logps, strict=True):
+                probs = row.softmax(-1)
+                before = probs[probs > probs[token]].sum()
+                assert before < top_p + 1e-4, "a token outside the kept set was sampled"
+                ordered = probs.sort(descending=True).values
+                kept = ordered[ordered.cumsum(0) - ordered < top_p].sum()
+                assert abs((probs[token] / kept).log() - logp) < 1e-3
+    assert sample(engine, top_p=top_p) == groups
+
+
 def perturb(model, seed: int) -> None:
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -120,6 +137,7 @@ def check_single(folder: str) -> None:
     expect_value_error("n=1", lambda: sample(engine, greedy=True))
     assert sample(engine, [], []) == []
 
+    check_top_p(model, engine)
     for version in (1, 2):
         perturb(model, version)
         assert worst_difference(model, sample(engine)) > 0.1  # stale
