@@ -1,4 +1,4 @@
-"""What a run's samples say: scores with intervals, a table, and a page to read the answers on.
+"""What a run's samples say: scores with intervals, and a table.
 
 A task's figures, all plain numbers:
 
@@ -68,19 +68,25 @@ def _mean(values: list) -> float:
     return sum(values) / len(values)
 
 
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error; 0 for a single value."""
+    mean, count = _mean(values), len(values)
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, count - 1) / count)
+
+
 def interval(means: list[float]) -> tuple[float, float, float, float]:
     """Mean, standard error, and 95 % interval of the mean of `means`, one a problem, in [0, 1].
 
     The plain interval would be empty where all problems fail; Wilson's is not, and equals the textbook one for one
     sample a problem.
     """
-    mean, count = _mean(means), len(means)
-    variance = sum((value - mean) ** 2 for value in means) / (count - 1) if count > 1 else mean * (1 - mean)
-    size = mean * (1 - mean) / (variance * (count - 1) / count / count) if variance > 0 else count
+    mean, error = mean_and_error(means)
+    count = len(means)
+    size = mean * (1 - mean) / (error**2 * (count - 1) / count) if error > 0 else count
     z = 1.959964
     middle = (mean + z * z / (2 * size)) / (1 + z * z / size)
     half = z * math.sqrt(mean * (1 - mean) / size + z * z / (4 * size * size)) / (1 + z * z / size)
-    return mean, math.sqrt(variance / count), max(0.0, middle - half), min(1.0, middle + half)
+    return mean, error, max(0.0, middle - half), min(1.0, middle + half)
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

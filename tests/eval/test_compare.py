@@ -1,0 +1,70 @@
+"""The comparison of two runs and the page, on samples written by hand; the page also in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from eval.compare import compare, main
+from eval.page import page
+from eval.report import summarise
+from eval.run import write_rows
+
+
+def row(problem: int, score: float | None, said: str = "5", **other) -> dict:
+    empty = {"sample": 0, "seed": 0, "prompt": "", "gold": "5", "length": 3, "finish_reason": "stop", "error": None}
+    return empty | {
+        "task": "aime24", "problem": problem, "query": f"problem {problem}", "score": score, "completion": said,
+        "extracted": said,
+    } | other  # fmt: skip
+
+
+def write_run(folder, *scores: float):
+    (folder / "details" / "aime24").mkdir(parents=True)
+    (folder / "results.json").write_text("{}")
+    write_rows(folder / "details" / "aime24" / "00000.parquet", [row(i, score) for i, score in enumerate(scores)])
+    return folder
+
+
+def test_paired_difference(tmp_path, capsys):
+    a, b = write_run(tmp_path / "a", 1, 0, 0, 1), write_run(tmp_path / "b", 1, 1, 0, 1, 1)
+    result = compare(a, b)["aime24"]
+    assert (result["problems"], result["difference"], result["stderr"]) == (4, 0.25, 0.25)
+    assert result["flipped"] == [("problem 1", 0.0, 1.0)]
+    assert compare(b, a)["aime24"]["difference"] == -0.25 and compare(a, a)["aime24"]["ci95_high"] == 0
+    main([str(a), str(b), "--json"])
+    assert json.loads(capsys.readouterr().out)["aime24"]["ci95_low"] == 0.25 - 1.96 * 0.25
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a), str(tmp_path)])
+    assert stopped.value.code == 2 and "no results in" in capsys.readouterr().err
+
+
+ROWS = [
+    row(0, 1.0, query=r"What is $\frac{1}{2}$ of <b>ten</b>, for $5 each?"),
+    row(1, 0.0, "<script>alert(1)</script>", finish_reason="length"),
+    row(2, 0.0, "dunno", extracted=""),
+    row(3, None, "9^9^9", extracted=None, error="timeout: took too long"),
+]
+
+
+def test_page_shows_every_sample_and_runs_none_of_it():
+    text = page("a model", {"aime24": summarise(ROWS)}, ROWS)
+    classes = re.findall(r'<article class="([a-z ]+)">', text)
+    assert classes == ["right", "wrong cut", "wrong unparsed", "wrong"]
+    assert "<script>alert" not in text and "&lt;script&gt;alert" in text and "&lt;b&gt;ten" in text
+    assert "timeout: took too long" in text and "25.0 %" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_filters_in_a_browser(tmp_path):
+    (tmp_path / "report.html").write_text(page("a model", {"aime24": summarise(ROWS)}, ROWS))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    for name, shown in (("all", 4), ("right", 1), ("wrong", 3), ("cut", 1), ("unparsed", 1)):
+        url = f"file://{tmp_path}/report.html#{name}"
+        done = subprocess.run([*command, url], capture_output=True, text=True, check=True, timeout=120)
+        articles = re.findall(r"<article [^>]*>", done.stdout)
+        assert len([article for article in articles if "hidden" not in article]) == shown, name
+        assert f"{shown} shown" in done.stdout
