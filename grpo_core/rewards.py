@@ -1,22 +1,25 @@
-"""Reward functions, and the step of the loop that scores completions with them in killable worker processes.
+"""Reward functions by open-r1's names, called as open-r1's are; what was wrong there is mended, and said.
 
-A reward function has open-r1's face: `f(completions, **columns) -> list[float | None]`. completions[i] is a
-conversation, its text `completions[i][0]["content"]`; the data's columns, `prompts`, `group_ids` and `completion_ids`
+A reward function has the face `f(completions, **columns) -> list[float | None]`. completions[i] is a conversation, its
+text `completions[i][0]["content"]`; the data's columns, `prompts`, `prompt_texts`, `group_ids` and `completion_ids`
 reach it by name, each a list as long as completions; the gold answer is the column `solution`. None means "does not
 apply here". A function that must see a whole group at once carries the attribute `batch = True`; every other is called
-with one completion at a time, so that a check that hangs costs one completion. `REWARD_FUNCS_REGISTRY` names the
-functions here; any other is named `module:function`, gets the columns that it names (all, if it takes `**kwargs`),
-and runs in the workers too.
+with one completion at a time, so that a check that hangs costs one completion (`grpo_core/scoring.py`).
+`REWARD_FUNCS_REGISTRY` names the functions here; any other is named `module:function`, gets the columns that it names
+(all, if it takes `**kwargs`), and runs in the workers too. All of them pickle and have a `__name__`, which is the name
+that open-r1 logs.
 
-Left out: reward models, and whatever needs torch. This file imports none, so that a worker does not either.
+Left out: reward models, whatever needs torch (a worker imports none), and open-r1's code rewards, which run a model's
+programs in remote sandboxes.
 
     python -m grpo_core.train --reward_funcs accuracy format my_rewards:brevity ...
 """
 
 import difflib
 import importlib
+import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,19 +27,34 @@ from typing import Any
 from eval.verify import check_answer
 
 RewardFunction = Callable[..., list]
-_FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
-_TAG = re.compile(r"</?(?:think|answer)>")
+_TAG = re.compile(r"(</?(?:think|answer)>)")
+_STEP = re.compile(r"Step \d+:|^\d+\.(?!\d)|\n-|\n\*|First,|Second,|Next,|Finally,", re.MULTILINE)
+_OPENED = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 
 
-# ------------------------------------------------------------------------------------------------ reward functions
+def _texts(completions: list, columns: dict[str, Any]) -> list[str]:
+    """What the model's turn says: the completions, each after the `<think>` that its prompt already opened, if any.
+
+    Whether it did is read from the end of column `prompt_texts` (the rendered prompts; their tails will do), else of
+    `prompts`: texts, or conversations whose last message is the assistant's. A conversation alone does not show what a
+    chat template adds to it.
+    """
+    prompts = columns.get("prompt_texts") or columns.get("prompts") or [""] * len(completions)
+    texts = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if not isinstance(prompt, str):
+            prompt = str(prompt[-1]["content"]) if prompt and prompt[-1].get("role") == "assistant" else ""
+        opened = _OPENED.search(prompt)
+        texts.append((opened.group() if opened else "") + completion[0]["content"])
+    return texts
 
 
 def accuracy_reward(completions: list, solution: list, **kwargs: Any) -> list[float | None]:
     r"""1.0 where the answer equals the gold one, else 0.0; see `eval.verify` for where an answer is looked for.
 
     A gold that cannot be parsed gives 1.0 to every completion, as in open-r1: no spread, so no gradient from this
-    reward, but leave such rows out of your data (`eval.verify.gold_is_parseable`). Mended: gold and answer are compared
-    in this order, a bare `63` is a gold, the content of `<answer>` is an answer.
+    reward, but leave such rows out of your data (`grpo_core.scoring.unparseable_golds`). Mended: gold and answer are
+    compared in this order, a bare `63` is a gold, the content of `<answer>` is an answer, nothing is printed.
     """
     scores = [check_answer(str(g), c[0]["content"]) for g, c in zip(solution, completions, strict=True)]
     return [1.0 if score is None else score for score in scores]
@@ -45,19 +63,91 @@ def accuracy_reward(completions: list, solution: list, **kwargs: Any) -> list[fl
 def format_reward(completions: list, **kwargs: Any) -> list[float | None]:
     """1.0 for exactly `<think>...</think><answer>...</answer>`, white space between and around allowed, else 0.0.
 
-    Mended: open-r1's pattern also takes text after any line end, and blocks twice. Where `prompts` are texts (or end in
-    a message) that already opened `<think>`, as some chat templates do, the completion need not.
+    Mended: open-r1's pattern also takes text after any line end, and blocks twice, and never pays where the prompt
+    opens `<think>`, as some chat templates do (see `_texts`).
     """
-    prompts = kwargs.get("prompts") or [""] * len(completions)
     rewards: list[float | None] = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        text = completion[0]["content"]
-        opened = prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) if prompt else ""
-        if opened.rstrip().endswith("<think>"):
-            text = "<think>" + text
-        match = _FORMAT.fullmatch(text)
-        rewards.append(float(match is not None and not any(_TAG.search(inner) for inner in match.groups())))
+    for text in _texts(completions, kwargs):
+        pieces = _TAG.split(text)  # before, tag, thought, tag, between, tag, answer, tag, after
+        ordered = pieces[1::2] == ["<think>", "</think>", "<answer>", "</answer>"]
+        rewards.append(float(ordered and not "".join(pieces[::4]).strip()))
     return rewards
+
+
+def tag_count_reward(completions: list, **kwargs: Any) -> list[float | None]:
+    r"""0.25 for each of `<think>\n`, `\n</think>\n`, `\n<answer>\n` and `\n</answer>` that is there exactly once.
+
+    Mended: a `<think>` opened by the prompt counts.
+    """
+    tags = ("<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>")
+    return [sum(0.25 for tag in tags if text.count(tag) == 1) for text in _texts(completions, kwargs)]
+
+
+def reasoning_steps_reward(completions: list, **kwargs: Any) -> list[float | None]:
+    r"""min(1, n/3) for n marks of a step: `Step 1:`, `1.` at the start of a line, a line of a list with `-` or `*`,
+    `First,`, `Second,`, `Next,`, `Finally,`.
+
+    Mended: `1.` counts on every line, not on the first alone; a number like `1.5` does not.
+    """
+    return [min(1.0, len(_STEP.findall(text)) / 3) for text in _texts(completions, kwargs)]
+
+
+def cosine_scaled_reward(
+    completions: list,
+    solution: list,
+    *,
+    min_value_wrong: float,
+    max_value_wrong: float,
+    min_value_correct: float,
+    max_value_correct: float,
+    max_len: int,
+    tokens: bool,
+    completion_ids: list | None = None,
+    **kwargs: Any,
+) -> list[float | None]:
+    """What `get_cosine_scaled_reward` returns, its numbers not yet bound."""
+    if tokens and completion_ids is None:
+        raise ValueError("the cosine reward counts tokens: it needs completion_ids")
+    rewards: list[float | None] = []
+    for i, (completion, gold) in enumerate(zip(completions, solution, strict=True)):
+        text = completion[0]["content"]
+        score = check_answer(str(gold), text)
+        length = len(completion_ids[i]) if tokens and completion_ids is not None else len(text)
+        cosine = math.cos(math.pi * min(1.0, length / max_len))
+        # (of no length, of max_len): a short right answer is worth most, a short wrong one least
+        short, long = (max_value_correct, min_value_correct) if score else (min_value_wrong, max_value_wrong)
+        rewards.append(1.0 if score is None else long + 0.5 * (short - long) * (1.0 + cosine))
+    return rewards
+
+
+def get_cosine_scaled_reward(
+    min_value_wrong: float = -1.0,
+    max_value_wrong: float = -0.5,
+    min_value_correct: float = 0.5,
+    max_value_correct: float = 1.0,
+    max_len: int = 1000,
+    *,
+    tokens: bool = False,
+) -> RewardFunction:
+    """Accuracy scaled by length along half a cosine (Yeo et al. 2025, Demystifying Long Chain-of-Thought Reasoning).
+
+    A right answer falls from max_value_correct (no length) to min_value_correct (max_len and beyond), a wrong one goes
+    from min_value_wrong to max_value_wrong. Lengths are characters, or with `tokens` those of `completion_ids`. A gold
+    that cannot be parsed gives 1.0. ValueError if max_len < 1. Mended: open-r1's wraps beyond max_len, so that a right
+    answer of twice that length is worth most again; it compares answer and gold in the wrong order; and its script's
+    defaults for wrong answers (0, -0.5) contradict its documentation: they are the ones above in ours.
+    """
+    if max_len < 1:
+        raise ValueError(f"cosine max_len {max_len} should be at least 1")
+    return _bind(
+        cosine_scaled_reward,
+        min_value_wrong=min_value_wrong,
+        max_value_wrong=max_value_wrong,
+        min_value_correct=min_value_correct,
+        max_value_correct=max_value_correct,
+        max_len=max_len,
+        tokens=tokens,
+    )
 
 
 def repetition_penalty_reward(
@@ -74,33 +164,108 @@ def repetition_penalty_reward(
 
 
 def get_repetition_penalty_reward(ngram_size: int, max_penalty: float) -> RewardFunction:
-    """`repetition_penalty_reward` with its two numbers bound; picklable. ValueError if max_penalty > 0 or n < 1."""
+    """`repetition_penalty_reward` with its two numbers bound. ValueError if max_penalty > 0 or ngram_size < 1."""
     if max_penalty > 0:
         raise ValueError(f"max_penalty {max_penalty} should not be positive: it is what full repetition costs")
     if ngram_size < 1:
         raise ValueError(f"ngram_size {ngram_size} should be at least 1")
-    return partial(repetition_penalty_reward, ngram_size=ngram_size, max_penalty=max_penalty)
+    return _bind(repetition_penalty_reward, ngram_size=ngram_size, max_penalty=max_penalty)
 
 
-# Name -> how to make it from the script's arguments.
+def len_reward(
+    completions: list, solution: list, *, group_ids: list | None = None, **kwargs: Any
+) -> list[float | None]:
+    """Shorter than the others of the group is better (Kimi k1.5, arXiv:2501.12599, section 2.3.3).
+
+    lambda = 0.5 - (length - shortest) / (longest - shortest), in characters; lambda for a right answer, min(0, lambda)
+    for a wrong one, 0.0 where all are equally long. A gold that cannot be parsed counts as answered. Mended: lengths
+    are compared among the completions of one prompt (equal `group_ids`), not with whatever else is in the batch; all
+    completions are one group where no group_ids are given. A check that fails leaves its whole group unscored.
+    """
+    groups = defaultdict(list)
+    lengths = [len(completion[0]["content"]) for completion in completions]
+    for group, length in zip([0] * len(lengths) if group_ids is None else group_ids, lengths, strict=True):
+        groups[group].append(length)
+    right = accuracy_reward(completions, solution)
+    rewards: list[float | None] = []
+    for i, length in enumerate(lengths):
+        of_group = groups[0 if group_ids is None else group_ids[i]]
+        spread = max(of_group) - min(of_group)
+        value = 0.5 - (length - min(of_group)) / spread if spread else 0.0
+        rewards.append(value if right[i] else min(0.0, value))
+    return rewards
+
+
+len_reward.batch = True  # type: ignore[attr-defined]
+
+
+def soft_overlong_punishment_reward(
+    completion_ids: list, *, max_completion_len: int, soft_punish_cache: int, **kwargs: Any
+) -> list[float | None]:
+    """What `get_soft_overlong_punishment` returns, its numbers not yet bound."""
+    rewards: list[float | None] = []
+    for ids in completion_ids:
+        over = len(ids) - (max_completion_len - soft_punish_cache)
+        rewards.append(-1.0 if len(ids) > max_completion_len else -over / soft_punish_cache if over > 0 else 0.0)
+    return rewards
+
+
+def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> RewardFunction:
+    """DAPO's penalty on length in tokens (arXiv:2503.14476, equation 13): 0.0 up to max_completion_len -
+    soft_punish_cache, from there a straight line down to -1.0 at max_completion_len, and -1.0 beyond."""
+    if not 0 <= soft_punish_cache <= max_completion_len:
+        raise ValueError(f"soft_punish_cache {soft_punish_cache} should be between 0 and {max_completion_len=}")
+    return _bind(
+        soft_overlong_punishment_reward, max_completion_len=max_completion_len, soft_punish_cache=soft_punish_cache
+    )
+
+
+def _bind(function: RewardFunction, **numbers: float) -> RewardFunction:
+    """A partial, since a closure does not pickle, with the `__name__` that a partial lacks."""
+    bound = partial(function, **numbers)
+    bound.__name__ = function.__name__  # type: ignore[attr-defined]
+    return bound
+
+
+# Name -> how to make it from the script's arguments; each reads only its own.
 REWARD_FUNCS_REGISTRY: dict[str, Callable[[Any], RewardFunction]] = {
     "accuracy": lambda args: accuracy_reward,
     "format": lambda args: format_reward,
+    "reasoning_steps": lambda args: reasoning_steps_reward,
+    "cosine": lambda args: get_cosine_scaled_reward(
+        args.cosine_min_value_wrong,
+        args.cosine_max_value_wrong,
+        args.cosine_min_value_correct,
+        args.cosine_max_value_correct,
+        args.cosine_max_len,
+        tokens=getattr(args, "cosine_in_tokens", False),  # open-r1's arguments do not have it
+    ),
     "repetition_penalty": lambda args: get_repetition_penalty_reward(
         args.repetition_n_grams, args.repetition_max_penalty
     ),
+    "tag_count": lambda args: tag_count_reward,
+    "length": lambda args: len_reward,
+    "soft_overlong_punishment": lambda args: get_soft_overlong_punishment(
+        args.max_completion_len, args.soft_punish_cache
+    ),
 }
+_CODE_REWARDS = ("code", "binary_code", "ioi_code", "cf_code", "code_format")
 
 
 def get_reward_funcs(script_args: Any) -> list[RewardFunction]:
-    """The functions that `script_args.reward_funcs` names, in order; also reads `.repetition_n_grams` and
-    `.repetition_max_penalty`. ValueError for a name nobody knows, or one given twice."""
+    """The functions that `script_args.reward_funcs` names, in order. Of script_args (ours, open-r1's, any object) only
+    the attributes of these functions are read. ValueError for a name nobody knows, or one given twice."""
     functions = []
     for name in script_args.reward_funcs:
         if ":" in name:
             functions.append(_import_function(name))
         elif name in REWARD_FUNCS_REGISTRY:
             functions.append(REWARD_FUNCS_REGISTRY[name](script_args))
+        elif name in _CODE_REWARDS:
+            raise ValueError(
+                f"the reward {name!r} is not here: it is one of open-r1's code rewards, which run the model's programs "
+                "in remote sandboxes (E2B, Morph, Piston); name your own as module:function"
+            )
         else:
             nearest = difflib.get_close_matches(name, REWARD_FUNCS_REGISTRY, n=1, cutoff=0.4)
             hint = f"did you mean {nearest[0]!r}? " if nearest else ""
@@ -125,6 +290,6 @@ def _import_function(path: str) -> RewardFunction:
 
 def reward_name(function: RewardFunction) -> str:
     """The name under which a function's rewards are logged."""
-    if isinstance(function, partial):
+    if isinstance(function, partial) and not hasattr(function, "__name__"):
         return reward_name(function.func)
     return getattr(function, "__name__", None) or type(function).__name__

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.verify import gold_is_parseable
 from eval.workers import Unscored, WorkerPool
 from grpo_core.rewards import RewardFunction, reward_name
 
@@ -32,6 +33,14 @@ def gold_column(columns: dict[str, list]) -> list[str] | None:
     if "answer" in columns:
         return [str(gold).rpartition("####")[2].strip() for gold in columns["answer"]]
     return None
+
+
+def unparseable_golds(golds: Sequence[str], pool: WorkerPool) -> list[int]:
+    """Indices of the gold answers that no completion can be compared with, because they do not parse, or not in time:
+    rows of no signal, to be left out before training. Each distinct gold is parsed once."""
+    distinct = list(dict.fromkeys(golds))
+    parseable = dict(zip(distinct, pool.map(gold_is_parseable, distinct), strict=True))
+    return [i for i, gold in enumerate(golds) if parseable[gold] is not True]
 
 
 def _accepted(function: RewardFunction, names: Iterable[str]) -> set[str]:
@@ -64,10 +73,13 @@ def score_completions(
     completion_ids: list[list[int]],
     columns: dict[str, list],
     pool: WorkerPool,
+    prompt_texts: list[str] | None = None,
 ) -> ScoreResult:
     """R = sum over functions of weight * value, in float64.
 
     completions: [n] texts; prompts [n], group_ids [n], completion_ids [n] and every column [n] go with them.
+    prompt_texts: [n] the prompts as the chat template renders them, or the last 100 characters of each: the only
+    place where a reward sees that the template has already opened `<think>`.
     reward_weights: one a function; None: all 1. A None value is left out of its row's sum. A row is unscored (NaN) if
     any of its checks failed (time-out, crash, exception) or every function gave None. A check may take `pool.timeout`
     seconds, one of a whole group as many times that as the group has completions.
@@ -80,6 +92,8 @@ def score_completions(
     gold = gold_column(columns)
     fields = columns | ({} if gold is None else {"solution": gold})
     fields |= {"prompts": prompts, "completions": messages, "completion_ids": completion_ids, "group_ids": group_ids}
+    if prompt_texts is not None:
+        fields["prompt_texts"] = prompt_texts
     for name, values in fields.items():
         assert len(values) == n, f"column {name} has {len(values)} rows for {n} completions"
 
