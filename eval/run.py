@@ -30,58 +30,19 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from eval import report
+from eval.config import NOT_IDENTITY, EvalConfig
 from eval.metrics import judge
 from eval.page import page
+from eval.server import Server, ServerError
 from eval.tasks import Doc, LightevalTaskConfig, find_tasks, load_custom_tasks
 from eval.workers import Unscored, WorkerPool
-from gen.engine import Engine, check_engine_available, make_engine
+from gen.engine import Completion, Engine, check_engine_available, make_engine
 from sft_core import guards
 from sft_core.cli import parse
-from sft_core.config import ModelConfig, option, require
+from sft_core.config import ModelConfig, require
 from sft_core.data import FILES, load_rows, render_prompt
 from sft_core.files import flush_to_disk, write_atomically
 from sft_core.model import load_tokenizer, stop_token_ids
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    model: str = option("", "Model to score: a Hub id or a folder.", alias="model_name_or_path")
-    tasks: str = option("", "Tasks, with commas between: names, LightEval's `custom|math_500|0|0`, or all.")
-    output_dir: str = option("", "Folder for results and details; the same command again goes on there.")
-    model_revision: str = option("main", "Branch, tag or commit of a Hub model.")
-    dataset: list[str] = option([], "Data of a task from elsewhere, as task=file or task=Hub id.")
-    custom_tasks: str | None = option(None, "Python file with a TASKS_TABLE of your own tasks.")
-    num_samples: int = option(1, "Answers sampled to each problem; pass@1 is their mean.")
-    temperature: float = option(0.6, "Sampling temperature; 0 takes the most likely token.")
-    top_p: float = option(0.95, "Sample from the most likely tokens that reach this probability together.")
-    max_new_tokens: int | None = option(None, "Longest answer in tokens; without it what the task says (32768).")
-    fit_context: bool = option(False, "Where a prompt and the longest answer exceed the context, cut answers shorter.")
-    system_prompt: str | None = option(None, "System message before each problem.")
-    limit: int | None = option(None, "Only the first so many problems of each task.")
-    seed: int = option(0, "Seed of the sampling.")
-    engine: str = option("vllm", "What samples: vllm or torch.")
-    dtype: str = option("auto", "bfloat16, float16 or float32; auto: bfloat16 on a GPU, else float32.")
-    batch_size: int = option(512, "Answers sampled together; part of what makes a run repeat exactly.")
-    data_parallel_size: int | None = option(None, "Copies of the model side by side; without it, all GPUs are used.")
-    tensor_parallel_size: int = option(1, "GPUs that share one copy of the model.")
-    gpu_memory_utilization: float = option(0.8, "vLLM's share of the GPU's memory.")
-    check_timeout: float = option(10.0, "Seconds that checking one answer may take.")
-    shard: str = option("", "For internal use: the part i/n of the batches that this process does.")
-
-    def __post_init__(self) -> None:
-        for name in ("model", "tasks", "output_dir"):
-            require(getattr(self, name) != "", f"--{name} is required.")
-        for name in ("num_samples", "batch_size", "tensor_parallel_size", "max_new_tokens", "limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be at least 1, got {value}.")
-        require(self.temperature >= 0, f"temperature must be at least 0, got {self.temperature}.")
-        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}.")
-        greedy = self.temperature > 0 or self.num_samples == 1
-        require(greedy, "temperature 0 gives the same answer every time: use --num_samples 1 or a temperature above 0.")
-
-
-# What a sample does not depend on: may differ when a run is continued.
-NOT_IDENTITY = ("tasks", "output_dir", "dataset", "custom_tasks", "fit_context", "data_parallel_size", "shard")
 
 
 @dataclass(frozen=True)
@@ -90,7 +51,7 @@ class Work:
 
     task: LightevalTaskConfig
     docs: list[Doc]
-    prompts: list[list[int]]
+    prompts: list[Any]  # token ids, or conversations for a server
     max_tokens: int
     folder: Path
 
@@ -106,10 +67,11 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with guards.usage_errors():
         (config,) = parse((EvalConfig,), argv)
-        if not config.shard:  # a trainer that starts this is a rank of torchrun, this process is not
+        if config.shard:
+            guards.die_with_parent()
+        else:  # a trainer that starts this is a rank of torchrun, this process is not
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
                 os.environ.pop(name, None)
-        check_engine_available(config.engine)
         works, tokenizer, stop_ids = prepare(config)
         if not config.shard:
             guards.lock_output_dir(config.output_dir)
@@ -117,8 +79,12 @@ def main(argv: list[str] | None = None) -> None:
     missing = [path for work in works for path, _ in work.batches(config) if not path.exists()]
     copies = config.data_parallel_size or max(1, torch.cuda.device_count() // config.tensor_parallel_size)
     copies = min(copies, len(missing))
-    if config.shard or (copies == 1 and config.tensor_parallel_size == 1):
-        generate(config, works, tokenizer, stop_ids)
+    if config.shard or config.base_url or (copies == 1 and config.tensor_parallel_size == 1):
+        try:
+            generate(config, works, tokenizer, stop_ids)
+        except ServerError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
     elif missing:
         start_shards(config, argv, copies)
     if not config.shard:
@@ -128,17 +94,21 @@ def main(argv: list[str] | None = None) -> None:
 # ------------------------------------------------------------------------------------------------- before the engine
 
 
-def prepare(config: EvalConfig) -> tuple[list[Work], PreTrainedTokenizerBase, frozenset[int]]:
-    """Everything that can be refused before weights are loaded."""
+def prepare(config: EvalConfig) -> tuple[list[Work], PreTrainedTokenizerBase | None, frozenset[int]]:
+    """Everything that can be refused before weights are loaded. A server keeps tokenizer and context to itself."""
     tasks = find_tasks(config.tasks, load_custom_tasks(config.custom_tasks) if config.custom_tasks else ())
-    elsewhere = dict(entry.partition("=")[::2] for entry in config.dataset)
-    for name, place in elsewhere.items():
-        find_tasks(name, tasks)
-        require(bool(place), f"--dataset takes task=file or task=Hub id, got {name!r}.")
-    elsewhere = {find_tasks(name, tasks)[0].name: place for name, place in elsewhere.items()}
-    model = ModelConfig(model_name_or_path=config.model, model_revision=config.model_revision)
-    model_config, tokenizer = load_tokenizer(model)
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    elsewhere = {}
+    for entry in config.dataset:
+        name, _, place = entry.partition("=")
+        require(bool(place), f"--dataset takes task=file or task=Hub id, got {entry!r}.")
+        elsewhere[find_tasks(name, tasks)[0].name] = place
+    tokenizer, stop_ids, positions = None, frozenset[int](), 1 << 30
+    if not config.base_url:
+        check_engine_available(config.engine)
+        model = ModelConfig(model_name_or_path=config.model, model_revision=config.model_revision)
+        model_config, tokenizer = load_tokenizer(model)
+        stop_ids = stop_token_ids(tokenizer, model)
+        positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or positions
     works = []
     for task in tasks:
         docs = load_docs(task, elsewhere.get(task.name, task.hf_repo), config.limit)
@@ -152,7 +122,7 @@ def prepare(config: EvalConfig) -> tuple[list[Work], PreTrainedTokenizerBase, fr
             print(f"{sizes} of the model's context: answers are cut at {fits}.", file=sys.stderr)
         folder = Path(config.output_dir) / "details" / task.name.replace(":", "_")
         works.append(Work(task, docs, prompts, min(wanted, fits), folder))
-    return works, tokenizer, stop_token_ids(tokenizer, model)
+    return works, tokenizer, stop_ids
 
 
 def load_docs(task: LightevalTaskConfig, place: str, limit: int | None) -> list[Doc]:
@@ -169,23 +139,27 @@ def load_docs(task: LightevalTaskConfig, place: str, limit: int | None) -> list[
         raise ValueError(f"{place} has no column {error} that {task.name} needs: it has {columns}.") from error
 
 
-def make_prompt(tokenizer: PreTrainedTokenizerBase, query: str, system_prompt: str | None) -> list[int]:
-    """By the chat template; a model without one gets the plain text."""
+def make_prompt(tokenizer: PreTrainedTokenizerBase | None, query: str, system_prompt: str | None) -> list:
+    """By the chat template; a model without one gets the plain text. Without a tokenizer: the conversation."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages = [*system, {"role": "user", "content": query}]
+    if tokenizer is None:
+        return messages
     if tokenizer.chat_template is not None:
-        return render_prompt(tokenizer, [*system, {"role": "user", "content": query}])
-    return tokenizer(f"{system_prompt}\n\n{query}" if system_prompt else query)["input_ids"]
+        return render_prompt(tokenizer, messages)
+    return tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
 
 
 def remember(config: EvalConfig, works: list[Work]) -> None:
     """Write down what the samples in this folder depend on; refuse a folder whose samples are of something else."""
     weights = sorted(Path(config.model).glob("*.safetensors"))
     identity: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in NOT_IDENTITY}
+    identity["engine"] = "server" if config.base_url else config.engine
     identity["weights"] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights]
     for work in works:
         file, mine = work.folder / "settings.json", {**identity, "max_new_tokens": work.max_tokens}
         mine["prompts"] = report.digest([work.prompts, [doc.get_golds() for doc in work.docs]])
-        if file.exists():
+        if file.exists() and any(work.folder.glob("*.parquet")):
             theirs = json.loads(file.read_text())
             changed = [f"{key} ({theirs.get(key)}, now {mine[key]})" for key in mine if theirs.get(key) != mine[key]]
             remedy = "choose another --output_dir"
@@ -213,28 +187,25 @@ def start_shards(config: EvalConfig, argv: list[str], copies: int) -> None:
         raise RuntimeError(f"{sum(map(bool, codes))} of {copies} processes failed; the same command goes on from here.")
 
 
-def generate(config: EvalConfig, works: list[Work], tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset) -> None:
+def generate(
+    config: EvalConfig, works: list[Work], tokenizer: PreTrainedTokenizerBase | None, stop_ids: frozenset[int]
+) -> None:
     """Sample and check the batches that are missing (of this shard), each into its file."""
     first, step = map(int, (config.shard or "0/1").split("/"))
     every = [(work, path, problems) for work in works for path, problems in work.batches(config)]
     mine = [batch for batch in every[first::step] if not batch[1].exists()]
     if not mine:
         return
-    rank = guards.init_distributed()[0] if config.tensor_parallel_size > 1 else 0
-    auto = "bfloat16" if torch.cuda.is_available() else "float32"
-    engine = make_engine(
-        config.engine, config.model, dtype=auto if config.dtype == "auto" else config.dtype,
-        seed=config.seed, max_model_len=max(max(map(len, w.prompts)) + w.max_tokens for w in works),
-        max_batch=min(config.batch_size, 512), tensor_parallel_size=config.tensor_parallel_size,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-    )  # fmt: skip
-    bar = tqdm(
-        total=sum(len(b[2]) for b in mine) * config.num_samples, desc="evaluate", disable=None if first == 0 else True
-    )
+    together = config.tensor_parallel_size > 1 and not config.base_url
+    rank = guards.init_distributed()[0] if together else 0
+    engine = Server(config.base_url, config.model) if config.base_url else start_engine(config, works)
+    total = sum(len(problems) for _, _, problems in mine) * config.num_samples
+    bar = tqdm(total=total, desc="evaluate", disable=None if first == rank == 0 else True)
     scores: list[float] = []
     with WorkerPool(min(8, os.cpu_count() or 1), timeout=config.check_timeout) as pool:
         for work, path, problems in mine:
-            rows = sample(config, work, problems, engine, tokenizer, stop_ids, rank)
+            asked = list(problems) if rank == 0 else []  # ranks that share a model call together; the first asks
+            rows = sample(config, work, asked, engine, tokenizer, stop_ids)
             if rank == 0:
                 check(work, rows, pool)
                 write_rows(path, rows)
@@ -242,32 +213,55 @@ def generate(config: EvalConfig, works: list[Work], tokenizer: PreTrainedTokeniz
                 bar.set_postfix_str(f"{work.task.name} {100 * sum(scores) / len(scores):.1f} %")
             bar.update(len(rows))
     bar.close()
-    engine.close()
-    if config.tensor_parallel_size > 1:
+    if not isinstance(engine, Server):
+        engine.close()
+    if together:
         guards.shutdown()
 
 
-def sample(config: EvalConfig, work: Work, problems: range, engine: Engine, tokenizer: PreTrainedTokenizerBase,
-           stop_ids: frozenset, rank: int) -> list[dict[str, Any]]:  # fmt: skip
-    """A row a sample. Ranks that share a model call together; the first asks."""
-    asked = list(problems) if rank == 0 else []
-    seeds = [config.seed * 1_000_003 + p * config.num_samples for p in asked]
-    groups = engine.sample(
-        [work.prompts[p] for p in asked], n=config.num_samples, temperature=config.temperature or 1.0,
-        max_tokens=work.max_tokens, seeds=seeds, stop_ids=stop_ids, greedy=config.temperature == 0, top_p=config.top_p,
+def start_engine(config: EvalConfig, works: list[Work]) -> Engine:
+    auto = "bfloat16" if torch.cuda.is_available() else "float32"
+    return make_engine(
+        config.engine, config.model, dtype=auto if config.dtype == "auto" else config.dtype, seed=config.seed,
+        max_model_len=max(max(map(len, work.prompts)) + work.max_tokens for work in works),
+        max_batch=min(config.batch_size, 512), tensor_parallel_size=config.tensor_parallel_size,
+        gpu_memory_utilization=config.gpu_memory_utilization,
     )  # fmt: skip
+
+
+def sample(
+    config: EvalConfig, work: Work, problems: list[int], engine: Engine | Server,
+    tokenizer: PreTrainedTokenizerBase | None, stop_ids: frozenset[int],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row a sample of these problems."""
+    seeds = [config.seed * 1_000_003 + p * config.num_samples for p in problems]
+    prompts = [work.prompts[p] for p in problems]
+    shared: dict[str, Any] = {"n": config.num_samples, "max_tokens": work.max_tokens, "top_p": config.top_p}
+    if isinstance(engine, Server):
+        texts = [json.dumps(prompt, ensure_ascii=False) for prompt in prompts]
+        groups = engine.sample(prompts, seeds=seeds, temperature=config.temperature, **shared)
+    else:
+        assert tokenizer is not None
+        shared |= {"stop_ids": stop_ids, "greedy": config.temperature == 0}
+        found = engine.sample(prompts, seeds=seeds, temperature=config.temperature or 1.0, **shared)
+        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        groups = [[_read(completion, tokenizer) for completion in group] for group in found]
     rows = []
-    for p, seed, group in zip(asked, seeds, groups, strict=True):
-        for i, completion in enumerate(group):
-            text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    for p, seed, prompt, group in zip(problems, seeds, texts, groups, strict=True):
+        for i, (text, length, reason) in enumerate(group):
             for stop in work.task.stop_sequence or []:
                 text = text.partition(stop)[0]
             rows.append({
                 "task": work.task.name, "problem": p, "sample": i, "seed": seed + i, "query": work.docs[p].query,
-                "prompt": tokenizer.decode(work.prompts[p]), "gold": work.docs[p].get_golds()[0], "completion": text,
-                "length": len(completion.token_ids), "finish_reason": completion.finish_reason,
+                "prompt": prompt, "gold": work.docs[p].get_golds()[0], "completion": text, "length": length,
+                "finish_reason": reason,
             })  # fmt: skip
     return rows
+
+
+def _read(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int, str]:
+    text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    return text, len(completion.token_ids), completion.finish_reason
 
 
 def check(work: Work, rows: list[dict[str, Any]], pool: WorkerPool) -> None:
