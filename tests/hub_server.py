@@ -90,6 +90,14 @@ class HubServer:
             "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
         }  # fmt: skip
 
+    def take_over(self, monkeypatch: Any) -> None:
+        """The same for the client in this process, which read its environment when it was imported."""
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in {"ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": template,
+                            "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False}.items():  # fmt: skip
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+
     def fail_next(self, status: int, times: int = 1, path: str = "") -> None:
         """Answer the next `times` requests whose path contains `path` with `status`."""
         self._failures += [(status, path)] * times
