@@ -28,10 +28,10 @@ for (const button of document.querySelectorAll('button')) button.onclick = () =>
   for (const other of document.querySelectorAll('button')) other.classList.toggle('on', other === button);
   let shown = 0;
   for (const article of document.querySelectorAll('article'))
-    shown += !(article.hidden = button.id !== 'all' && !article.classList.contains(button.id));
+    shown += !(article.hidden = button.dataset.show !== 'all' && !article.classList.contains(button.dataset.show));
   document.getElementById('shown').textContent = shown + ' shown';
 };
-document.getElementById(location.hash.slice(1) || 'all').click();
+document.querySelector(`[data-show=${location.hash.slice(1) || 'all'}]`).click();
 """
 
 
@@ -47,7 +47,9 @@ def page(title: str, results: dict[str, dict[str, float]], rows: list[dict[str, 
         + f"<td>{r['mean_length']:.0f}</td><td>{r['problems']}</td><td>{r['samples']}</td></tr>"
         for task, r in results.items()
     )
-    buttons = "".join(f'<button id="{name}">{name}</button> ' for name in ("all", "right", "wrong", "cut", "unparsed"))
+    buttons = "".join(
+        f'<button data-show="{name}">{name}</button> ' for name in ("all", "right", "wrong", "cut", "unparsed")
+    )
     left_out = f" of {len(rows)}; the rest is in details/" if len(rows) > len(chosen) else ""
     return (
         f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
@@ -65,11 +67,12 @@ def _article(row: dict[str, Any]) -> str:
     said = "[...] " + said[-LONGEST:] if len(said) > LONGEST else said
     facts = [f"{row['length']} tokens", *(["cut off"] * cut), *([row["error"]] if row["error"] else [])]
     extracted = "nothing" if unparsed else row["extracted"] or "not known"
+    gold = with_math(gold) if len(gold) <= 80 else f"<details><summary>solution</summary>{with_math(gold)}</details>"
     return (
         f'<article class="{" ".join(classes)}"><h3>{html.escape(row["task"])} {row["problem"]}, '
         f"sample {row['sample']}: {'right' if right else 'wrong'}</h3><div>{with_math(row['query'])}</div>"
-        f"<pre>{html.escape(said)}</pre><p>extracted <code>{html.escape(extracted[:500])}</code>, gold "
-        f"{with_math(gold[-500:])} <span class=is>{html.escape(', '.join(facts))}</span></p></article>"
+        f"<pre>{html.escape(said)}</pre><div>extracted <code>{html.escape(extracted[:500])}</code>, gold {gold}"
+        f" <span class=is>{html.escape(', '.join(facts))}</span></div></article>"
     )
 
 

@@ -99,6 +99,7 @@ def test_killed_and_continued(tiny_model, data, tmp_path):
     assert all(file.stat().st_mtime_ns == when for file, when in done.items())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None or torch.cuda.is_available(), reason="needs vLLM's CPU build"
 )
