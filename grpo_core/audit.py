@@ -1,0 +1,332 @@
+r"""Before any GPU hour is spent: would this recipe's data, prompt, limits and rewards give GRPO a signal?
+
+    python -m grpo_core.audit --config recipe.yaml [--audit_prompts 32] [--audit_samples false] [--field value ...]
+
+It reads a training recipe and looks at some prompts of its data: can their gold answers be parsed, do they fit, does
+the completion that the prompt asks for get the full value of each reward, what do the rewards pay for text that
+deserves nothing, and (with samples from the initial weights) how often is the model right, which groups have spread,
+how many completions are cut. One process; it writes nothing and needs no output_dir. Exit code 0: there is a signal;
+1: there is none, and why; 2: bad input, as in training.
+
+Left out on purpose: any judgement of the data itself (duplicates, difficulty, leaks), and of rewards beyond probes.
+"""
+
+import math
+import os
+import re
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from statistics import mean
+
+from eval.verify import parse_gold
+from eval.workers import Unscored, WorkerPool
+from gen.engine import check_engine_available
+from grpo_core.advantage import group_advantages
+from grpo_core.config import GRPOConfig, GRPOScriptArguments
+from grpo_core.rewards import accuracy_reward, get_reward_funcs, reward_name
+from grpo_core.rollout import GOLD_REWARDS, Prompt, Rollout, load_prompts, sample, score
+from grpo_core.scoring import gold_column, score_completions, unparseable_golds
+from grpo_core.setup import Run, start_engine
+from sft_core import guards
+from sft_core.cli import parse
+from sft_core.config import ModelConfig, option, require
+from sft_core.data import row_order
+from sft_core.model import check_positions, local_copy
+from sft_core.setup import join
+
+IDEAL, EMPTY, TAGS = "what the prompt asks", "empty text", "tags repeated"
+JUNK, HUGE = "trailing junk", "huge repetition"
+NOTATIONS = {
+    "gold, bare": "{}",
+    "gold in $..$": "${}$",
+    r"gold in \boxed{}": r"\boxed{{{}}}",
+    "gold in <answer>": "<answer>{}</answer>",
+    "the answer is gold": "The answer is {}.",
+}
+# Which probes a reward must not pay as much as the ideal completion: a right answer said twice is right, for accuracy.
+REFUSED = {
+    "format": (EMPTY, TAGS, JUNK, HUGE),
+    "tag_count": (EMPTY, TAGS, JUNK, HUGE),
+    "repetition_penalty": (TAGS, HUGE),
+    "soft_overlong_punishment": (HUGE,),
+}
+REMEDY = {
+    "reasoning_steps": "it counts marks, whatever they say; add repetition_penalty, or give it a small weight.",
+    "soft_overlong_punishment": "it starts beyond max_completion_length; lower max_completion_len.",
+}
+THOUGHT = "First, I read the problem.\nSecond, I work it out.\nFinally, I check it."  # three steps, no repetition
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    audit_prompts: int = option(32, "Prompts to look at: the first of the data in a seeded order.")
+    audit_samples: bool = option(
+        True, "Sample num_generations completions of each; false: no model is loaded, only data and rewards are probed."
+    )
+
+    def __post_init__(self) -> None:
+        require(self.audit_prompts >= 1, f"audit_prompts must be at least 1, got {self.audit_prompts}.")
+
+
+@dataclass
+class Report:
+    advice: list[str] = field(default_factory=list)
+    no_signal: list[str] = field(default_factory=list)  # why training would learn nothing
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the audit. SystemExit(1) where training would have no signal, SystemExit(2) for bad input."""
+    report = Report()
+    with guards.usage_errors():
+        run, samples = set_up(sys.argv[1:] if argv is None else argv)
+        pool = WorkerPool(run.config.reward_num_workers, run.config.reward_timeout)
+        tell("audited", f"{len(run.prompts)} of {len(run.rows)} prompts for {run.model.model_name_or_path}")
+        usable, answer = audit_data(run, pool, report)
+        audit_rewards(run, usable[0] if usable else run.prompts[0], answer, pool, report, decisive=not samples)
+    if samples and usable:
+        audit_samples(run, usable, pool, report)
+    pool.close()
+    guards.shutdown()
+    for text in report.advice:
+        print(f"- {text}")
+    if report.no_signal:
+        print("NO SIGNAL: training would learn nothing.", *report.no_signal, sep="\n- ")
+        raise SystemExit(1)
+    print("Training would have a signal." if samples else "No obstacle found; without samples, spread is not known.")
+
+
+def set_up(argv: list[str]) -> tuple[Run, bool]:
+    """What training's `prepare` checks, without the run: its prompts are those to audit, too long ones among them.
+
+    Raises:
+        ValueError: the user's input, in one sentence that names the remedy.
+    """
+    require(os.environ.get("WORLD_SIZE", "1") == "1", "the audit is one process: start it with python, not torchrun.")
+    types = (ModelConfig, GRPOScriptArguments, GRPOConfig, AuditConfig)
+    # An output_dir need not be given, for none is touched; nor are the errands of a training run done.
+    model, data, config, audit = parse(types, ["--output_dir=none", *argv])
+    config = replace(config, push_to_hub=False, push_to_hub_revision=False, callbacks=[], benchmarks=[],
+                     report_to=["none"], do_eval=False, eval_strategy="no", rollouts_from=None)  # fmt: skip
+    if audit.audit_samples:
+        check_engine_available(config.engine or "vllm")
+        require(config.vllm_tensor_parallel_size == 1, "the audit is one process: give --vllm_tensor_parallel_size 1, "
+                "or --audit_samples false.")  # fmt: skip
+    functions = get_reward_funcs(data)
+    base = join("grpo", model, data, config)
+    check_positions(base.model_info, config.max_prompt_length + config.max_completion_length)
+    order = row_order(len(base.rows), config.seed, 0, min(audit.audit_prompts, len(base.rows)))
+    prompts, _ = load_prompts(base.rows.select(order), data, replace(config, max_prompt_length=10**9), base.tokenizer)
+    at_once = min(len(prompts), config.prompts_a_rollout(1))
+    run = Run(
+        **vars(base), config=config, local_model=local_copy(model) if audit.audit_samples else model, prompts=prompts,
+        test_prompts=[], reward_funcs=functions, reward_names=[reward_name(function) for function in functions],
+        identity={}, checkpoint=None, prompts_per_rollout=at_once, total_steps=0, summary="",
+        max_batch=min(1024, at_once * config.num_generations),
+    )  # fmt: skip
+    return run, audit.audit_samples
+
+
+def audit_data(run: Run, pool: WorkerPool, report: Report) -> tuple[list[Prompt], str]:
+    """Lengths and gold answers. Returns the prompts that training would use, and the bare gold answer of the first:
+    the shortest of them, a plain number where there is one."""
+    n, limit = len(run.prompts), run.config.max_prompt_length
+    lengths = [len(prompt.ids) for prompt in run.prompts]
+    long = sum(length > limit for length in lengths)
+    figures = f"{mean(lengths):.0f} tokens on average, at most {max(lengths)}"
+    tell("prompts", f"{figures}; {long} of {n} are longer than max_prompt_length {limit} and left out")
+    if long == n:
+        report.no_signal.append(f"no prompt fits into max_prompt_length {limit}: raise it.")
+    elif long > 0.1 * n:
+        report.advice.append(f"{long / n:.0%} of the prompts are left out: raise max_prompt_length.")
+    usable = [i for i, length in enumerate(lengths) if length <= limit]
+
+    names = {name for prompt in run.prompts for name in prompt.columns}
+    golds = gold_column({name: [prompt.columns.get(name) for prompt in run.prompts] for name in names})
+    if golds is None:
+        tell("gold answers", "no column `solution` or `answer`; no reward here needs one")
+        return [run.prompts[i] for i in usable], "42"
+    unparseable = set(unparseable_golds(golds, pool))
+    example = "".join(f"; one that cannot: {golds[i][:60]!r}" for i in sorted(unparseable)[:1])
+    tell("gold answers", f"{n - len(unparseable)} of {n} can be parsed{example}")
+    assert isinstance(run.data, GRPOScriptArguments)
+    if needy := sorted(GOLD_REWARDS & set(run.data.reward_funcs)):
+        if len(unparseable) == n:
+            report.no_signal.append(f"no gold answer can be parsed, so {', '.join(needy)} pay every completion alike: "
+                                    "check the column `solution` (or `answer`).")  # fmt: skip
+        elif unparseable and not run.data.drop_unparseable_golds:
+            report.advice.append(f"{len(unparseable)} of {n} gold answers pay every completion alike: leave "
+                                 "drop_unparseable_golds at true.")  # fmt: skip
+        if run.data.drop_unparseable_golds:
+            usable = [i for i in usable if i not in unparseable]
+    usable.sort(key=lambda i: (i in unparseable, len(golds[i])))
+    gold = golds[usable[0] if usable else 0]
+    if re.search(r"boxed|\$|####|<answer>", gold):  # a marked answer, maybe at the end of a whole solution
+        parsed = pool.map(parse_gold, [gold])[0]
+        gold = gold if isinstance(parsed, Unscored) or not parsed else str(parsed[-1])
+    return [run.prompts[i] for i in usable], gold
+
+
+def ideal_completion(rendered: str, answer: str) -> tuple[str, list[str], str]:
+    """The completion that a rendered prompt asks for, as far as it names tags and notations; those it names; and the
+    thought that the prompt's end has opened ("<think>"), or opened and closed, or "".
+
+    >>> ideal_completion("Your answer goes between <answer> and </answer> tags: <answer> 1 </answer>", "63")[0][-21:]
+    '<answer> 63 </answer>'
+    """
+    match = re.search(r"<think>\s*(?:</think>\s*)?\Z", rendered)
+    opened = match.group() if match else ""
+    asked = rendered.removesuffix(opened)
+    named = [mark for mark in ("<think>", "<answer>", r"\boxed", "####") if mark in asked]
+
+    def block(tag: str, text: str) -> str:
+        """`text` in these tags, with the white space of the last example that the prompt shows."""
+        *_, shown = ["", *re.findall(rf"<{tag}>([^<]*)</{tag}>", asked)]
+        before, after = shown[: len(shown) - len(shown.lstrip())], shown[len(shown.rstrip()) :]
+        return f"<{tag}>{before}{text}{after}</{tag}>"
+
+    if r"\boxed" in named:
+        final = rf"\boxed{{{answer}}}"
+    elif "####" in named:
+        final = f"#### {answer}"
+    else:
+        final = answer if "<answer>" in named else f"The answer is {answer}."
+    if "<answer>" in named:
+        final = block("answer", final)
+    if "</think>" in opened:
+        return final, named, opened
+    if opened or "<think>" in named:
+        *_, between = ["\n", *re.findall(r"</think>(\s*)<answer>", asked)]
+        thought = block("think", THOUGHT)
+        return (thought.removeprefix("<think>").lstrip() if opened else thought) + between + final, named, opened
+    return f"{THOUGHT}\n{final}", named, opened
+
+
+def audit_rewards(run: Run, prompt: Prompt, answer: str, pool: WorkerPool, report: Report, decisive: bool) -> None:
+    """How each reward answers to probes, in a table, and whether it agrees with the prompt.
+
+    decisive: there are no samples, so a reward that has no value for any probe means no signal.
+    """
+    data = run.data
+    assert isinstance(data, GRPOScriptArguments)
+    rendered = run.tokenizer.decode(prompt.ids, clean_up_tokenization_spaces=False)
+    ideal, named, opened = ideal_completion(rendered, answer)
+    tagged = f"<think>\n{THOUGHT}\n</think>\n<answer>\n{answer}\n</answer>\n"
+    continued = tagged.removeprefix("<think>\n") if opened and "</think>" not in opened else tagged
+    probes = {IDEAL: ideal, EMPTY: "", TAGS: continued + 2 * tagged, JUNK: f"{ideal}\nThat was easy! Next one?",
+              HUGE: f"{THOUGHT} " * 1000}  # fmt: skip
+    probes |= {name: notation.format(answer) for name, notation in NOTATIONS.items()}
+    limit = run.config.max_completion_length  # no more tokens could be sampled, so a reward cannot see more
+    only_ids = {"add_special_tokens": False, "truncation": True, "max_length": limit}
+    # One group: the rewards that compare a group's completions compare these.
+    result = score_completions(
+        run.reward_funcs, run.config.reward_weights, completions=list(probes.values()),
+        completion_ids=run.tokenizer(list(probes.values()), **only_ids)["input_ids"], group_ids=[0] * len(probes),
+        prompts=[prompt.messages] * len(probes), prompt_texts=[rendered] * len(probes),
+        columns={name: [value] * len(probes) for name, value in prompt.columns.items()}, pool=pool,
+    )  # fmt: skip
+    prefilled = f"; the chat template itself begins the completion with {opened!r}" if opened else ""
+    tell("the prompt asks for", (", ".join(named) or "no tags, no notation") + prefilled)
+    full = {"accuracy": 1.0, "format": 1.0, "tag_count": 1.0, "reasoning_steps": 1.0, "repetition_penalty": 0.0,
+            "soft_overlong_punishment": 0.0, "length": 0.25, "cosine": data.cosine_min_value_correct}  # fmt: skip
+    columns = []
+    for name, function in zip(data.reward_funcs, run.reward_names, strict=True):
+        values = dict(zip(probes, result.per_function[function], strict=True))
+        paid, due = values[IDEAL], full.get(name)
+        exploits: list[str] = []
+        if all(value is None for value in values.values()):
+            (report.no_signal if decisive else report.advice).append(f"{name} has no value for any probe.")
+        elif due is not None and (paid is None or paid < due):
+            report.advice.append(disagreement(name, paid, due, ideal, named))
+        elif paid is not None:
+            exploits = [p for p in REFUSED.get(name, (EMPTY, HUGE)) if (v := values[p]) is not None and v >= paid]
+        if exploits:
+            report.advice.append(f"{name} pays as much for {', '.join(exploits)} as for {IDEAL}: "
+                                 + REMEDY.get(name, "see that another reward pays for the difference."))  # fmt: skip
+        if due is not None and name in GOLD_REWARDS:
+            accepted = [n for n in NOTATIONS if (v := values[n]) is not None and v >= due]
+            tell(name, f"accepts {answer!r} in {len(accepted)} of {len(NOTATIONS)} notations")
+        shown = {p: "-" if v is None else f"{v + 0.0:.3g}" + " !" * (p in exploits) for p, v in values.items()}
+        columns.append([name, *shown.values()])
+    report.advice += [f"a probe failed, {count} times: {error}" for error, count in result.errors.items()]
+    print(table(["probe", *probes], columns))
+
+
+def disagreement(name: str, paid: float | None, due: float, ideal: str, named: list[str]) -> str:
+    missing = [tag for tag in ("<think>", "<answer>") if tag not in named]
+    if name in ("format", "tag_count") and missing:
+        return (f"{name} pays for <think> and <answer>, but the prompt never asks for {' and '.join(missing)}: name "
+                "them in system_prompt, or drop the reward.")  # fmt: skip
+    text = f"{name} gives {paid} instead of {due:g} to what the prompt asks for, {ideal[:30]!r}...{ideal[-60:]!r}"
+    if name == "tag_count":
+        return f"{text}: it wants each tag on a line of its own; let system_prompt show it so."
+    return f"{text}: prompt and reward disagree; mend one."
+
+
+def audit_samples(run: Run, usable: list[Prompt], pool: WorkerPool, report: Report) -> None:
+    """Lengths, pass rate and spread of groups sampled from the initial weights."""
+    config, chosen = run.config, dict(enumerate(usable))
+    engine = start_engine(run)
+    assert engine is not None, "set-up has no recorded rollouts in its place"
+    rollouts = sample(engine, chosen, config.num_generations, config, 0, run.stop_ids)
+    engine.close()
+    result = score(rollouts, chosen, run.reward_funcs, config, run.tokenizer, pool)
+    lengths, limit = [len(r.completion_ids) for r in rollouts], config.max_completion_length
+    cut = mean(r.finish_reason == "length" for r in rollouts)
+    tell("sampled", f"{len(rollouts)} completions, {config.num_generations} a prompt")
+    tell("completions", f"{mean(lengths):.0f} tokens on average; {cut:.0%} cut at max_completion_length {limit}")
+    if cut > 0.1:
+        report.advice.append(f"{cut:.0%} of the completions are cut before they end: raise max_completion_length.")
+
+    advantages = group_advantages([r.reward for r in rollouts], [r.group for r in rollouts], "none").tolist()
+    effective = len({r.group for r, advantage in zip(rollouts, advantages, strict=True) if advantage})
+    tell("groups with spread", f"{effective} of {len(chosen)} ({effective / len(chosen):.0%}): those with a gradient")
+    reasons = [f"{count} checks failed: {error}." for error, count in result.errors.items()]
+    for name, function in zip(run.reward_names, result.per_function.values(), strict=True):
+        values = [value for value in function if value is not None]
+        told = f"{mean(values):.3g} on average, {min(values):.3g} to {max(values):.3g}" if values else "no value at all"
+        tell(name, told)
+        if values and min(values) == max(values):
+            reasons.append(f"{name} gives {values[0]:.3g} to every completion: it tells none from another.")
+    if any({"solution", "answer"} & set(prompt.columns) for prompt in usable):
+        copies, plain = [replace(rollout) for rollout in rollouts], replace(config, reward_weights=None)
+        score(copies, chosen, [accuracy_reward], plain, run.tokenizer, pool)
+        reasons += pass_rate(copies, cut)
+    if effective == 0:
+        report.no_signal += [f"no group of {len(chosen)} has spread in its rewards.", *reasons]
+    else:
+        report.advice += reasons
+
+
+def pass_rate(rollouts: list[Rollout], cut: float) -> list[str]:
+    """Tell how often the gold answer was met; returns advice where most groups are all wrong or all right."""
+    groups = defaultdict(list)
+    for rollout in rollouts:
+        if not math.isnan(rollout.reward):  # a check that failed
+            groups[rollout.group].append(rollout.reward)
+    wrong, right, n = sum(not any(g) for g in groups.values()), sum(all(g) for g in groups.values()), len(groups)
+    rate = mean(value for group in groups.values() for value in group) if groups else math.nan
+    tell("pass rate", f"{rate:.1%}; of {n} groups {wrong} are all wrong, {right} all right")
+    advice = []
+    if wrong > 0.8 * n:
+        longer = ", a longer max_completion_length" if cut > 0.1 else ""
+        advice.append(f"{wrong} of {n} groups are all wrong: take easier data, an SFT warm start{longer}, or have "
+                      "system_prompt show the answer's format.")  # fmt: skip
+    if right > 0.8 * n:
+        advice.append(f"{right} of {n} groups are all right: take harder data.")
+    return advice
+
+
+def tell(name: str, fact: str) -> None:
+    print(f"{name:<22}{fact}")
+
+
+def table(labels: list[str], columns: list[list[str]]) -> str:
+    cells = [labels, *columns]
+    widths = [max(map(len, column)) + 2 for column in cells]
+    rows = zip(*cells, strict=True)
+    return "\n".join("".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The audit says what a recipe would give training, before training: figures, disagreements, exploits, exit codes."""
+
+import json
+import re
+
+import pytest
+
+from grpo_core import audit
+from grpo_core.config import SYSTEM_PROMPT
+from grpo_core.rewards import accuracy_reward, format_reward, tag_count_reward
+from grpo_core.rollout import Rollout
+from tests.launch import flags, run
+
+LINES = "Answer so: <think>\nthoughts\n</think>\n<answer>\nanswer\n</answer>"
+
+
+def options(tiny_model, problems, **more):
+    base = dict(
+        model_name_or_path=tiny_model, dataset_name=problems, engine="torch", num_generations=4, max_prompt_length=120,
+        max_completion_length=12, system_prompt="", reward_funcs=["tests.rewards_for_tests:digits"], audit_prompts=6,
+    )  # fmt: skip
+    return flags(**(base | more))
+
+
+def outcome(capsys, *arguments, **more) -> tuple[int, str]:
+    """Exit code and output of an audit without samples, in this process."""
+    code = 0
+    try:
+        audit.main(options(*arguments, audit_samples=False, **more))
+    except SystemExit as stopped:
+        code = stopped.code
+    captured = capsys.readouterr()
+    return code, captured.out + "".join(line for line in captured.err.splitlines() if line.startswith("error"))
+
+
+def data(folder, golds):
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "How many?", "solution": gold}) + "\n" for gold in golds))
+    return str(path)
+
+
+def column(output: str, reward: str) -> dict[str, str]:
+    """Probe -> what the table shows for `reward`."""
+    lines = [re.split(r" {2,}", line) for line in output.splitlines()]
+    (start,) = [i for i, cells in enumerate(lines) if cells[0] == "probe"]
+    return {cells[0]: cells[lines[start].index(reward)] for cells in lines[start + 1 : start + 11]}
+
+
+def test_a_reward_with_spread_passes_and_nothing_is_written(tiny_model, problems, tmp_path):
+    argv = options(tiny_model, problems, output_dir=tmp_path / "out", push_to_hub=True, do_eval=True)
+    code, output = run("grpo_core.audit", argv, tmp_path / "log")
+    assert code == 0 and "Training would have a signal" in output, output
+    assert "24 completions, 4 a prompt" in output and "6 of 6 can be parsed" in output
+    assert int(re.search(r"groups with spread +(\d) of 6", output)[1]) >= 1
+    assert "pass rate             0.0%; of 6 groups 6 are all wrong, 0 all right" in output
+    assert re.search(r"- \d+% of the completions are cut before they end: raise max_completion_length", output)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rewards_that_tell_nothing_apart_are_no_signal(tiny_model, problems, tmp_path):
+    argv = options(tiny_model, problems, reward_funcs=["accuracy", "repetition_penalty"], repetition_max_penalty=0.0)
+    code, output = run("grpo_core.audit", argv, tmp_path / "log")
+    assert code == 1 and "NO SIGNAL" in output and "Traceback" not in output, output
+    verdict = output.partition("NO SIGNAL")[2]
+    assert "no group of 6 has spread" in verdict and "6 of 6 groups are all wrong: take easier data" in verdict
+    assert re.search("repetition_penalty_reward gives -?0 to every completion", verdict)
+
+
+def test_golds_that_cannot_be_parsed(tiny_model, tmp_path, capsys):
+    code, output = outcome(capsys, tiny_model, data(tmp_path, ["Paris", "Rome"]), reward_funcs=["accuracy"])
+    assert code == 1 and "0 of 2 can be parsed; one that cannot: '" in output and "no gold answer can be" in output
+    code, output = outcome(capsys, tiny_model, data(tmp_path, ["Paris", "63"]), reward_funcs=["accuracy"])
+    assert code == 0 and "1 of 2 can be parsed; one that cannot: 'Paris'" in output
+    code, output = outcome(capsys, tiny_model, data(tmp_path, ["Paris", "63"]), max_prompt_length=2)
+    assert code == 1 and "no prompt fits into max_prompt_length 2" in output
+
+
+def test_probes_of_the_built_in_rewards(tiny_model, problems, capsys):
+    names = ["accuracy", "format", "tag_count", "reasoning_steps", "repetition_penalty", "length", "cosine",
+             "soft_overlong_punishment"]  # fmt: skip
+    code, output = outcome(capsys, tiny_model, problems, reward_funcs=names, system_prompt=LINES)
+    assert code == 0 and "instead of" not in output, output
+    accuracy = column(output, "accuracy")
+    assert all(accuracy[notation] == "1" for notation in audit.NOTATIONS) and accuracy[audit.IDEAL] == "1"
+    assert accuracy[audit.EMPTY] == accuracy[audit.HUGE] == "0" and re.search(
+        r"accuracy +accepts '\d\d' in 5 of 5", output
+    )
+    wrong = (audit.EMPTY, audit.TAGS, audit.JUNK, audit.HUGE)
+    assert [column(output, "format")[probe] for probe in (audit.IDEAL, *wrong)] == ["1", "0", "0", "0", "0"]
+    assert [column(output, "tag_count")[probe] for probe in wrong] == ["0", "0", "1 !", "0"]
+    assert column(output, "reasoning_steps")[audit.HUGE] == "1 !"
+    assert column(output, "soft_overlong_punishment")[audit.HUGE] == "0 !" and "lower max_completion_len" in output
+
+
+def test_a_prompt_that_does_not_ask_for_what_is_paid(tiny_model, problems, capsys):
+    silent = {"reward_funcs": ["accuracy", "format"], "system_prompt": ""}
+    assert "the prompt never asks for <think> and <answer>" in outcome(capsys, tiny_model, problems, **silent)[1]
+    inline = {"reward_funcs": ["tag_count"], "system_prompt": LINES.replace("\n", " ")}
+    assert "wants each tag on a line of its own" in outcome(capsys, tiny_model, problems, **inline)[1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "notation", "tagged"),
+    [
+        (SYSTEM_PROMPT, "<answer> 63 </answer>", True),
+        (LINES + "<|assistant|><think>\n", "<answer>\n63\n</answer>", True),
+        (LINES + "<|assistant|><think>\n\n</think>\n\n", "<answer>\n63\n</answer>", True),
+        (r"Reason in <think></think>, then <answer>\boxed{}</answer>.", r"<answer>\boxed{63}</answer>", True),
+        (r"Put the answer into \boxed{}.<|assistant|><think>", r"\boxed{63}", False),
+        ("End with #### and the number.", "#### 63", False),
+        ("How many?", "The answer is 63.", False),
+    ],
+)
+def test_the_ideal_completion_is_what_the_prompt_asks_for(prompt, notation, tagged):
+    ideal, _, opened = audit.ideal_completion(prompt, "63")
+    completion = [[{"role": "assistant", "content": ideal}]]
+    assert ideal.endswith(notation) and ideal.count("<think>") == (tagged and not opened)
+    assert accuracy_reward(completion, ["63"]) == [1.0]
+    assert format_reward(completion, prompt_texts=[prompt]) == [float(tagged)]
+    assert (tag_count_reward(completion, prompt_texts=[prompt]) == [1.0]) == (prompt.startswith(LINES))
+
+
+def test_rewards_of_the_user_may_fail(tiny_model, problems, tmp_path, capsys, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def first(completions, **kwargs):\n    return [float(c[0]['content'][0] == 'F') for c in completions]\n"
+        "def broken(completions, **kwargs):\n    raise RuntimeError('no such service')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    code, output = outcome(capsys, tiny_model, problems, reward_funcs=["my_rewards:first"])
+    assert code == 0 and "a probe failed, 1 times: first: exception: IndexError" in output, output
+    assert column(output, "my_rewards:first")[audit.EMPTY] == "-"
+    assert "my_rewards:first pays as much for huge repetition" in output
+    code, output = outcome(capsys, tiny_model, problems, reward_funcs=["my_rewards:broken"])
+    assert code == 1 and "no value for any probe" in output and "no such service" in output
+
+
+@pytest.mark.parametrize(("value", "says"), [(0.0, "all wrong: take easier"), (1.0, "all right: take harder data")])
+def test_advice_for_groups_that_are_all_alike(value, says):
+    rollouts = [Rollout(group, [1], [2], [0.0], "stop", -1, value) for group in (0, 0, 1, 1, 2, 2)]
+    unscored = Rollout(9, [1], [2], [0.0], "stop", -1)
+    (advice,) = audit.pass_rate([*rollouts, unscored], cut=0.0)
+    assert f"3 of 3 groups are {says}" in advice
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"audit_prompts": 0}, "at least 1"), ({"reward_weights": [1, 2]}, "reward_weights"), ({"audit": 1}, "audit")],
+)
+def test_bad_input_is_one_sentence(tiny_model, problems, capsys, change, says):
+    code, output = outcome(capsys, tiny_model, problems, **change)
+    assert code == 2 and output.splitlines()[-1].startswith("error: ") and says in output.splitlines()[-1]
