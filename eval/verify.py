@@ -6,12 +6,14 @@ and clash with a trainer's signals. What may hang runs in an `eval.workers.Worke
 Where the answer of a completion is looked for, first hit wins:
   0. Only the text after the last `</think>` is read; the whole text if there is none (open-r1 reads everything; a
      thought is no answer, and a value tried in thought must not win over the one given).
-  1. the last complete `\boxed{...}`
-  2. the last `<answer>...</answer>`
-  3. what follows the last `####` (GSM8K), to the end of its line
-  4. what follows the last "answer is", "answer:" or "answer =" (any case, at most 60 characters between)
-  5. the whole text, if it is one formula and nothing else (`63`, `$\frac12$`), of at most 1000 characters
-A number in running prose ("so she has 63 left") is no answer: it would pay a model for listing numbers.
+  1. `\boxed{...}` or `<answer>...</answer>`: of those that close, the one that opens last, so that an answer counts and
+     not a box on the way to it. Boxes that only `,`, "and" or "or" separates are one answer of several values.
+  2. what follows the last `####` (GSM8K), to the end of its line
+  3. what follows the last "answer is", "answer:" or "answer =" (any case, at most 60 characters between)
+  4. the whole text, if it is one formula and nothing else (`63`, `$\frac12$`)
+A number in running prose ("so she has 63 left") is no answer: it would pay a model for listing numbers. Nor is anything
+of more than 500 characters (the longest of MATH-500 has 53) or 20 nested brackets: math-verify takes quadratic time and
+worse. A tower of powers is still for the time limit to stop.
 
 Left out: a gold of words without LaTeX ("Paris") is not parseable; `\text{Evelyn}` and single letters are.
 
@@ -21,6 +23,7 @@ Left out: a gold of words without LaTeX ("Paris") is not parseable; `\text{Evely
 import logging
 import re
 from functools import lru_cache
+from itertools import accumulate
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -35,10 +38,21 @@ _LATEX_ANCHORED = LatexExtractionConfig(
 )
 _EXPR, _EXPR_ANCHORED = ExprExtractionConfig(), ExprExtractionConfig(try_extract_without_anchor=False)
 
+MAX_LENGTH = 500  # characters of an answer
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:[ ,]\d{3})+|\d+)?(?:\.\d+)?\s*%?")
 _DELIMITER = re.compile(r"(?<!\\)\$|\\\(|\\\[")
 _LATEX_WORD = re.compile(r"\\(?:text|mathrm|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+")
+_SPACE = re.compile(r"\\(?:text|mbox)\s*\{|\\q?quad|\\[ ,;]|[\s$}]")
+_AND = re.compile(r"[,;]|,?(?:and|or)")
 _ANCHOR = re.compile(r"(?i:\banswer\b)[^.\n]{0,60}?(?:\bis\b|[:=])[\s:*]*")
+
+
+def _is_too_much(text: str, longest: int = MAX_LENGTH) -> bool:
+    """Longer than any answer, or brackets open more than 20 deep."""
+    if len(text) > longest:
+        return True
+    steps = ((c in "([{") - (c in ")]}") for c in text)
+    return max(accumulate(steps), default=0) > 20
 
 
 def _is_formula(text: str) -> bool:
@@ -57,37 +71,46 @@ def _clean(text: str) -> str:
     return text.replace("$", "") if text.count("$") == 1 else text
 
 
-def _parse_value(text: str) -> list:
+def _parse_value(text: str, longest: int = MAX_LENGTH) -> list:
     """Parse text that is a value or ends in one. A bare formula counts as LaTeX, else `2x+1` would be read as 2."""
     text = _clean(text)
+    if _is_too_much(text, longest):
+        return []
     if _is_formula(text) and not _DELIMITER.search(text) and not _NUMBER.fullmatch(text):
         return _parse_latex(f"${text.replace('%', chr(92) + '%')}$")
     return parse(text, [_LATEX, _EXPR], extraction_mode="first_match", parsing_timeout=None)
 
 
-def _last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` whose braces close. One pass: cut text may hold thousands that do not."""
-    open_braces: list[int] = []
-    last: tuple[int, int] | None = None
+def _last_boxed(text: str) -> tuple[int, str]:
+    r"""Where the last `\boxed{...}` whose braces close opens, and its content, joined to that of the boxes right before
+    it; (-1, "") without one. One pass: cut text may hold thousands that do not close."""
+    open_braces: list[tuple[int, int]] = []  # where `\boxed{` or `{` starts (a mere brace: -1), where it ends
+    boxes: list[tuple[int, int, int]] = []  # the same, and where the content ends; a box in a box wins over it
     for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
         if match.group()[-1] == "{" and match.group() != "\\{":
-            open_braces.append(match.end() if match.group() != "{" else -1)
+            open_braces.append((match.start() if match.group() != "{" else -1, match.end()))
         elif match.group() == "}" and open_braces:
-            start = open_braces.pop()
-            if start > (last[0] if last else -1):
-                last = (start, match.start())
-    return text[slice(*last)] if last else None
+            start, inside = open_braces.pop()
+            if start > (boxes[-1][0] if boxes else -1):
+                boxes.append((start, inside, match.start()))
+    first = max(0, len(boxes) - 1)
+    while first and _AND.fullmatch(_SPACE.sub("", text[boxes[first - 1][2] + 1 : boxes[first][0]][:100])):
+        first -= 1
+    return boxes[-1][0] if boxes else -1, ", ".join(text[inside:end] for _, inside, end in boxes[first:])
 
 
 def _parse_marked(text: str) -> list | None:
-    r"""Parse what `\boxed{}`, `<answer>` or `####` marks as the answer, in this order; None without such a mark."""
-    boxed = _last_boxed(text)
+    r"""Parse what `\boxed{}`, `<answer>` or `####` marks as the answer; None without such a mark."""
+    boxed_at, boxed = _last_boxed(text)
     # Not a regular expression: a lazy one takes quadratic time on tags that never close.
-    _, opened, tagged = text.rpartition("</answer>")[0].rpartition("<answer>")
-    if boxed is not None or opened:
-        content = tagged if boxed is None else boxed
+    before, opened, tagged = text.rpartition("</answer>")[0].rpartition("<answer>")
+    in_box = boxed_at >= (len(before) if opened else 0)
+    if opened or in_box:
+        content = boxed if in_box else tagged
+        if _is_too_much(content):
+            return []
         word = not re.search(r"\d", content) and not _DELIMITER.search(content)
-        if word or (boxed is not None and _is_formula(content.strip())):
+        if word or (in_box and _is_formula(content.strip())):
             return _parse_latex(f"$\\boxed{{{content}}}$")
         return _parse_value(content)  # knows "63 apples"
     if "####" in text:
@@ -100,7 +123,7 @@ def parse_gold(text: str) -> list:
     """Parse a gold answer: a marked one as in a completion, else a bare number or formula (`63`, `x^2+1`), else the
     last formula or number of the text. Returns what `math_verify.verify` takes; [] when there is none."""
     marked = _parse_marked(text)
-    return _parse_value(text) if marked is None else marked
+    return _parse_value(text, longest=4000) if marked is None else marked
 
 
 def gold_is_parseable(text: str) -> bool:
@@ -117,13 +140,14 @@ def parse_answer(text: str) -> list:
         return marked
     *_, anchor = [None, *_ANCHOR.finditer(text)]
     if anchor:
-        line = text[anchor.end() :].partition("\n")[0]
+        rest = text[anchor.end() :][:MAX_LENGTH]
+        line = rest.partition("\n")[0]
         if _is_formula(_clean(line)) and not _DELIMITER.search(line):
             return _parse_value(line)
-        sentence = f"The final answer is {text[anchor.end() :][:1000]}"
+        sentence = f"The final answer is {rest}"
         targets = [_LATEX_ANCHORED, _EXPR_ANCHORED]
         return parse(sentence, targets, extraction_mode="first_match", parsing_timeout=None)
-    return _parse_value(text) if len(text) <= 1000 and _is_formula(text) else []
+    return [] if _is_too_much(text) or not _is_formula(text) else _parse_value(text)
 
 
 def check_answer(gold: str, completion: str) -> float | None:
