@@ -117,6 +117,7 @@ def run_benchmarks(model_folder: Path, config: TrainingConfig, output_dir: Path)
             path.rename(aside / path.name)
     output_dir.mkdir(parents=True, exist_ok=True)
     options = {"model": str(model_folder), "tasks": ",".join(config.benchmarks), "output_dir": str(output_dir)}
+    options["fit_context"] = "true"  # a short context is no reason to measure nothing
     options |= {"system_prompt": config.system_prompt} if config.system_prompt else {}
     options |= config.benchmark_kwargs or {}
     flags = []

@@ -9,7 +9,6 @@ here is an optimizer step. How they are read from YAML and the command line: `sf
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +26,7 @@ SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "constant", "constant_wit
 class JsonDict(dict):
     """A dict that can also be written as a JSON object on the command line."""
 
-    def __init__(self, value: str | Mapping | Iterable) -> None:
+    def __init__(self, value: Any) -> None:
         parsed = json.loads(value) if isinstance(value, str) else dict(value)  # dataclasses.asdict gives pairs
         if not isinstance(parsed, dict):
             raise ValueError(f"expected a JSON object, got {value!r}")
@@ -153,6 +152,9 @@ class TrainingConfig:
     )
     eval_steps: float | None = option(None, "Steps between evaluations; below 1: a share; default: logging_steps.")
     benchmarks: list[str] = option([], "Tasks of eval.run to measure the final model with; all: every one.")
+    benchmark_kwargs: JsonDict | None = option(
+        None, 'JSON; options of eval.run for the benchmarks, such as {"num_samples": 4, "limit": 100}.'
+    )
     system_prompt: str | None = option(None, "System prompt of the benchmarks.")
     chat_template: str | None = option(None, "Jinja text, or a file with it, in place of the tokenizer's template.")
     save_strategy: Literal["no", "steps", "epoch"] = option(
@@ -172,8 +174,8 @@ class TrainingConfig:
     )
     hub_always_push: bool = option(False, "Push a checkpoint even while the one before is still being pushed.")
     hub_private_repo: bool = option(False, "Make the repository private where it is new.")
-    hub_model_revision: str = option("main", "Branch to push to.")
-    overwrite_hub_revision: bool = option(False, "Push to hub_model_revision even if a model is there.")
+    hub_model_revision: str = option("main", "Branch of push_to_hub_revision and its callback.")
+    overwrite_hub_revision: bool = option(False, "Push there even if the branch holds a model.")
     push_to_hub_revision: bool = option(False, "Push the final model to hub_model_revision.")
     ddp_timeout: int = option(
         1800, "Seconds a collective or a phase may take before all stacks are dumped and it ends."

@@ -16,8 +16,9 @@ import torch
 from transformers import TrainerState
 
 from sft_core.callbacks import get_callbacks, run_benchmarks
+from sft_core.card import write_model_card
 from sft_core.files import write_atomically
-from sft_core.hub import Uploader, push_final, write_model_card
+from sft_core.hub import Uploader, push_final
 from sft_core.metrics import MetricsLogger
 
 logger = logging.getLogger(__name__)
@@ -112,14 +113,16 @@ class Errands:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         benchmarks: dict[str, float] = {}
-        if self.config.benchmarks:
-            benchmarks = run_benchmarks(
-                folder, self.config.benchmarks, folder / "benchmarks", self.config.system_prompt
-            )
-            self.metrics.log(steps, benchmarks)
-            save_results(folder, "benchmarks", benchmarks)
-        self.write_state(folder, progress)
         failures: list[str] = []
+        if self.config.benchmarks:
+            try:
+                benchmarks = run_benchmarks(folder, self.config, folder / "benchmarks" / f"step-{steps}")
+            except RuntimeError as error:  # the model is there all the same: its card and its push go on
+                failures.append(f"benchmarks of the final model: {error}")
+            else:
+                self.metrics.log(steps, benchmarks)
+                save_results(folder, "benchmarks", benchmarks)
+        self.write_state(folder, progress)
         for callback in self.callbacks:
             failures += callback.close()
         self.log_benchmarks()
@@ -129,7 +132,7 @@ class Errands:
         if self.config.push_to_hub or self.config.push_to_hub_revision:
             failures += push_final(self.config, folder)
         for failure in failures:
-            logger.warning("not pushed: %s", failure)
+            logger.warning("failed: %s", failure)
 
 
 def save_results(folder: Path, split: str, results: dict[str, float]) -> None:
