@@ -115,7 +115,7 @@ def train(run: Run) -> Errands:
         sync()
         with phases("eval", watchdog_s=0):
             figures = evaluate_policy(engine, run, pool)
-        errands.log_evaluation(progress["step"], progress["prompts"] / len(run.prompts), figures)
+        errands.log_evaluation(progress, figures)
 
     def write_model(folder: Path) -> None:
         export_model(policy, run.tokenizer, folder, run.dtype, run.stop_ids)
@@ -210,7 +210,7 @@ def train(run: Run) -> Errands:
                 save()
                 saved_at = step
     bar.close()
-    if not stopping and config.evaluates and not errands.evaluated_at(progress["step"]):
+    if not stopping and errands.final_evaluation_due(progress):
         evaluate()
     pool.close()
     if not stopping:

@@ -184,6 +184,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         require(self.output_dir != "", "--output_dir is missing: give a folder for checkpoints, logs and the model.")
         require(not self.fp16, "fp16 is not supported (it needs loss scaling): use --bf16 true.")
+        if str(self.resume_from_checkpoint).lower() == "true":  # the last one in output_dir, as without it
+            object.__setattr__(self, "resume_from_checkpoint", None)
         names = ", ".join(SCHEDULES)
         require(self.lr_scheduler_type in SCHEDULES, f"unknown lr_scheduler_type {self.lr_scheduler_type!r}: {names}.")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_micro_batch",

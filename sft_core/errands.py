@@ -34,8 +34,6 @@ class Errands:
         self.callbacks = get_callbacks(self.config, run.model) if self.first else []
         pushes = self.config.push_to_hub and self.config.hub_strategy != "end" and self.first
         self.uploader = Uploader(self.config) if pushes else None
-        self._evaluation: dict[str, float] = {}
-        self._evaluated_at = -1
         self._progress: dict[str, Any] | None = None
 
     def due(self, what: Literal["logging", "save", "eval"], step: int) -> bool:
@@ -45,12 +43,15 @@ class Errands:
             return self.config.logging_strategy != "no"
         return self.config.due(what, step, total, self.steps_per_epoch)
 
-    def evaluated_at(self, step: int) -> bool:
-        return self._evaluated_at == step
+    def log_evaluation(self, progress: dict[str, Any], figures: dict[str, float]) -> None:
+        """Log the figures; `progress`, and so the next checkpoint, remembers them."""
+        figures = figures | {"epoch": progress["step"] / self.steps_per_epoch}
+        progress["evaluation"] = {"step": progress["step"], "figures": figures}
+        self.metrics.log(progress["step"], figures)
 
-    def log_evaluation(self, step: int, epoch: float, figures: dict[str, float]) -> None:
-        self._evaluated_at, self._evaluation = step, figures | {"epoch": epoch}
-        self.metrics.log(step, self._evaluation)
+    def final_evaluation_due(self, progress: dict[str, Any]) -> bool:
+        """Whether the run evaluates and has not done so at its last step."""
+        return self.config.evaluates and progress.get("evaluation", {}).get("step") != progress["step"]
 
     def log_benchmarks(self) -> None:
         """Results of checkpoints' benchmarks that have come in, at their own step."""
@@ -107,8 +108,9 @@ class Errands:
             "train_steps_per_second": steps / seconds,
         }
         save_results(folder, "train", results)
-        if self._evaluation:
-            save_results(folder, "eval", self._evaluation)
+        evaluation = progress.get("evaluation", {}).get("figures", {})
+        if evaluation:
+            save_results(folder, "eval", evaluation)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -128,7 +130,7 @@ class Errands:
         self.log_benchmarks()
         if self.uploader is not None:
             failures += self.uploader.wait()
-        write_model_card(folder, self.run, results | self._evaluation | benchmarks)
+        write_model_card(folder, self.run, results | evaluation | benchmarks)
         if self.config.push_to_hub or self.config.push_to_hub_revision:
             failures += push_final(self.config, folder)
         for failure in failures:

@@ -111,12 +111,11 @@ def train(run: Run) -> Errands:
         progress["seconds"] += seconds
         # 5 log, evaluate, save
         step = progress["step"]
-        epoch = progress["rows"] / len(run.examples)
         if errands.due("logging", step):
             metrics |= timing | {
                 "grad_norm": float(grad_norm),
                 "learning_rate": learning_rate,
-                "epoch": epoch,
+                "epoch": progress["rows"] / len(run.examples),
                 "num_tokens": progress["num_tokens"],
                 "step_time": seconds,
                 "tokens_per_second": metrics.pop("tokens") / seconds,
@@ -126,16 +125,16 @@ def train(run: Run) -> Errands:
         bar.update()
         if errands.due("eval", step):
             with phases("eval", watchdog_s=0):
-                errands.log_evaluation(step, epoch, evaluate(policy, run))
+                errands.log_evaluation(progress, evaluate(policy, run))
         if errands.due("save", step) or stopping:
             with phases("save"):
                 save()
                 saved_at = step
     bar.close()
     if not stopping:
-        if config.evaluates and not errands.evaluated_at(progress["step"]):
+        if errands.final_evaluation_due(progress):
             with phases("eval", watchdog_s=0):
-                errands.log_evaluation(progress["step"], progress["rows"] / len(run.examples), evaluate(policy, run))
+                errands.log_evaluation(progress, evaluate(policy, run))
         with phases("export"):
             if config.save_strategy != "no" and saved_at != progress["step"]:
                 save()
