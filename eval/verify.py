@@ -15,6 +15,7 @@ A number in running prose ("so she has 63 left") is no answer: it would pay a mo
 of more than 500 characters (the longest of MATH-500 has 53) or 20 nested brackets: math-verify takes quadratic time and
 worse. A tower of powers is still for the time limit to stop.
 
+Units are not compared, as in open-r1: 15 cm^2 is 15. The base of a number is, where both have one: 52_8 is not 52_9.
 Left out: a gold of words without LaTeX ("Paris") is not parseable; `\text{Evelyn}` and single letters are.
 
     PYTHONPATH=. python -c "from eval.verify import check_answer; print(check_answer('63', r'so \boxed{63}'))"
@@ -42,6 +43,7 @@ MAX_LENGTH = 500  # characters of an answer
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:[ ,]\d{3})+|\d+)?(?:\.\d+)?\s*%?")
 _DELIMITER = re.compile(r"(?<!\\)\$|\\\(|\\\[")
 _LATEX_WORD = re.compile(r"\\(?:text|mathrm|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+")
+_BASE = re.compile(r"[\da-zA-Z]+\s*_\s*\{?(\d+)\}?")
 _SPACE = re.compile(r"\\(?:text|mbox)\s*\{|\\q?quad|\\[ ,;]|[\s$}]")
 _AND = re.compile(r"[,;]|,?(?:and|or)")
 _ANCHOR = re.compile(r"(?i:\banswer\b)[^.\n]{0,60}?(?:\bis\b|[:=])[\s:*]*")
@@ -156,5 +158,9 @@ def check_answer(gold: str, completion: str) -> float | None:
     parsed_gold = parse_gold(gold)
     if not parsed_gold:
         return None
+    answer = parse_answer(completion)
+    bases = [_BASE.fullmatch(str(parsed[-1]).strip()) for parsed in (parsed_gold, answer) if parsed]
+    if len(bases) == 2 and all(bases) and bases[0].group(1) != bases[1].group(1):  # type: ignore[union-attr]
+        return 0.0  # math-verify reads 52_8 as 52
     # The order matters: `1 < x < 2` may be answered by `(1, 2)`, not the other way round.
-    return float(verify(parsed_gold, parse_answer(completion), timeout_seconds=None))
+    return float(verify(parsed_gold, answer, timeout_seconds=None))

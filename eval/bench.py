@@ -1,0 +1,131 @@
+r"""How well and how fast answers are checked: each gold answer of a data file in three notations and five near-misses.
+
+A line of FILE (JSON) has `answer` and perhaps `solution`. The gold is the whole `solution`, else the whole `answer`
+(GSM8K's ends in `#### 72`), as training has it. The notations mark the answer in different ways and write it in
+different ways (`\frac` or `\dfrac`, `1,234` or `1234`, `\left(` or `(`); the near-misses change a number, the whole, or
+take the answer of another row. Left out: the prose around an answer, and answers that are right in another form
+(`eval/metrics.py` has those).
+
+    python -m eval.bench FILE... [--limit ROWS] [--show]
+"""
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eval.verify import check_answer
+from eval.workers import Unscored, WorkerPool
+
+_INTEGER = re.compile(r"\d+")
+_SAME = re.compile(r"[\s$]|\\d?frac|^[a-z]=")  # spellings of one value: `x=5` in another row is no near-miss of 5
+
+
+@dataclass
+class Report:
+    """What became of the checks of one file."""
+
+    file: str
+    golds: int
+    right: int = 0  # checks of the gold answer itself
+    right_accepted: int = 0
+    wrong: int = 0  # checks of near-misses
+    wrong_accepted: int = 0
+    unscored: int = 0  # time-outs, crashes, exceptions, golds that do not parse
+    cpu_seconds: float = 0.0  # of all checks, inside the workers
+    misjudged: list[tuple[str, str, str]] = field(default_factory=list)  # (gold answer, completion, what was wrong)
+
+
+def notations(answer: str) -> list[str]:
+    """A right answer, marked and written in three ways."""
+    number = answer.replace(",", "").replace("\\!", "").replace(" ", "")
+    other = answer
+    if re.fullmatch(r"-?\d{4,}", number):
+        other = f"{int(number):,}" if number == answer else number
+    for pair in (r"\frac", r"\dfrac"), (r"\left", ""), (r"\right", ""), (r"\text", r"\mathrm"):
+        other = other.replace(*pair)
+    return [rf"So we get $\boxed{{{answer}}}$.", f"<answer>{other}</answer>", f"The final answer is ${answer}$."]
+
+
+def near_misses(answer: str, others: list[str]) -> list[str]:
+    """Five different wrong answers: changed integers, the whole plus one, then the answers of other rows."""
+
+    def changed() -> Iterator[str]:
+        integers = list(_INTEGER.finditer(answer))
+        for match in (integers[-1], integers[0]) if integers else ():
+            for delta in (1, 10):
+                yield f"{answer[: match.start()]}{int(match.group()) + delta}{answer[match.end() :]}"
+        if integers:
+            yield f"{answer} + 1"
+        yield from others
+
+    misses: dict[str, str] = {_SAME.sub("", answer): answer}
+    for miss in changed():
+        misses.setdefault(_SAME.sub("", miss), miss)
+    return list(misses.values())[1:6]
+
+
+def _timed_check(pair: tuple[str, str]) -> tuple[float | None, float]:
+    start = time.process_time()
+    verdict = check_answer(*pair)
+    return verdict, time.process_time() - start
+
+
+def judge(path: Path, pool: WorkerPool, limit: int | None = None) -> Report:
+    """Check the golds of the first `limit` rows of a file: 3 + 5 checks each."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:limit]
+    answers = [str(row["answer"]).rpartition("####")[2].strip() for row in rows]
+    report = Report(path.name, len(rows))
+    checks: list[tuple[str, str, bool]] = []  # gold, completion, whether it is right
+    for i, row in enumerate(rows):
+        gold = str(row.get("solution", row["answer"]))
+        others = [answers[(i + shift) % len(answers)] for shift in range(1, 30)]
+        checks += [(gold, text, True) for text in notations(answers[i])]
+        for j, miss in enumerate(near_misses(answers[i], others)):
+            checks.append((gold, notations(miss)[j % 3], False))
+    results = pool.map(_timed_check, [check[:2] for check in checks])
+    for (gold, text, is_right), result in zip(checks, results, strict=True):
+        verdict, seconds = (None, 0.0) if isinstance(result, Unscored) else result
+        report.cpu_seconds += seconds
+        accepted = verdict == 1.0
+        if is_right:
+            report.right += 1
+            report.right_accepted += accepted
+        else:
+            report.wrong += 1
+            report.wrong_accepted += accepted
+        report.unscored += verdict is None
+        if verdict is None or accepted != is_right:
+            what = str(result) if verdict is None else "right, refused" if is_right else "wrong, accepted"
+            report.misjudged.append((gold[-80:], text, what))
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How well and how fast answers are checked.")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--limit", type=int, help="rows to take of each file")
+    parser.add_argument("--show", action="store_true", help="print every check that was misjudged")
+    parser.add_argument("--num_workers", type=int, default=2)
+    args = parser.parse_args()
+    if missing := [str(path) for path in args.files if not path.is_file()]:
+        parser.error(f"no file {', '.join(missing)}")
+    print(f"{'file':24}{'golds':>8}{'checks':>8}{'right accepted':>18}{'wrong accepted':>18}{'unscored':>10}"
+          f"{'checks/s per core':>20}")  # fmt: skip
+    with WorkerPool(args.num_workers) as pool:
+        for path in args.files:
+            r = judge(path, pool, args.limit)
+            print(f"{r.file:24}{r.golds:8}{r.right + r.wrong:8}{f'{r.right_accepted} / {r.right}':>18}"
+                  f"{f'{r.wrong_accepted} / {r.wrong}':>18}{r.unscored:10}"
+                  f"{(r.right + r.wrong) / max(r.cpu_seconds, 1e-9):20.0f}", flush=True)  # fmt: skip
+            for gold, text, what in r.misjudged if args.show else ():
+                print(f"    {what}: {text!r} for {gold!r}")
+
+
+if __name__ == "__main__":
+    from eval import bench  # the workers import its functions by name, and have another `__main__`
+
+    bench.main()
