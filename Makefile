@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH_CPU := torch==2.13.0+cpu
 
-.PHONY: setup quickstart quickstart-control lint test test-all gpu-check clean
+.PHONY: setup quickstart quickstart-control evaluate lint test test-all gpu-check clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +34,12 @@ quickstart: setup
 
 quickstart-control: setup
 	$(BIN)/python -m grpo_core.quickstart --control
+
+# make evaluate MODEL=org/name TASK=math_500 [PARALLEL=data|tensor NUM_GPUS=8]
+PARALLEL_FLAG := $(if $(PARALLEL),--$(PARALLEL)_parallel_size $(or $(NUM_GPUS),1))
+evaluate: setup
+	@test -n "$(MODEL)" -a -n "$(TASK)" || { echo "error: say make evaluate MODEL=org/name TASK=math_500"; exit 2; }
+	$(BIN)/python -m eval.run --model '$(MODEL)' --tasks '$(TASK)' --output_dir 'data/evals/$(MODEL)' $(PARALLEL_FLAG)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -213,10 +213,10 @@ def audit_rewards(run: Run, prompt: Prompt, answer: str, pool: WorkerPool, repor
     ideal, named, opened = ideal_completion(rendered, answer)
     tagged = f"<think>\n{THOUGHT}\n</think>\n<answer>\n{answer}\n</answer>\n"
     continued = tagged.removeprefix("<think>\n") if opened and "</think>" not in opened else tagged
-    probes = {IDEAL: ideal, EMPTY: "", TAGS: continued + 2 * tagged, JUNK: f"{ideal}\nThat was easy! Next one?",
-              HUGE: f"{THOUGHT} " * 1000}  # fmt: skip
-    probes |= {name: notation.format(answer) for name, notation in NOTATIONS.items()}
     limit = run.config.max_completion_length  # no more tokens could be sampled, so a reward cannot see more
+    probes = {IDEAL: ideal, EMPTY: "", TAGS: continued + 2 * tagged, JUNK: f"{ideal}\nThat was easy! Next one?",
+              HUGE: f"{THOUGHT} " * max(1000, limit // 10)}  # fmt: skip
+    probes |= {name: notation.format(answer) for name, notation in NOTATIONS.items()}
     only_ids = {"add_special_tokens": False, "truncation": True, "max_length": limit}
     # One group: the rewards that compare a group's completions compare these.
     result = score_completions(
