@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 
@@ -40,12 +41,15 @@ class _Worker:
     state: str = "starting"  # -> "idle" -> "loading" (unpickles a chunk) -> "running" -> "idle"
     deadline: float = float("inf")  # time.monotonic(), of what the state names
     items: deque[int] = field(default_factory=deque)  # indices not yet answered, in the order the worker takes them
+    last: float = float("inf")  # time.monotonic(), when the item at hand is given up whatever the machine's load
+    used: float = 0.0  # seconds of processor time when the worker began this item
 
 
 class WorkerPool:
     """Runs importable functions in `num_workers` fresh interpreters; an item that overruns costs itself alone.
 
-    timeout: seconds an item may take, from the moment a ready worker starts on it; imports are not charged.
+    timeout: seconds an item may take, from the moment a ready worker starts on it; imports are not charged. A worker
+        that computes on a crowded machine may have these seconds of the processor, at most 10 times as many in all.
     memory_limit: bytes of address space a worker may take (RLIMIT_AS); beyond it Python raises MemoryError.
 
     Workers are started by exec, so a parent that holds CUDA, vLLM or process groups loses nothing; they ignore SIGINT
@@ -103,7 +107,7 @@ class WorkerPool:
                 ready = wait([w.connection for w in self._workers], max(0.0, min(soonest - time.monotonic(), 1e6)))
                 for worker in [w for w in self._workers if w.connection in ready]:
                     try:
-                        kind, value = pickle.loads(worker.connection.recv_bytes())
+                        kind, value, used = pickle.loads(worker.connection.recv_bytes())
                     except (EOFError, OSError):
                         with suppress(subprocess.TimeoutExpired):
                             worker.process.wait(1.0)
@@ -116,11 +120,17 @@ class WorkerPool:
                         missing -= 1
                     self._failed_starts = 0
                     worker.state = "running" if worker.items else "idle"
-                    worker.deadline = time.monotonic() + limits[worker.items[0]] if worker.items else float("inf")
+                    limit = limits[worker.items[0]] if worker.items else float("inf")
+                    worker.deadline, worker.last = time.monotonic() + limit, time.monotonic() + 10 * limit
+                    worker.used = used
                 now = time.monotonic()
                 # A parent that was itself held up reads what has come in before it blames the worker.
                 for worker in [w for w in self._workers if w.deadline < now and not w.connection.poll()]:
-                    missing -= give_up(worker, "timeout", "took too long")
+                    owed = limits[worker.items[0]] - self._computed(worker) if worker.state == "running" else 0.0
+                    if owed > 0 and now < worker.last:
+                        worker.deadline = min(now + owed, worker.last)
+                    else:
+                        missing -= give_up(worker, "timeout", "took too long")
         finally:
             for worker in [w for w in self._workers if w.items]:  # only after an error: nobody waits for these
                 self._kill(worker)
@@ -163,6 +173,16 @@ class WorkerPool:
         except OSError:
             pass  # it died while idle; the end of its stream is read next, and its chunk goes back to the queue
 
+    @staticmethod
+    def _computed(worker: _Worker) -> float:
+        """Seconds of processor time that the item at hand has had; infinity unless its worker is ready to compute."""
+        try:
+            stat = Path(f"/proc/{worker.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # no such process, or no Linux
+            return float("inf")
+        used = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+        return used - worker.used if stat[0] == "R" else float("inf")
+
     def _kill(self, worker: _Worker) -> None:
         if worker.process.poll() is None:
             os.killpg(worker.process.pid, signal.SIGKILL)
@@ -175,7 +195,7 @@ def _serve() -> None:
     """A worker's life. Arguments: descriptor of the socket, the parent's process id, memory limit in bytes (0: none).
 
     Answers each message (function, items) with ("started", None), then one ("value", result) or ("exception", line)
-    an item; or with ("unloadable", line).
+    an item; or with ("unloadable", line). Each also says how much processor time the worker has used.
     """
     from eval.verify import check_answer  # only here: math-verify takes a second to import
 
@@ -198,7 +218,7 @@ def _serve() -> None:
     def line(error: BaseException) -> str:
         return " ".join(traceback.format_exception_only(error)[-1].split())[:500]
 
-    connection.send_bytes(pickle.dumps(("ready", None)))
+    connection.send_bytes(pickle.dumps(("ready", None, 0.0)))
     while True:
         try:
             message = connection.recv_bytes()
@@ -207,12 +227,12 @@ def _serve() -> None:
         try:
             function, items = pickle.loads(message)
         except BaseException as error:
-            connection.send_bytes(pickle.dumps(("unloadable", line(error))))
+            connection.send_bytes(pickle.dumps(("unloadable", line(error), 0.0)))
             continue
-        connection.send_bytes(pickle.dumps(("started", None)))
+        connection.send_bytes(pickle.dumps(("started", None, time.process_time())))
         for item in items:
             try:
-                answer = pickle.dumps(("value", function(item)))
+                answer = pickle.dumps(("value", function(item), time.process_time()))
             except BaseException as error:  # a SystemExit of a check is that check's failure too
-                answer = pickle.dumps(("exception", line(error)))
+                answer = pickle.dumps(("exception", line(error), time.process_time()))
             connection.send_bytes(answer)

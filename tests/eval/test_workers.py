@@ -62,6 +62,27 @@ def test_an_item_may_have_its_own_limit(pool):
     assert slept == "slept" and cut.reason == "timeout"
 
 
+def test_a_crowded_machine_is_not_the_fault_of_a_check():
+    """Half a second of work among eight others on one core takes longer than the limit; that is no time-out."""
+    pin = f"import os, time\nos.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})\n"
+    work = (
+        pin + "start = time.monotonic()\nwhile time.process_time() < used + 0.5: pass\nwall = time.monotonic() - start"
+    )
+    task = f"(lambda g: (exec({work!r}, g), g['wall'])[1])({{'used': __import__('time').process_time()}})"
+    with WorkerPool(1, timeout=2.0) as pool:
+        assert pool.map(run, ["0"]) == [0]
+        crowd = [
+            subprocess.Popen([sys.executable, "-c", pin + "while True: pass"], start_new_session=True) for _ in range(8)
+        ]
+        try:
+            (wall,) = pool.map(run, [task])
+            assert wall > 2.0  # else the machine was not crowded, and nothing was shown
+        finally:
+            for process in crowd:
+                process.kill()
+                process.wait()
+
+
 def test_workers_import_nothing_heavy_and_have_one_hash_seed(pool):
     heavy = "[m for m in ('torch', 'vllm', 'transformers') if m in __import__('sys').modules]"
     task = f"(__import__('grpo_core.rewards'), {heavy})[1]"

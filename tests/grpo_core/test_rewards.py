@@ -1,76 +1,30 @@
-"""Reward functions against open-r1's documented cases, and the scoring of a step."""
+"""Reward functions against open-r1's documented cases, each mended defect, and what must hold for any text."""
 
-import math
 import pickle
-import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.workers import WorkerPool
+from eval.workers import Unscored, WorkerPool
 from grpo_core.rewards import (
     REWARD_FUNCS_REGISTRY,
     accuracy_reward,
     format_reward,
+    get_cosine_scaled_reward,
     get_repetition_penalty_reward,
     get_reward_funcs,
+    get_soft_overlong_punishment,
+    len_reward,
+    reasoning_steps_reward,
     reward_name,
+    tag_count_reward,
 )
-from grpo_core.scoring import gold_column, score_completions
-
-USER_REWARDS = """
-import os, time
-def length(completions, **kwargs): return [float(len(c[0]["content"])) for c in completions]
-def named_only(completions, difficulty): return [d / 2 for d in difficulty]
-def hang_on_x(completions, **kwargs):
-    while completions[0][0]["content"] == "x": pass
-    return [1.0]
-def die_on_y(completions, **kwargs):
-    if completions[0][0]["content"] == "y": os._exit(1)
-    return [1]
-def none_on_z(completions, **kwargs): return [None if completions[0][0]["content"] == "z" else 0.5]
-def wrong_count(completions, **kwargs): return [1.0, 2.0]
-def not_finite(completions, **kwargs): return [float("nan")]
-def columns_seen(completions, prompts, group_ids, completion_ids, solution, answer):
-    seen = prompts, group_ids, completion_ids, solution, answer
-    return [float(seen == (["p"], [3], [[7, 8]], ["72"], ["a\\n#### 72"]))]
-def rank_in_group(completions, **kwargs):
-    texts = [c[0]["content"] for c in completions]
-    return [float(sorted(texts).index(t)) for t in texts]
-rank_in_group.batch = True
-"""
 
 
 def messages(*texts):
     return [[{"role": "assistant", "content": text}] for text in texts]
-
-
-@pytest.fixture(scope="module")
-def user(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rewards")
-    (folder / "user_rewards.py").write_text(USER_REWARDS)
-    sys.path.insert(0, str(folder))
-    import user_rewards
-
-    yield user_rewards
-    sys.path.remove(str(folder))
-
-
-@pytest.fixture(scope="module")
-def pool(user):
-    with WorkerPool(2, timeout=2.0) as pool:
-        yield pool
-
-
-def score(pool, functions, texts, weights=None, group_ids=None, **columns):
-    n = len(texts)
-    return score_completions(
-        functions, weights, completions=texts, prompts=["p"] * n, group_ids=group_ids or [0] * n,
-        completion_ids=[[7, 8]] * n, columns=columns, pool=pool,
-    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ the functions
@@ -110,12 +64,106 @@ def test_format_documented_cases():
     assert format_reward(messages(*wrong), solution=[""] * len(wrong)) == [0.0] * len(wrong)
 
 
-def test_format_where_the_template_opened_the_thought():
-    text = messages("t</think><answer>a</answer>")
-    assert format_reward(text) == [0.0]
-    assert format_reward(text, prompts=["<|assistant|><think>\n"]) == [1.0]
-    assert format_reward(text, prompts=[[{"role": "user", "content": "q"}]]) == [0.0]
-    assert format_reward(text, prompts=[[{"role": "assistant", "content": "<think>"}]]) == [1.0]
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({}, 0.0),
+        ({"prompts": ["<|assistant|><think>\n"]}, 1.0),
+        ({"prompts": [[{"role": "user", "content": "what is <think>"}]]}, 0.0),
+        ({"prompts": [[{"role": "assistant", "content": "<think>"}]]}, 1.0),
+        ({"prompts": [[{"role": "user", "content": "q"}]], "prompt_texts": ["q<|assistant|><think>\n"]}, 1.0),
+        ({"prompts": ["<think>\n"], "prompt_texts": ["<think> t </think><|assistant|>"]}, 0.0),
+    ],
+)
+def test_format_where_the_prompt_opened_the_thought(columns, expected):
+    assert format_reward(messages("t</think><answer>a</answer>"), **columns) == [expected]
+
+
+def test_format_where_the_template_closed_an_empty_thought():
+    columns = {"prompt_texts": ["<|assistant|><think>\n\n</think>\n\n"]}
+    assert format_reward(messages("<answer>a</answer>"), **columns) == [1.0]
+    assert format_reward(messages("<think>t</think><answer>a</answer>"), **columns) == [0.0]
+
+
+def test_tag_count():
+    whole = "<think>\nt\n</think>\n<answer>\na\n</answer>"
+    assert tag_count_reward(messages(whole, "", whole + whole)) == [1.0, 0.0, 0.0]
+    for part in ("<think>\n", "\n</think>", "<answer>\n", "\n</answer>"):
+        assert tag_count_reward(messages(whole.replace(part, ""))) == [0.75]
+    rest = messages(whole.removeprefix("<think>\n"))
+    assert tag_count_reward(rest) == [0.75]
+    assert tag_count_reward(rest, prompt_texts=["<|assistant|><think>\n"]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Step 1: a\nStep 2: b\nStep 3: c", 1.0),
+        ("First, a. Second, b. Next, c. Finally, d.", 1.0),
+        ("Step 1: only this", 1 / 3),
+        ("First, a.\nFinally, b.", 2 / 3),
+        ("just text, 1. and 2.", 0.0),
+        ("- a\n- b\n* c", 2 / 3),
+        ("1. a\n2. b\n3. c", 1.0),  # open-r1 counts one
+        ("it is\n1.5 m\n2.5 m\n3.5 m", 0.0),
+    ],
+)
+def test_reasoning_steps(text, expected):
+    assert reasoning_steps_reward(messages(text), solution=["1"]) == [expected]
+
+
+RIGHT, WRONG, GOLD = r"\boxed{\frac{63}{400}}", r"\boxed{\frac{64}{400}}", r"\frac{63}{400}"
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "expected"),
+    [
+        (RIGHT, 22, 0.943),
+        (RIGHT, 80, 0.547),
+        (WRONG, 22, -0.942),
+        (WRONG, 80, -0.547),
+        (RIGHT, 100, 0.5),
+        (RIGHT, 200, 0.5),  # open-r1's wraps: 1.0
+        (WRONG, 200, -0.5),
+    ],
+)
+def test_cosine(text, length, expected):
+    reward = get_cosine_scaled_reward(-1.0, -0.5, 0.5, 1.0, max_len=100)
+    assert reward(messages(text.ljust(length)), [GOLD]) == pytest.approx([expected], abs=0.001)
+    reward = get_cosine_scaled_reward(max_len=100, tokens=True)  # the defaults are the same
+    ids = [[0] * length]
+    assert reward(messages(text), solution=[GOLD], completion_ids=ids) == pytest.approx([expected], abs=0.001)
+
+
+def test_cosine_edges():
+    assert get_cosine_scaled_reward()(messages("whatever"), ["words only"]) == [1.0]
+    with pytest.raises(ValueError, match="completion_ids"):
+        get_cosine_scaled_reward(tokens=True)(messages(RIGHT), [GOLD])
+    with pytest.raises(ValueError, match="max_len 0"):
+        get_cosine_scaled_reward(max_len=0)
+
+
+def test_length():
+    def of(*texts, gold=GOLD, **columns):
+        return len_reward(messages(*texts), [gold] * len(texts), **columns)
+
+    assert of(RIGHT, RIGHT) == [0.0, 0.0]
+    assert of(RIGHT, RIGHT + "x" * 10, RIGHT + "x" * 20) == [0.5, 0.0, -0.5]
+    assert of(WRONG, WRONG + "x" * 10, WRONG + "x" * 20) == [0.0, 0.0, -0.5]
+    assert of(RIGHT, WRONG, RIGHT + "x" * 10, WRONG + "x" * 10) == [0.5, 0.0, -0.5, -0.5]
+    assert of("short", "a longer one", gold="words only") == [0.5, -0.5]
+    # only the completions of one prompt are compared; open-r1 compares whatever is in the batch
+    assert of(RIGHT, RIGHT + "x" * 99, RIGHT + "x", RIGHT + "xx", group_ids=[3, 5, 3, 5]) == [0.5, -0.5, -0.5, 0.5]
+    assert len_reward.batch
+
+
+def test_soft_overlong():
+    reward = get_soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)
+    lengths = [0, 80, 81, 90, 100, 101, 1000]
+    assert reward(completion_ids=[[1] * n for n in lengths]) == [0.0, 0.0, -0.05, -0.5, -1.0, -1.0, -1.0]
+    assert get_soft_overlong_punishment(5, 0)(completion_ids=[[1] * 5, [1] * 6]) == [0.0, -1.0]
+    with pytest.raises(ValueError, match="soft_punish_cache 20"):
+        get_soft_overlong_punishment(10, 20)
 
 
 @pytest.mark.parametrize(
@@ -153,104 +201,121 @@ def test_repetition_refuses_a_positive_penalty(penalty):
         get_repetition_penalty_reward(2, penalty)
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    texts=st.lists(st.text(max_size=60) | st.text("ab <>/think\n", max_size=60), min_size=1, max_size=6),
-    n=st.integers(1, 5),
-    penalty=st.floats(-10, 0),
-    data=st.data(),
+# ------------------------------------------------------------------------------------------------ for any text
+
+
+EVERY = SimpleNamespace(
+    reward_funcs=list(REWARD_FUNCS_REGISTRY), cosine_min_value_wrong=-1.0, cosine_max_value_wrong=-0.5,
+    cosine_min_value_correct=0.5, cosine_max_value_correct=1.0, cosine_max_len=1000, repetition_n_grams=3,
+    repetition_max_penalty=-1.0, max_completion_len=40, soft_punish_cache=20,
+)  # fmt: skip
+RANGES = [(0, 1), (0, 1), (0, 1), (-1, 1), (-1, 0), (0, 1), (-0.5, 0.5), (-1, 0)]
+TEXT = st.one_of(
+    st.text(max_size=60),
+    st.lists(
+        st.sampled_from(
+            ["<think>", "</think>", "<answer>", "</answer>", "\n", "1. ", r"\boxed{", "}", "$", "63", "is "]
+        ),
+        max_size=12,
+    ).map("".join),
 )
-def test_properties(texts, n, penalty, data):
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(TEXT, min_size=1, max_size=5), gold=st.sampled_from(["63", r"\frac{1}{2}", "words"]), data=st.data()
+)
+def test_range_and_order(texts, gold, data):
     order = data.draw(st.permutations(range(len(texts))))
-    for function, low, high in ((format_reward, 0, 1), (get_repetition_penalty_reward(n, penalty), penalty, 0)):
-        rewards = function(messages(*texts))
-        assert all(low <= reward <= high for reward in rewards)
-        assert function(messages(*[texts[i] for i in order])) == [rewards[i] for i in order]
+
+    def call(function, texts):
+        ids = [[0] * len(text) for text in texts]
+        return function(completions=messages(*texts), solution=[gold] * len(texts), completion_ids=ids)
+
+    for function, (low, high) in zip(get_reward_funcs(EVERY), RANGES, strict=True):
+        rewards = call(function, texts)
+        assert len(rewards) == len(texts) and all(low <= reward <= high for reward in rewards), function
+        assert call(function, [texts[i] for i in order]) == [rewards[i] for i in order], function
+
+
+def call_with(task):
+    function, text = task
+    return function(completions=messages(text), solution=["63"], completion_ids=[[0]], group_ids=[0])
+
+
+def test_a_megabyte_of_anything_is_scored_in_time():
+    """Quadratic regular expressions show here: a million characters squared take hours."""
+    atoms = [
+        "a", " ", "\n", "\U0001d518", "{", "$", "\\", "1", "1 ", "(", "<think>", "</think><answer>", "</answer>", "1.",
+        "<answer>1</answer>", r"\boxed{", r"\boxed{1}, ", r"\boxed{1}" + " " * 1000, "answer is ", "#### ", "\nStep 1",
+    ]  # fmt: skip
+    texts = [(prefix + atom * (10**6 // len(atom))) for atom in atoms for prefix in ("", "the answer is ", r"<answer>")]
+    texts += [text + end for text in texts[2::3] for end in ("</answer>", "}")]
+    tasks = [(function, text) for function in get_reward_funcs(EVERY) for text in texts]
+    with WorkerPool(2, timeout=30.0) as pool:
+        results = pool.map(call_with, tasks)
+    failed = [
+        (task[0].__name__, task[1][:40], r) for task, r in zip(tasks, results, strict=True) if type(r) is Unscored
+    ]
+    assert not failed
 
 
 # ------------------------------------------------------------------------------------------------ by name
 
 
-def args(*names):
-    return SimpleNamespace(reward_funcs=list(names), repetition_n_grams=3, repetition_max_penalty=-1.0)
+def test_names_are_those_that_open_r1_logs_and_all_of_them_pickle():
+    functions = get_reward_funcs(EVERY)
+    names = [
+        "accuracy_reward", "format_reward", "reasoning_steps_reward", "cosine_scaled_reward",
+        "repetition_penalty_reward", "tag_count_reward", "len_reward", "soft_overlong_punishment_reward",
+    ]  # fmt: skip
+    assert [reward_name(function) for function in functions] == [function.__name__ for function in functions] == names
+    for function in functions:
+        copy = pickle.loads(pickle.dumps(function))
+        assert copy.__name__ == function.__name__
+        assert call_with((copy, RIGHT)) == call_with((function, RIGHT))
 
 
-def test_names(user):
-    functions = get_reward_funcs(args(*REWARD_FUNCS_REGISTRY, "user_rewards:length"))
-    names = [reward_name(function) for function in functions]
-    assert names == ["accuracy_reward", "format_reward", "repetition_penalty_reward", "length"]
-    assert functions[2](messages("word word word word")) == [-0.5]
+def test_options_reach_their_reward():
+    changed = SimpleNamespace(
+        **vars(EVERY)
+        | dict(
+            reward_funcs=["cosine", "repetition_penalty", "soft_overlong_punishment", "tests.rewards_for_tests:digits"]
+        )
+        | dict(cosine_min_value_correct=3.0, cosine_max_value_correct=7.0, cosine_max_len=2, cosine_in_tokens=True)
+        | dict(
+            cosine_min_value_wrong=-9.0, cosine_max_value_wrong=-5.0, repetition_n_grams=1, repetition_max_penalty=-4.0
+        )
+        | dict(max_completion_len=6, soft_punish_cache=4)
+    )
+    cosine, repetition, overlong, own = get_reward_funcs(changed)
+    ids = [[], [0], [0, 0]]
+    assert cosine(messages(*[RIGHT] * 3), [GOLD] * 3, completion_ids=ids) == pytest.approx([7.0, 5.0, 3.0])
+    assert cosine(messages(*[WRONG] * 3), [GOLD] * 3, completion_ids=ids) == pytest.approx([-9.0, -7.0, -5.0])
+    assert repetition(messages("a a a a")) == [-3.0]
+    assert overlong(completion_ids=[[0] * 3]) == [-0.25]
+    assert own(messages("a1")) == [0.5]
+
+
+def test_only_the_attributes_of_the_rewards_asked_for_are_read():
+    (function,) = get_reward_funcs(SimpleNamespace(reward_funcs=["accuracy"]))
+    assert function is accuracy_reward
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["acuracy"], "unknown reward 'acuracy': did you mean 'accuracy'.*format, repetition_penalty"),
+        (["acuracy"], "unknown reward 'acuracy': did you mean 'accuracy'.*format, .*repetition_penalty"),
         (["no_module_of_this_name:f"], "cannot import"),
-        (["user_rewards:no_function"], "no_function"),
-        (["user_rewards:os"], "not a function"),
+        (["tests.rewards_for_tests:no_function"], "no_function"),
+        (["math:pi"], "not a function"),
         (["format", "format"], "both named 'format_reward'"),
+        *[
+            ([name], f"'{name}' is not here.*sandboxes")
+            for name in "code binary_code ioi_code cf_code code_format".split()
+        ],
     ],
 )
-def test_bad_names(user, names, message):
+def test_bad_names(names, message):
     with pytest.raises(ValueError, match=message):
-        get_reward_funcs(args(*names))
-
-
-def test_gold_column():
-    assert gold_column({"answer": ["48/2 = 24\n#### 72", 9]}) == ["72", "9"]
-    assert gold_column({"solution": [r"\boxed{1}"], "answer": ["2"]}) == [r"\boxed{1}"]
-    assert gold_column({"problem": ["p"]}) is None
-
-
-# ------------------------------------------------------------------------------------------------ a step
-
-
-def test_score_weights_and_gold_from_gsm8k(pool):
-    texts = ["<think>t</think><answer>72</answer>", "<answer>72</answer>", "word word word word", "73"]
-    functions = get_reward_funcs(args("accuracy", "format", "repetition_penalty"))
-    result = score(pool, functions, texts, [2.0, 0.5, 1.0], answer=["so\n#### 72"] * 4)
-    assert result.rewards.dtype == np.float64
-    assert result.rewards == pytest.approx([2.5, 2.0, -0.5, 0.0])
-    assert result.per_function == {
-        "accuracy_reward": [1.0, 1.0, 0.0, 0.0],
-        "format_reward": [1.0, 0.0, 0.0, 0.0],
-        "repetition_penalty_reward": [0.0, 0.0, -0.5, 0.0],
-    }
-    assert (result.unscored, result.errors) == (0, {})
-    with pytest.raises(ValueError, match="reward_weights has 1"):
-        score(pool, functions, texts, [1.0], answer=["1"] * 4)
-
-
-def test_score_leaves_failed_checks_unscored_and_none_out(pool, user):
-    functions = [user.hang_on_x, user.die_on_y, user.none_on_z]
-    result = score(pool, functions, ["a", "x", "y", "z", "b"], [1.0, 1.0, 10.0])
-    np.testing.assert_array_equal(result.rewards, [7.0, math.nan, math.nan, 2.0, 7.0])
-    assert result.per_function["hang_on_x"] == [1.0, None, 1.0, 1.0, 1.0]
-    assert result.per_function["die_on_y"] == [1.0, 1.0, None, 1.0, 1.0]
-    assert result.per_function["none_on_z"] == [0.5, 0.5, 0.5, None, 0.5]
-    assert result.unscored == 2
-    assert {key.partition(":")[0]: count for key, count in result.errors.items()} == {"hang_on_x": 1, "die_on_y": 1}
-    only_none = score(pool, [user.none_on_z], ["z", "a"])
-    np.testing.assert_array_equal(only_none.rewards, [math.nan, 0.5])
-    assert (only_none.unscored, only_none.errors) == (1, {})
-
-
-def test_score_gives_columns_by_name(pool, user):
-    result = score(pool, [user.columns_seen], ["t"], group_ids=[3], answer=["a\n#### 72"], difficulty=[5])
-    assert result.rewards.tolist() == [1.0], result.errors
-    assert score(pool, [user.named_only], ["t", "u"], difficulty=[5, 6], other=[1, 2]).rewards.tolist() == [2.5, 3.0]
-
-
-def test_score_counts_what_a_function_got_wrong(pool, user):
-    result = score(pool, [user.wrong_count, user.not_finite], ["t", "u"])
-    assert np.isnan(result.rewards).all() and result.unscored == 2
-    assert sorted(result.errors.values()) == [2, 2]
-    assert any("must return a list of 1 rewards" in key for key in result.errors)
-
-
-def test_score_calls_a_batch_function_once_a_group(pool, user):
-    texts, group_ids = ["b", "d", "a", "c", "e"], [0, 1, 0, 1, 0]
-    result = score(pool, [user.rank_in_group, user.length], texts, group_ids=group_ids)
-    assert result.per_function["rank_in_group"] == [1.0, 1.0, 0.0, 0.0, 2.0]
-    assert result.rewards.tolist() == [2.0, 2.0, 1.0, 1.0, 3.0]
+        get_reward_funcs(SimpleNamespace(reward_funcs=names))
