@@ -36,10 +36,12 @@ quickstart-control: setup
 	$(BIN)/python -m grpo_core.quickstart --control
 
 # make evaluate MODEL=org/name TASK=math_500 [PARALLEL=data|tensor NUM_GPUS=8]
-PARALLEL_FLAG := $(if $(PARALLEL),--$(PARALLEL)_parallel_size $(or $(NUM_GPUS),1))
+NUM_GPUS ?= 1
 evaluate: setup
 	@test -n "$(MODEL)" -a -n "$(TASK)" || { echo "error: say make evaluate MODEL=org/name TASK=math_500"; exit 2; }
-	$(BIN)/python -m eval.run --model '$(MODEL)' --tasks '$(TASK)' --output_dir 'data/evals/$(MODEL)' $(PARALLEL_FLAG)
+	$(BIN)/python -m eval.run --model '$(MODEL)' --tasks '$(TASK)' --output_dir 'data/evals/$(MODEL)' --fit_context \
+	  --system_prompt 'Please reason step by step, and put your final answer within \boxed{}.' \
+	  $(if $(filter tensor,$(PARALLEL)),--tensor_parallel_size $(NUM_GPUS) --data_parallel_size 1,$(if $(PARALLEL),--data_parallel_size $(NUM_GPUS)))
 
 lint: setup
 	$(BIN)/ruff check .

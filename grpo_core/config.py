@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from eval.config import EvalConfig
 from gen.engine import ENGINES
 from grpo_core.loss import LOSS_TYPES, check_options
 from sft_core.config import (
@@ -163,6 +164,7 @@ def option_tables() -> str:
         ("SFT only", option_table(SFTConfig, TrainingConfig)),
         ("GRPO only: data and rewards", option_table(GRPOScriptArguments, ScriptArguments)),
         ("GRPO only: sampling, objective, engine", option_table(GRPOConfig, TrainingConfig)),
+        ("Evaluation (eval.run)", option_table(EvalConfig)),
     ]
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in tables)
 

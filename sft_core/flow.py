@@ -26,6 +26,7 @@ def set_up_logging(config: TrainingConfig) -> None:
     for package in ("sft_core", "gen", "eval", "grpo_core"):
         logging.getLogger(package).setLevel(level)
     datasets.utils.logging.set_verbosity(level)
+    datasets.utils.logging.disable_propagation()  # it has a handler of its own
     transformers.utils.logging.set_verbosity(level)
     transformers.utils.logging.enable_default_handler()
 

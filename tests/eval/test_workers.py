@@ -68,7 +68,7 @@ def test_a_crowded_machine_is_not_the_fault_of_a_check():
     work = (
         pin + "start = time.monotonic()\nwhile time.process_time() < used + 0.5: pass\nwall = time.monotonic() - start"
     )
-    task = f"(lambda g: (exec({work!r}, g), g['wall'])[1])({{'used': __import__('time').process_time()}})"
+    task = f"(lambda g: (exec({pin + work!r}, g), g['wall'])[1])({{'used': __import__('time').process_time()}})"
     with WorkerPool(1, timeout=2.0) as pool:
         assert pool.map(run, ["0"]) == [0]
         crowd = [

@@ -210,21 +210,14 @@ EVERY = SimpleNamespace(
     repetition_max_penalty=-1.0, max_completion_len=40, soft_punish_cache=20,
 )  # fmt: skip
 RANGES = [(0, 1), (0, 1), (0, 1), (-1, 1), (-1, 0), (0, 1), (-0.5, 0.5), (-1, 0)]
-TEXT = st.one_of(
-    st.text(max_size=60),
-    st.lists(
-        st.sampled_from(
-            ["<think>", "</think>", "<answer>", "</answer>", "\n", "1. ", r"\boxed{", "}", "$", "63", "is "]
-        ),
-        max_size=12,
-    ).map("".join),
+PIECES = ["<think>", "</think>", "<answer>", "</answer>", "\n", "1. ", r"\boxed{", "}", "$", "63", "is "]
+TEXTS = st.lists(
+    st.text(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=12).map("".join), min_size=1, max_size=5
 )
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    texts=st.lists(TEXT, min_size=1, max_size=5), gold=st.sampled_from(["63", r"\frac{1}{2}", "words"]), data=st.data()
-)
+@given(texts=TEXTS, gold=st.sampled_from(["63", r"\frac{1}{2}", "words"]), data=st.data())
 def test_range_and_order(texts, gold, data):
     order = data.draw(st.permutations(range(len(texts))))
 
@@ -249,14 +242,13 @@ def test_a_megabyte_of_anything_is_scored_in_time():
         "a", " ", "\n", "\U0001d518", "{", "$", "\\", "1", "1 ", "(", "<think>", "</think><answer>", "</answer>", "1.",
         "<answer>1</answer>", r"\boxed{", r"\boxed{1}, ", r"\boxed{1}" + " " * 1000, "answer is ", "#### ", "\nStep 1",
     ]  # fmt: skip
-    texts = [(prefix + atom * (10**6 // len(atom))) for atom in atoms for prefix in ("", "the answer is ", r"<answer>")]
-    texts += [text + end for text in texts[2::3] for end in ("</answer>", "}")]
+    texts = [atom * (10**6 // len(atom)) for atom in atoms]
+    marked = [f"<answer>{text}</answer>" for text in texts] + [f"the answer is {text}" for text in texts]
     tasks = [(function, text) for function in get_reward_funcs(EVERY) for text in texts]
+    tasks += [(accuracy_reward, text) for text in marked]
     with WorkerPool(2, timeout=30.0) as pool:
         results = pool.map(call_with, tasks)
-    failed = [
-        (task[0].__name__, task[1][:40], r) for task, r in zip(tasks, results, strict=True) if type(r) is Unscored
-    ]
+    failed = [(task[1][:40], result) for task, result in zip(tasks, results, strict=True) if type(result) is Unscored]
     assert not failed
 
 
@@ -278,16 +270,11 @@ def test_names_are_those_that_open_r1_logs_and_all_of_them_pickle():
 
 def test_options_reach_their_reward():
     changed = SimpleNamespace(
-        **vars(EVERY)
-        | dict(
-            reward_funcs=["cosine", "repetition_penalty", "soft_overlong_punishment", "tests.rewards_for_tests:digits"]
-        )
-        | dict(cosine_min_value_correct=3.0, cosine_max_value_correct=7.0, cosine_max_len=2, cosine_in_tokens=True)
-        | dict(
-            cosine_min_value_wrong=-9.0, cosine_max_value_wrong=-5.0, repetition_n_grams=1, repetition_max_penalty=-4.0
-        )
-        | dict(max_completion_len=6, soft_punish_cache=4)
-    )
+        reward_funcs=["cosine", "repetition_penalty", "soft_overlong_punishment", "tests.rewards_for_tests:digits"],
+        cosine_min_value_wrong=-9.0, cosine_max_value_wrong=-5.0, cosine_min_value_correct=3.0,
+        cosine_max_value_correct=7.0, cosine_max_len=2, cosine_in_tokens=True, repetition_n_grams=1,
+        repetition_max_penalty=-4.0, max_completion_len=6, soft_punish_cache=4,
+    )  # fmt: skip
     cosine, repetition, overlong, own = get_reward_funcs(changed)
     ids = [[], [0], [0, 0]]
     assert cosine(messages(*[RIGHT] * 3), [GOLD] * 3, completion_ids=ids) == pytest.approx([7.0, 5.0, 3.0])
@@ -310,10 +297,11 @@ def test_only_the_attributes_of_the_rewards_asked_for_are_read():
         (["tests.rewards_for_tests:no_function"], "no_function"),
         (["math:pi"], "not a function"),
         (["format", "format"], "both named 'format_reward'"),
-        *[
-            ([name], f"'{name}' is not here.*sandboxes")
-            for name in "code binary_code ioi_code cf_code code_format".split()
-        ],
+        (["code"], "'code' is not here.*sandboxes"),
+        (["binary_code"], "'binary_code' is not here"),
+        (["ioi_code"], "'ioi_code' is not here"),
+        (["cf_code"], "'cf_code' is not here"),
+        (["accuracy", "code_format"], "'code_format' is not here"),
     ],
 )
 def test_bad_names(names, message):

@@ -1,0 +1,157 @@
+"""Scoring a step: columns by name, weights, failed checks, groups, prompts as rendered, threads and forks."""
+
+import math
+import os
+import sys
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from eval.workers import WorkerPool
+from grpo_core.rewards import accuracy_reward, format_reward, get_reward_funcs, len_reward, tag_count_reward
+from grpo_core.scoring import gold_column, score_completions, unparseable_golds
+
+USER_REWARDS = """
+import os, time
+def length(completions, **kwargs): return [float(len(c[0]["content"])) for c in completions]
+def named_only(completions, difficulty): return [d / 2 for d in difficulty]
+def hang_on_x(completions, **kwargs):
+    while completions[0][0]["content"] == "x": pass
+    return [1.0]
+def die_on_y(completions, **kwargs):
+    if completions[0][0]["content"] == "y": os._exit(1)
+    return [1]
+def none_on_z(completions, **kwargs): return [None if completions[0][0]["content"] == "z" else 0.5]
+def wrong_count(completions, **kwargs): return [1.0, 2.0]
+def not_finite(completions, **kwargs): return [float("nan")]
+def columns_seen(completions, prompts, group_ids, completion_ids, solution, answer):
+    seen = prompts, group_ids, completion_ids, solution, answer
+    return [float(seen == (["p"], [3], [[7, 8]], ["72"], ["a\\n#### 72"]))]
+def rank_in_group(completions, **kwargs):
+    texts = [c[0]["content"] for c in completions]
+    return [float(sorted(texts).index(t)) for t in texts]
+rank_in_group.batch = True
+"""
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "user_rewards.py").write_text(USER_REWARDS)
+    sys.path.insert(0, str(folder))
+    import user_rewards
+
+    yield user_rewards
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module")
+def pool(user):
+    with WorkerPool(2, timeout=2.0) as pool:
+        yield pool
+
+
+def score(pool, functions, texts, weights=None, group_ids=None, prompt_texts=None, **columns):
+    n = len(texts)
+    return score_completions(
+        functions, weights, completions=texts, prompts=["p"] * n, group_ids=group_ids or [0] * n,
+        completion_ids=[[7, 8]] * n, columns=columns, pool=pool, prompt_texts=prompt_texts,
+    )  # fmt: skip
+
+
+def test_gold_column():
+    assert gold_column({"answer": ["48/2 = 24\n#### 72", 9]}) == ["72", "9"]
+    assert gold_column({"solution": [r"\boxed{1}"], "answer": ["2"]}) == [r"\boxed{1}"]
+    assert gold_column({"problem": ["p"]}) is None
+
+
+def test_score_weights_and_gold_from_gsm8k(pool):
+    texts = ["<think>t</think><answer>72</answer>", "<answer>72</answer>", "word word word word", "73"]
+    arguments = SimpleNamespace(
+        reward_funcs=["accuracy", "format", "repetition_penalty"], repetition_n_grams=3, repetition_max_penalty=-1.0
+    )
+    functions = get_reward_funcs(arguments)
+    result = score(pool, functions, texts, [2.0, 0.5, 1.0], answer=["so\n#### 72"] * 4)
+    assert result.rewards.dtype == np.float64
+    assert result.rewards == pytest.approx([2.5, 2.0, -0.5, 0.0])
+    assert result.per_function == {
+        "accuracy_reward": [1.0, 1.0, 0.0, 0.0],
+        "format_reward": [1.0, 0.0, 0.0, 0.0],
+        "repetition_penalty_reward": [0.0, 0.0, -0.5, 0.0],
+    }
+    assert (result.unscored, result.errors) == (0, {})
+    with pytest.raises(ValueError, match="reward_weights has 1"):
+        score(pool, functions, texts, [1.0], answer=["1"] * 4)
+
+
+def test_score_leaves_failed_checks_unscored_and_none_out(pool, user):
+    functions = [user.hang_on_x, user.die_on_y, user.none_on_z]
+    result = score(pool, functions, ["a", "x", "y", "z", "b"], [1.0, 1.0, 10.0])
+    np.testing.assert_array_equal(result.rewards, [7.0, math.nan, math.nan, 2.0, 7.0])
+    assert result.per_function["hang_on_x"] == [1.0, None, 1.0, 1.0, 1.0]
+    assert result.per_function["die_on_y"] == [1.0, 1.0, None, 1.0, 1.0]
+    assert result.per_function["none_on_z"] == [0.5, 0.5, 0.5, None, 0.5]
+    assert result.unscored == 2
+    assert {key.partition(":")[0]: count for key, count in result.errors.items()} == {"hang_on_x": 1, "die_on_y": 1}
+    only_none = score(pool, [user.none_on_z], ["z", "a"])
+    np.testing.assert_array_equal(only_none.rewards, [math.nan, 0.5])
+    assert (only_none.unscored, only_none.errors) == (1, {})
+
+
+def test_score_gives_columns_by_name(pool, user):
+    result = score(pool, [user.columns_seen], ["t"], group_ids=[3], answer=["a\n#### 72"], difficulty=[5])
+    assert result.rewards.tolist() == [1.0], result.errors
+    assert score(pool, [user.named_only], ["t", "u"], difficulty=[5, 6], other=[1, 2]).rewards.tolist() == [2.5, 3.0]
+
+
+def test_score_counts_what_a_function_got_wrong(pool, user):
+    result = score(pool, [user.wrong_count, user.not_finite], ["t", "u"])
+    assert np.isnan(result.rewards).all() and result.unscored == 2
+    assert sorted(result.errors.values()) == [2, 2]
+    assert any("must return a list of 1 rewards" in key for key in result.errors)
+
+
+def test_score_calls_a_batch_function_once_a_group(pool, user):
+    texts, group_ids = ["b", "d", "a", "c", "e"], [0, 1, 0, 1, 0]
+    result = score(pool, [user.rank_in_group, user.length], texts, group_ids=group_ids)
+    assert result.per_function["rank_in_group"] == [1.0, 1.0, 0.0, 0.0, 2.0]
+    assert result.rewards.tolist() == [2.0, 2.0, 1.0, 1.0, 3.0]
+
+
+def test_score_compares_lengths_within_a_group(pool):
+    texts = [r"\boxed{1}", r"\boxed{1}" + " " * 10, r"\boxed{1}" + " " * 50, r"\boxed{2}" + " " * 1000]
+    result = score(pool, [len_reward], texts, group_ids=[0, 0, 1, 1], solution=["1"] * 4)
+    assert result.rewards.tolist() == [0.5, -0.5, 0.5, -0.5]
+
+
+def test_rewards_see_the_thought_that_the_chat_template_opened(pool):
+    text = "\nt\n</think>\n<answer>\na\n</answer>"
+    rendered = "<|system|>write <think> t </think>\n<|user|>q\n<|assistant|>\n"
+    result = score(pool, [format_reward, tag_count_reward], [text] * 2, prompt_texts=[rendered + "<think>", rendered])
+    assert result.per_function == {"format_reward": [1.0, 0.0], "tag_count_reward": [1.0, 0.75]}
+
+
+def test_unparseable_golds(pool):
+    endless = r"\binom{1000000000}{500000000}"
+    assert unparseable_golds(["63", "words only", "63", "", endless, r"\frac{1}{2}", "words only"], pool) == [
+        1,
+        3,
+        4,
+        6,
+    ]
+
+
+def test_threads_and_forks_can_check():
+    """math-verify's own time limit is a signal, which only the main thread can take, and which a fork inherits."""
+    golds, texts = ["63", "64"], [[{"content": r"\boxed{63}"}]] * 2
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(accuracy_reward(texts, golds)))
+    thread.start()
+    thread.join()
+    assert found == [1.0, 0.0]
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if accuracy_reward(texts, golds) == [1.0, 0.0] else 1)
+    assert os.waitpid(child, 0)[1] == 0
