@@ -29,7 +29,7 @@ class EvalConfig:
     tensor_parallel_size: int = option(1, "GPUs that share one copy of the model.")
     gpu_memory_utilization: float = option(0.8, "vLLM's share of the GPU's memory.")
     check_timeout: float = option(10.0, "Seconds that checking one answer may take.")
-    shard: str = option("", "For internal use: the part i/n of the batches that this process does.")
+    shard: str | None = option(None, "For internal use: the part i/n of the batches that this process does.")
 
     def __post_init__(self) -> None:
         for name in ("model", "tasks", "output_dir"):
