@@ -11,6 +11,7 @@ take the answer of another row. Left out: the prose around an answer, and answer
 
 import argparse
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -104,25 +105,30 @@ def judge(path: Path, pool: WorkerPool, limit: int | None = None) -> Report:
     return report
 
 
+def table(reports: list[Report]) -> str:
+    """The reports as text, a line a file."""
+    lines = [f"{'file':20}{'golds':>7}{'checks':>8}{'right accepted':>17}{'wrong accepted':>17}{'unscored':>10}"
+             f"{'checks/s per core':>19}"]  # fmt: skip
+    for r in reports:
+        right, wrong = f"{r.right_accepted} of {r.right}", f"{r.wrong_accepted} of {r.wrong}"
+        speed = (r.right + r.wrong) / max(r.cpu_seconds, 1e-9)
+        lines.append(f"{r.file:20}{r.golds:7}{r.right + r.wrong:8}{right:>17}{wrong:>17}{r.unscored:10}{speed:19.0f}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="How well and how fast answers are checked.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--limit", type=int, help="rows to take of each file")
     parser.add_argument("--show", action="store_true", help="print every check that was misjudged")
-    parser.add_argument("--num_workers", type=int, default=2)
     args = parser.parse_args()
     if missing := [str(path) for path in args.files if not path.is_file()]:
         parser.error(f"no file {', '.join(missing)}")
-    print(f"{'file':24}{'golds':>8}{'checks':>8}{'right accepted':>18}{'wrong accepted':>18}{'unscored':>10}"
-          f"{'checks/s per core':>20}")  # fmt: skip
-    with WorkerPool(args.num_workers) as pool:
-        for path in args.files:
-            r = judge(path, pool, args.limit)
-            print(f"{r.file:24}{r.golds:8}{r.right + r.wrong:8}{f'{r.right_accepted} / {r.right}':>18}"
-                  f"{f'{r.wrong_accepted} / {r.wrong}':>18}{r.unscored:10}"
-                  f"{(r.right + r.wrong) / max(r.cpu_seconds, 1e-9):20.0f}", flush=True)  # fmt: skip
-            for gold, text, what in r.misjudged if args.show else ():
-                print(f"    {what}: {text!r} for {gold!r}")
+    with WorkerPool(os.cpu_count() or 1) as pool:
+        reports = [judge(path, pool, args.limit) for path in args.files]
+    print(table(reports))
+    for gold, text, what in [row for report in reports for row in report.misjudged] if args.show else ():
+        print(f"{what}: {text!r} for {gold!r}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The answer checker."""
 
 import builtins
-import json
 from pathlib import Path
 
 import pytest
@@ -55,6 +54,9 @@ def check(pool, golds, completions):
         "<think>perhaps \\boxed{5}, the answer is 5</think> <answer>63</answer>",
         "<answer>1</answer> no, <answer>63.0</answer>",
         r"<answer>5</answer> or \boxed{63}",
+        r"the radius is \boxed{5}, so <answer>63</answer>",
+        r"\boxed{<answer>63</answer>}",
+        r"\boxed{5} would be wrong; it is \boxed{63}",
     ],
 )
 def test_a_given_answer_is_found_wherever_it_is_marked(completion):
@@ -76,6 +78,10 @@ def test_a_given_answer_is_found_wherever_it_is_marked(completion):
         r"\boxed{}",
         r"<answer>63</answer> or \boxed{64}",
         "<answer>63x + 1</answer>",
+        r"\boxed{5} or \boxed{63}",
+        r"$\boxed{5}$, $\boxed{6}$, and $\boxed{63}$",
+        "<answer>" + "63 " * 200 + "</answer>",
+        "<answer>" + "(" * 21 + "63" + ")" * 21 + "</answer>",
         pytest.param(r"\boxed{63 " * 5000, id="boxes that never close: linear time"),
         pytest.param("<answer>63 " * 20000, id="tags that never close: linear time"),
     ],
@@ -96,6 +102,12 @@ def test_what_is_not_an_answer_does_not_count(completion):
         ("6", r"\boxed{3}", 0.0),
         (r"\text{Evelyn}", "Evelyn", 1.0),
         ("A", "A", 1.0),
+        (r"\boxed{3}, \boxed{5}", "5, 3", 1.0),
+        (r"$x = \boxed{3}$ or $x = \boxed{5}$", "5", 1.0),
+        ("52_8", "52_{8}", 1.0),
+        ("52_8", "52", 1.0),
+        ("52_8", "52_9", 0.0),
+        (r"15\mbox{ cm}^2", "15", 1.0),
         ("A", "B", 0.0),
         (r"\$18.90", "$18.9", 1.0),
         ("(1,2)", "1<x<2", 0.0),  # gold first: the other way round is allowed
@@ -113,30 +125,6 @@ def test_unparseable_gold():
     assert check_answer("no value here", r"\boxed{63}") is None
     assert parse_gold("48/2 = <<48/2=24>>24 clips in May.\n#### 72")[0] == 72
     assert parse_answer("no value here") == []
-
-
-def rows(name, count):
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    with path.open() as file:
-        return [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
-
-
-def test_gsm8k_gold_against_itself_and_one_more(pool):
-    answers = [row["answer"] for row in rows("gsm8k_train.jsonl", 200)]
-    numbers = [answer.rpartition("####")[2].strip() for answer in answers]
-    more = [str(int(number.replace(",", "")) + 1) for number in numbers]
-    assert check(pool, answers, answers) == [1.0] * 200
-    for template in ("<answer>{}</answer>", "\\boxed{{{}}}", "The answer is {}."):
-        for values, expected in ((numbers, 1.0), (more, 0.0)):
-            assert check(pool, answers, [template.format(value) for value in values]) == [expected] * 200
-
-
-def test_math_500_solution_against_answer():
-    for row in rows("math_500.jsonl", 100):
-        for template in (r"so $\boxed{{{}}}$.", "<answer>{}</answer>", "So the answer is: {}"):
-            assert check_answer(row["solution"], template.format(row["answer"])) == 1.0, row["answer"]
 
 
 TRICKY = st.one_of(
