@@ -54,7 +54,9 @@ class GRPOScriptArguments(ScriptArguments):
 @dataclass(frozen=True)
 class GRPOConfig(TrainingConfig):
     learning_rate: float = option(1e-6, "Peak learning rate.")
-    system_prompt: str | None = option(None, "System prompt; default: open-r1's <think>/<answer> prompt; '' for none.")
+    system_prompt: str | None = option(
+        None, "System prompt; default: open-r1's <think>/<answer> prompt; '' for none. Benchmarks: only if given."
+    )
     prompts_per_step: int | None = option(
         None,
         "Prompts a rollout; default: per_device_train_batch_size x gradient_accumulation_steps x ranks completions.",
@@ -117,6 +119,8 @@ class GRPOConfig(TrainingConfig):
         self._resolve()
         require(self.num_generations >= 2, f"num_generations must be at least 2, got {self.num_generations}: an "
                 "advantage compares the completions of a group.")  # fmt: skip
+        require(self.num_generations_eval is None or self.num_generations_eval >= 1,
+                f"num_generations_eval must be at least 1, got {self.num_generations_eval}.")  # fmt: skip
         check_options(**self.objective())
         require(self.engine != "torch" or self.vllm_tensor_parallel_size == 1,
                 "engine torch has no tensor parallelism: leave out --vllm_tensor_parallel_size.")  # fmt: skip

@@ -36,11 +36,12 @@ def gold_column(columns: dict[str, list]) -> list[str] | None:
 
 
 def unparseable_golds(golds: Sequence[str], pool: WorkerPool) -> list[int]:
-    """Indices of the gold answers that no completion can be compared with, because they do not parse, or not in time:
-    rows of no signal, to be left out before training. Each distinct gold is parsed once."""
+    """Indices of the gold answers that no completion can be compared with, because they do not parse: rows of no
+    signal, to be left out before training. Each distinct gold is parsed once. One that was not parsed in time counts as
+    parseable, for what is left out must not depend on how busy a machine is."""
     distinct = list(dict.fromkeys(golds))
     parseable = dict(zip(distinct, pool.map(gold_is_parseable, distinct), strict=True))
-    return [i for i, gold in enumerate(golds) if parseable[gold] is not True]
+    return [i for i, gold in enumerate(golds) if parseable[gold] is False]
 
 
 def _accepted(function: RewardFunction, names: Iterable[str]) -> set[str]:

@@ -87,7 +87,7 @@ def train(run: Run) -> Errands:
     }  # fmt: skip
     rollouts: list[Rollout] = []  # this rank's
     if run.checkpoint is not None:
-        progress = load_checkpoint(run.checkpoint, policy, optimizer, scheduler)
+        progress |= load_checkpoint(run.checkpoint, policy, optimizer, scheduler)
         rollouts = read_rollouts(run.checkpoint, progress["step"]) if progress["uses"] else []
     engine = start_engine(run)
     pool = WorkerPool(config.reward_num_workers, config.reward_timeout)
@@ -128,7 +128,7 @@ def train(run: Run) -> Errands:
             config.output_dir, progress["step"], policy, optimizer, scheduler,
             progress=progress, identity=run.identity, save_total_limit=config.save_total_limit,
             write_extra=lambda folder: write_rollouts(folder, progress["step"], rollouts if progress["uses"] else []),
-            write_model=write_model, only_model=config.save_only_model,
+            write_model=write_model, only_model=config.save_only_model and not stopping,
         )  # fmt: skip
         errands.on_save(progress["step"], folder)
 
@@ -203,28 +203,29 @@ def train(run: Run) -> Errands:
             logger.log_completions(step, completion_rows(samples, run.reward_names, run.tokenizer))
         errands.log_benchmarks()
         bar.update()
-        if errands.due("eval", step):
+        if errands.due("eval", step) and not stopping:
             evaluate()
         if errands.due("save", step) or stopping:
             with phases("save"):
                 save()
                 saved_at = step
     bar.close()
-    if not stopping and errands.final_evaluation_due(progress):
-        evaluate()
-    pool.close()
     if not stopping:
         with phases("export"):
             if config.save_strategy != "no" and saved_at != progress["step"]:
                 save()
             export_model(policy, run.tokenizer, config.output_dir, run.dtype, run.stop_ids)
+        if errands.final_evaluation_due(progress):  # when the model is safe
+            evaluate()
         errands.trained(progress)
     elif rank == 0:
         print(f"stopped by a signal after step {progress['step']}: the same command goes on from there")
+    pool.close()
     dist.barrier()
     if engine is not None:
         engine.close()
     guards.shutdown()
+    stop.restore()
     return errands
 
 

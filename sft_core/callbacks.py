@@ -15,7 +15,10 @@ import queue
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from sft_core.card import write_checkpoint_card
 from sft_core.config import ModelConfig, TrainingConfig
@@ -28,13 +31,22 @@ EVALUATE = (
     "import runpy, sys; from sft_core.guards import die_with_parent; die_with_parent(int(sys.argv.pop(1))); "
     "runpy.run_module('eval.run', run_name='__main__', alter_sys=True)"
 )
+# What its parser, its tasks and its engine say before it starts.
+CHECK = (
+    "import sys; from eval.config import EvalConfig; from eval.tasks import find_tasks, load_custom_tasks; "
+    "from gen.engine import check_engine_available; from sft_core.cli import parse; "
+    "[c] = parse((EvalConfig,), sys.argv[1:]); c.base_url or check_engine_available(c.engine); "
+    "find_tasks(c.tasks, load_custom_tasks(c.custom_tasks) if c.custom_tasks else ())"
+)
+FAILURES = (RuntimeError, OSError, ValueError, KeyError)  # of `run_benchmarks`
 
 
 class PushToHubRevision:
     """Each checkpoint's model to branch `<hub_model_revision>-step-<step, nine digits>`, then its benchmarks.
 
     Both happen in the background, in order, from a copy that outlives the checkpoint. Uploads slower than saves queue
-    up, and each one waiting keeps a model on the disk.
+    up, and each one waiting keeps a model on the disk. On GPUs, which belong to the training, benchmarks wait for its
+    end.
     """
 
     def __init__(self, config: TrainingConfig, model: ModelConfig) -> None:
@@ -43,6 +55,7 @@ class PushToHubRevision:
         self._benchmarks = InOrder()  # a line of their own: they take longer than an upload
         self._results: queue.SimpleQueue[tuple[int, dict[str, float]]] = queue.SimpleQueue()
         self._failures: list[str] = []
+        self._waiting: list[Callable[[], None]] = []
 
     def on_save(self, step: int, checkpoint: Path) -> None:
         staged = stage(checkpoint, TRAINING_STATE)
@@ -56,7 +69,11 @@ class PushToHubRevision:
 
     def _uploaded(self, step: int, staged: Path) -> None:
         if self.config.benchmarks:
-            self._benchmarks.add(functools.partial(self._measure, step, staged))
+            measure = functools.partial(self._measure, step, staged)
+            if torch.cuda.is_available():
+                self._waiting.append(measure)
+            else:
+                self._benchmarks.add(measure)
         else:
             shutil.rmtree(staged)
 
@@ -64,7 +81,7 @@ class PushToHubRevision:
         folder = Path(self.config.output_dir) / "benchmarks" / f"checkpoint-{step}"
         try:
             self._results.put((step, run_benchmarks(staged, self.config, folder)))
-        except RuntimeError as error:
+        except FAILURES as error:
             self._failures.append(f"benchmarks of checkpoint-{step}: {error}")
             logger.warning("%s", self._failures[-1])
         finally:
@@ -77,6 +94,8 @@ class PushToHubRevision:
     def close(self) -> list[str]:
         """Wait for uploads and benchmarks; returns what failed, a sentence each."""
         failed = self.uploader.wait()
+        for measure in self._waiting:
+            self._benchmarks.add(measure)
         self._benchmarks.wait()
         return failed + self._failures
 
@@ -100,6 +119,37 @@ def init_wandb_training(training_args: TrainingConfig) -> None:
             os.environ[f"WANDB_{name.upper()}"] = value
 
 
+def check_benchmarks(config: TrainingConfig) -> None:
+    """Raise ValueError for benchmarks that could not run: unknown task or option, no engine. Asked of a process, since
+    sft_core does not import eval."""
+    if not config.benchmarks:
+        return
+    if taken := {"model", "tasks", "output_dir", "shard"} & set(config.benchmark_kwargs or {}):
+        raise ValueError(f"benchmark_kwargs may not hold {', '.join(sorted(taken))}: the run says these itself.")
+    flags = _flags(config, Path("model"), Path("results"))
+    asked = subprocess.run([sys.executable, "-c", CHECK, *flags], capture_output=True, text=True, env=_environment())
+    if asked.returncode != 0:
+        raise ValueError(f"benchmarks: {asked.stderr.strip().splitlines()[-1].removeprefix('ValueError: ')}")
+
+
+def _flags(config: TrainingConfig, model: Path, output_dir: Path) -> list[str]:
+    """The options of eval.run."""
+    options = {"model": str(model), "tasks": ",".join(config.benchmarks), "output_dir": str(output_dir)}
+    options["fit_context"] = "true"  # a short context is no reason to measure nothing
+    options |= {"system_prompt": config.system_prompt} if config.system_prompt else {}
+    options |= config.benchmark_kwargs or {}
+    flags = []
+    for name, value in options.items():
+        flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+    return flags
+
+
+def _environment() -> dict[str, str]:
+    """eval lies beside sft_core, wherever the trainer was started from."""
+    places = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return os.environ | {"PYTHONPATH": places}
+
+
 def run_benchmarks(model_folder: Path, config: TrainingConfig, output_dir: Path) -> dict[str, float]:
     """Measure a model with `eval.run` in a process of its own; returns {`benchmarks/<task>/<metric>`: value}.
 
@@ -116,20 +166,11 @@ def run_benchmarks(model_folder: Path, config: TrainingConfig, output_dir: Path)
         for path in old:
             path.rename(aside / path.name)
     output_dir.mkdir(parents=True, exist_ok=True)
-    options = {"model": str(model_folder), "tasks": ",".join(config.benchmarks), "output_dir": str(output_dir)}
-    options["fit_context"] = "true"  # a short context is no reason to measure nothing
-    options |= {"system_prompt": config.system_prompt} if config.system_prompt else {}
-    options |= config.benchmark_kwargs or {}
-    flags = []
-    for name, value in options.items():
-        flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-    # eval lies beside sft_core, wherever the trainer was started from.
-    places = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     log = output_dir / "log.txt"
     with open(log, "w") as file:
-        command = [sys.executable, "-c", EVALUATE, str(os.getpid()), *flags]
+        command = [sys.executable, "-c", EVALUATE, str(os.getpid()), *_flags(config, model_folder, output_dir)]
         code = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=os.environ | {"PYTHONPATH": places}
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=_environment()
         ).returncode
     if code != 0:
         tail = " ".join(log.read_text(errors="replace")[-600:].split())

@@ -54,6 +54,8 @@ def unreadable_reason(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is damaged"
     if not isinstance(expected, dict):
         return f"{MANIFEST} is damaged"
+    if STATE not in expected:
+        return f"{STATE} is missing"
     if "state/.metadata" not in expected:
         return "it holds the model alone (save_only_model)"
     found = manifest(checkpoint)
@@ -150,8 +152,8 @@ def prepare_output_dir(
                 difference = "none of its checkpoints is readable"
         if checkpoint is not None:
             difference = _difference(json.dumps(_saved(checkpoint)["identity"]), identity)
-        elif difference is None and not record.is_file() and any(folder.glob("*.safetensors")):
-            difference = f"it has no {RUN}"
+        elif difference is None and any(folder.glob("*.safetensors")) and resume_from is None:
+            difference = "a finished model without a checkpoint to go on from" if record.is_file() else f"no {RUN}"
         if difference is not None:
             log = folder / "metrics.jsonl"
             logged = log.is_file() and log.stat().st_size > 0

@@ -13,6 +13,7 @@ import difflib
 import json
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,18 +33,18 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     """
     parse_only = "--parse_only" in argv
     path, argv = _take_config_path([text for text in argv if text != "--parse_only"])
-    known = [name for config_type in config_types for field in dataclasses.fields(config_type)
-             for name in (field.name, *(alias[2:] for alias in field.metadata.get("aliases", [])))]  # fmt: skip
+    known = {name: field for config_type in config_types for field in dataclasses.fields(config_type)
+             for name in (field.name, *(alias[2:] for alias in field.metadata.get("aliases", [])))}  # fmt: skip
     tokens = []
     for key, value in (_read_yaml(path) if path else {}).items():
         if key == "env":
-            os.environ.update({name: str(text) for name, text in value.items()})
+            os.environ.update({name: str(text) for name, text in (value or {}).items()})
         elif key in FOREIGN_KEYS and key not in known:
             _warn(key)
         elif key not in known:
             raise ValueError(f"unknown key `{key}` in {path}{_nearest(key, known)}")
         else:
-            tokens += _as_tokens(key, value)
+            tokens += _as_tokens(key, value, known[key])
     parser = HfArgumentParser(config_types, allow_abbrev=False)
     parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its whole usage first
     *configs, remaining = parser.parse_args_into_dataclasses(
@@ -100,9 +101,14 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return content
 
 
-def _as_tokens(key: str, value: Any) -> list[str]:
+def _as_tokens(key: str, value: Any, field: dataclasses.Field) -> list[str]:
     if value is None:
+        if field.default is not None and os.environ.get("RANK", "0") == "0":
+            logger.warning("`%s` without a value leaves its default, %s.", key, field.default)
         return []
+    if value == []:
+        empty = field.default_factory is not dataclasses.MISSING and field.default_factory() == []
+        return [] if empty else [f"--{key}", "none"]  # `report_to` knows none; a reward of that name is refused
     if isinstance(value, list):
         return [f"--{key}", *map(str, value)]
     return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
@@ -112,6 +118,6 @@ def _refuse(message: str) -> NoReturn:
     raise ValueError(f"{message} (see --help)")
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f": did you mean `{close[0]}`?" if close else ": see --help for every option."

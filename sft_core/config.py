@@ -186,6 +186,8 @@ class TrainingConfig:
         require(not self.fp16, "fp16 is not supported (it needs loss scaling): use --bf16 true.")
         if str(self.resume_from_checkpoint).lower() == "true":  # the last one in output_dir, as without it
             object.__setattr__(self, "resume_from_checkpoint", None)
+        require(str(self.resume_from_checkpoint).lower() != "false",
+                "a run always goes on from its last checkpoint: to start anew give another --output_dir.")  # fmt: skip
         names = ", ".join(SCHEDULES)
         require(self.lr_scheduler_type in SCHEDULES, f"unknown lr_scheduler_type {self.lr_scheduler_type!r}: {names}.")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_micro_batch",
@@ -215,7 +217,8 @@ class TrainingConfig:
         if what == "eval" and every is None:
             every = self.logging_steps
         if strategy == "epoch":
-            return step == total or int(step / steps_per_epoch) > int((step - 1) / steps_per_epoch)
+            done, before = (int(n / steps_per_epoch + 1e-9) for n in (step, step - 1))  # whole epochs
+            return step == total or done > before
         between = int(every) if every >= 1 else max(1, math.ceil(every * total))
         return strategy == "steps" and step % between == 0
 

@@ -145,7 +145,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, s
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.chat_template is None:
         raise ValueError(
-            "the tokenizer has no chat template: start from an instruct model or add one to the tokenizer."
+            "the tokenizer has no chat template: start from an instruct model, or give one with --chat_template."
         )
 
 

@@ -9,13 +9,14 @@ import gc
 import json
 import logging
 import math
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import TrainerState
 
-from sft_core.callbacks import get_callbacks, run_benchmarks
+from sft_core.callbacks import FAILURES, get_callbacks, run_benchmarks
 from sft_core.card import write_model_card
 from sft_core.files import write_atomically
 from sft_core.hub import Uploader, push_final
@@ -35,6 +36,7 @@ class Errands:
         pushes = self.config.push_to_hub and self.config.hub_strategy != "end" and self.first
         self.uploader = Uploader(self.config) if pushes else None
         self._progress: dict[str, Any] | None = None
+        self._failures: list[str] = []
 
     def due(self, what: Literal["logging", "save", "eval"], step: int) -> bool:
         """Whether `what` is due after this step; the same on every rank."""
@@ -43,9 +45,13 @@ class Errands:
             return self.config.logging_strategy != "no"
         return self.config.due(what, step, total, self.steps_per_epoch)
 
+    def epoch(self, progress: dict[str, Any]) -> float:
+        """Passes over the rows (SFT) or prompts (GRPO) so far."""
+        return progress["rows" if self.run.algorithm == "sft" else "prompts"] / self.samples
+
     def log_evaluation(self, progress: dict[str, Any], figures: dict[str, float]) -> None:
         """Log the figures; `progress`, and so the next checkpoint, remembers them."""
-        figures = figures | {"epoch": progress["step"] / self.steps_per_epoch}
+        figures = figures | {"epoch": self.epoch(progress)}
         progress["evaluation"] = {"step": progress["step"], "figures": figures}
         self.metrics.log(progress["step"], figures)
 
@@ -62,10 +68,14 @@ class Errands:
     def on_save(self, step: int, checkpoint: Path) -> None:
         if not self.first:
             return
-        if self.uploader is not None and (self.config.hub_always_push or not self.uploader.busy):
-            self.uploader.push_checkpoint(step, checkpoint)
-        for callback in self.callbacks:
-            callback.on_save(step, checkpoint)
+        try:
+            if self.uploader is not None and (self.config.hub_always_push or not self.uploader.busy):
+                self.uploader.push_checkpoint(step, checkpoint)
+            for callback in self.callbacks:
+                callback.on_save(step, checkpoint)
+        except OSError as error:  # no room for the copy that is pushed: the training goes on
+            self._failures.append(f"checkpoint of step {step} was not pushed: {error}")
+            logger.warning("%s", self._failures[-1])
 
     def write_state(self, folder: Path, progress: dict[str, Any]) -> None:
         """trainer_state.json as transformers' TrainerState loads it, with every logged line so far."""
@@ -73,7 +83,7 @@ class Errands:
             return
         log = Path(self.config.output_dir) / "metrics.jsonl"
         state = TrainerState(
-            epoch=progress["step"] / self.steps_per_epoch,
+            epoch=self.epoch(progress),
             global_step=progress["step"],
             max_steps=self.run.total_steps,
             logging_steps=self.config.logging_steps,
@@ -94,17 +104,19 @@ class Errands:
         """Results, state, benchmarks, card, and the push of the final model."""
         if self.first and self._progress is not None:
             self._finish(self._progress)
+        elif any(line.busy for line in (self.uploader, *(callback.uploader for callback in self.callbacks)) if line):
+            print("stopped: what was still being pushed to the Hub is not there", file=sys.stderr)
         self.metrics.close()
 
     def _finish(self, progress: dict[str, Any]) -> None:
         folder, steps, seconds = Path(self.config.output_dir), progress["step"], max(progress["seconds"], 1e-9)
         results = {
-            "epoch": steps / self.steps_per_epoch,
+            "epoch": self.epoch(progress),
             "num_tokens": progress["num_tokens"],
             "train_loss": progress["loss_sum"] / max(1, steps),
             "train_runtime": progress["seconds"],
             "train_samples": self.samples,
-            "train_samples_per_second": self.samples * steps / self.steps_per_epoch / seconds,
+            "train_samples_per_second": self.samples * self.epoch(progress) / seconds,
             "train_steps_per_second": steps / seconds,
         }
         save_results(folder, "train", results)
@@ -119,22 +131,22 @@ class Errands:
         if self.config.benchmarks:
             try:
                 benchmarks = run_benchmarks(folder, self.config, folder / "benchmarks" / f"step-{steps}")
-            except RuntimeError as error:  # the model is there all the same: its card and its push go on
+            except FAILURES as error:  # the model is there all the same: its card and its push go on
                 failures.append(f"benchmarks of the final model: {error}")
             else:
                 self.metrics.log(steps, benchmarks)
                 save_results(folder, "benchmarks", benchmarks)
-        self.write_state(folder, progress)
         for callback in self.callbacks:
             failures += callback.close()
         self.log_benchmarks()
+        self.write_state(folder, progress)
         if self.uploader is not None:
             failures += self.uploader.wait()
         write_model_card(folder, self.run, results | evaluation | benchmarks)
         if self.config.push_to_hub or self.config.push_to_hub_revision:
             failures += push_final(self.config, folder)
-        for failure in failures:
-            logger.warning("failed: %s", failure)
+        for failure in self._failures + failures:
+            print(f"failed: {failure}", file=sys.stderr)
 
 
 def save_results(folder: Path, split: str, results: dict[str, float]) -> None:

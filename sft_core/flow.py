@@ -1,8 +1,6 @@
 """What a run says of itself before it starts, as open-r1's scripts do: verbosity, processes, parameters."""
 
 import logging
-import subprocess
-import sys
 from typing import Any
 
 import datasets
@@ -53,14 +51,3 @@ def announce(run: Any) -> None:
     if getattr(config, "vllm_mode", "colocate") == "server":
         logger.warning("vllm_mode server: the engine lives in the ranks themselves (colocate); no server is used.")
     print(run.summary)
-
-
-def check_benchmarks(benchmarks: list[str]) -> None:
-    """Raise ValueError for a task that `eval.run` does not know. Asked of a process: sft_core does not import eval."""
-    if not benchmarks:
-        return
-    code = "import sys; from eval.tasks import find_tasks; find_tasks(sys.argv[1])"
-    asked = subprocess.run([sys.executable, "-c", code, ",".join(benchmarks)], capture_output=True, text=True)
-    if asked.returncode != 0:
-        reason = asked.stderr.strip().splitlines()[-1].removeprefix("ValueError: ")
-        raise ValueError(f"benchmarks: {reason}")

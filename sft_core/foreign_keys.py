@@ -52,6 +52,16 @@ FOREIGN_KEYS: dict[str, str] = {
     "morph_router_url": _CODE,
     "code_provider": _CODE,
     "ioi_provider": _CODE,
+    "vllm_max_model_length": _ENGINE + "; its length is max_prompt_length + max_completion_length",
+    "logging_dir": "TensorBoard's files are in output_dir/runs",
+    "save_safetensors": "models are always written as safetensors",
+    "disable_dropout": "nothing is ever dropped out",
+    "log_unique_prompts": "the completions that are shown are of different prompts as far as there are any",
+    **dict.fromkeys(
+        ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "disable_tqdm", "tf32",
+         "ddp_backend", "log_level_replica", "log_on_each_node", "average_tokens_across_devices", "bf16_full_eval",
+         "include_num_input_tokens_seen", "include_tokens_per_second", "eval_packing"), "nothing here needs it",
+    ),
     **dict.fromkeys(
         ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_task_type",
          "lora_modules_to_save", "use_rslora", "use_dora", "bnb_4bit_quant_type", "use_bnb_nested_quant",

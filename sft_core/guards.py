@@ -183,6 +183,11 @@ class StopSignal:
         signal.signal(signal.SIGTERM, self._handle)
         signal.signal(signal.SIGINT, self._handle)
 
+    def restore(self) -> None:
+        """From here on both signals end the process, as they do without this."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def _handle(self, number: int, frame: Any) -> None:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:

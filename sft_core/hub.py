@@ -38,7 +38,21 @@ T = TypeVar("T")
 
 # In a checkpoint, what is not the model; in output_dir, what is the run's and nobody else's.
 TRAINING_STATE = ("state", "rank-*", "scheduler.pt", "progress.json", "manifest.json")
-NOT_PUSHED = ("checkpoint-*", "*previous-*", ".*", "*/.*", "wandb/*", "wandb_id", "rollouts/*", "*.parquet", "latest")
+NOT_PUSHED = (
+    "checkpoint-*",
+    "*previous-*",
+    ".*",
+    "*/.*",
+    "wandb/*",
+    "wandb_id",
+    "rollouts/*",
+    "*.parquet",
+    "latest",
+    "completions.jsonl",
+    "benchmarks/*",
+    "runs/*",
+)  # these hold prompts and answers, which may be private
+
 # Weights that may be there from a push with another number of files: with them the folder would be two models.
 STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 _own_dice = random.Random()  # never the global generator: that one belongs to the run, and its state to checkpoints
@@ -61,7 +75,7 @@ def check_hub(config: TrainingConfig) -> None:
 
     def ask() -> bool:
         repo = _create_repo(api, config)
-        return to_branches and api.file_exists(repo, "README.md", revision=config.hub_model_revision)
+        return config.push_to_hub_revision and api.file_exists(repo, "README.md", revision=config.hub_model_revision)
 
     try:
         taken = _retrying(ask, tries=3, first_wait_s=1.0)

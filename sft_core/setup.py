@@ -13,12 +13,12 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from kernels.linear_logprob import CHUNK_ELEMENTS
 from sft_core import guards
-from sft_core.callbacks import get_callbacks, init_wandb_training
+from sft_core.callbacks import check_benchmarks, get_callbacks, init_wandb_training
 from sft_core.checkpoint import prepare_output_dir
 from sft_core.cli import as_yaml, parse
 from sft_core.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig
 from sft_core.data import fingerprint, load_splits, supervised_examples
-from sft_core.flow import check_benchmarks, set_up_logging
+from sft_core.flow import set_up_logging
 from sft_core.hub import check_hub
 from sft_core.metrics import check_report_to
 from sft_core.model import (
@@ -75,7 +75,7 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
     rank, world_size, _, device = guards.init_distributed(config.ddp_timeout)
     bf16 = compute_in_bf16(config.bf16, model.dtype, device)
     guards.on_first_rank(lambda: check_hub(config))
-    guards.on_first_rank(lambda: check_benchmarks(config.benchmarks))
+    guards.on_first_rank(lambda: check_benchmarks(config))
     model_info, tokenizer = load_tokenizer(model, config.chat_template, getattr(config, "eos_token", None))
     stop_ids = stop_token_ids(tokenizer, model)
     rows, test_rows = load_splits(data, config.evaluates)
@@ -133,7 +133,7 @@ def prepare(argv: list[str]) -> Run:
     test_examples: list[tuple[list[int], list[bool]]] = []
     if base.test_rows is not None:
         test_examples, _ = supervised_examples(base.test_rows, base.tokenizer, base.stop_ids, config.max_length)
-    identity, checkpoint = claim(base, config)
+    identity, checkpoint = claim(base, config, examples=len(examples))
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * base.world_size
     total_steps = config.total_steps(len(examples) / rows_per_step)
     vocab_size = base.model_info.get_text_config().vocab_size

@@ -57,7 +57,7 @@ def train(run: Run) -> Errands:
     scheduler = make_scheduler(optimizer, config, total_steps)
     progress: dict[str, Any] = {"step": 0, "rows": 0, "num_tokens": 0, "loss_sum": 0.0, "seconds": 0.0}
     if run.checkpoint is not None:
-        progress = load_checkpoint(run.checkpoint, policy, optimizer, scheduler)
+        progress |= load_checkpoint(run.checkpoint, policy, optimizer, scheduler)
     logger = MetricsLogger(config.output_dir, config.report_to, progress["step"], run.options, CONSOLE, total_steps)
     errands = Errands(run, logger, samples=len(run.examples), steps_per_epoch=run.steps_per_epoch)
     phases = guards.Phases(config.ddp_timeout)
@@ -71,7 +71,7 @@ def train(run: Run) -> Errands:
         folder = save_checkpoint(
             config.output_dir, progress["step"], policy, optimizer, scheduler,
             progress=progress, identity=run.identity, save_total_limit=config.save_total_limit,
-            write_model=write_model, only_model=config.save_only_model,
+            write_model=write_model, only_model=config.save_only_model and not stopping,
         )  # fmt: skip
         errands.on_save(progress["step"], folder)
 
@@ -123,7 +123,7 @@ def train(run: Run) -> Errands:
             logger.log(step, metrics)
         errands.log_benchmarks()
         bar.update()
-        if errands.due("eval", step):
+        if errands.due("eval", step) and not stopping:
             with phases("eval", watchdog_s=0):
                 errands.log_evaluation(progress, evaluate(policy, run))
         if errands.due("save", step) or stopping:
@@ -132,18 +132,19 @@ def train(run: Run) -> Errands:
                 saved_at = step
     bar.close()
     if not stopping:
-        if errands.final_evaluation_due(progress):
-            with phases("eval", watchdog_s=0):
-                errands.log_evaluation(progress, evaluate(policy, run))
         with phases("export"):
             if config.save_strategy != "no" and saved_at != progress["step"]:
                 save()
             export_model(policy, run.tokenizer, config.output_dir, run.dtype, run.stop_ids)
+        if errands.final_evaluation_due(progress):  # when the model is safe
+            with phases("eval", watchdog_s=0):
+                errands.log_evaluation(progress, evaluate(policy, run))
         errands.trained(progress)
     elif run.rank == 0:
         print(f"stopped by a signal after step {progress['step']}: the same command goes on from there")
     dist.barrier()
     guards.shutdown()
+    stop.restore()
     return errands
 
 

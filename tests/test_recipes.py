@@ -121,3 +121,12 @@ def test_use_vllm_chooses_the_engine(flags, engine):
     assert config.engine == engine
     with pytest.raises(ValueError, match="engine torch and use_vllm True contradict"):
         parse((GRPOConfig,), ["--output_dir=o", "--use_vllm=true", "--engine=torch"])
+
+
+def test_empty_values(tmp_path, caplog):
+    """An empty list is none, a key without a value its default, said where that is one."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("output_dir: o\nenv:\nbenchmarks: []\nreport_to: []\nmax_prompt_length:\nhub_model_id:\n")
+    [config] = parse((GRPOConfig,), ["--config", str(path)])
+    assert (config.benchmarks, config.report_to, config.max_prompt_length) == ([], ["none"], 512)
+    assert [record.args for record in caplog.records] == [("max_prompt_length", 512)]

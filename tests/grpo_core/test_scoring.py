@@ -134,13 +134,10 @@ def test_rewards_see_the_thought_that_the_chat_template_opened(pool):
 
 
 def test_unparseable_golds(pool):
+    """What takes too long to parse stays: the rows of a run must not depend on how busy a machine is."""
     endless = r"\binom{1000000000}{500000000}"
-    assert unparseable_golds(["63", "words only", "63", "", endless, r"\frac{1}{2}", "words only"], pool) == [
-        1,
-        3,
-        4,
-        6,
-    ]
+    golds = ["63", "words only", "63", "", endless, r"\frac{1}{2}", "words only"]
+    assert unparseable_golds(golds, pool) == [1, 3, 6]
 
 
 def test_threads_and_forks_can_check():

@@ -325,7 +325,7 @@ def test_another_runs_checkpoints_are_refused_or_moved_aside(saved, lost):
 
 def test_a_model_without_a_run_is_not_overwritten(tmp_path):
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="it has no run.json"):
+    with pytest.raises(ValueError, match="no run.json"):
         prepare_output_dir(tmp_path, IDENTITY, overwrite_output_dir=False)
 
 

@@ -97,7 +97,7 @@ def test_final_push_leaves_out_what_is_the_runs_and_old_shards(hub, config, tmp_
     repo.commit("main", shards, "by hand")
     assert push_final(options, out) == []
     expected = {str(p.relative_to(out)): p.read_bytes() for p in (
-        out / "model.safetensors", out / "README.md", out / "runs/events")}  # fmt: skip
+        out / "model.safetensors", out / "README.md")}  # fmt: skip
     assert repo.files("main") == expected | {"notes.md": b"kept"}
     assert repo.files("v1") == expected  # from the first commit: nothing of main
     assert [title for _, title in repo.history("v1")] == ["End of training", "initial commit"]
@@ -125,16 +125,16 @@ def test_what_fails_for_good_is_a_warning_and_the_next_goes_on(hub, config, tmp_
 def test_a_branch_with_a_model_is_not_overwritten_unasked(hub, config):
     check_hub(config(push_to_hub=False))
     assert not hub.requests
-    for asked in ({"push_to_hub_revision": True}, {"push_to_hub": False, "callbacks": ["push_to_hub_revision"]}):
-        hub.repos.clear()
-        check_hub(config(hub_model_revision="v1", **asked))  # no such branch
-        hub.repos["me/m"].commit("v1", {"config.json": b""}, "no card")
-        check_hub(config(hub_model_revision="v1", **asked))
-        hub.repos["me/m"].commit("v1", {"README.md": b""}, "a card")
-        with pytest.raises(ValueError, match="v1 of me/m .*--hub_model_revision.*--overwrite_hub_revision"):
-            check_hub(config(hub_model_revision="v1", **asked))
-        check_hub(config(hub_model_revision="v1", overwrite_hub_revision=True, **asked))
+    asked = dict(hub_model_revision="v1", push_to_hub_revision=True)
+    check_hub(config(**asked))  # no such branch
+    hub.repos["me/m"].commit("v1", {"config.json": b""}, "no card")
+    check_hub(config(**asked))
+    hub.repos["me/m"].commit("v1", {"README.md": b""}, "a card")
+    with pytest.raises(ValueError, match="v1 of me/m .*--hub_model_revision.*--overwrite_hub_revision"):
+        check_hub(config(**asked))
+    check_hub(config(**asked, overwrite_hub_revision=True))
     check_hub(config(hub_model_revision="v1"))  # push_to_hub alone goes to main
+    check_hub(config(hub_model_revision="v1", callbacks=["push_to_hub_revision"]))  # and the callback to its branches
 
 
 def test_names_and_refusals(hub, config):

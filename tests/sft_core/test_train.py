@@ -88,3 +88,12 @@ def test_evaluation_is_the_loss_of_the_test_rows(tiny_model, rows, tmp_path, ran
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert results["eval_samples"] == results["train_samples"] == 20
     assert results["eval_loss"] == evaluation["eval_loss"] and results["train_loss"] == pytest.approx(first["loss"])
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_over(tiny_model, rows, tmp_path):
+    before = train(tiny_model, rows, tmp_path / "out")
+    options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=tmp_path / "out", max_steps=6)
+    code, output = run(TRAIN, flags(**options), tmp_path / "log")
+    assert code == 2 and "a finished model without a checkpoint to go on from" in output
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(metrics(tmp_path / "out")) == 6 and all((after[key] == before[key]).all() for key in before)
