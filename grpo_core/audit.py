@@ -32,6 +32,7 @@ from sft_core import guards
 from sft_core.cli import parse
 from sft_core.config import ModelConfig, option, require
 from sft_core.data import row_order
+from sft_core.flow import start_logging
 from sft_core.model import check_positions, local_copy
 from sft_core.setup import join
 
@@ -104,6 +105,7 @@ def set_up(argv: list[str]) -> tuple[Run, bool]:
     """
     require(os.environ.get("WORLD_SIZE", "1") == "1", "the audit is one process: start it with python, not torchrun.")
     types = (ModelConfig, GRPOScriptArguments, GRPOConfig, AuditConfig)
+    start_logging()
     # An output_dir need not be given, for none is touched; nor are the errands of a training run done.
     model, data, config, audit = parse(types, ["--output_dir=none", *argv])
     config = replace(config, push_to_hub=False, push_to_hub_revision=False, callbacks=[], benchmarks=[],

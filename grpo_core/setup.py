@@ -20,6 +20,7 @@ from kernels.linear_logprob import CHUNK_ELEMENTS
 from sft_core import guards
 from sft_core.cli import parse
 from sft_core.config import ModelConfig, require
+from sft_core.flow import start_logging
 from sft_core.model import check_positions, local_copy
 from sft_core.setup import Base, claim, join
 
@@ -52,6 +53,7 @@ def prepare(argv: list[str]) -> Run:
     Raises:
         ValueError: the user's input, in one sentence that names the remedy.
     """
+    start_logging()
     model, data, config = parse((ModelConfig, GRPOScriptArguments, GRPOConfig), argv)
     if config.rollouts_from is None:
         check_engine_available(config.engine or "vllm")

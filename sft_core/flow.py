@@ -11,13 +11,17 @@ from sft_core.config import TrainingConfig
 logger = logging.getLogger(__name__)
 
 
-def set_up_logging(config: TrainingConfig) -> None:
-    """`log_level` for this program, datasets and transformers; `passive` leaves them as they are."""
+def start_logging() -> None:
+    """Warnings and worse to stderr, with time and place, from the first word on."""
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
         level=logging.WARNING,
     )
+
+
+def set_log_level(config: TrainingConfig) -> None:
+    """`log_level` for this program, datasets and transformers; `passive` leaves them as they are."""
     if config.log_level == "passive":
         return
     level = getattr(logging, config.log_level.upper())

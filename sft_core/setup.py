@@ -18,7 +18,7 @@ from sft_core.checkpoint import prepare_output_dir
 from sft_core.cli import as_yaml, parse
 from sft_core.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig
 from sft_core.data import fingerprint, load_splits, supervised_examples
-from sft_core.flow import set_up_logging
+from sft_core.flow import set_log_level, start_logging
 from sft_core.hub import check_hub
 from sft_core.metrics import check_report_to
 from sft_core.model import (
@@ -66,7 +66,7 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
     Raises:
         ValueError: the user's input, in one sentence that names the remedy.
     """
-    set_up_logging(config)
+    set_log_level(config)
     set_seed(config.seed)
     check_schedule(config)
     init_wandb_training(config)
@@ -127,6 +127,7 @@ def prepare(argv: list[str]) -> Run:
     Raises:
         ValueError: the user's input, in one sentence that names the remedy.
     """
+    start_logging()
     model, data, config = parse((ModelConfig, ScriptArguments, SFTConfig), argv)
     base = join("sft", model, data, config)
     examples, dropped = supervised_examples(base.rows, base.tokenizer, base.stop_ids, config.max_length)
