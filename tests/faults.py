@@ -1,6 +1,7 @@
 """Ways to break a run from within, put in before `main` starts (see `tests/launch.py`)."""
 
 import os
+import signal
 import time
 
 import torch
@@ -9,6 +10,7 @@ import grpo_core.batch
 import grpo_core.train
 import sft_core.model
 import sft_core.packing
+import sft_core.train
 from gen.torch_engine import TorchEngine
 
 
@@ -94,3 +96,22 @@ def hang_on_the_last_rank():
         return step_counts(*arguments)
 
     grpo_core.train.step_counts = hang
+
+
+def break_the_evaluation():
+    def fail(*arguments):
+        raise RuntimeError("no evaluation today")
+
+    sft_core.train.evaluate = fail
+
+
+def terminate_in_the_second_step():
+    step_counts, steps = sft_core.train.step_counts, []
+
+    def counted(*arguments):
+        steps.append(1)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_counts(*arguments)
+
+    sft_core.train.step_counts = counted

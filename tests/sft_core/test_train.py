@@ -6,6 +6,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerState
 
+from tests import faults
 from tests.launch import flags, metrics, run
 
 TRAIN = "sft_core.train"
@@ -97,3 +98,24 @@ def test_a_finished_run_without_checkpoints_is_not_trained_over(tiny_model, rows
     assert code == 2 and "a finished model without a checkpoint to go on from" in output
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert len(metrics(tmp_path / "out")) == 6 and all((after[key] == before[key]).all() for key in before)
+
+
+def test_the_model_is_safe_before_the_last_evaluation(tiny_model, rows, tmp_path):
+    options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=tmp_path / "out", max_steps=1,
+                   save_strategy="no", do_eval="true", dataset_test_split=rows, report_to=["none"])  # fmt: skip
+    code, output = run(TRAIN, flags(**options), tmp_path / "log", fault=faults.break_the_evaluation)
+    assert code == 1 and "no evaluation today" in output
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_signal_leaves_something_to_resume_from_even_with_save_only_model(tiny_model, rows, tmp_path):
+    whole = train(tiny_model, rows, tmp_path / "whole")
+    options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=tmp_path / "out", max_steps=6,
+                   learning_rate=1e-2, lr_scheduler_type="constant", save_only_model="true", report_to=["none"],
+                   per_device_train_batch_size=8)  # fmt: skip
+    code, output = run(TRAIN, flags(**options), tmp_path / "log", fault=faults.terminate_in_the_second_step)
+    assert code == 0 and "stopped by a signal after step 2: the same command goes on from there" in output
+    code, output = run(TRAIN, flags(**options), tmp_path / "log1")
+    assert code == 0, output
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all((found[key] == whole[key]).all() for key in whole)
