@@ -85,7 +85,7 @@ def test_every_step_of_the_flow(algorithm, tiny_model, data, tmp_path):
     assert [(event.step, event.value) for event in board.Scalars("benchmarks/math_500/pass@1")] == [(2, score)] * 2
     # The card.
     card = ModelCard.load(out / "README.md")
-    assert {"open-r1", "grpo_core"} <= set(card.data.tags) and card.data.library_name == "transformers"
+    assert {"open-r1", "grpo_core"} <= set(card.data.tags) and card.data.to_dict()["library_name"] == "transformers"
     assert tiny_model in card.text and "math_500" in card.text and "learning_rate: 0.001" in card.text
     # The Hub: the final model, and a branch for the checkpoint.
     assert pushed["model.safetensors"] == (out / "model.safetensors").read_bytes()

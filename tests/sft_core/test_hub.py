@@ -196,7 +196,7 @@ def test_model_card(hub, config, tmp_path):
     write_model_card(out, run, figures)
     card = ModelCard.load(out / "README.md")
     assert card.data.base_model == "Qwen/Q" and card.data.datasets == ["open-r1/a"]  # a folder is no Hub id
-    assert card.data.tags == ["open-r1", "grpo_core", "grpo"] and card.data.library_name == "transformers"
+    assert card.data.tags == ["open-r1", "grpo_core", "grpo"] and card.data.to_dict()["library_name"] == "transformers"
     [result] = card.data.eval_results
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("math_500", "pass@1", 0.5)
     command = "torchrun --nproc_per_node 8 -m grpo_core.train --config recipe.yaml"
