@@ -74,17 +74,32 @@ class ModelConfig:
     attn_implementation: str | None = option(
         None, "Any of transformers' names: attention here is always the packed one (varlen kernels on a GPU)."
     )
-    use_peft: bool = option(False, "Refused: adapters are not trained here; the whole model is, sharded over the GPUs.")
-    load_in_8bit: bool = option(False, "Refused: a quantised model cannot be trained whole.")
-    load_in_4bit: bool = option(False, "Refused, likewise.")
+    use_peft: bool = option(False, "Train low-rank adapters (LoRA, arXiv:2106.09685) through peft; the model is frozen.")
+    lora_r: int = option(16, "Rank of the adapters.")
+    lora_alpha: float = option(32, "Adapters are scaled by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.05, "Dropout before the adapters in SFT; GRPO, whose sampler has none, takes 0.")
+    lora_target_modules: list[str] | None = option(
+        None, "Modules that get adapters, by the end of their names, or all-linear; default: peft's for the architecture."
+    )
+    lora_modules_to_save: list[str] | None = option(None, "Modules trained whole beside the adapters.")
+    lora_task_type: Literal["CAUSAL_LM"] = option("CAUSAL_LM", "The only task there is here.")
+    use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_r) instead (arXiv:2312.03732).")
+    use_dora: bool = option(False, "Train each adapted weight's column norms apart (DoRA, arXiv:2402.09353).")
+    load_in_8bit: bool = option(False, "Freeze the model in 8 bits (bitsandbytes); needs use_peft.")
+    load_in_4bit: bool = option(False, "Freeze the model in 4 bits (QLoRA, arXiv:2305.14314); needs use_peft.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "The 4-bit type.")
+    use_bnb_nested_quant: bool = option(False, "Quantise the 4-bit scales too.")
 
     def __post_init__(self) -> None:
         require(self.model_name_or_path != "", "--model_name_or_path is missing: give a Hub id or a model folder.")
         require(self.dtype in (None, "auto", "bfloat16", "float32"),
                 f"dtype {self.dtype!r} is not supported (float16 needs loss scaling): use bfloat16.")  # fmt: skip
-        for name in ("use_peft", "load_in_8bit", "load_in_4bit"):
-            require(not getattr(self, name), f"{name} is not supported: the whole model is trained, in shards; leave "
-                    "it out and use more GPUs or a smaller model.")  # fmt: skip
+        require(not (self.load_in_4bit and self.load_in_8bit), "give one of load_in_4bit and load_in_8bit.")
+        require(self.use_peft or not (self.load_in_4bit or self.load_in_8bit),
+                "a quantised model cannot be trained whole: give --use_peft true with load_in_4bit or load_in_8bit, or "
+                "leave them out.")  # fmt: skip
+        require(self.lora_r >= 1, f"lora_r must be at least 1, got {self.lora_r}.")
+        require(0 <= self.lora_dropout < 1, f"lora_dropout is a share from 0 to below 1, got {self.lora_dropout}.")
 
 
 @dataclass(frozen=True)
@@ -134,6 +149,15 @@ class TrainingConfig:
     bf16: bool | None = option(None, "Compute in bfloat16 (masters stay float32); default: on CUDA yes, on CPU no.")
     fp16: bool = option(False, "Refused: float16 needs loss scaling; use bf16.")
     gradient_checkpointing: bool = option(False, "Recompute each block's activations in the backward pass.")
+    gradient_checkpointing_every: int = option(1, "Do so for every k-th block only: more memory, less recomputing.")
+    activation_offloading: bool = option(
+        False, "Keep what checkpointed blocks save in host memory; needs gradient_checkpointing."
+    )
+    cpu_offload: bool = option(False, "Keep parameters, gradients and optimizer state in host memory (FSDP2's policy).")
+    merge_adapter: bool = option(False, "Beside the adapter, write the merged model to output_dir/merged.")
+    dry_run: bool = option(False, "Predict memory and time of a step, refuse what cannot fit, and end.")
+    dry_run_gpus: int = option(8, "GPUs that dry_run plans for.")
+    dry_run_gpu_gib: float = option(80.0, "Memory of each of them [GiB].")
     optim: str = option("adamw_torch", f"Always AdamW with float32 moments; known: {', '.join(OPTIMIZERS)}.")
     logging_strategy: Literal["no", "steps", "epoch"] = option("steps", "Log every logging_steps, each epoch, or not.")
     logging_steps: float = option(1, "Steps between log lines; below 1: a share of all steps.")
@@ -191,7 +215,7 @@ class TrainingConfig:
         names = ", ".join(SCHEDULES)
         require(self.lr_scheduler_type in SCHEDULES, f"unknown lr_scheduler_type {self.lr_scheduler_type!r}: {names}.")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_micro_batch",
-                     "ddp_timeout"):  # fmt: skip
+                     "ddp_timeout", "gradient_checkpointing_every", "dry_run_gpus"):  # fmt: skip
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "warmup_steps"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}.")
@@ -200,6 +224,8 @@ class TrainingConfig:
             require(getattr(self, name) is None or getattr(self, name) > 0,
                     f"{name} must be positive, got {getattr(self, name)}.")  # fmt: skip
         require(self.optim in OPTIMIZERS, f"unknown optim {self.optim!r}: {', '.join(OPTIMIZERS)}.")
+        require(self.gradient_checkpointing or not self.activation_offloading,
+                "activation_offloading moves what checkpointed blocks save: give --gradient_checkpointing true too.")
         require(self.max_steps > 0 or self.num_train_epochs > 0, "give --max_steps or --num_train_epochs above 0.")
 
     def total_steps(self, steps_per_epoch: float) -> int:
@@ -225,9 +251,33 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class SFTConfig(TrainingConfig):
-    max_length: int = option(1024, "Longest sequence in tokens; longer rows keep their start.", alias="max_seq_length")
-    eos_token: str | None = option(None, "Token that ends a turn, in place of the tokenizer's.")
+    max_length: int = option(
+        1024, "Longest row in tokens, and with packing the size of a bin.", alias="max_seq_length"
+    )
+    truncation_mode: Literal["keep_start", "keep_end", "drop"] = option(
+        "keep_start", "What becomes of longer rows: their start or end is kept, or they are left out."
+    )
+    packing: bool = option(
+        False, "A sequence of the batch size is a bin of max_length tokens, filled with whole rows that do not see each "
+        "other, instead of one row.",
+    )  # fmt: skip
+    loss_type: Literal["nll", "dft"] = option(
+        "nll", "nll: -log p; dft: -p log p with p held constant, dynamic fine-tuning (arXiv:2508.05629)."
+    )
+    assistant_only_loss: bool = option(True, "In conversations train what the assistant says; false: everything.")
+    completion_only_loss: bool | None = option(
+        None, "With prompt and completion train the completion; false: the prompt too."
+    )
+    dataset_text_field: str = option("text", "Column of plain text, trained whole.")
+    dataset_num_proc: int | None = option(None, "Processes that tokenise; default: one a core, at most 16.")
+    dataset_streaming: bool = option(
+        False, "Read and tokenise the rows as they are needed, in the order of the files; needs max_steps."
+    )
+    eos_token: str | None = option(None, "Token that ends a turn; default: the chat template's.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.max_length >= 2, f"max_length must be at least 2, got {self.max_length}.")
+        require(self.dataset_num_proc is None or self.dataset_num_proc >= 1, "dataset_num_proc must be at least 1.")
+        require(not self.dataset_streaming or self.max_steps > 0,
+                "the length of a streamed data set is not known: say how long to train with --max_steps.")  # fmt: skip

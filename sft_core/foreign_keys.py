@@ -9,7 +9,7 @@ _SHARDING = "every run is sharded by FSDP2; nothing to set"
 _ENGINE = "the engine lives in the ranks themselves; see engine, vllm_gpu_memory_utilization, vllm_tensor_parallel_size"
 _PACKED = "micro-batches are packed without padding; max_tokens_per_micro_batch bounds them"
 _CODE = "it belongs to code rewards, which are not here; a reward of your own is named module:function"
-_PEFT = "adapters are not trained here; use_peft is refused"
+_QUANTISED = "quantised weights are kept as bitsandbytes makes them, whole on every rank"
 _FUSED = "log-probs never make a [tokens, vocabulary] tensor here; nothing to set"
 
 FOREIGN_KEYS: dict[str, str] = {
@@ -62,11 +62,7 @@ FOREIGN_KEYS: dict[str, str] = {
          "ddp_backend", "log_level_replica", "log_on_each_node", "average_tokens_across_devices", "bf16_full_eval",
          "include_num_input_tokens_seen", "include_tokens_per_second", "eval_packing"), "nothing here needs it",
     ),
-    **dict.fromkeys(
-        ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_task_type",
-         "lora_modules_to_save", "use_rslora", "use_dora", "bnb_4bit_quant_type", "use_bnb_nested_quant",
-         "bnb_4bit_quant_storage"), _PEFT,
-    ),
+    "bnb_4bit_quant_storage": _QUANTISED,
     **dict.fromkeys(
         ("num_processes", "compute_environment", "debug", "distributed_type", "downcast_bf16", "dynamo_config",
          "enable_cpu_affinity", "gpu_ids", "machine_rank", "main_process_ip", "main_process_port",
