@@ -38,9 +38,10 @@ from eval.tasks import Doc, LightevalTaskConfig, find_tasks, load_custom_tasks
 from eval.workers import Unscored, WorkerPool
 from gen.engine import Completion, Engine, check_engine_available, make_engine
 from sft_core import guards
+from sft_core.chat import render_prompt
 from sft_core.cli import parse
 from sft_core.config import ModelConfig, require
-from sft_core.data import FILES, load_rows, render_prompt
+from sft_core.data import FILES, load_rows
 from sft_core.files import flush_to_disk, write_atomically
 from sft_core.model import load_tokenizer, stop_token_ids
 

@@ -116,7 +116,8 @@ def set_up(argv: list[str]) -> tuple[Run, bool]:
                 "or --audit_samples false.")  # fmt: skip
     functions = get_reward_funcs(data)
     base = join("grpo", model, data, config)
-    check_positions(base.model_info, config.max_prompt_length + config.max_completion_length)
+    check_positions(base.model_info, config.max_prompt_length + config.max_completion_length, "prompt and completion",
+                    "lower --max_prompt_length or --max_completion_length")  # fmt: skip
     order = row_order(len(base.rows), config.seed, 0, min(audit.audit_prompts, len(base.rows)))
     prompts, _ = load_prompts(base.rows.select(order), data, replace(config, max_prompt_length=10**9), base.tokenizer)
     at_once = min(len(prompts), config.prompts_a_rollout(1))

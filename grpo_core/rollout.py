@@ -25,7 +25,7 @@ from gen.engine import Engine
 from grpo_core.advantage import group_advantages
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
 from grpo_core.scoring import ScoreResult, score_completions
-from sft_core.data import render_prompt
+from sft_core.chat import render_prompt
 from sft_core.files import flush_to_disk
 
 GOLD_REWARDS = {"accuracy", "cosine", "length"}  # what compares with a gold answer

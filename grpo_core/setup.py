@@ -68,7 +68,8 @@ def prepare(argv: list[str]) -> Run:
     tensor_parallel = config.vllm_tensor_parallel_size
     require(world_size % tensor_parallel == 0,
             f"vllm_tensor_parallel_size {tensor_parallel} does not divide {world_size} ranks.")  # fmt: skip
-    check_positions(base.model_info, config.max_prompt_length + config.max_completion_length)
+    check_positions(base.model_info, config.max_prompt_length + config.max_completion_length, "prompt and completion",
+                    "lower --max_prompt_length or --max_completion_length")  # fmt: skip
     prompts, left_out = prompts_to_use(base, base.rows, config)
     test_prompts: list[Prompt] = []
     if base.test_rows is not None:

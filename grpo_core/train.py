@@ -245,7 +245,7 @@ def update(
     """
     parts: list[dict[str, Tensor]] = []
     for batch in micro_batches:
-        logps, entropies = policy(batch.sequences, config.temperature)
+        logps, entropies, _ = policy(batch.sequences, config.temperature)
         n = len(batch.positions)  # 0 in an idle pass
         scored, gap = logps[:n], {}
         if first_use:

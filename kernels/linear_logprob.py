@@ -1,4 +1,4 @@
-"""Log-prob and entropy of given tokens, straight from hidden states and head weight.
+"""Log-prob and entropy of given tokens (and the best token's log-prob), straight from hidden states and head weight.
 
 The logits [N, V] never exist: rows are taken in chunks, and the backward computes a chunk's logits again, so the extra
 memory is two float32 [chunk, V] buffers and one [V, D] accumulator, whatever N is. Logits are float32 (float64 for
@@ -11,7 +11,7 @@ caller's affair, and any gradient of both outputs can come back. The plain twin 
 Under FSDP2 call it inside the forward of the module that owns `weight`: there the parameter is whole, its storage is
 gathered again before the backward, and the gradient is returned to autograd, which adds a tied embedding's own.
 
-    logps, entropies = linear_logprob(hidden, head.weight, token_ids, temperature=0.9)
+    logps, entropies, best_logps = linear_logprob(hidden, head.weight, token_ids, temperature=0.9)
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def linear_logprob(
     *,
     temperature: float = 1.0,
     chunk_size: int | None = None,
-) -> tuple[Tensor, Tensor]:  # logps [N], entropies [N]
-    """log p(target) and entropy -sum p log p (nats) of softmax(hidden @ weight.T / temperature), row by row.
+) -> tuple[Tensor, Tensor, Tensor]:  # logps [N], entropies [N], best_logps [N]
+    """log p(target), entropy -sum p log p (nats) and max log p of softmax(hidden @ weight.T / temperature), row by row.
 
-    Both are float32 (float64 for float64 `hidden`) and differentiable in `hidden` and `weight`; gradients come back in
-    those tensors' own dtypes, that of `weight` accumulated in float32 over the chunks. `chunk_size` is in rows and
-    changes memory and speed only.
+    All are float32 (float64 for float64 `hidden`). The first two are differentiable in `hidden` and `weight`; gradients
+    come back in those tensors' own dtypes, that of `weight` accumulated in float32 over the chunks. A target is the
+    likeliest token where logps >= best_logps, exactly. `chunk_size` is in rows and changes memory and speed only.
 
     Raises ValueError for shapes that do not fit, a temperature that is not positive, a sharded `weight`.
     """
@@ -55,40 +55,41 @@ def linear_logprob(
         chunk_size = CHUNK_ELEMENTS.get(hidden.device.type, 2**24) // weight.shape[0]
     chunk_size = max(int(chunk_size), 1)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        logps, entropies = _LinearLogprob.apply(hidden, weight, targets, temperature, chunk_size)
-        return logps, entropies
+        logps, entropies, best_logps = _LinearLogprob.apply(hidden, weight, targets, temperature, chunk_size)
+        return logps, entropies, best_logps
     return _forward(hidden, weight, targets, temperature, chunk_size)
 
 
 def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     logps = torch.empty(hidden.shape[0], dtype=_accumulator_dtype(hidden), device=hidden.device)
-    entropies = torch.empty_like(logps)
+    entropies, best_logps = torch.empty_like(logps), torch.empty_like(logps)
     operand = _operand_dtype(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         head = weight.to(operand)  # [V, D]
         workspace = _workspace(logps, weight, chunk_size)
         for rows in _chunks(hidden.shape[0], chunk_size):
-            log_probs, probs = _softmax(hidden[rows].to(operand), head, temperature, workspace)  # [C, V] each
+            log_probs, probs, best_logps[rows] = _softmax(hidden[rows].to(operand), head, temperature, workspace)
             logps[rows] = log_probs.gather(-1, targets[rows, None])[:, 0]
             # From log-probs, all of one sign; logsumexp - sum(p z) would cancel where logits are large.
             entropies[rows] = probs.mul_(log_probs).sum(-1).neg_()
-    return logps, entropies
+    return logps, entropies, best_logps
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk_size):
-        logps, entropies = _forward(hidden, weight, targets, temperature, chunk_size)
+        logps, entropies, best_logps = _forward(hidden, weight, targets, temperature, chunk_size)
         ctx.save_for_backward(hidden, weight, targets, entropies)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         ctx.set_materialize_grads(False)
-        return logps, entropies
+        ctx.mark_non_differentiable(best_logps)
+        return logps, entropies, best_logps
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logps, grad_entropies):
+    def backward(ctx, grad_logps, grad_entropies, _):
         """With p = softmax(z): dlogp/dz = 1_target - p and dH/dz = -p (log p + H), where z = logits / temperature."""
         hidden, weight, targets, entropies = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
@@ -102,7 +103,7 @@ class _LinearLogprob(torch.autograd.Function):
             workspace = _workspace(entropies, weight, ctx.chunk_size)
             for rows in _chunks(hidden.shape[0], ctx.chunk_size):
                 chunk = hidden[rows].to(operand)  # [C, D]
-                log_probs, probs = _softmax(chunk, head, ctx.temperature, workspace)  # [C, V] each
+                log_probs, probs, _ = _softmax(chunk, head, ctx.temperature, workspace)
                 grad_logp = grad_logps[rows, None] / ctx.temperature
                 if grad_entropies is None:
                     grad_logits = probs.mul_(-grad_logp)
@@ -122,8 +123,10 @@ class _LinearLogprob(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
-def _softmax(hidden: Tensor, head: Tensor, temperature: float, workspace: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """log p and p of one chunk, [C, V] each in the accumulator's dtype, written into the workspace."""
+def _softmax(
+    hidden: Tensor, head: Tensor, temperature: float, workspace: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log p and p of one chunk, [C, V] each in the accumulator's dtype, written into the workspace; max log p [C]."""
     log_probs, probs = (buffer[: hidden.shape[0]] for buffer in workspace)
     if hidden.dtype == log_probs.dtype:
         torch.mm(hidden, head.T, out=log_probs)
@@ -133,7 +136,7 @@ def _softmax(hidden: Tensor, head: Tensor, temperature: float, workspace: list[T
     log_probs.sub_(log_probs.amax(-1, keepdim=True))
     torch.exp(log_probs, out=probs)
     total = probs.sum(-1, keepdim=True)
-    return log_probs.sub_(total.log()), probs.div_(total)
+    return log_probs.sub_(total.log()), probs.div_(total), -total.log()[:, 0]  # the largest was 0 before
 
 
 def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -4,7 +4,7 @@ The tests compare every fast path with these; run them in float64 to have a refe
 Left out on purpose: chunking, custom gradients, packing tricks. Autograd differentiates all of it.
 
     hidden, weight = torch.randn(5, 8).double(), torch.randn(11, 8).double()
-    logps, entropies = linear_logprob(hidden, weight, torch.tensor([0, 3, 3, 10, 7]), temperature=0.7)
+    logps, entropies, best_logps = linear_logprob(hidden, weight, torch.tensor([0, 3, 3, 10, 7]), temperature=0.7)
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def linear_logprob(
     targets: Tensor,  # [N] int64
     *,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:  # [N], [N]
-    """log p(target) and entropy -sum p log p (nats) of softmax(hidden @ weight.T / temperature).
+) -> tuple[Tensor, Tensor, Tensor]:  # [N], [N], [N]
+    """log p(target), entropy -sum p log p (nats) and max log p of softmax(hidden @ weight.T / temperature).
 
     float32 throughout, float64 where `hidden` is float64.
     """
@@ -31,7 +31,7 @@ def linear_logprob(
     log_probs = logits.log_softmax(-1)
     logps = log_probs.gather(-1, targets[:, None])[:, 0]
     entropies = -(log_probs.exp() * log_probs).sum(-1)
-    return logps, entropies
+    return logps, entropies, log_probs.amax(-1).detach()
 
 
 def packed_attention(

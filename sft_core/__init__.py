@@ -6,7 +6,11 @@ before anything imports transformers.
 """
 
 import importlib.metadata
+import logging
 import sys
+
+# bitsandbytes looks for that package too and goes on without it; its warning would only puzzle.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def refuse_foreign_kernels() -> None:

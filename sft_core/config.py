@@ -74,12 +74,15 @@ class ModelConfig:
     attn_implementation: str | None = option(
         None, "Any of transformers' names: attention here is always the packed one (varlen kernels on a GPU)."
     )
-    use_peft: bool = option(False, "Train low-rank adapters (LoRA, arXiv:2106.09685) through peft; the model is frozen.")
+    use_peft: bool = option(
+        False, "Train low-rank adapters (LoRA, arXiv:2106.09685) through peft; the model is frozen."
+    )
     lora_r: int = option(16, "Rank of the adapters.")
     lora_alpha: float = option(32, "Adapters are scaled by lora_alpha / lora_r.")
     lora_dropout: float = option(0.05, "Dropout before the adapters in SFT; GRPO, whose sampler has none, takes 0.")
     lora_target_modules: list[str] | None = option(
-        None, "Modules that get adapters, by the end of their names, or all-linear; default: peft's for the architecture."
+        None,
+        "Modules that get adapters, by the end of their names, or all-linear; default: peft's for the architecture.",
     )
     lora_modules_to_save: list[str] | None = option(None, "Modules trained whole beside the adapters.")
     lora_task_type: Literal["CAUSAL_LM"] = option("CAUSAL_LM", "The only task there is here.")
@@ -224,8 +227,10 @@ class TrainingConfig:
             require(getattr(self, name) is None or getattr(self, name) > 0,
                     f"{name} must be positive, got {getattr(self, name)}.")  # fmt: skip
         require(self.optim in OPTIMIZERS, f"unknown optim {self.optim!r}: {', '.join(OPTIMIZERS)}.")
-        require(self.gradient_checkpointing or not self.activation_offloading,
-                "activation_offloading moves what checkpointed blocks save: give --gradient_checkpointing true too.")
+        require(
+            self.gradient_checkpointing or not self.activation_offloading,
+            "activation_offloading moves what checkpointed blocks save: give --gradient_checkpointing true too.",
+        )
         require(self.max_steps > 0 or self.num_train_epochs > 0, "give --max_steps or --num_train_epochs above 0.")
 
     def total_steps(self, steps_per_epoch: float) -> int:
@@ -251,16 +256,15 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class SFTConfig(TrainingConfig):
-    max_length: int = option(
-        1024, "Longest row in tokens, and with packing the size of a bin.", alias="max_seq_length"
-    )
+    max_length: int = option(1024, "Longest row in tokens, and with packing the size of a bin.", alias="max_seq_length")
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = option(
         "keep_start", "What becomes of longer rows: their start or end is kept, or they are left out."
     )
     packing: bool = option(
-        False, "A sequence of the batch size is a bin of max_length tokens, filled with whole rows that do not see each "
-        "other, instead of one row.",
-    )  # fmt: skip
+        False,
+        "A sequence of the batch size is a bin of max_length tokens, filled with whole rows, instead of one row; rows "
+        "never see each other, and a batch of the same rows has the same loss.",
+    )
     loss_type: Literal["nll", "dft"] = option(
         "nll", "nll: -log p; dft: -p log p with p held constant, dynamic fine-tuning (arXiv:2508.05629)."
     )

@@ -1,6 +1,6 @@
-"""Rows from the Hub or local files, a data order that can be resumed, and token ids with loss masks from conversations.
+"""Rows from the Hub or local files, whole or streamed, and an order of them that can be resumed.
 
-Left out on purpose: streaming, caching of tokenised rows.
+What is made of a row: `sft_core/supervised.py`, `grpo_core/rollout.py`. Left out on purpose: formats other than these.
 """
 
 import hashlib
@@ -9,25 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from sft_core.config import ScriptArguments
 
 FILES = (".json", ".jsonl", ".parquet")
 
 
-def load_splits(arguments: ScriptArguments, test: bool) -> tuple[Dataset, Dataset | None]:
-    """The rows to train on, and those to evaluate on where `test` asks for them.
+def load_splits(
+    arguments: ScriptArguments, test: bool, streaming: bool = False
+) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    """The rows to train on, and those to evaluate on where `test` asks for them; `streaming` is of the former.
 
     Raises:
         ValueError: nothing is there, or no such split, or no rows to evaluate on; the message names the remedy.
     """
     if arguments.dataset_mixture is not None:
+        if streaming:
+            raise ValueError("a mixture is shuffled whole and cannot be streamed: leave out --dataset_streaming.")
         return _mix(arguments.dataset_mixture, test)
-    train = load_rows(arguments.dataset_name, arguments.dataset_config, arguments.dataset_train_split)
+    load = stream_rows if streaming else load_rows
+    train = load(arguments.dataset_name, arguments.dataset_config, arguments.dataset_train_split)
     if not test:
         return train, None
     name = arguments.dataset_test_split
@@ -89,8 +92,8 @@ def load_rows(name: str, config: str | None = None, split: str = "train") -> Dat
         try:
             rows = load_dataset(path.suffix[1:].replace("jsonl", "json"), data_files=str(path), split="train")
         except (DatasetGenerationError, StopIteration, ValueError) as error:
-            cause = " ".join(str(error.__cause__ or error).split())
-            raise ValueError(f"{name} cannot be read as {path.suffix}: {cause[:200]} (one row a line).") from error
+            cause = damaged_line(path) or " ".join(str(error.__cause__ or error).split())[:200]
+            raise ValueError(f"{name} cannot be read as {path.suffix}: {cause} (one row a line).") from error
         if len(rows) == 0:
             raise ValueError(f"{name} has no rows.")
         return rows
@@ -113,8 +116,48 @@ def load_rows(name: str, config: str | None = None, split: str = "train") -> Dat
     return data
 
 
-def fingerprint(rows: Dataset) -> str:
-    """Identity of a data set: its columns, its size and up to 1,000 rows spread over it."""
+def damaged_line(path: Path) -> str | None:
+    """What is wrong with the first line of a JSON-lines file that is no JSON object, and which line it is."""
+    if path.suffix not in (".json", ".jsonl"):
+        return None
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except ValueError as error:
+                end = "the file ends in the middle of it" if not line.endswith("\n") else str(error)
+                return f"line {number} is not complete JSON: {end}"
+            if not isinstance(row, dict):
+                return f"line {number} is no JSON object"
+    return None
+
+
+def stream_rows(name: str, config: str | None = None, split: str = "train") -> IterableDataset:
+    """The rows of `split`, read as they are needed, in the order of the files; see `load_rows`."""
+    path = Path(name).expanduser()
+    if path.suffix in FILES:
+        if not path.is_file():
+            raise ValueError(f"there is no data file at {name}: check --dataset_name.")
+        kind = path.suffix[1:].replace("jsonl", "json")
+        rows = load_dataset(kind, data_files=str(path), split="train", streaming=True)
+    elif (path / "state.json").exists():
+        rows = load_from_disk(str(path)).to_iterable_dataset()
+    else:
+        try:
+            rows = load_dataset(name, config, split=split, streaming=True)
+        except (OSError, ValueError) as error:
+            cause = str(error).splitlines()[0]
+            raise ValueError(f"no data set {name!r} to be streamed: check --dataset_name. Cause: {cause}") from error
+    if next(iter(rows), None) is None:
+        raise ValueError(f"{name} has no rows.")
+    return rows
+
+
+def fingerprint(rows: Dataset | IterableDataset) -> str:
+    """Identity of a data set: its columns, its size and up to 1,000 rows spread over it (streamed: its first 100)."""
+    if isinstance(rows, IterableDataset):
+        text = json.dumps(list(rows.take(100)), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
     step = max(1, len(rows) // 1000)
     sample = rows.select(range(0, len(rows), step))
     text = json.dumps([rows.column_names, len(rows), sample.to_list()], sort_keys=True, default=str)
@@ -133,92 +176,3 @@ def row_order(num_rows: int, seed: int, start: int, count: int) -> list[int]:
         order += torch.randperm(num_rows, generator=generator).tolist()
     skip = start % num_rows
     return order[skip : skip + count]
-
-
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation up to where the assistant's answer begins."""
-    require_chat_template(tokenizer)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "the tokenizer has no chat template: start from an instruct model, or give one with --chat_template."
-        )
-
-
-def supervised_example(
-    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], stop_ids: frozenset[int]
-) -> tuple[list[int], list[bool]]:
-    """Token ids and loss mask of one row: `messages`, or `prompt` and `completion` (texts or conversations).
-
-    Only what the assistant says is trained (with prompt and completion: only the completion), up to and including the
-    token that ends its turn. A conversation is cut where generation would start and each part is tokenised by itself,
-    so the ids are the ones that sampling from the same prompt meets.
-
-    Raises:
-        ValueError: the template's rendering of a turn does not continue that of the turns before it, or does not end
-            the assistant's turn with a stop token.
-    """
-    if isinstance(row.get("completion"), str):
-        prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
-        completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        return prompt + completion, [False] * len(prompt) + [True] * len(completion)
-    require_chat_template(tokenizer)
-    messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
-    first_trained = 0 if "messages" in row else len(row["prompt"])
-    ids: list[int] = []
-    mask: list[bool] = []
-    done = ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i < first_trained:
-            continue
-        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-        if not (before.startswith(done) and after.startswith(before)):
-            raise ValueError(
-                "the chat template rewrites earlier turns when a later one is added, so the assistant's tokens cannot "
-                "be told apart: use a template that only appends."
-            )
-        context = tokenizer(before[len(done) :], add_special_tokens=False)["input_ids"]
-        answer = tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
-        ends = [t for t, token in enumerate(answer) if token in stop_ids]
-        if not ends:
-            raise ValueError(
-                "the chat template does not end the assistant's turn with a stop token, so the model would never learn "
-                f"to stop: set eos_token to the template's end of turn (stop ids are {sorted(stop_ids)})."
-            )
-        ids += context + answer
-        mask += [False] * len(context) + [t <= ends[-1] for t in range(len(answer))]
-        done = after
-    return ids, mask
-
-
-def supervised_examples(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], max_length: int
-) -> tuple[list[tuple[list[int], list[bool]]], int]:
-    """Token ids and loss masks of all rows, cut to their first `max_length` tokens, and how many rows were dropped.
-
-    A row in which nothing is left to learn is dropped.
-
-    Raises:
-        ValueError: the columns fit no form that is known, or no row is left.
-    """
-    columns = rows.column_names
-    if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
-        raise ValueError(
-            f"the data needs a column `messages`, or `prompt` and `completion`; it has {', '.join(columns)}."
-        )
-    examples = []
-    for row in tqdm(rows, desc="tokenise", disable=None, leave=False):
-        ids, mask = supervised_example(tokenizer, row, stop_ids)
-        ids, mask = ids[:max_length], mask[:max_length]
-        if any(mask[1:]):
-            examples.append((ids, mask))
-    if not examples:
-        raise ValueError(
-            f"none of the {len(rows)} rows has anything to learn within max_length {max_length}: raise it."
-        )
-    return examples, len(rows) - len(examples)

@@ -26,9 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 class Errands:
-    """`run`: `sft_core.setup.Base` with `config` and `total_steps`; `samples`: rows (SFT) or prompts (GRPO)."""
+    """`run`: `sft_core.setup.Base` with `config` and `total_steps`; `samples`: rows (SFT; None: not known) or prompts
+    (GRPO)."""
 
-    def __init__(self, run: Any, metrics: MetricsLogger, *, samples: int, steps_per_epoch: float) -> None:
+    def __init__(self, run: Any, metrics: MetricsLogger, *, samples: int | None, steps_per_epoch: float) -> None:
         self.run, self.config, self.metrics = run, run.config, metrics
         self.samples, self.steps_per_epoch = samples, steps_per_epoch
         self.first = run.rank == 0
@@ -46,8 +47,13 @@ class Errands:
         return self.config.due(what, step, total, self.steps_per_epoch)
 
     def epoch(self, progress: dict[str, Any]) -> float:
-        """Passes over the rows (SFT) or prompts (GRPO) so far."""
-        return progress["rows" if self.run.algorithm == "sft" else "prompts"] / self.samples
+        """Passes over the rows (SFT) or prompts (GRPO) so far; the share of the run where their number is not known."""
+        if self.samples is None:
+            return progress["step"] / self.run.total_steps
+        return self._consumed(progress) / self.samples
+
+    def _consumed(self, progress: dict[str, Any]) -> int:
+        return progress["rows" if self.run.algorithm == "sft" else "prompts"]
 
     def log_evaluation(self, progress: dict[str, Any], figures: dict[str, float]) -> None:
         """Log the figures; `progress`, and so the next checkpoint, remembers them."""
@@ -115,8 +121,8 @@ class Errands:
             "num_tokens": progress["num_tokens"],
             "train_loss": progress["loss_sum"] / max(1, steps),
             "train_runtime": progress["seconds"],
-            "train_samples": self.samples,
-            "train_samples_per_second": self.samples * self.epoch(progress) / seconds,
+            "train_samples": self._consumed(progress) if self.samples is None else self.samples,
+            "train_samples_per_second": self._consumed(progress) / seconds,
             "train_steps_per_second": steps / seconds,
         }
         save_results(folder, "train", results)

@@ -40,8 +40,9 @@ class Policy(nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self.model.get_decoder().layers
 
-    def forward(self, batch: PackedSequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [N], float32, of the scored tokens, of softmax(logits / temperature)."""
+    def forward(self, batch: PackedSequences, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs of the scored tokens, entropies and log-probs of the likeliest tokens [N], float32, all of
+        softmax(logits / temperature)."""
         hidden = self.model.get_decoder()(
             input_ids=batch.input_ids,
             position_ids=batch.layout.position_ids[None],
@@ -58,22 +59,19 @@ class Policy(nn.Module):
         return self(pack_sequences([prompt + completion], [mask], device), temperature)[0]
 
 
-def check_positions(config: PretrainedConfig, tokens: int) -> None:
-    """Raise ValueError where `tokens` are more than the model has positions for."""
+def check_positions(config: PretrainedConfig, tokens: int, what: str, remedy: str) -> None:
+    """Raise ValueError where `tokens`, which `what` takes, are more than the model has positions for."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and tokens > positions:
-        raise ValueError(
-            f"prompt and completion may take {tokens} tokens, the model has {positions} positions: lower "
-            "--max_prompt_length or --max_completion_length."
-        )
+        raise ValueError(f"{what} may take {tokens} tokens, the model has {positions} positions: {remedy}.")
 
 
 def load_tokenizer(
-    config: ModelConfig, chat_template: str | None = None, eos_token: str | None = None
+    config: ModelConfig, chat_template: str | None = None
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     """The model's configuration and tokenizer, without its weights.
 
-    `chat_template` (Jinja text, or a file with it) and `eos_token` take the place of the tokenizer's own.
+    `chat_template` (Jinja text, or a file with it) takes the place of the tokenizer's own.
 
     Raises:
         ValueError: there is no such model, or it is of a kind that is refused.
@@ -93,10 +91,6 @@ def load_tokenizer(
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template)
-    if eos_token is not None:
-        if tokenizer.convert_tokens_to_ids(eos_token) in (None, tokenizer.unk_token_id):
-            raise ValueError(f"eos_token {eos_token!r} is not a token of {name}: name one of its vocabulary.")
-        tokenizer.eos_token = eos_token
     for attribute in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model_config, attribute, None) not in (None, 1.0):
             raise ValueError(

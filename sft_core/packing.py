@@ -1,8 +1,12 @@
 """Padding-free batches: whole sequences put end to end into bins of at most a token budget."""
 
+import heapq
+import math
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,6 +36,49 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
     return bins
 
 
+def balance(lengths: Sequence[int], budget: int, ranks: int, quadratic: float = 0.0) -> list[list[list[int]]]:
+    """For each rank its micro-batches, as indices of `lengths`: at most `budget` tokens each, as many on every rank.
+
+    A sequence of L tokens costs L + quadratic L^2 (attention's share). Ranks go through their micro-batches in step,
+    so those that meet are made alike: costliest sequence first, each to the cheapest micro-batch with room, and the
+    micro-batches dealt out in order of cost. A sequence is never split; one longer than the budget gets a micro-batch
+    of its own. With fewer sequences than ranks some micro-batches are empty. Deterministic.
+
+    >>> balance([5, 3, 3, 2, 9], budget=8, ranks=2)
+    [[[4], [1, 3]], [[0], [2]]]
+    """
+    cost = [length + quadratic * length * length for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda i: (-cost[i], i))
+    count = ranks * max(1, math.ceil(sum(lengths) / budget / ranks))
+    while (bins := _spread(lengths, cost, order, budget, count)) is None:
+        count += ranks
+    bins.sort(key=lambda members: -sum(cost[i] for i in members))
+    return [bins[rank::ranks] for rank in range(ranks)]
+
+
+def _spread(
+    lengths: Sequence[int], cost: list[float], order: list[int], budget: int, count: int
+) -> list[list[int]] | None:
+    """The sequences in exactly `count` bins, or None where they do not fit."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    tokens = [0] * count
+    cheapest = [(0.0, b) for b in range(count)]  # a heap of (cost, bin)
+    for i in order:
+        passed = []
+        while cheapest:
+            so_far, b = heapq.heappop(cheapest)
+            if not bins[b] or tokens[b] + lengths[i] <= budget:
+                break
+            passed.append((so_far, b))
+        else:
+            return None
+        bins[b].append(i)
+        tokens[b] += lengths[i]
+        for entry in [*passed, (so_far + cost[i], b)]:
+            heapq.heappush(cheapest, entry)
+    return bins
+
+
 @dataclass
 class PackedSequences:
     """Sequences end to end, and which of their tokens are scored. T tokens, N scored ones, S sequences."""
@@ -44,15 +91,17 @@ class PackedSequences:
     num_sequences: int  # S
 
 
-def pack_sequences(sequences: list[list[int]], masks: list[list[bool]], device: torch.device) -> PackedSequences:
-    """Lay `sequences` end to end; `masks[i][t]` says that token t of sequence i is scored (its first never is).
+def pack_sequences(sequences: Sequence, masks: Sequence, device: torch.device) -> PackedSequences:
+    """Lay `sequences` (lists or arrays of ids) end to end; `masks[i][t]`: token t of sequence i is scored (t > 0).
 
     A scored token is predicted by the position before it, so the head runs on `rows` alone: what is not scored costs
     nothing there, and no position of one sequence ever predicts a token of the next.
     """
     lengths = [len(sequence) for sequence in sequences]
-    tokens = torch.tensor([token for sequence in sequences for token in sequence])
-    scored = torch.tensor([flag and t > 0 for mask in masks for t, flag in enumerate(mask)]).nonzero().squeeze(1)
+    tokens = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
+    flags = torch.from_numpy(np.concatenate(masks).astype(bool))
+    flags[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = False
+    scored = flags.nonzero().squeeze(1)
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     return PackedSequences(
         input_ids=tokens[None].to(device),

@@ -3,26 +3,30 @@
 `join` is common to both; `prepare` makes a supervised run of it (`grpo_core/setup.py` makes a GRPO run).
 """
 
+import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from kernels.linear_logprob import CHUNK_ELEMENTS
 from sft_core import guards
 from sft_core.callbacks import check_benchmarks, get_callbacks, init_wandb_training
+from sft_core.chat import check_template, set_up
 from sft_core.checkpoint import prepare_output_dir
 from sft_core.cli import as_yaml, parse
 from sft_core.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig
-from sft_core.data import fingerprint, load_splits, supervised_examples
+from sft_core.data import fingerprint, load_splits
 from sft_core.flow import set_log_level, start_logging
 from sft_core.hub import check_hub
 from sft_core.metrics import check_report_to
 from sft_core.model import (
     architecture,
+    check_positions,
     compute_in_bf16,
     count_parameters,
     load_tokenizer,
@@ -30,6 +34,8 @@ from sft_core.model import (
     stop_token_ids,
 )
 from sft_core.optim import check_schedule
+from sft_core.order import Shuffled, Streamed
+from sft_core.supervised import check_columns, encode_row, needs_template, supervised_examples
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,8 @@ class Base:
     model_info: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
-    rows: Dataset
+    template: str  # what is to be said of the chat template
+    rows: Dataset | IterableDataset
     test_rows: Dataset | None  # where the run evaluates
 
     @property
@@ -76,13 +83,20 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
     bf16 = compute_in_bf16(config.bf16, model.dtype, device)
     guards.on_first_rank(lambda: check_hub(config))
     guards.on_first_rank(lambda: check_benchmarks(config))
-    model_info, tokenizer = load_tokenizer(model, config.chat_template, getattr(config, "eos_token", None))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes that tokenise are forks
+    model_info, tokenizer = load_tokenizer(model, config.chat_template)
+    supervised = config if isinstance(config, SFTConfig) else None
+    rows, test_rows = load_splits(data, config.evaluates, supervised is not None and supervised.dataset_streaming)
+    conversations = supervised is None or needs_template(next(iter(rows)))
+    eos_token = None if supervised is None else supervised.eos_token
+    set_up(tokenizer, eos_token, conversations, chatml_default=supervised is not None)
     stop_ids = stop_token_ids(tokenizer, model)
-    rows, test_rows = load_splits(data, config.evaluates)
+    template = check_template(tokenizer, stop_ids) if conversations else ""
     return Base(
         algorithm=algorithm, model=model, data=data, options=asdict(model) | asdict(data) | asdict(config),
         recipe=as_yaml([model, data, config]), rank=rank, world_size=world_size, device=device, bf16=bf16,
-        model_info=model_info, tokenizer=tokenizer, stop_ids=stop_ids, rows=rows, test_rows=test_rows,
+        model_info=model_info, tokenizer=tokenizer, stop_ids=stop_ids, template=template, rows=rows,
+        test_rows=test_rows,
     )  # fmt: skip
 
 
@@ -108,17 +122,21 @@ class Run(Base):
 
     config: SFTConfig
     local_model: ModelConfig  # the model's folder on this machine
-    examples: list[tuple[list[int], list[bool]]]  # token ids and loss mask
-    test_examples: list[tuple[list[int], list[bool]]]
+    source: Shuffled | Streamed  # of the rows to train on
+    samples: int | None  # how many those are; None: streamed
+    test_examples: Dataset | None  # columns input_ids, loss_mask, length
     identity: dict[str, Any]
     checkpoint: Path | None  # to resume from
-    rows_per_step: int
+    sequences_per_step: int  # rows, or with packing bins
     total_steps: int
     summary: str
 
     @property
     def steps_per_epoch(self) -> float:
-        return len(self.examples) / self.rows_per_step
+        """Streamed rows are not counted beforehand: the run is their epoch."""
+        if isinstance(self.source, Streamed):
+            return self.total_steps
+        return self.source.sequences_per_pass / self.sequences_per_step
 
 
 def prepare(argv: list[str]) -> Run:
@@ -130,13 +148,16 @@ def prepare(argv: list[str]) -> Run:
     start_logging()
     model, data, config = parse((ModelConfig, ScriptArguments, SFTConfig), argv)
     base = join("sft", model, data, config)
-    examples, dropped = supervised_examples(base.rows, base.tokenizer, base.stop_ids, config.max_length)
-    test_examples: list[tuple[list[int], list[bool]]] = []
+    source, rows_line = training_rows(base, config)
+    test_examples = None
     if base.test_rows is not None:
-        test_examples, _ = supervised_examples(base.test_rows, base.tokenizer, base.stop_ids, config.max_length)
-    identity, checkpoint = claim(base, config, examples=len(examples))
-    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * base.world_size
-    total_steps = config.total_steps(len(examples) / rows_per_step)
+        test_examples, _ = supervised_examples(base.test_rows, base.tokenizer, base.stop_ids, config)
+        check_lengths(base, int(max(test_examples["length"])))
+    samples = None if isinstance(source, Streamed) else len(source.examples)
+    identity, checkpoint = claim(base, config, examples=samples, bin_size=source.bin_size)
+    sequences_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * base.world_size
+    per_pass = source.sequences_per_pass if isinstance(source, Shuffled) else 0
+    total_steps = config.total_steps(per_pass / sequences_per_step)
     vocab_size = base.model_info.get_text_config().vocab_size
     memory = guards.memory_plan(
         base.device,
@@ -147,13 +168,44 @@ def prepare(argv: list[str]) -> Run:
         compute_dtype=base.dtype,
         engine_kv_bytes=-1,
     )
+    what = f"bins of at most {config.max_length} tokens" if config.packing else "rows"
     summary = [
-        f"{len(examples)} rows to train on, {dropped} dropped (nothing to learn); {total_steps} steps of "
-        f"{rows_per_step} rows" + (f"; {len(test_examples)} rows to evaluate on" if test_examples else ""),
+        base.template,
+        rows_line + (f"; {len(test_examples)} rows to evaluate on" if test_examples is not None else ""),
+        f"{total_steps} steps of {sequences_per_step} {what}",
         memory,
     ]
     return Run(
-        **vars(base), config=config, local_model=local_copy(model), examples=examples, test_examples=test_examples,
-        identity=identity, checkpoint=checkpoint, rows_per_step=rows_per_step, total_steps=total_steps,
-        summary="\n".join(summary),
+        **vars(base), config=config, local_model=local_copy(model), source=source, samples=samples,
+        test_examples=test_examples, identity=identity, checkpoint=checkpoint, sequences_per_step=sequences_per_step,
+        total_steps=total_steps, summary="\n".join(line for line in summary if line),
     )  # fmt: skip
+
+
+def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, str]:
+    """The rows to train on in the order of training, and what is to be said of them. A collective.
+
+    Raises:
+        ValueError: the data is not as its form says (streamed: its first rows), or a row is too long for the model.
+    """
+    bin_size = config.max_length if config.packing else None
+    if isinstance(base.rows, IterableDataset):
+        encode = partial(encode_row, tokenizer=base.tokenizer, stop_ids=base.stop_ids, config=config)
+        for i, row in enumerate(base.rows.take(8)):
+            check_columns(list(row), config)
+            encode(row, i)
+        check_lengths(base, config.max_length)
+        return Streamed(base.rows, encode, bin_size, config.seed), "rows are streamed in the order of their files"
+    examples, counts = supervised_examples(base.rows, base.tokenizer, base.stop_ids, config)
+    check_lengths(base, int(max(examples["length"])))
+    shuffled = Shuffled(examples, bin_size, config.seed)
+    line = f"{len(examples)} rows to train on"
+    if bin_size is not None:
+        fill = shuffled.lengths.sum() / (shuffled.sequences_per_pass * bin_size)
+        line += f" in {shuffled.sequences_per_pass} bins, {100 * fill:.1f} % full"
+    return shuffled, line + f"; {', '.join(f'{number} {name}' for name, number in counts.items())}"
+
+
+def check_lengths(base: Base, longest: int) -> None:
+    positions = getattr(base.model_info.get_text_config(), "max_position_embeddings", longest)
+    check_positions(base.model_info, longest, "a row", f"lower --max_length to {positions}")

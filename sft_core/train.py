@@ -4,11 +4,12 @@
     python -m sft_core.train --model_name_or_path M --dataset_name rows.jsonl --output_dir runs/sft
 
 The loss is the mean negative log-likelihood of the step's trained tokens (what the assistant says, its end of turn
-included). Rows are packed end to end without padding and without seeing each other. The mean is over the whole
-optimizer step on all ranks, so how it is cut into micro-batches and ranks does not change its gradient. The same
-command resumes from the last complete checkpoint. GRPO (`grpo_core/train.py`) is this loop plus rollouts.
+included). Rows lie end to end without padding and without seeing each other. The mean is over the whole optimizer step
+on all ranks, so how it is cut into micro-batches and ranks does not change its gradient. The same command resumes from
+the last complete checkpoint. GRPO (`grpo_core/train.py`) is this loop plus rollouts.
 
-Left out on purpose: padding, dropout, adapters, streaming data.
+What a row becomes is in `supervised.py`, which rows a step takes in `order.py`, how they are cut in `packing.py`.
+Left out on purpose: padding, NEFTune, sequences split over ranks.
 """
 
 import sys
@@ -16,24 +17,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from sft_core import guards
 from sft_core.checkpoint import load_checkpoint, save_checkpoint
-from sft_core.data import row_order
 from sft_core.errands import Errands
 from sft_core.export import export_model
 from sft_core.flow import announce
 from sft_core.metrics import MetricsLogger, reduce_metrics
 from sft_core.model import Policy, load_policy
 from sft_core.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
-from sft_core.packing import PackedSequences, idle_sequences, pack, pack_sequences, step_counts
+from sft_core.packing import PackedSequences, balance, idle_sequences, pack_sequences, step_counts
 from sft_core.parallel import make_mesh, shard
 from sft_core.setup import Run, prepare
+from sft_core.supervised import Example
 
-CONSOLE = ("loss", "eval_loss", "entropy", "grad_norm", "learning_rate", "tokens_per_second")
+CONSOLE = ("loss", "eval_loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate", "tokens_per_second")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,8 +61,9 @@ def train(run: Run) -> Errands:
     progress: dict[str, Any] = {"step": 0, "rows": 0, "num_tokens": 0, "loss_sum": 0.0, "seconds": 0.0}
     if run.checkpoint is not None:
         progress |= load_checkpoint(run.checkpoint, policy, optimizer, scheduler)
+        run.source.resume(progress["order"])
     logger = MetricsLogger(config.output_dir, config.report_to, progress["step"], run.options, CONSOLE, total_steps)
-    errands = Errands(run, logger, samples=len(run.examples), steps_per_epoch=run.steps_per_epoch)
+    errands = Errands(run, logger, samples=run.samples, steps_per_epoch=run.steps_per_epoch)
     phases = guards.Phases(config.ddp_timeout)
     stop = guards.StopSignal()
 
@@ -75,37 +79,40 @@ def train(run: Run) -> Errands:
         )  # fmt: skip
         errands.on_save(progress["step"], folder)
 
+    attention_share = 0.0
     saved_at, stopping = progress["step"], False
     bar = tqdm(total=total_steps, initial=progress["step"], desc="sft", disable=None if run.rank == 0 else True)
     while progress["step"] < total_steps and not stopping:
         start = time.perf_counter()
-        # 1 batch: this rank's share of the step's rows, packed
-        with phases("batch"):
-            chosen = row_order(len(run.examples), config.seed, progress["rows"], run.rows_per_step)
-            own = [run.examples[i] for i in chosen[run.rank :: run.world_size]]
-            batches = micro_batches(own, config.max_tokens_per_micro_batch, device)
+        # 1 batch: the step's rows, and this rank's share of them in micro-batches
+        with phases("batch"), guards.usage_errors():
+            examples = run.source.take(run.sequences_per_step)
+            lengths = [len(ids) for ids, _ in examples]
+            shares = balance(lengths, config.max_tokens_per_micro_batch, run.world_size, attention_share)
+            batches = [pack_rows([examples[i] for i in members], device) for members in shares[run.rank] if members]
         # 2 denominator: the step's trained tokens over all ranks, before the first backward
         counts = step_counts(batches, device)
         # 3 forward and backward
         with phases("train"):
-            sums = {"loss": torch.zeros((), device=device), "entropy": torch.zeros((), device=device)}
+            sums = {name: torch.zeros((), device=device) for name in ("loss", "entropy", "mean_token_accuracy")}
             for i in range(counts.micro_batches):
-                weight = 1.0 if i < len(batches) else 0.0
-                logps, entropies = policy(batches[i] if weight else idle_sequences(device))
-                loss = -weight * logps.sum() / counts.num_tokens
+                weight = float(i < len(batches)) / counts.num_tokens  # a rank that has run out passes along with zero
+                logps, entropies, best_logps = policy(batches[i] if weight else idle_sequences(device))
+                loss = weight * token_losses(logps, config.loss_type).sum()
                 loss.backward()
                 sums["loss"] += loss.detach()
-                sums["entropy"] += weight * entropies.detach().sum() / counts.num_tokens
+                sums["entropy"] += weight * entropies.detach().sum()
+                sums["mean_token_accuracy"] += weight * (logps >= best_logps).sum()
             grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
-            own_tokens = sum(len(ids) for ids, _ in own)
             peak = {"peak_memory_gib": guards.peak_memory_gib(device), "stop": float(stop.requested)}
-            metrics = reduce_metrics(sums | {"tokens": own_tokens}, peak, device=device)
+            metrics = reduce_metrics(sums, peak, device=device)
             stopping = bool(metrics.pop("stop"))
             # 4 step, unless something is not finite
             learning_rate = guarded_step(optimizer, scheduler, metrics["loss"], float(grad_norm))
         progress["step"] += 1
-        progress["rows"] += run.rows_per_step
-        progress["num_tokens"] += int(metrics["tokens"])
+        progress["rows"] += len(examples)
+        progress["order"] = run.source.state()
+        progress["num_tokens"] += sum(lengths)
         progress["loss_sum"] += metrics["loss"]
         seconds, timing = time.perf_counter() - start, phases.pop()
         progress["seconds"] += seconds
@@ -115,10 +122,10 @@ def train(run: Run) -> Errands:
             metrics |= timing | {
                 "grad_norm": float(grad_norm),
                 "learning_rate": learning_rate,
-                "epoch": progress["rows"] / len(run.examples),
+                "epoch": errands.epoch(progress),
                 "num_tokens": progress["num_tokens"],
                 "step_time": seconds,
-                "tokens_per_second": metrics.pop("tokens") / seconds,
+                "tokens_per_second": sum(lengths) / seconds,
             }
             logger.log(step, metrics)
         errands.log_benchmarks()
@@ -148,27 +155,35 @@ def train(run: Run) -> Errands:
     return errands
 
 
-def micro_batches(
-    examples: list[tuple[list[int], list[bool]]], budget: int, device: torch.device
-) -> list[PackedSequences]:
-    """Examples packed into micro-batches of at most `budget` tokens."""
-    bins = pack([len(ids) for ids, _ in examples], budget)
-    return [pack_sequences([examples[i][0] for i in b], [examples[i][1] for i in b], device) for b in bins]
+def token_losses(logps: Tensor, loss_type: str) -> Tensor:  # [N] -> [N]
+    """nll: -log p. dft: -p log p with p held constant (arXiv:2508.05629), so that unlikely tokens pull less."""
+    return -logps if loss_type == "nll" else -logps.detach().exp() * logps
+
+
+def pack_rows(rows: list[Example], device: torch.device) -> PackedSequences:
+    return pack_sequences([ids for ids, _ in rows], [mask for _, mask in rows], device)
 
 
 @torch.no_grad()
 def evaluate(policy: Policy, run: Run) -> dict[str, float]:
-    """Mean loss and entropy [nats] over the trained tokens of the test rows. A collective."""
-    own = run.test_examples[run.rank :: run.world_size]
-    batches = micro_batches(own, run.config.max_tokens_per_micro_batch, run.device)
-    counts = step_counts(batches, run.device)
-    sums = {"eval_loss": torch.zeros((), device=run.device), "eval_entropy": torch.zeros((), device=run.device)}
-    for i in range(counts.micro_batches):
-        logps, entropies = policy(batches[i] if i < len(batches) else idle_sequences(run.device))
-        if i < len(batches):
-            sums["eval_loss"] -= logps.sum() / counts.num_tokens
-            sums["eval_entropy"] += entropies.sum() / counts.num_tokens
-    return reduce_metrics(sums, device=run.device) | {"eval_samples": float(len(run.test_examples))}
+    """Means over the trained tokens of the test rows: loss, entropy [nats] and token accuracy. A collective."""
+    assert run.test_examples is not None
+    lengths = np.asarray(run.test_examples["length"]).tolist()
+    shares = balance(lengths, run.config.max_tokens_per_micro_batch, run.world_size)
+    names = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy", "tokens")
+    sums = {name: torch.zeros((), device=run.device, dtype=torch.float64) for name in names}
+    for members in shares[run.rank]:
+        rows = run.test_examples[members] if members else None
+        batch = pack_sequences(rows["input_ids"], rows["loss_mask"], run.device) if rows else idle_sequences(run.device)
+        logps, entropies, best_logps = policy(batch)
+        if rows:
+            sums["eval_loss"] += token_losses(logps, run.config.loss_type).sum()
+            sums["eval_entropy"] += entropies.sum()
+            sums["eval_mean_token_accuracy"] += (logps >= best_logps).sum()
+            sums["tokens"] += len(logps)
+    totals = reduce_metrics(sums, device=run.device)
+    tokens = totals.pop("tokens")
+    return {name: value / tokens for name, value in totals.items()} | {"eval_samples": float(len(lengths))}
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ OPEN_R1 = [
     (GRPO, GRPO_FEBRUARY, {"dataset_configs", "num_processes", "vllm_device", "per_device_eval_batch_size"}),
     (GRPO, GRPO_MAY, {"code_language", "code_eval_test_batch_size", "code_eval_scoring_mode", "use_liger_kernel",
                       "wandb_log_unique_prompts"}),
-    (SFT, SFT_FEBRUARY, {"dataset_configs", "dataset_num_proc", "packing", "per_device_eval_batch_size", "use_liger"}),
-    (SFT, SFT_MAY, {"dataset_num_proc", "packing", "per_device_eval_batch_size", "use_liger_kernel"}),
+    (SFT, SFT_FEBRUARY, {"dataset_configs", "per_device_eval_batch_size", "use_liger"}),
+    (SFT, SFT_MAY, {"per_device_eval_batch_size", "use_liger_kernel"}),
 ]  # fmt: skip
 
 

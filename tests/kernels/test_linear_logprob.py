@@ -25,10 +25,11 @@ def inputs(rows=13, dim=8, vocab=37, dtype=torch.float64, scale=1.0, seed=0):
 
 def gradients(function, hidden, weight, targets, **kwargs):
     """Values and gradients of a sum with another upstream gradient for every row of both outputs."""
-    logps, entropies = function(hidden, weight, targets, **kwargs)
+    logps, entropies, best_logps = function(hidden, weight, targets, **kwargs)
     up = torch.linspace(-1, 2, len(targets), dtype=logps.dtype)
     grads = torch.autograd.grad((up * logps).sum() + (up.cos() * entropies).sum(), (hidden, weight))
-    return logps.detach(), entropies.detach(), *grads
+    assert not best_logps.requires_grad
+    return logps.detach(), entropies.detach(), *grads, best_logps
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 13, 1000, None])
@@ -65,12 +66,12 @@ def test_low_precision_inputs_get_float32_logits(dtype):
     hidden, weight, targets = inputs(rows=29, dim=32, vocab=211, dtype=dtype)
     exact = gradients(reference.linear_logprob, hidden.detach().double().requires_grad_(),
                       weight.detach().double().requires_grad_(), targets)  # fmt: skip
-    logps, entropies, grad_hidden, grad_weight = gradients(linear_logprob, hidden, weight, targets, chunk_size=4)
+    logps, entropies, grad_hidden, grad_weight, _ = gradients(linear_logprob, hidden, weight, targets, chunk_size=4)
     assert logps.dtype == entropies.dtype == torch.float32
     assert grad_hidden.dtype == grad_weight.dtype == dtype
     torch.testing.assert_close(logps.double(), exact[0], rtol=0, atol=2e-5)
     torch.testing.assert_close(entropies.double(), exact[1], rtol=0, atol=2e-5)
-    for got, want in zip((grad_hidden, grad_weight), exact[2:], strict=True):
+    for got, want in zip((grad_hidden, grad_weight), exact[2:4], strict=True):
         error = (got.double() - want).norm() / want.norm()
         assert error < (2e-6 if dtype == torch.float32 else 3e-3)
 
@@ -81,7 +82,7 @@ def test_entropy_is_exact_for_large_logits():
     shift = torch.full((1, 8), 1000.0)
     hidden, weight = hidden.detach(), weight.detach()
     wide_hidden, wide_weight = torch.cat([hidden, torch.ones(64, 8)], 1), torch.cat([weight, shift.expand(37, 8)], 1)
-    logps, entropies = linear_logprob(wide_hidden, wide_weight, targets)  # every logit 8000 higher
+    logps, entropies, _ = linear_logprob(wide_hidden, wide_weight, targets)  # every logit 8000 higher
     logits = (wide_hidden @ wide_weight.T).double()  # rounded as ours are
     log_probs = logits.log_softmax(-1)
     torch.testing.assert_close(entropies.double(), -(log_probs.exp() * log_probs).sum(-1), rtol=0, atol=1e-5)
@@ -91,7 +92,7 @@ def test_entropy_is_exact_for_large_logits():
 def test_near_certain_tokens_keep_their_small_gradient():
     hidden = torch.tensor([[14.0, 0.0]], requires_grad=True)
     weight = torch.eye(2, requires_grad=True)
-    logps, entropies = linear_logprob(hidden, weight, torch.tensor([0]))
+    logps, entropies, _ = linear_logprob(hidden, weight, torch.tensor([0]))
     logps.sum().backward()
     assert -1e-6 < logps.item() < 0 and entropies.item() > 0
     assert hidden.grad[0, 1].item() == pytest.approx(-8.315e-7, rel=1e-3)
@@ -99,7 +100,7 @@ def test_near_certain_tokens_keep_their_small_gradient():
 
 def test_no_rows():
     hidden, weight, targets = inputs(rows=0)
-    logps, entropies, grad_hidden, grad_weight = gradients(linear_logprob, hidden, weight, targets)
+    logps, entropies, grad_hidden, grad_weight, _ = gradients(linear_logprob, hidden, weight, targets)
     assert logps.shape == entropies.shape == (0,)
     assert grad_hidden.shape == (0, 8)
     assert torch.equal(grad_weight, torch.zeros_like(weight))
@@ -122,7 +123,7 @@ def test_without_gradient_nothing_is_saved():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
         with torch.no_grad():
-            logps, entropies = linear_logprob(hidden, weight, targets)
+            logps, entropies, _ = linear_logprob(hidden, weight, targets)
         assert not saved and logps.grad_fn is None and entropies.grad_fn is None
         with_gradient = linear_logprob(hidden, weight, targets)
         assert sum(tensor.numel() for tensor in saved) <= hidden.numel() + weight.numel() + 2 * len(targets)
@@ -154,7 +155,7 @@ rows, dim, vocab = 2048, 16, 150_000
 hidden, weight = torch.randn(rows, dim, requires_grad=True), torch.randn(vocab, dim, requires_grad=True)
 targets = torch.randint(0, vocab, (rows,))
 def step(n):
-    logps, entropies = linear_logprob(hidden[:n], weight, targets[:n])
+    logps, entropies, _ = linear_logprob(hidden[:n], weight, targets[:n])
     (logps.sum() + entropies.sum()).backward()
 step(1)  # what the first call costs for good
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

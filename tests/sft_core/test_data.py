@@ -1,19 +1,19 @@
-"""Order, loss masks and packing of training rows; schedules; options from YAML."""
+"""Order and packing of training rows; schedules; options from YAML."""
 
 import json
+from itertools import zip_longest
 
 import pytest
 import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from sft_core.cli import parse
 from sft_core.config import ModelConfig, ScriptArguments, SFTConfig
-from sft_core.data import load_splits, row_order, supervised_example
+from sft_core.data import load_splits, row_order
 from sft_core.optim import check_schedule, make_scheduler
-from sft_core.packing import pack
+from sft_core.packing import balance, pack
 
 
 @given(st.integers(1, 50), st.integers(0, 200), st.integers(1, 120), st.integers(1, 120))
@@ -34,37 +34,33 @@ def test_packing_takes_every_sequence_once_and_keeps_the_budget(lengths, budget)
         assert len(fills) < 2 or fills[0] + fills[1] > budget
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model):
-    return AutoTokenizer.from_pretrained(tiny_model)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 50), st.integers(1, 5))
+def test_micro_batches_are_balanced_over_the_ranks(lengths, budget, ranks):
+    shares = balance(lengths, budget, ranks, quadratic=0.05)
+    assert len({len(own) for own in shares}) == 1 and len(shares) == ranks
+    everything = [members for own in shares for members in own]
+    assert sorted(i for members in everything for i in members) == list(range(len(lengths)))
+    assert all(len(members) == 1 or sum(lengths[i] for i in members) <= budget for members in everything)
+    for own in shares:  # what is empty comes last, so that a rank's own micro-batches are the first
+        assert sorted(own, key=lambda members: not members) == own
+    cost = [[sum(lengths[i] + 0.05 * lengths[i] ** 2 for i in members) for members in own] for own in shares]
+    assert all(a >= b - 1e-9 for own in cost for a, b in zip(own, own[1:], strict=False))
 
 
-def trained(tokenizer, row):
-    ids, mask = supervised_example(tokenizer, row, frozenset([tokenizer.eos_token_id]))
-    assert len(ids) == len(mask)
-    return tokenizer.decode(ids), tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
+def test_ranks_that_go_in_step_wait_little_for_each_other():
+    """Lengths as reasoning data has them: the time of the slowest rank of each step, beyond an even share."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (torch.randn(2000, generator=generator) + 7).exp().clamp(20, 32768).int().tolist()
+    shares = balance(lengths, 32768, 8, quadratic=1e-4)
 
+    def waited(shares):
+        cost = [[sum(lengths[i] + 1e-4 * lengths[i] ** 2 for i in members) for members in own] for own in shares]
+        slowest = sum(max(step) for step in zip_longest(*cost, fillvalue=0.0))
+        return slowest / (sum(map(sum, cost)) / 8) - 1
 
-def test_only_the_assistant_is_trained_its_end_of_turn_included(tokenizer):
-    turns = [("user", "Ben has 4"), ("assistant", "yes"), ("user", "more"), ("assistant", "no")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    whole, learnt = trained(tokenizer, {"messages": messages})
-    assert learnt == "yes<|end|>no<|end|>"
-    assert whole == tokenizer.apply_chat_template(messages, tokenize=False)
-    _, learnt = trained(tokenizer, {"prompt": messages[:3], "completion": messages[3:]})
-    assert learnt == "no<|end|>"  # with prompt and completion only the completion, whoever spoke before
-    _, learnt = trained(tokenizer, {"prompt": "1+1=", "completion": "2"})
-    assert learnt == "2<|end|>"
-
-
-def test_templates_that_hide_what_is_trained_are_refused(tokenizer):
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(ValueError, match="does not end the assistant's turn with a stop token"):
-        supervised_example(tokenizer, {"messages": messages}, frozenset([3]))
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
-    tokenizer.chat_template = "{% for m in messages %}{{ loop.length }}{{ m['content'] + eos_token }}{% endfor %}"
-    with pytest.raises(ValueError, match="use a template that only appends"):
-        supervised_example(tokenizer, {"messages": messages}, frozenset([tokenizer.eos_token_id]))
+    own = [range(rank, 2000, 8) for rank in range(8)]
+    packed_apart = [[[rows[i] for i in b] for b in pack([lengths[i] for i in rows], 32768)] for rows in own]
+    assert waited(shares) < 0.06 and waited(packed_apart) > 0.2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,131 @@
+"""Chat templates: which one, where its turns end, and whether it fits the tokenizer and the model.
+
+`set_up` is called once by either trainer, before anything is rendered; `check_template` says in one line that all is
+well, or what is not and the remedy. Left out on purpose: templates of our own for models that have one.
+"""
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+from transformers import AddedToken, PreTrainedTokenizerBase
+
+# What base models get (as in open-r1); Qwen's own tokens, and Qwen's layout without its default system prompt.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+PROBE = [{"role": "user", "content": "Is 12 + 30 = 42?\n  Ünïcode, too."}, {"role": "assistant", "content": "Yes!"}]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list | None = None, prompt: bool = False
+) -> str:
+    """The conversation as text; `prompt`: up to where the assistant's answer begins.
+
+    Raises:
+        ValueError: there is no chat template, or it refuses these messages.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the tokenizer has no chat template: start from an instruct model, or give one with --chat_template."
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+    except Exception as error:  # Jinja's own errors and the templates' raise_exception
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise ValueError(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of rendered text, which holds its special tokens already."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation up to where the assistant's answer begins."""
+    return encode(tokenizer, render(tokenizer, messages, prompt=True))
+
+
+def set_up(
+    tokenizer: PreTrainedTokenizerBase, eos_token: str | None, conversations: bool, chatml_default: bool
+) -> None:
+    """For `conversations` give a base model's tokenizer ChatML where that is the default, and have EOS end a turn.
+
+    `eos_token`: the user's choice of EOS. ChatML's two tokens are added where the vocabulary lacks them; the model's
+    embedding then has to grow (`sft_core.model.load_policy`).
+    """
+    if conversations and tokenizer.chat_template is None and chatml_default:
+        tokenizer.chat_template = CHATML
+        tokenizer.add_tokens([AddedToken(token, special=True) for token in CHATML_TOKENS])
+    before = tokenizer.eos_token
+    if eos_token is not None:
+        if tokenizer.convert_tokens_to_ids(eos_token) in (None, tokenizer.unk_token_id):
+            raise ValueError(f"eos_token {eos_token!r} is not in the tokenizer's vocabulary: name one of its tokens.")
+        tokenizer.eos_token = eos_token
+    elif conversations and tokenizer.chat_template is not None and (end := end_of_turn(tokenizer)) is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    if tokenizer.eos_token != before and tokenizer.eos_token == tokenizer.pad_token:
+        tokenizer.pad_token = before  # nothing is padded here, but others mask what they take for padding
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the template puts right after what the assistant says, or None."""
+    text = render(tokenizer, PROBE)
+    _, found, after = text.rpartition(PROBE[-1]["content"])
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    for token in encode(tokenizer, after) if found else []:
+        if token in special:
+            return token
+        if tokenizer.decode([token]).strip():
+            break
+    return None
+
+
+def opens_think(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template begins the assistant's answer with `<think>` by itself."""
+    return render(tokenizer, PROBE[:1], prompt=True).rstrip().endswith("<think>")
+
+
+def has_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template marks what the assistant says: {% generation %} ... {% endgeneration %}."""
+    return re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)) is not None
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> str:
+    """One line if the template fits tokenizer and stop tokens; else a line for each fault, with its remedy."""
+    if tokenizer.chat_template is None:
+        return "chat template: none"
+    text = render(tokenizer, PROBE[:1], prompt=True)
+    ids, bos, end, faults = encode(tokenizer, text), tokenizer.bos_token_id, end_of_turn(tokenizer), []
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    if bos is not None and ids[:2] == [bos, bos]:
+        faults.append(f"a prompt begins with {tokenizer.bos_token} twice: write it once in the template.")
+    if adds_bos and ids[:1] != [bos]:
+        faults.append(
+            f"a prompt has no {tokenizer.bos_token}, which this tokenizer puts before any other text: begin the "
+            "template with {{ bos_token }}."
+        )
+    if end is None:
+        faults.append(
+            "the assistant's turn does not end with a special token: end it with {{ eos_token }} in the template."
+        )
+    elif end not in stop_ids:
+        faults.append(
+            f"the assistant's turn ends with {tokenizer.convert_ids_to_tokens(end)}, which is no stop token: give it "
+            "as --eos_token."
+        )
+    if tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) != text:
+        faults.append("a prompt does not come back from the tokenizer as it was: rewards may see other text.")
+    if faults:
+        return "\n".join(f"chat template: {fault}" for fault in faults)
+    bos_text = f"one {tokenizer.bos_token}" if ids[:1] == [bos] else "no BOS"
+    think = "opened by the template" if opens_think(tokenizer) else "left to the model"
+    return (
+        f"chat template: all is well ({bos_text}; turns end with {tokenizer.convert_ids_to_tokens(end)}, trained and a "
+        f"stop token; <think> {think}; prompts survive a round trip)"
+    )

@@ -1,0 +1,171 @@
+"""Which rows the next step takes: single rows, or bins of whole rows, in an order that a small state resumes.
+
+The rows come in windows of at most WINDOW rows. A window is shuffled, or with packing filled into bins of max_length
+tokens by best-fit decreasing, whose order is shuffled; what a step takes never depends on the number of ranks.
+
+* `Shuffled`: rows that are all there (tokenised, memory-mapped). Each pass over them is a new shuffle, cut into
+  windows. Its state is how many sequences were taken.
+* `Streamed`: rows read as they are needed, in the order of the files, for sets that do not fit the disk. Its state is
+  where the window began and how many of its sequences were taken: a resumed run reads that window again, so there is
+  no buffer whose content could be lost.
+
+Left out on purpose: reading ahead while the GPU works, curricula, resampling.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from datasets import Dataset, IterableDataset
+
+from sft_core.data import row_order
+from sft_core.guards import on_first_rank
+from sft_core.packing import pack
+from sft_core.supervised import CUT, Example
+
+WINDOW = 4096  # rows
+
+
+def sequences_of(lengths: list[int], bin_size: int | None, seed: int) -> list[list[int]]:
+    """One window's sequences, shuffled: single rows, or with `bin_size` bins of at most so many tokens; as places."""
+    bins = [[i] for i in range(len(lengths))] if bin_size is None else pack(lengths, bin_size)
+    order = torch.randperm(len(bins), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [bins[i] for i in order]
+
+
+class Shuffled:
+    """An endless sequence of shuffled passes over `examples` (columns input_ids, loss_mask, length)."""
+
+    def __init__(self, examples: Dataset, bin_size: int | None, seed: int) -> None:
+        self.examples, self.bin_size, self.seed = examples, bin_size, seed
+        self.lengths = np.asarray(examples["length"])
+        self.taken = 0  # sequences, all passes together
+        self._pass, self._first, self._sequences = -1, 0, list[list[int]]()
+
+    def _load_pass(self, number: int) -> None:
+        """The sequences of one pass, as row numbers."""
+        rows = len(self.lengths)
+        order = np.array(row_order(rows, self.seed, number * rows, rows))
+        if self.bin_size is None:
+            sequences = [[i] for i in order.tolist()]
+        else:
+            sequences = []
+            for start in range(0, rows, WINDOW):
+                window = order[start : start + WINDOW]
+                seed = self.seed + 1_000_003 * number + start
+                bins = sequences_of(self.lengths[window].tolist(), self.bin_size, seed)
+                sequences += [window[places].tolist() for places in bins]
+        self._first = 0 if number == 0 else self._first + len(self._sequences)
+        self._pass, self._sequences = number, sequences
+
+    @property
+    def sequences_per_pass(self) -> int:
+        """Of the first pass; with packing those of later ones differ by a few."""
+        if self._pass != 0:
+            self._load_pass(0)
+        return len(self._sequences)
+
+    def take(self, count: int) -> list[Example]:
+        """The rows of the next `count` sequences."""
+        rows: list[int] = []
+        if self._pass < 0 or self.taken < self._first:
+            self._load_pass(0)
+        for _ in range(count):
+            while self.taken >= self._first + len(self._sequences):
+                self._load_pass(self._pass + 1)
+            rows += self._sequences[self.taken - self._first]
+            self.taken += 1
+        chosen = self.examples[rows]
+        return list(zip(chosen["input_ids"], chosen["loss_mask"], strict=True))
+
+    def state(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self.taken = state["taken"]
+
+
+class Streamed:
+    """An endless sequence of passes over `rows` in their own order. `take` is a collective.
+
+    The first rank reads, each rank tokenises its share of a window (`encode(row, number)`, see
+    `sft_core.supervised.encode_row`), and all get the whole window.
+    """
+
+    def __init__(
+        self, rows: IterableDataset, encode: Callable[[dict, int], dict[str, Any]], bin_size: int | None, seed: int
+    ) -> None:
+        self.rows, self.encode, self.bin_size, self.seed = rows, encode, bin_size, seed
+        self._start = rows.state_dict()  # of every pass
+        self._next = {"reader": self._start, "rows": 0, "outcomes": [0] * 4}  # where the next window begins
+        self._begin = self._next  # where this one began
+        self._iterator: Iterator[dict] | None = None
+        self._window: list[Example] = []
+        self._sequences: list[list[int]] = []
+        self.taken = 0  # sequences of this window
+
+    @property
+    def outcomes(self) -> list[int]:
+        """Rows of all windows so far: kept, cut, too long, nothing to learn."""
+        return self._next["outcomes"]
+
+    def take(self, count: int) -> list[Example]:
+        """The rows of the next `count` sequences.
+
+        Raises:
+            ValueError: a row is not as its form says, or a whole pass has nothing to learn.
+        """
+        examples: list[Example] = []
+        for _ in range(count):
+            empty = 0
+            while self.taken >= len(self._sequences):
+                self._fill()
+                empty += not self._window
+                if empty > 1 and self._next["rows"] == 0:
+                    raise ValueError("no row of the data has anything to learn: raise --max_length, or check it.")
+            examples += [self._window[place] for place in self._sequences[self.taken]]
+            self.taken += 1
+        return examples
+
+    def state(self) -> dict[str, Any]:
+        return {"begin": self._begin, "taken": self.taken}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self._next, self._iterator = state["begin"], None
+        self._fill()
+        self.taken = state["taken"]
+
+    def _fill(self) -> None:
+        raw, following = on_first_rank(self._read)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        own: tuple[list[dict[str, Any]], str | None] = ([], None)
+        try:
+            own = [self.encode(raw[i], self._next["rows"] + i) for i in range(rank, len(raw), ranks)], None
+        except ValueError as error:  # the user's data: all ranks have to leave the same way
+            own = [], str(error)
+        parts: list[Any] = [None] * ranks
+        dist.all_gather_object(parts, own)
+        if errors := [error for _, error in parts if error is not None]:
+            raise ValueError(errors[0])
+        encoded = [parts[i % ranks][0][i // ranks] for i in range(len(raw))]
+        self._window = [(row["input_ids"], row["loss_mask"]) for row in encoded if row["outcome"] <= CUT]
+        lengths = [len(ids) for ids, _ in self._window]
+        self._sequences = sequences_of(lengths, self.bin_size, self.seed + self._next["rows"])
+        met = np.bincount([row["outcome"] for row in encoded], minlength=4)
+        self._begin, self.taken = self._next, 0
+        self._next = following | {"outcomes": (np.array(self._begin["outcomes"]) + met).tolist()}
+
+    def _read(self) -> tuple[list[dict], dict[str, Any]]:
+        """A window's raw rows, and where the one after it begins. On the first rank."""
+        if self._iterator is None:
+            self.rows.load_state_dict(copy.deepcopy(self._next["reader"]))
+            self._iterator = iter(self.rows)
+        window = list(islice(self._iterator, WINDOW))
+        if len(window) < WINDOW:  # this pass is over
+            self._iterator = None
+            return window, {"reader": self._start, "rows": 0}
+        return window, {"reader": copy.deepcopy(self.rows.state_dict()), "rows": self._next["rows"] + WINDOW}
