@@ -285,3 +285,5 @@ class SFTConfig(TrainingConfig):
         require(self.dataset_num_proc is None or self.dataset_num_proc >= 1, "dataset_num_proc must be at least 1.")
         require(not self.dataset_streaming or self.max_steps > 0,
                 "the length of a streamed data set is not known: say how long to train with --max_steps.")  # fmt: skip
+        require(not self.dataset_streaming or "epoch" not in (self.save_strategy, self.eval_strategy,
+                self.logging_strategy), "a streamed data set has no epochs: use steps as strategy.")  # fmt: skip

@@ -87,13 +87,7 @@ def load_rows(name: str, config: str | None = None, split: str = "train") -> Dat
     """
     path = Path(name).expanduser()
     if path.suffix in FILES:
-        if not path.is_file():
-            raise ValueError(f"there is no data file at {name}: check --dataset_name and --dataset_test_split.")
-        try:
-            rows = load_dataset(path.suffix[1:].replace("jsonl", "json"), data_files=str(path), split="train")
-        except (DatasetGenerationError, StopIteration, ValueError) as error:
-            cause = damaged_line(path) or " ".join(str(error.__cause__ or error).split())[:200]
-            raise ValueError(f"{name} cannot be read as {path.suffix}: {cause} (one row a line).") from error
+        rows = _read_file(name)
         if len(rows) == 0:
             raise ValueError(f"{name} has no rows.")
         return rows
@@ -116,6 +110,19 @@ def load_rows(name: str, config: str | None = None, split: str = "train") -> Dat
     return data
 
 
+def _read_file(name: str, streaming: bool = False) -> Any:
+    """The rows of a data file; where it cannot be read, ValueError says which line is damaged."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"there is no data file at {name}: check --dataset_name and --dataset_test_split.")
+    kind = path.suffix[1:].replace("jsonl", "json")
+    try:
+        return load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+    except (DatasetGenerationError, StopIteration, ValueError) as error:
+        cause = damaged_line(path) or " ".join(str(error.__cause__ or error).split())[:200]
+        raise ValueError(f"{name} cannot be read as {path.suffix}: {cause or 'no rows'} (one row a line).") from error
+
+
 def damaged_line(path: Path) -> str | None:
     """What is wrong with the first line of a JSON-lines file that is no JSON object, and which line it is."""
     if path.suffix not in (".json", ".jsonl"):
@@ -136,10 +143,7 @@ def stream_rows(name: str, config: str | None = None, split: str = "train") -> I
     """The rows of `split`, read as they are needed, in the order of the files; see `load_rows`."""
     path = Path(name).expanduser()
     if path.suffix in FILES:
-        if not path.is_file():
-            raise ValueError(f"there is no data file at {name}: check --dataset_name.")
-        kind = path.suffix[1:].replace("jsonl", "json")
-        rows = load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        rows = _read_file(name, streaming=True)
     elif (path / "state.json").exists():
         rows = load_from_disk(str(path)).to_iterable_dataset()
     else:

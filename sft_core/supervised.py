@@ -58,18 +58,16 @@ def supervised_example(
         given, answer = _checked(row["prompt"], "prompt"), _checked(row["completion"], "completion")
         trained_from = 0 if config.completion_only_loss is False else len(given)
         return _conversation(tokenizer, given + answer, trained_from, row.get("tools"), stop_ids, config)
-    if "completion" in row:
-        prompt, text = row["prompt"], row["completion"]
-    else:
-        prompt, text = "", row[config.dataset_text_field]
-    if not (isinstance(prompt, str) and isinstance(text, str)):
-        kind = type(prompt if isinstance(text, str) else text).__name__
-        raise ValueError(f"prompt, completion and {config.dataset_text_field} must be text; one is {kind}.")
+    column = "completion" if "completion" in row else config.dataset_text_field
+    prompt, text = row["prompt"] if column == "completion" else "", row[column]
+    for name, value in (("prompt", prompt), (column, text)):
+        if not isinstance(value, str):
+            raise ValueError(f"`{name}` must be text and is {type(value).__name__}.")
     before = _beginning(tokenizer) + encode(tokenizer, prompt)
     ids = encode(tokenizer, text)
     if ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
-    train_all = "completion" not in row or config.completion_only_loss is False
+    train_all = column != "completion" or config.completion_only_loss is False
     return before + ids, [train_all] * len(before) + [True] * len(ids)
 
 

@@ -9,6 +9,7 @@ import torch
 import grpo_core.batch
 import grpo_core.train
 import sft_core.model
+import sft_core.order
 import sft_core.packing
 import sft_core.train
 from gen.torch_engine import TorchEngine
@@ -115,3 +116,7 @@ def terminate_in_the_second_step():
         return step_counts(*arguments)
 
     sft_core.train.step_counts = counted
+
+
+def windows_of_six_rows():
+    sft_core.order.WINDOW = 6

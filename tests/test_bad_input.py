@@ -123,6 +123,41 @@ def test_damaged_data(text, says, tiny_model, tmp_path, capsys):
     assert says in refusal(grpo_core.train.main, options(tiny_model, data, tmp_path / "out"), capsys)
 
 
+CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "change", "says"),
+    [
+        (CHAT * 3 + CHAT[:40], {}, "line 4 is not complete JSON: the file ends in the middle of it"),
+        (CHAT + CHAT[:40] + "\n" + CHAT, {}, "line 2 is not complete JSON"),
+        ("[1]\n", {}, "row 1 of the data: `text` must be text and is int"),
+        (CHAT.replace("assistant", "bot"), {}, "row 1 of the data: unknown role 'bot' in `messages`: known are system"),
+        (CHAT + CHAT.replace('"ho"', "null"), {}, "row 2 of the data: a message of the assistant in `messages` is not"),
+        (CHAT.replace("assistant", "user"), {}, "none of the 1 rows has anything to learn within max_length 1024"),
+        (CHAT, {"max_length": 3}, "none of the 1 rows has anything to learn within max_length 3"),
+        (CHAT.replace('"ho"', '"' + "ho " * 300 + '"'), {}, "has 256 positions: lower --max_length to 256"),
+        (CHAT, {"chat_template": "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"},
+         "neither {% generation %} markers nor a generation prompt"),
+        (CHAT, {"eos_token": "<nothing>"}, "eos_token '<nothing>' is not in the tokenizer's vocabulary"),
+        ('{"story": "x"}\n', {}, "or `text` (--dataset_text_field); it has story"),
+        (CHAT, {"dataset_streaming": "true"}, "say how long to train with --max_steps"),
+        (CHAT, {"dataset_streaming": "true", "max_steps": 2}, "take 1024 tokens, the model has 256 positions"),
+        (CHAT.replace("assistant", "bot"), {"dataset_streaming": "true", "max_steps": 2}, "row 1 of the data: unknown"),
+        ("", {"dataset_streaming": "true", "max_steps": 2}, "rows.jsonl cannot be read as .jsonl: no rows"),
+        (CHAT, {"dataset_streaming": "true", "max_steps": 2, "save_strategy": "epoch"}, "has no epochs: use steps"),
+        (CHAT, {"loss_type": "mse"}, "invalid choice: 'mse'"),
+        (CHAT, {"truncation_mode": "middle"}, "invalid choice: 'middle'"),
+        (CHAT, {"dataset_num_proc": 0}, "dataset_num_proc must be at least 1"),
+    ],
+)  # fmt: skip
+def test_rows_and_options_of_supervised_training(text, change, says, tiny_model, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(text)
+    argv = flags(model_name_or_path=tiny_model, dataset_name=data, output_dir=tmp_path / "out", **change)
+    assert says in refusal(sft_core.train.main, argv, capsys)
+
+
 def test_unknown_key_in_a_recipe(tiny_model, problems, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"learning_rate": "1e-6", "num_generation": 4}))

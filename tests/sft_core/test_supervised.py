@@ -109,8 +109,8 @@ def test_templates_that_hide_what_is_trained_are_refused(tokenizer, template, sa
         ({"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot' in `messages`: known are system"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "is not text but list"),
         ({"messages": [{"role": "user", "content": None}]}, "a message of the user in `messages` is not text but None"),
-        ({"prompt": "x", "completion": None}, "must be text; one is NoneType"),
-        ({"text": 3}, "must be text; one is int"),
+        ({"prompt": "x", "completion": None}, "`completion` must be text and is NoneType"),
+        ({"text": 3}, "`text` must be text and is int"),
     ],
 )
 def test_rows_that_are_not_as_their_form_says(tokenizer, row, says):

@@ -1,13 +1,18 @@
 """Whole SFT runs: it learns, the split does not matter, and it resumes bit for bit."""
 
 import json
+import math
+import re
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerState
 
+from sft_core.train import token_losses
 from tests import faults
-from tests.launch import flags, metrics, run
+from tests.e2e.test_kill import wait_for_step
+from tests.launch import flags, metrics, run, start, wait
 
 TRAIN = "sft_core.train"
 
@@ -31,25 +36,90 @@ def train(tiny_model, rows, out, ranks=1, **more):
     return load_file(out / "model.safetensors")
 
 
-def test_learns_alike_however_the_step_is_cut(tiny_model, rows, tmp_path):
-    whole = train(tiny_model, rows, tmp_path / "whole")
-    losses = [row["loss"] for row in metrics(tmp_path / "whole")]
-    assert losses[-1] < 0.7 * losses[0]
-    for name, more in {"one": {"max_tokens_per_micro_batch": 1}, "two": {"ranks": 2}, "acc": {
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_learns_alike_however_the_step_is_cut(tiny_model, rows, tmp_path, loss_type):
+    whole = train(tiny_model, rows, tmp_path / "whole", loss_type=loss_type)
+    logged = metrics(tmp_path / "whole")
+    losses = [row["loss"] for row in logged]
+    if loss_type == "nll":  # -p log p first grows with p
+        assert losses[-1] < 0.8 * losses[0]
+        assert 0 <= logged[0]["mean_token_accuracy"] < logged[-1]["mean_token_accuracy"] <= 1
+    cuts = {"one": {"max_tokens_per_micro_batch": 1}, "two": {"ranks": 2, "max_tokens_per_micro_batch": 30}, "acc": {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "gradient_checkpointing": "true",
-    }}.items():  # fmt: skip
-        cut = train(tiny_model, rows, tmp_path / name, **more)
-        assert [row["loss"] for row in metrics(tmp_path / name)] == pytest.approx(losses, rel=1e-4)
+    }, "four": {"ranks": 4}}  # fmt: skip
+    for name, more in cuts.items() if loss_type == "nll" else [("two", cuts["two"])]:
+        cut = train(tiny_model, rows, tmp_path / name, loss_type=loss_type, **more)
+        for key in ("loss", "entropy", "mean_token_accuracy", "grad_norm", "num_tokens", "epoch"):
+            expected = [row[key] for row in logged]
+            assert [row[key] for row in metrics(tmp_path / name)] == pytest.approx(expected, rel=1e-4), (name, key)
         assert all((cut[key] - whole[key]).norm() < 1e-3 * whole[key].norm() for key in whole)
 
 
-def test_resumes_bitwise(tiny_model, rows, tmp_path):
-    whole = train(tiny_model, rows, tmp_path / "whole")
-    saving = dict(save_strategy="steps", save_steps=2)
-    train(tiny_model, rows, tmp_path / "out", max_steps=4, **saving)
-    found = train(tiny_model, rows, tmp_path / "out", **saving)
-    assert all((found[key] == whole[key]).all() for key in whole)
-    assert [r["loss"] for r in metrics(tmp_path / "out")] == [r["loss"] for r in metrics(tmp_path / "whole")]
+def test_a_step_of_packed_rows_is_the_same_step(tiny_model, rows, tmp_path):
+    """One step takes all rows, as rows or as the bins they fill: loss and gradient to float32 rounding."""
+    one_by_one = dict(max_steps=3, per_device_train_batch_size=20, max_tokens_per_micro_batch=1)
+    whole = train(tiny_model, rows, tmp_path / "rows", **one_by_one)
+    [bins] = re.findall(
+        r"20 rows to train on in (\d+) bins, (?:9\d|100).\d % full", announced(tiny_model, rows, tmp_path)
+    )
+    packed = dict(max_steps=3, packing="true", max_length=80, per_device_train_batch_size=bins)
+    for name, more in {"packed": {}, "ranks": {"ranks": 2, "per_device_train_batch_size": int(bins) // 2}}.items():
+        found = train(tiny_model, rows, tmp_path / name, **(packed | more))
+        for expected, row in zip(metrics(tmp_path / "rows"), metrics(tmp_path / name), strict=True):
+            assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+            assert (row["num_tokens"], row["epoch"]) == (expected["num_tokens"], expected["epoch"])
+        assert all((found[key] - whole[key]).norm() < 1e-3 * whole[key].norm() for key in whole)
+
+
+def test_dft_weighs_each_token_by_its_probability():
+    logps = torch.tensor([-0.1, -3.0], requires_grad=True)
+    losses = token_losses(logps, "dft")
+    assert losses.tolist() == pytest.approx([0.1 * math.exp(-0.1), 3 * math.exp(-3)])
+    losses.sum().backward()
+    assert logps.grad.tolist() == pytest.approx([-math.exp(-0.1), -math.exp(-3)])
+
+
+def announced(tiny_model, rows, tmp_path):
+    """What a packed run says before it starts."""
+    options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=tmp_path / "said", max_steps=1,
+                   packing="true", max_length=80, report_to=["none"], save_strategy="no")  # fmt: skip
+    code, output = run(TRAIN, flags(**options), tmp_path / "said.log")
+    assert code == 0 and "chat template: all is well" in output, output
+    return output
+
+
+ORDERS = {
+    "rows": {},
+    "packed": {"packing": "true", "max_length": 40, "per_device_train_batch_size": 2},
+    "streamed": {"dataset_streaming": "true", "packing": "true", "max_length": 40, "per_device_train_batch_size": 2},
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_killed_in_the_middle_of_a_pass_it_resumes_bitwise(tiny_model, rows, tmp_path, order):
+    """Both ranks killed twice; the rows come in windows of 6, and a step takes part of one."""
+    more = ORDERS[order] | {"per_device_train_batch_size": 1 + (order == "rows")}
+    argv = flags(model_name_or_path=tiny_model, dataset_name=rows, learning_rate=1e-2, max_steps=6, report_to=["none"],
+                 save_strategy="steps", save_steps=1, **more)  # fmt: skip
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    for folder in folders:
+        command = [*argv, f"--output_dir={folder}"]
+        for step in (1, 3) if folder.name == "killed" else ():
+            processes = start(TRAIN, command, tmp_path / "log", ranks=2, fault=faults.windows_of_six_rows)
+            wait_for_step(folder, step)
+            for process in processes:
+                process.kill()
+            wait(processes)
+        code, output = run(TRAIN, command, tmp_path / "log", ranks=2, fault=faults.windows_of_six_rows)
+        assert code == 0, output
+    whole, killed = (load_file(folder / "model.safetensors") for folder in folders)
+    assert all((killed[key] == whole[key]).all() for key in whole)
+    timeless = [[{k: v for k, v in row.items() if k in KEPT} for row in metrics(folder)] for folder in folders]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 6
+
+
+KEPT = {"step", "loss", "entropy", "mean_token_accuracy", "grad_norm", "learning_rate", "epoch", "num_tokens"}
 
 
 def test_resumes_from_the_checkpoint_that_is_named(tiny_model, rows, tmp_path):
