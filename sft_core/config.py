@@ -183,7 +183,9 @@ class TrainingConfig:
         None, 'JSON; options of eval.run for the benchmarks, such as {"num_samples": 4, "limit": 100}.'
     )
     system_prompt: str | None = option(None, "System prompt of the benchmarks.")
-    chat_template: str | None = option(None, "Jinja text, or a file with it, in place of the tokenizer's template.")
+    chat_template: str | None = option(
+        None, "Jinja text, or a file with it, in place of the tokenizer's template.", alias="chat_template_path"
+    )
     save_strategy: Literal["no", "steps", "epoch"] = option(
         "steps", "Write checkpoints every save_steps, each epoch, or none."
     )

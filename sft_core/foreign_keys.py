@@ -20,6 +20,8 @@ FOREIGN_KEYS: dict[str, str] = {
     "per_device_eval_batch_size": _PACKED,
     "padding_free": _PACKED,
     "packing": _PACKED + "; rows never see each other, and the loss is that of unpacked rows",
+    "packing_strategy": "bins are filled by best-fit decreasing with whole rows",
+    "shuffle_dataset": "rows are shuffled anew in every pass, by seed",
     "pad_to_multiple_of": _PACKED,
     "gradient_checkpointing_kwargs": "checkpointing here is never reentrant; gradient_checkpointing turns it on",
     "gradient_checkpointing_use_reentrant": "checkpointing here is never reentrant",
