@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from kernels.linear_logprob import CHUNK_ELEMENTS
 from sft_core import guards
+from sft_core.adapters import check_adapters, describe
 from sft_core.callbacks import check_benchmarks, get_callbacks, init_wandb_training
 from sft_core.checkpoint import prepare_output_dir
 from sft_core.cli import as_yaml, parse
@@ -77,6 +78,7 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
     guards.on_first_rank(lambda: check_hub(config))
     guards.on_first_rank(lambda: check_benchmarks(config))
     model_info, tokenizer = load_tokenizer(model, config.chat_template, getattr(config, "eos_token", None))
+    check_adapters(model, config, model_info)
     stop_ids = stop_token_ids(tokenizer, model)
     rows, test_rows = load_splits(data, config.evaluates)
     return Base(
@@ -94,7 +96,7 @@ def claim(base: Base, config: TrainingConfig, **more: Any) -> tuple[dict[str, An
         "architecture": architecture(base.model_info),
         "data": fingerprint(base.rows),
         "seed": config.seed,
-    } | more
+    } | describe(base.model) | more
     guards.on_first_rank(lambda: guards.lock_output_dir(config.output_dir))
     checkpoint = prepare_output_dir(
         config.output_dir, identity, config.overwrite_output_dir, config.resume_from_checkpoint

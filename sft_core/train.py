@@ -8,7 +8,7 @@ included). Rows are packed end to end without padding and without seeing each ot
 optimizer step on all ranks, so how it is cut into micro-batches and ranks does not change its gradient. The same
 command resumes from the last complete checkpoint. GRPO (`grpo_core/train.py`) is this loop plus rollouts.
 
-Left out on purpose: padding, dropout, adapters, streaming data.
+Left out on purpose: padding, dropout other than the adapters' own, streaming data.
 """
 
 import sys
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from sft_core import guards
+from sft_core.adapters import dropout
 from sft_core.checkpoint import load_checkpoint, save_checkpoint
 from sft_core.data import row_order
 from sft_core.errands import Errands
@@ -30,7 +31,7 @@ from sft_core.metrics import MetricsLogger, reduce_metrics
 from sft_core.model import Policy, load_policy
 from sft_core.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
 from sft_core.packing import PackedSequences, idle_sequences, pack, pack_sequences, step_counts
-from sft_core.parallel import make_mesh, shard
+from sft_core.parallel import make_mesh, memory_options, shard
 from sft_core.setup import Run, prepare
 
 CONSOLE = ("loss", "eval_loss", "entropy", "grad_norm", "learning_rate", "tokens_per_second")
@@ -47,12 +48,9 @@ def main(argv: list[str] | None = None) -> None:
 def train(run: Run) -> Errands:
     """The loop. Returns what the first rank has left to do when the weights are out of memory."""
     config, device, total_steps = run.config, run.device, run.total_steps
-    policy = shard(
-        load_policy(run.local_model),
-        make_mesh(device),
-        bf16=run.bf16,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
+    policy = load_policy(run.local_model, dtype=run.dtype, seed=config.seed, known_as=run.model.model_name_or_path)
+    policy = shard(policy, make_mesh(device), bf16=run.bf16, **memory_options(config))
+    torch.manual_seed(config.seed + run.rank)  # the dropout of adapters, where there is one
     optimizer = make_optimizer(policy, config)
     scheduler = make_scheduler(optimizer, config, total_steps)
     progress: dict[str, Any] = {"step": 0, "rows": 0, "num_tokens": 0, "loss_sum": 0.0, "seconds": 0.0}
@@ -87,7 +85,7 @@ def train(run: Run) -> Errands:
         # 2 denominator: the step's trained tokens over all ranks, before the first backward
         counts = step_counts(batches, device)
         # 3 forward and backward
-        with phases("train"):
+        with phases("train"), dropout(policy):
             sums = {"loss": torch.zeros((), device=device), "entropy": torch.zeros((), device=device)}
             for i in range(counts.micro_batches):
                 weight = 1.0 if i < len(batches) else 0.0
@@ -135,7 +133,7 @@ def train(run: Run) -> Errands:
         with phases("export"):
             if config.save_strategy != "no" and saved_at != progress["step"]:
                 save()
-            export_model(policy, run.tokenizer, config.output_dir, run.dtype, run.stop_ids)
+            export_model(policy, run.tokenizer, config.output_dir, run.dtype, run.stop_ids, config.merge_adapter)
         if errands.final_evaluation_due(progress):  # when the model is safe
             with phases("eval", watchdog_s=0):
                 errands.log_evaluation(progress, evaluate(policy, run))
