@@ -85,7 +85,6 @@ def refusal(main, argv, capsys) -> str:
         ({"do_eval": "true"}, "is one file: name another with --dataset_test_split FILE"),
         ({"num_generations_eval": 0}, "num_generations_eval must be at least 1"),
         ({"scale_rewards": "maybe"}, "unknown scale_rewards 'maybe': group, batch or none"),
-        ({"use_peft": "true"}, "use_peft is not supported"),
         ({"reward_funcs": ["cf_code"]}, "sandbox"),
         ({"optim": "adafactor"}, "unknown optim 'adafactor'"),
         ({"resume_from_checkpoint": "./nowhere"}, "cannot resume from ./nowhere: manifest.json is missing"),
