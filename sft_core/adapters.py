@@ -10,6 +10,7 @@ Left out on purpose: every other method of peft, several adapters at once, and a
 
 import copy
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -108,7 +109,8 @@ def add_adapters(model: Any, config: ModelConfig, seed: int, known_as: str = "")
         use_dora=config.use_dora,
         revision=None if config.model_revision == "main" else config.model_revision,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model (has|with) `tie_word_embeddings")  # `_saved_once` has seen to that
         torch.manual_seed(seed)
         adapted = get_peft_model(model, lora).eval()
     adapted.peft_config[ADAPTER].base_model_name_or_path = known_as or config.model_name_or_path

@@ -5,7 +5,8 @@ a manifest (size and checksum of each file) as its last file, is renamed to `che
 file `latest` name it. Inside:
 
     the model             as a Hugging Face folder, put there by the caller's `write_model`
-    state/                what is trained of the model, and the optimizer, by torch.distributed.checkpoint: loads with any number of ranks
+    state/                what is trained of the model, and the optimizer, by torch.distributed.checkpoint: loads with
+                          any number of ranks
     scheduler.pt          the schedule's state
     rank-00000/           that rank's random generators (rng.pt) and whatever the caller's `write_extra` put there
     progress.json         step, world size, identity and the caller's `progress`, readable

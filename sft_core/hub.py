@@ -55,7 +55,8 @@ NOT_PUSHED = (
 )  # these hold prompts and answers, which may be private
 
 # Weights that may be there from a push with another number of files: with them the folder would be two models.
-STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_*")
+STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+         "adapter_model.safetensors", "adapter_config.json")  # fmt: skip
 _own_dice = random.Random()  # never the global generator: that one belongs to the run, and its state to checkpoints
 
 

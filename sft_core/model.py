@@ -85,6 +85,10 @@ def load_tokenizer(
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
         raise ValueError(f"there is no model folder at {name}: check --model_name_or_path.")
+    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"{name} holds an adapter, not a model: train it with --merge_adapter true and give its folder `merged`."
+        )
     arguments = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
     try:
         model_config = AutoConfig.from_pretrained(name, **arguments)

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import sft_core.train
+from sft_core.config import ModelConfig
+from sft_core.model import load_tokenizer
 from tests.launch import flags, metrics, run
 from tests.processes import run_ranks
 
@@ -58,7 +60,6 @@ def written(model: str, kind: str, folder: str, bf16: bool = False) -> dict:
 
     from sft_core import guards
     from sft_core.adapters import without_adapters
-    from sft_core.config import ModelConfig
     from sft_core.export import export_model, full_weights, weight_names
     from sft_core.model import load_policy
     from sft_core.packing import pack_sequences
@@ -133,6 +134,9 @@ def test_learns_alike_on_two_ranks_and_leaves_the_model_alone(tiny_model, rows, 
     moved = {name.split(".")[-2] for name in before if (before[name] != merged[name]).any()}
     assert before.keys() == merged.keys() and moved == {"q_proj", "v_proj"}
     assert not (tmp_path / "whole" / "model.safetensors").exists()
+    assert "library_name: peft" in (tmp_path / "whole" / "README.md").read_text()
+    with pytest.raises(ValueError, match="holds an adapter, not a model: train it with --merge_adapter true"):
+        load_tokenizer(ModelConfig(str(tmp_path / "whole")))
     two = train(tiny_model, rows, tmp_path / "two", ranks=2, max_steps=6, gradient_checkpointing="true")
     assert losses(tmp_path / "two") == pytest.approx(found, rel=1e-4)
     assert all((two[name] - whole[name]).norm() < 1e-3 * whole[name].norm() for name in whole)
