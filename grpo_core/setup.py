@@ -96,7 +96,7 @@ def prepare(argv: list[str]) -> Run:
         vocab_size=vocab_size,
         chunk_tokens=CHUNK_ELEMENTS[base.device.type] // vocab_size,
         compute_dtype=dtype,
-        reference=config.beta > 0,
+        reference=config.beta > 0 and not model.use_peft,  # else it is the policy without its adapters
         engine_share=config.vllm_gpu_memory_utilization if on_gpu else 0,
         engine_ranks=tensor_parallel,
         engine_kv_bytes=kv_bytes,

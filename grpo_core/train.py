@@ -19,6 +19,7 @@ engines in `gen/`. Left out on purpose: value networks, reward models, asynchron
 
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ from grpo_core.rollout import (
 )
 from grpo_core.setup import Run, prepare, start_engine
 from sft_core import guards
+from sft_core.adapters import without_adapters
 from sft_core.checkpoint import load_checkpoint, save_checkpoint
 from sft_core.data import row_order
 from sft_core.errands import Errands
@@ -63,7 +65,7 @@ from sft_core.metrics import MetricsLogger
 from sft_core.model import Policy, load_policy
 from sft_core.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
 from sft_core.packing import StepCounts, step_counts
-from sft_core.parallel import freeze, make_mesh, shard
+from sft_core.parallel import freeze, make_mesh, memory_options, shard
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,9 +79,13 @@ def main(argv: list[str] | None = None) -> None:
 def train(run: Run) -> Errands:
     """The loop. Returns what the first rank has left to do when the weights are out of memory."""
     config, rank, world_size, device = run.config, run.rank, run.world_size, run.device
-    sharding = {"mesh": make_mesh(device), "bf16": run.bf16, "gradient_checkpointing": config.gradient_checkpointing}
-    policy = shard(load_policy(run.local_model), **sharding)
-    reference = shard(freeze(load_policy(run.local_model)), **sharding) if config.beta > 0 else None
+    sharding = {"mesh": make_mesh(device), "bf16": run.bf16} | memory_options(config)
+    policy = load_policy(run.local_model, dtype=run.dtype, seed=config.seed, known_as=run.model.model_name_or_path)
+    policy = shard(policy, **sharding)
+    reference: Callable[..., Any] | None = None
+    if config.beta > 0:
+        adapted = run.model.use_peft
+        reference = without_adapters(policy) if adapted else shard(freeze(load_policy(run.local_model)), **sharding)
     optimizer = make_optimizer(policy, config)
     scheduler = make_scheduler(optimizer, config, run.total_steps)
     progress: dict[str, Any] = {
@@ -214,7 +220,7 @@ def train(run: Run) -> Errands:
         with phases("export"):
             if config.save_strategy != "no" and saved_at != progress["step"]:
                 save()
-            export_model(policy, run.tokenizer, config.output_dir, run.dtype, run.stop_ids)
+            export_model(policy, run.tokenizer, config.output_dir, run.dtype, run.stop_ids, config.merge_adapter)
         if errands.final_evaluation_due(progress):  # when the model is safe
             evaluate()
         errands.trained(progress)
@@ -231,7 +237,7 @@ def train(run: Run) -> Errands:
 
 def update(
     policy: Policy,
-    reference: Policy | None,
+    reference: Callable[..., Any] | None,
     micro_batches: list[MicroBatch],
     counts: StepCounts,
     config: GRPOConfig,

@@ -46,7 +46,7 @@ class PushToHubRevision:
 
     Both happen in the background, in order, from a copy that outlives the checkpoint. Uploads slower than saves queue
     up, and each one waiting keeps a model on the disk. On GPUs, which belong to the training, benchmarks wait for its
-    end.
+    end. With adapters, no whole model, only the final, merged one is measured.
     """
 
     def __init__(self, config: TrainingConfig, model: ModelConfig) -> None:
@@ -59,7 +59,7 @@ class PushToHubRevision:
 
     def on_save(self, step: int, checkpoint: Path) -> None:
         staged = stage(checkpoint, TRAINING_STATE)
-        write_checkpoint_card(staged, self.model.model_name_or_path, step)
+        write_checkpoint_card(staged, self.model, step)
         self.uploader.start(
             staged,
             revision=f"{self.config.hub_model_revision}-step-{step:09d}",
@@ -68,7 +68,7 @@ class PushToHubRevision:
         )
 
     def _uploaded(self, step: int, staged: Path) -> None:
-        if self.config.benchmarks:
+        if self.config.benchmarks and not self.model.use_peft:
             measure = functools.partial(self._measure, step, staged)
             if torch.cuda.is_available():
                 self._waiting.append(measure)

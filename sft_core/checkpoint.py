@@ -5,7 +5,8 @@ a manifest (size and checksum of each file) as its last file, is renamed to `che
 file `latest` name it. Inside:
 
     the model             as a Hugging Face folder, put there by the caller's `write_model`
-    state/                model and optimizer, by torch.distributed.checkpoint: loads with any number of ranks
+    state/                what is trained of the model, and the optimizer, by torch.distributed.checkpoint: loads with
+                          any number of ranks
     scheduler.pt          the schedule's state
     rank-00000/           that rank's random generators (rng.pt) and whatever the caller's `write_extra` put there
     progress.json         step, world size, identity and the caller's `progress`, readable
@@ -33,8 +34,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from sft_core.export import hf_name
 from sft_core.files import MANIFEST, flush_to_disk, manifest, write_atomically
 from sft_core.guards import on_first_rank
 
@@ -225,8 +227,7 @@ def save_checkpoint(
     if write_model is not None:
         write_model(temporary)
     if not only_model:
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary / "state")
+        dcp.save(_trained_state(model, optimizer), checkpoint_id=temporary / "state")
         own = rank_folder(temporary, dist.get_rank())
         own.mkdir()
         torch.save(_rng_state(), own / "rng.pt")
@@ -277,10 +278,12 @@ def load_checkpoint(
     """
     folder = Path(checkpoint)
     saved = _saved(folder)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
+    state = _trained_state(model, optimizer)
     dcp.load(state, checkpoint_id=folder / "state")
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    partly = StateDictOptions(strict=all(p.requires_grad for p in model.parameters()))
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=partly
+    )
     if scheduler is not None:
         scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
     own = rank_folder(folder, dist.get_rank()) / "rng.pt"
@@ -293,6 +296,16 @@ def load_checkpoint(
         np.random.seed(seed)
         torch.manual_seed(seed)  # CUDA's too
     return saved["progress"]
+
+
+def _trained_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Model and optimizer; of a model that is frozen in part (adapters), the trained parameters alone."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    if any(not p.requires_grad for p in model.parameters()):
+        trained = {hf_name(name) for name, p in model.named_parameters() if p.requires_grad}
+        model_state = {name: value for name, value in model_state.items() if name in trained}
+        assert len(model_state) == len(trained), "a trained parameter is not in the model's state"
+    return {"model": model_state, "optimizer": optimizer_state}
 
 
 def rank_folder(checkpoint: str | Path, rank: int) -> Path:

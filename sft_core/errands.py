@@ -136,7 +136,8 @@ class Errands:
         failures: list[str] = []
         if self.config.benchmarks:
             try:
-                benchmarks = run_benchmarks(folder, self.config, folder / "benchmarks" / f"step-{steps}")
+                measured = folder / "merged" if self.run.model.use_peft else folder
+                benchmarks = run_benchmarks(measured, self.config, folder / "benchmarks" / f"step-{steps}")
             except FAILURES as error:  # the model is there all the same: its card and its push go on
                 failures.append(f"benchmarks of the final model: {error}")
             else:

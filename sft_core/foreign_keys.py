@@ -57,7 +57,7 @@ FOREIGN_KEYS: dict[str, str] = {
     "vllm_max_model_length": _ENGINE + "; its length is max_prompt_length + max_completion_length",
     "logging_dir": "TensorBoard's files are in output_dir/runs",
     "save_safetensors": "models are always written as safetensors",
-    "disable_dropout": "nothing is ever dropped out",
+    "disable_dropout": "nothing is ever dropped out, but inputs of adapters in SFT (lora_dropout)",
     "log_unique_prompts": "the completions that are shown are of different prompts as far as there are any",
     **dict.fromkeys(
         ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "disable_tqdm", "tf32",

@@ -51,10 +51,12 @@ NOT_PUSHED = (
     "completions.jsonl",
     "benchmarks/*",
     "runs/*",
+    "merged/*",
 )  # these hold prompts and answers, which may be private
 
 # Weights that may be there from a push with another number of files: with them the folder would be two models.
-STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+         "adapter_model.safetensors", "adapter_config.json")  # fmt: skip
 _own_dice = random.Random()  # never the global generator: that one belongs to the run, and its state to checkpoints
 
 

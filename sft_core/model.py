@@ -23,6 +23,7 @@ from transformers import (
 
 import kernels.attention
 from kernels.linear_logprob import linear_logprob
+from sft_core.adapters import add_adapters, is_tied, quantization
 from sft_core.config import ModelConfig
 from sft_core.packing import PackedSequences, pack_sequences
 
@@ -35,6 +36,7 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.tied = is_tied(model)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -49,7 +51,8 @@ class Policy(nn.Module):
             use_cache=False,
             packed=batch.layout,
         ).last_hidden_state[0]  # [T, D]
-        head = self.model.get_output_embeddings()
+        # Beside adapters the embedding may be trained as a copy, which a tied head then is too.
+        head = self.model.get_input_embeddings() if self.tied else self.model.get_output_embeddings()
         return linear_logprob(hidden[batch.rows], head.weight, batch.targets, temperature=temperature)
 
     @torch.no_grad()
@@ -80,6 +83,10 @@ def load_tokenizer(
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
         raise ValueError(f"there is no model folder at {name}: check --model_name_or_path.")
+    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"{name} holds an adapter, not a model: train it with --merge_adapter true and give its folder `merged`."
+        )
     arguments = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
     try:
         model_config = AutoConfig.from_pretrained(name, **arguments)
@@ -129,21 +136,36 @@ def local_copy(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, model_name_or_path=folder)
 
 
-def load_policy(config: ModelConfig) -> Policy:
+def load_policy(
+    config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0, known_as: str = "", vocab_size: int = 0
+) -> Policy:
     """The policy on the CPU, in the dtype of its files; `sft_core.parallel.shard` makes float32 shards of it.
 
-    It is put in eval mode for good: dropout would make the policy that is trained another than the one sampled.
+    With adapters the model is frozen, in the `dtype` that is computed in, or quantised (then on the rank's device);
+    `seed` and `known_as` are theirs (`sft_core.adapters.add_adapters`).
+
+    `vocab_size`: tokens that it must at least know; new ones begin as the mean of the others.
+
+    It is put in eval mode for good: dropout would make the policy that is trained another than the one sampled
+    (adapters' own is on in SFT's training passes: `sft_core.adapters.dropout`).
     """
+    quantised = quantization(config, dtype)
     model = AutoModelForCausalLM.from_pretrained(
         config.model_name_or_path,
         revision=config.model_revision,
         trust_remote_code=config.trust_remote_code,
-        dtype="auto",
+        dtype=dtype if config.use_peft else "auto",
         attn_implementation="packed",
-    )
+        **({"quantization_config": quantised} if quantised else {}),
+    ).eval()
     if model.get_output_embeddings().bias is not None:
         raise ValueError(f"{config.model_name_or_path} has a head with a bias, which is not supported.")
-    return Policy(model).eval()
+    known = model.get_input_embeddings().num_embeddings
+    if vocab_size > known:
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+        for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+            end.weight.data[known:] = end.weight.data[:known].float().mean(0).to(end.weight.dtype)
+    return Policy(add_adapters(model, config, seed, known_as) if config.use_peft else model)
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> frozenset[int]:

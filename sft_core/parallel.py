@@ -5,13 +5,22 @@ reduced in float32 and *summed*: the loss divides by the whole step's counts its
 gradient does not depend on how many ranks share the work. Tensor and pipeline parallelism are left out on purpose.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
+from sft_core.config import TrainingConfig
 from sft_core.model import Policy
 
 
@@ -20,35 +29,67 @@ def make_mesh(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (dist.get_world_size(),))
 
 
-def shard(policy: Policy, mesh: DeviceMesh, *, bf16: bool, gradient_checkpointing: bool = False) -> Policy:
-    """Turn `policy`'s parameters into float32 shards over `mesh`, in place; they move to the mesh's device.
+def shard(
+    policy: Policy,
+    mesh: DeviceMesh,
+    *,
+    bf16: bool,
+    gradient_checkpointing: bool = False,
+    checkpointing_every: int = 1,
+    activation_offloading: bool = False,
+    cpu_offload: bool = False,
+) -> Policy:
+    """Turn `policy`'s parameters into shards over `mesh`, in place; they move to the mesh's device.
 
-    A frozen policy has no masters: its shards are in the compute dtype.
+    What is trained is stored as float32 masters, what is frozen in the compute dtype. Quantised parameters, which are
+    no numbers to shard or sum, stay whole on every rank. The flags change memory and time, never the gradient:
+
+    gradient_checkpointing   recompute each block in the backward pass, or every `checkpointing_every`-th alone
+    activation_offloading    keep the inputs that such a block saves in host memory (pinned on CUDA)
+    cpu_offload              keep shards, their gradients and so the optimizer's state in host memory
 
     Embedding, final norm and head stay in the root unit: it is gathered once a pass, the fused head runs inside the
     root's forward, and tied embeddings remain one parameter.
     """
     compute = torch.bfloat16 if bf16 else torch.float32
-    stored = torch.float32 if any(p.requires_grad for p in policy.parameters()) else compute
-    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    options = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy(torch.cuda.is_available()) if cpu_offload else OffloadPolicy(),
+        "ignored_params": {p for p in policy.parameters() if not p.is_floating_point()},
+    }
     blocks = policy.blocks
     for i, block in enumerate(blocks):
-        _cast(block, stored)  # one at a time: the float32 copy of a large model never stands whole on the host
-        if gradient_checkpointing:
-            blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)
-        fully_shard(blocks[i], mesh=mesh, mp_policy=precision)
-    _cast(policy, stored)
-    fully_shard(policy, mesh=mesh, mp_policy=precision)
+        _cast(block, compute)  # one at a time: the float32 copy of a large model never stands whole on the host
+        if gradient_checkpointing and i % checkpointing_every == 0:
+            drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
+            blocks[i] = checkpoint_wrapper(block, preserve_rng_state=drops)
+            if activation_offloading:  # outside of the checkpoint, whose inputs are all that it then sees
+                blocks[i] = offload_wrapper(blocks[i])
+        fully_shard(blocks[i], **options)
+    _cast(policy, compute)
+    fully_shard(policy, **options)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             _sum_gradients(module)
     return policy
 
 
-def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+def memory_options(config: TrainingConfig) -> dict[str, Any]:
+    """The arguments of `shard` that are options of a run."""
+    return {
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "checkpointing_every": config.gradient_checkpointing_every,
+        "activation_offloading": config.activation_offloading,
+        "cpu_offload": config.cpu_offload,
+    }
+
+
+def _cast(module: nn.Module, compute: torch.dtype) -> None:
     """Parameters only: the rotary frequencies, a buffer, stay float32."""
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute)
 
 
 def _sum_gradients(module: FSDPModule) -> None:

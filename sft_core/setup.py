@@ -15,11 +15,12 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from kernels.linear_logprob import CHUNK_ELEMENTS
 from sft_core import guards
+from sft_core.adapters import check_adapters, describe
 from sft_core.callbacks import check_benchmarks, get_callbacks, init_wandb_training
 from sft_core.chat import check_template, set_up
 from sft_core.checkpoint import prepare_output_dir
 from sft_core.cli import as_yaml, parse
-from sft_core.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig
+from sft_core.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig, require
 from sft_core.data import fingerprint, load_splits
 from sft_core.flow import set_log_level, start_logging
 from sft_core.hub import check_hub
@@ -85,11 +86,17 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
     guards.on_first_rank(lambda: check_benchmarks(config))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes that tokenise are forks
     model_info, tokenizer = load_tokenizer(model, config.chat_template)
+    check_adapters(model, config, model_info)
     supervised = config if isinstance(config, SFTConfig) else None
     rows, test_rows = load_splits(data, config.evaluates, supervised is not None and supervised.dataset_streaming)
     conversations = supervised is None or needs_template(next(iter(rows)))
     eos_token = None if supervised is None else supervised.eos_token
     set_up(tokenizer, eos_token, conversations, chatml_default=supervised is not None)
+    require(not model.use_peft or bool(model.lora_modules_to_save)
+            or len(tokenizer) <= model_info.get_text_config().vocab_size,
+            f"{model.model_name_or_path} has no chat template, the tokens of ChatML would be new to it, and beside "
+            "adapters its embedding is frozen: give --chat_template, or train the embedding too by "
+            "--lora_modules_to_save embed_tokens lm_head.")  # fmt: skip
     stop_ids = stop_token_ids(tokenizer, model)
     template = check_template(tokenizer, stop_ids) if conversations else ""
     return Base(
@@ -102,13 +109,17 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
 
 def claim(base: Base, config: TrainingConfig, **more: Any) -> tuple[dict[str, Any], Path | None]:
     """Make output_dir this run's; returns what makes it this run, and the checkpoint to resume from. A collective."""
-    identity = {
-        "algorithm": base.algorithm,
-        "model": base.model.model_name_or_path,
-        "architecture": architecture(base.model_info),
-        "data": fingerprint(base.rows),
-        "seed": config.seed,
-    } | more
+    identity = (
+        {
+            "algorithm": base.algorithm,
+            "model": base.model.model_name_or_path,
+            "architecture": architecture(base.model_info),
+            "data": fingerprint(base.rows),
+            "seed": config.seed,
+        }
+        | describe(base.model)
+        | more
+    )
     guards.on_first_rank(lambda: guards.lock_output_dir(config.output_dir))
     checkpoint = prepare_output_dir(
         config.output_dir, identity, config.overwrite_output_dir, config.resume_from_checkpoint

@@ -9,7 +9,7 @@ on all ranks, so how it is cut into micro-batches and ranks does not change its 
 the last complete checkpoint. GRPO (`grpo_core/train.py`) is this loop plus rollouts.
 
 What a row becomes is in `supervised.py`, which rows a step takes in `order.py`, how they are cut in `packing.py`.
-Left out on purpose: padding, NEFTune, sequences split over ranks.
+Left out on purpose: padding, NEFTune, dropout other than the adapters' own, sequences split over ranks.
 """
 
 import sys
@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sft_core import guards
+from sft_core.adapters import dropout
 from sft_core.checkpoint import load_checkpoint, save_checkpoint
 from sft_core.errands import Errands
 from sft_core.export import export_model
@@ -32,7 +33,7 @@ from sft_core.metrics import MetricsLogger, reduce_metrics
 from sft_core.model import Policy, load_policy
 from sft_core.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
 from sft_core.packing import PackedSequences, balance, idle_sequences, pack_sequences, step_counts
-from sft_core.parallel import make_mesh, shard
+from sft_core.parallel import make_mesh, memory_options, shard
 from sft_core.setup import Run, prepare
 from sft_core.supervised import Example
 
@@ -50,12 +51,12 @@ def main(argv: list[str] | None = None) -> None:
 def train(run: Run) -> Errands:
     """The loop. Returns what the first rank has left to do when the weights are out of memory."""
     config, device, total_steps = run.config, run.device, run.total_steps
-    policy = shard(
-        load_policy(run.local_model),
-        make_mesh(device),
-        bf16=run.bf16,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
+    policy = load_policy(
+        run.local_model, dtype=run.dtype, seed=config.seed, known_as=run.model.model_name_or_path,
+        vocab_size=len(run.tokenizer),
+    )  # fmt: skip
+    policy = shard(policy, make_mesh(device), bf16=run.bf16, **memory_options(config))
+    torch.manual_seed(config.seed + run.rank)  # the dropout of adapters, where there is one
     optimizer = make_optimizer(policy, config)
     scheduler = make_scheduler(optimizer, config, total_steps)
     progress: dict[str, Any] = {"step": 0, "rows": 0, "num_tokens": 0, "loss_sum": 0.0, "seconds": 0.0}
@@ -93,7 +94,7 @@ def train(run: Run) -> Errands:
         # 2 denominator: the step's trained tokens over all ranks, before the first backward
         counts = step_counts(batches, device)
         # 3 forward and backward
-        with phases("train"):
+        with phases("train"), dropout(policy):
             sums = {name: torch.zeros((), device=device) for name in ("loss", "entropy", "mean_token_accuracy")}
             for i in range(counts.micro_batches):
                 weight = float(i < len(batches)) / counts.num_tokens  # a rank that has run out passes along with zero
@@ -142,7 +143,7 @@ def train(run: Run) -> Errands:
         with phases("export"):
             if config.save_strategy != "no" and saved_at != progress["step"]:
                 save()
-            export_model(policy, run.tokenizer, config.output_dir, run.dtype, run.stop_ids)
+            export_model(policy, run.tokenizer, config.output_dir, run.dtype, run.stop_ids, config.merge_adapter)
         if errands.final_evaluation_due(progress):  # when the model is safe
             with phases("eval", watchdog_s=0):
                 errands.log_evaluation(progress, evaluate(policy, run))

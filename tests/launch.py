@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["grpo_core.train", "sft_core.train"])
+_context.set_forkserver_preload(["grpo_core.train", "sft_core.train", "peft"])
 
 
 def start(

@@ -11,7 +11,13 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch.distributed.checkpoint", "transformers.models.llama.modeling_llama", "sft_core.export", "sft_core.metrics"]
+    [
+        "peft",
+        "torch.distributed.checkpoint",
+        "transformers.models.llama.modeling_llama",
+        "sft_core.export",
+        "sft_core.metrics",
+    ]
 )
 
 

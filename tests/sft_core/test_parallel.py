@@ -1,0 +1,92 @@
+"""The flags that trade memory for time change no gradient, and what is written has plain names."""
+
+import numpy as np
+import pytest
+
+from tests.processes import run_ranks
+
+SEQUENCES = [[(7 * i + j) % 300 + 5 for i in range(length)] for j, length in enumerate((60, 31, 90))]
+FLAGS = {
+    "every second": {"gradient_checkpointing": True, "checkpointing_every": 2},
+    "offloaded": {"gradient_checkpointing": True, "activation_offloading": True},
+    "on the host": {"cpu_offload": True},
+    "all": {"gradient_checkpointing": True, "activation_offloading": True, "cpu_offload": True},
+}
+
+
+def step(model: str, flags: dict) -> dict:
+    """On each rank: one optimizer step; the clipped gradient by plain name, its norm, the names and weights after."""
+    from sft_core import guards
+    from sft_core.config import ModelConfig, TrainingConfig
+    from sft_core.export import full_weights, hf_name, weight_names
+    from sft_core.model import load_policy
+    from sft_core.optim import clip_gradients, make_optimizer
+    from sft_core.packing import pack_sequences
+    from sft_core.parallel import make_mesh, shard
+
+    rank, world_size, _, device = guards.init_distributed(60)
+    policy = shard(load_policy(ModelConfig(model)), make_mesh(device), bf16=False, **flags)
+    optimizer = make_optimizer(policy, TrainingConfig(output_dir="unused", learning_rate=1e-3))
+    own = SEQUENCES[rank::world_size]
+    pack = pack_sequences(own, [[True] * len(sequence) for sequence in own], device)
+    logps, _ = policy(pack)
+    (-logps.sum()).backward()
+    norm = clip_gradients(policy.parameters(), 1.0)
+    gradient = {hf_name(name): p.grad.full_tensor().numpy().copy() for name, p in policy.model.named_parameters()}
+    optimizer.step()
+    after = {name: tensor.numpy().copy() for name, tensor in full_weights(policy)}
+    assert list(after) == weight_names(policy)
+    guards.shutdown()
+    return {"gradient": gradient, "norm": float(norm), "after": after}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model):
+    return run_ranks(1, step, tiny_model, {})[0]
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_change_no_gradient(tiny_model, plain, name):
+    for ranks in (1, 2):
+        for found in run_ranks(ranks, step, tiny_model, FLAGS[name]):
+            assert found["norm"] == pytest.approx(plain["norm"], rel=1e-5)
+            for part in ("gradient", "after"):
+                assert found[part].keys() == plain[part].keys()
+            for key, expected in plain["gradient"].items():
+                assert np.linalg.norm(found["gradient"][key] - expected) < 1e-5 * np.linalg.norm(expected), key
+                if ranks == 1:
+                    assert (found["gradient"][key] == expected).all() and (
+                        found["after"][key] == plain["after"][key]
+                    ).all()
+
+
+def offloaded(model: str) -> list[int]:
+    """Bytes that leave the device in a forward pass with offloading: each checkpointed block's input, and no weight."""
+    import torch
+
+    from sft_core import guards
+    from sft_core.config import ModelConfig
+    from sft_core.model import load_policy
+    from sft_core.packing import pack_sequences
+    from sft_core.parallel import make_mesh, shard
+
+    moved, original = [], torch.autograd.graph.save_on_cpu.__init__
+
+    def watched(self, *arguments, **options):
+        original(self, *arguments, **options)
+        pack = self.pack_hook
+        self.pack_hook = lambda tensor: (moved.append(tensor.numel()), pack(tensor))[1]
+
+    device = guards.init_distributed(60)[3]
+    policy = load_policy(ModelConfig(model))
+    policy = shard(policy, make_mesh(device), bf16=False, gradient_checkpointing=True, activation_offloading=True)
+    torch.autograd.graph.save_on_cpu.__init__ = watched
+    policy(pack_sequences(SEQUENCES, [[True] * len(sequence) for sequence in SEQUENCES], device))
+    guards.shutdown()
+    return moved
+
+
+def test_offloading_moves_the_inputs_of_blocks_and_no_weight(tiny_model):
+    [moved] = run_ranks(1, offloaded, tiny_model)
+    inputs = [size for size in moved if size > 1]
+    assert inputs == [64 * sum(map(len, SEQUENCES))] * 2, moved  # two blocks
