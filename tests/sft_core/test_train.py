@@ -3,11 +3,12 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerState
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 from sft_core.train import token_losses
 from tests import faults
@@ -189,3 +190,22 @@ def test_a_signal_leaves_something_to_resume_from_even_with_save_only_model(tiny
     assert code == 0, output
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all((found[key] == whole[key]).all() for key in whole)
+
+
+def test_a_base_model_learns_chatml(tiny_model, rows, tmp_path):
+    """Its embedding grows by the two tokens, the end of turn is what the saved model stops at."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    whole = train(base, rows, tmp_path / "whole", max_steps=2)
+    two = train(base, rows, tmp_path / "two", max_steps=2, ranks=2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "whole")
+    assert (tokenizer.eos_token, model.config.vocab_size) == ("<|im_end|>", len(tokenizer))
+    assert tokenizer.eos_token_id in model.generation_config.eos_token_id and "<|im_start|>" in tokenizer.chat_template
+    assert all((two[key] - whole[key]).norm() < 1e-3 * whole[key].norm() for key in whole)
+    old = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    new = whole["model.embed_tokens.weight"][len(old) :]
+    assert len(new) == 2 and (new - old.mean(0)).abs().max() < 0.05  # two steps away from where they began
+    options = dict(model_name_or_path=base, dataset_name=rows, output_dir=tmp_path / "out", use_peft="true")
+    code, output = run(TRAIN, flags(**options), tmp_path / "log")
+    assert code == 2 and "the tokens of ChatML would be new to it" in output
