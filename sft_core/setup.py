@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
-from kernels.linear_logprob import CHUNK_ELEMENTS
 from sft_core import guards
 from sft_core.callbacks import check_benchmarks, get_callbacks, init_wandb_training
 from sft_core.checkpoint import prepare_output_dir
@@ -25,11 +24,13 @@ from sft_core.model import (
     architecture,
     compute_in_bf16,
     count_parameters,
+    load_model_info,
     load_tokenizer,
     local_copy,
     stop_token_ids,
 )
 from sft_core.optim import check_schedule
+from sft_core.plan import Plan, dry_run, memory_plan
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,9 @@ def prepare(argv: list[str]) -> Run:
     """
     start_logging()
     model, data, config = parse((ModelConfig, ScriptArguments, SFTConfig), argv)
+    if config.dry_run:
+        rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        dry_run(load_model_info(model), model, config, rows=rows, longest=config.max_length)
     base = join("sft", model, data, config)
     examples, dropped = supervised_examples(base.rows, base.tokenizer, base.stop_ids, config.max_length)
     test_examples: list[tuple[list[int], list[bool]]] = []
@@ -137,20 +141,14 @@ def prepare(argv: list[str]) -> Run:
     identity, checkpoint = claim(base, config, examples=len(examples))
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * base.world_size
     total_steps = config.total_steps(len(examples) / rows_per_step)
-    vocab_size = base.model_info.get_text_config().vocab_size
-    memory = guards.memory_plan(
-        base.device,
-        num_parameters=base.num_parameters,
-        world_size=base.world_size,
-        vocab_size=vocab_size,
-        chunk_tokens=CHUNK_ELEMENTS[base.device.type] // vocab_size,
-        compute_dtype=base.dtype,
-        engine_kv_bytes=-1,
-    )
+    plan = Plan(
+        base.model_info, model, config, base.num_parameters, base.world_size, rows=rows_per_step // base.world_size,
+        longest=max(len(ids) for ids, _ in examples), itemsize=base.dtype.itemsize,
+    )  # fmt: skip
     summary = [
         f"{len(examples)} rows to train on, {dropped} dropped (nothing to learn); {total_steps} steps of "
         f"{rows_per_step} rows" + (f"; {len(test_examples)} rows to evaluate on" if test_examples else ""),
-        memory,
+        memory_plan(plan, base.device),
     ]
     return Run(
         **vars(base), config=config, local_model=local_copy(model), examples=examples, test_examples=test_examples,
