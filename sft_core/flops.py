@@ -66,7 +66,7 @@ def training_flops(info: PretrainedConfig, lengths: Sequence[int]) -> float:
 
     N is the weights of the blocks' linear layers and of the head, which counts once, tied or not; norms, biases and the
     embedding's lookup are not in it. S is the length of the token's document. Every token counts as scored, nothing
-    counts twice for being recomputed: the usual numerator of MFU (of TRL and nanochat, but for causality).
+    counts twice for being recomputed, a frozen weight counts as if it were trained: the usual numerator of MFU.
     """
     s = shape(info)
     return 6 * (block_weights(s) + s.vocab * s.hidden) * sum(lengths) + 3 * attention_flops(s, lengths)
