@@ -5,8 +5,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from datasets import Dataset
 
 from eval.workers import WorkerPool
@@ -16,12 +17,12 @@ from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.rewards import get_reward_funcs, reward_name
 from grpo_core.rollout import GOLD_REWARDS, Prompt, load_prompts
 from grpo_core.scoring import gold_column, unparseable_golds
-from kernels.linear_logprob import CHUNK_ELEMENTS
 from sft_core import guards
 from sft_core.cli import parse
 from sft_core.config import ModelConfig, require
 from sft_core.flow import start_logging
-from sft_core.model import check_positions, local_copy
+from sft_core.model import check_positions, load_model_info, local_copy
+from sft_core.plan import Plan, dry_run, memory_plan
 from sft_core.setup import Base, claim, join
 
 
@@ -55,6 +56,8 @@ def prepare(argv: list[str]) -> Run:
     """
     start_logging()
     model, data, config = parse((ModelConfig, GRPOScriptArguments, GRPOConfig), argv)
+    if config.dry_run:
+        plan_only(model, config)
     if config.rollouts_from is None:
         check_engine_available(config.engine or "vllm")
     elif not Path(config.rollouts_from).is_dir():
@@ -88,19 +91,12 @@ def prepare(argv: list[str]) -> Run:
     else:
         kv_bytes = max_batch * kv_cache_bytes(base.model_info, dtype, max_model_len)
     on_gpu = base.device.type == "cuda" and config.engine == "vllm" and config.rollouts_from is None
-    vocab_size = base.model_info.get_text_config().vocab_size
-    memory = guards.memory_plan(
-        base.device,
-        num_parameters=base.num_parameters,
-        world_size=world_size,
-        vocab_size=vocab_size,
-        chunk_tokens=CHUNK_ELEMENTS[base.device.type] // vocab_size,
-        compute_dtype=dtype,
-        reference=config.beta > 0 and not model.use_peft,  # else it is the policy without its adapters
-        engine_share=config.vllm_gpu_memory_utilization if on_gpu else 0,
-        engine_ranks=tensor_parallel,
-        engine_kv_bytes=kv_bytes,
-    )
+    plan = Plan(
+        base.model_info, model, config, base.num_parameters, world_size,
+        rows=math.ceil(prompts_per_rollout * config.num_generations / world_size), longest=max_model_len,
+        itemsize=dtype.itemsize, reference=config.beta > 0, engine_ranks=tensor_parallel,
+        engine_share=config.vllm_gpu_memory_utilization if on_gpu else 0, engine_kv_bytes=kv_bytes,
+    )  # fmt: skip
     batch = f"{prompts_per_rollout} prompts x {config.num_generations} completions"
     if config.prompts_per_step is None:
         batch += (
@@ -111,13 +107,27 @@ def prepare(argv: list[str]) -> Run:
         f"{len(prompts)} prompts; left out: {left_out}"
         + (f"; {len(test_prompts)} to evaluate on" if test_prompts else ""),
         f"{total_steps} optimizer steps, {config.num_iterations} on each rollout of {batch}",
-        memory,
+        memory_plan(plan, base.device),
     ]
     return Run(
         **vars(base), config=config, local_model=local_copy(model), prompts=prompts, test_prompts=test_prompts,
         reward_funcs=reward_funcs, reward_names=[reward_name(function) for function in reward_funcs],
         identity=identity, checkpoint=checkpoint, prompts_per_rollout=prompts_per_rollout,
         max_batch=max_batch, total_steps=total_steps, summary="\n".join(summary),
+    )  # fmt: skip
+
+
+def plan_only(model: ModelConfig, config: GRPOConfig) -> NoReturn:
+    """Predict memory and time of a step's training, the engine's memory beside it, and end."""
+    info, longest = load_model_info(model), config.max_prompt_length + config.max_completion_length
+    check_positions(info, longest, "prompt and completion", "lower --max_prompt_length or --max_completion_length")
+    rows = config.num_generations * math.ceil(config.prompts_a_rollout(config.dry_run_gpus) / config.dry_run_gpus)
+    engine = config.rollouts_from is None
+    cache = min(1024, rows) * kv_cache_bytes(info, torch.bfloat16, longest)
+    dry_run(
+        info, model, config, rows=rows, longest=longest, reference=config.beta > 0,
+        engine_share=config.vllm_gpu_memory_utilization if engine and config.engine == "vllm" else 0.0,
+        engine_kv_bytes=cache if engine else -1, engine_ranks=config.vllm_tensor_parallel_size,
     )  # fmt: skip
 
 

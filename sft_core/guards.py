@@ -1,4 +1,4 @@
-"""What keeps a run honest around its loop: process group, lock, signals, watchdog, phase timer, memory plan.
+"""What keeps a run honest around its loop: process group, lock, signals, watchdog, phase timer.
 
 Left out on purpose: restarting failed ranks (torchrun's work), elastic world sizes (a restart reshards the checkpoint),
 and any agreement between ranks about signals (the loop reduces `StopSignal.requested` with its other metrics).
@@ -22,7 +22,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -245,69 +244,6 @@ class Phases:
 
 
 # --- memory ------------------------------------------------------------------------------------------------------
-
-
-def memory_plan(
-    device: torch.device,
-    *,
-    num_parameters: int,
-    world_size: int,
-    vocab_size: int,
-    chunk_tokens: int,
-    compute_dtype: torch.dtype = torch.bfloat16,
-    reference: bool = False,
-    engine_share: float = 0.0,
-    engine_ranks: int = 1,
-    engine_kv_bytes: int = 0,
-    engine_share_name: str = "vllm_gpu_memory_utilization",
-) -> str:
-    """One line: the GiB that each part will take on this rank, before it takes them. Activations are not in it.
-
-    float32 masters, gradients and two AdamW moments are sharded over `world_size`, as is the reference model in
-    `compute_dtype`; `chunk_tokens` rows of float32 logits and their gradient are the head's workspace. The engine takes
-    `engine_share` of the device's whole memory for its weights and KV cache, the weights spread over `engine_ranks`;
-    with a share of 0, its weights in `compute_dtype` and `engine_kv_bytes` (-1 where there is no engine).
-    Raises ValueError, naming the number to lower, where the sum exceeds a CUDA device's free memory.
-    """
-    item = torch.empty((), dtype=compute_dtype).element_size()
-    weights = num_parameters * item
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-    else:
-        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
-    parts = {
-        "parameters": 4 * num_parameters / world_size,
-        "gradients": 4 * num_parameters / world_size,
-        "optimizer": 8 * num_parameters / world_size,
-        "logits workspace": 2 * 4 * chunk_tokens * vocab_size,
-    }
-    if reference:
-        parts["reference model"] = weights / world_size
-    engine_weights = weights / engine_ranks
-    if engine_share > 0:
-        parts["engine weights"] = engine_weights
-        parts["engine KV cache"] = max(0.0, engine_share * total - engine_weights)
-    elif engine_kv_bytes >= 0:
-        parts["engine weights"], parts["engine KV cache"] = engine_weights, engine_kv_bytes
-    planned = sum(parts.values())
-    line = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    line = f"memory on {device} (GiB): {line}; sum {planned / GIB:.2f} of {free / GIB:.2f} free"
-    if device.type == "cuda" and engine_share > 0 and engine_share * total < engine_weights:
-        raise ValueError(
-            f"The engine's share of {engine_share * total / GIB:.1f} GiB cannot hold its weights, "
-            f"{engine_weights / GIB:.1f} GiB: raise {engine_share_name} above {engine_weights / total:.2f} or use a "
-            "smaller model."
-        )
-    if device.type == "cuda" and planned > free:
-        trainer = planned - parts.get("engine weights", 0.0) - parts.get("engine KV cache", 0.0)
-        spare = int(100 * (free - trainer) / total) / 100  # rounded down: what is said must fit
-        remedy = (
-            f"lower {engine_share_name} from {engine_share:.2f} to at most {spare:.2f}"
-            if engine_share > 0 and spare * total > engine_weights
-            else "use more GPUs or a smaller model"
-        )
-        raise ValueError(f"Not enough GPU memory: {remedy} ({line}).")
-    return line
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -69,6 +70,41 @@ def check_positions(config: PretrainedConfig, tokens: int, what: str, remedy: st
         raise ValueError(f"{what} may take {tokens} tokens, the model has {positions} positions: {remedy}.")
 
 
+def load_model_info(config: ModelConfig) -> PretrainedConfig:
+    """The model's configuration alone: a folder needs no more than its config.json.
+
+    Raises:
+        ValueError: there is no such model, or it is of a kind that is refused.
+    """
+    model_config = _from_files(AutoConfig, config)
+    for attribute in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model_config, attribute, None) not in (None, 1.0):
+            raise ValueError(
+                f"{config.model_name_or_path} transforms its logits ({attribute}), which is not supported: choose "
+                "another model."
+            )
+    return model_config
+
+
+def _from_files(kind: Any, config: ModelConfig) -> Any:
+    """`kind`.from_pretrained of the model's folder or Hub id."""
+    name = config.model_name_or_path
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
+        raise ValueError(f"there is no model folder at {name}: check --model_name_or_path.")
+    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"{name} holds an adapter, not a model: train it with --merge_adapter true and give its folder `merged`."
+        )
+    try:
+        return kind.from_pretrained(name, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
+    except OSError as error:
+        raise ValueError(
+            f"no model {name!r} to be had: it is neither a model folder nor a Hub id that can be reached from here "
+            f"(check --model_name_or_path). Cause: {str(error).splitlines()[0]}"
+        ) from error
+
+
 def load_tokenizer(
     config: ModelConfig, chat_template: str | None = None
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -79,30 +115,9 @@ def load_tokenizer(
     Raises:
         ValueError: there is no such model, or it is of a kind that is refused.
     """
-    name = config.model_name_or_path
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).is_dir():
-        raise ValueError(f"there is no model folder at {name}: check --model_name_or_path.")
-    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
-        raise ValueError(
-            f"{name} holds an adapter, not a model: train it with --merge_adapter true and give its folder `merged`."
-        )
-    arguments = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
-    try:
-        model_config = AutoConfig.from_pretrained(name, **arguments)
-        tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
-    except OSError as error:
-        raise ValueError(
-            f"no model {name!r} to be had: it is neither a model folder nor a Hub id that can be reached from here "
-            f"(check --model_name_or_path). Cause: {str(error).splitlines()[0]}"
-        ) from error
+    model_config, tokenizer = load_model_info(config), _from_files(AutoTokenizer, config)
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template)
-    for attribute in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model_config, attribute, None) not in (None, 1.0):
-            raise ValueError(
-                f"{name} transforms its logits ({attribute}), which is not supported: choose another model."
-            )
     return model_config, tokenizer
 
 

@@ -63,6 +63,11 @@ class Shuffled:
         self._pass, self._sequences = number, sequences
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.lengths.max()) if self.bin_size is None else self.bin_size
+
+    @property
     def sequences_per_pass(self) -> int:
         """Of the first pass; with packing those of later ones differ by a few."""
         if self._pass != 0:
@@ -107,6 +112,8 @@ class Streamed:
         self._window: list[Example] = []
         self._sequences: list[list[int]] = []
         self.taken = 0  # sequences of this window
+
+    longest = None  # tokens of the longest sequence: not known
 
     @property
     def outcomes(self) -> list[int]:

@@ -13,7 +13,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
-from kernels.linear_logprob import CHUNK_ELEMENTS
 from sft_core import guards
 from sft_core.adapters import check_adapters, describe
 from sft_core.callbacks import check_benchmarks, get_callbacks, init_wandb_training
@@ -30,12 +29,14 @@ from sft_core.model import (
     check_positions,
     compute_in_bf16,
     count_parameters,
+    load_model_info,
     load_tokenizer,
     local_copy,
     stop_token_ids,
 )
 from sft_core.optim import check_schedule
 from sft_core.order import Shuffled, Streamed
+from sft_core.plan import Plan, dry_run, memory_plan
 from sft_core.supervised import check_columns, encode_row, needs_template, supervised_examples
 
 
@@ -158,6 +159,9 @@ def prepare(argv: list[str]) -> Run:
     """
     start_logging()
     model, data, config = parse((ModelConfig, ScriptArguments, SFTConfig), argv)
+    if config.dry_run:
+        rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        dry_run(load_model_info(model), model, config, rows=rows, longest=config.max_length)
     base = join("sft", model, data, config)
     source, rows_line = training_rows(base, config)
     test_examples = None
@@ -169,22 +173,17 @@ def prepare(argv: list[str]) -> Run:
     sequences_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * base.world_size
     per_pass = source.sequences_per_pass if isinstance(source, Shuffled) else 0
     total_steps = config.total_steps(per_pass / sequences_per_step)
-    vocab_size = base.model_info.get_text_config().vocab_size
-    memory = guards.memory_plan(
-        base.device,
-        num_parameters=base.num_parameters,
-        world_size=base.world_size,
-        vocab_size=vocab_size,
-        chunk_tokens=CHUNK_ELEMENTS[base.device.type] // vocab_size,
-        compute_dtype=base.dtype,
-        engine_kv_bytes=-1,
-    )
+    plan = Plan(
+        base.model_info, model, config, base.num_parameters, base.world_size,
+        rows=sequences_per_step // base.world_size, longest=source.longest or config.max_length,
+        itemsize=base.dtype.itemsize,
+    )  # fmt: skip
     what = f"bins of at most {config.max_length} tokens" if config.packing else "rows"
     summary = [
         base.template,
         rows_line + (f"; {len(test_examples)} rows to evaluate on" if test_examples is not None else ""),
         f"{total_steps} steps of {sequences_per_step} {what}",
-        memory,
+        memory_plan(plan, base.device),
     ]
     return Run(
         **vars(base), config=config, local_model=local_copy(model), source=source, samples=samples,

@@ -28,6 +28,7 @@ from sft_core.adapters import dropout
 from sft_core.checkpoint import load_checkpoint, save_checkpoint
 from sft_core.errands import Errands
 from sft_core.export import export_model
+from sft_core.flops import attention_share, peak_flops, training_flops
 from sft_core.flow import announce
 from sft_core.metrics import MetricsLogger, reduce_metrics
 from sft_core.model import Policy, load_policy
@@ -80,7 +81,7 @@ def train(run: Run) -> Errands:
         )  # fmt: skip
         errands.on_save(progress["step"], folder)
 
-    attention_share = 0.0
+    peak_rate = peak_flops(device)
     saved_at, stopping = progress["step"], False
     bar = tqdm(total=total_steps, initial=progress["step"], desc="sft", disable=None if run.rank == 0 else True)
     while progress["step"] < total_steps and not stopping:
@@ -89,7 +90,9 @@ def train(run: Run) -> Errands:
         with phases("batch"), guards.usage_errors():
             examples = run.source.take(run.sequences_per_step)
             lengths = [len(ids) for ids, _ in examples]
-            shares = balance(lengths, config.max_tokens_per_micro_batch, run.world_size, attention_share)
+            shares = balance(
+                lengths, config.max_tokens_per_micro_batch, run.world_size, attention_share(run.model_info)
+            )
             batches = [pack_rows([examples[i] for i in members], device) for members in shares[run.rank] if members]
         # 2 denominator: the step's trained tokens over all ranks, before the first backward
         counts = step_counts(batches, device)
@@ -120,6 +123,7 @@ def train(run: Run) -> Errands:
         # 5 log, evaluate, save
         step = progress["step"]
         if errands.due("logging", step):
+            flops = training_flops(run.model_info, lengths) / seconds / run.world_size
             metrics |= timing | {
                 "grad_norm": float(grad_norm),
                 "learning_rate": learning_rate,
@@ -127,7 +131,10 @@ def train(run: Run) -> Errands:
                 "num_tokens": progress["num_tokens"],
                 "step_time": seconds,
                 "tokens_per_second": sum(lengths) / seconds,
+                "tflops": flops / 1e12,  # on each device
             }
+            if peak_rate is not None and not run.model.use_peft:  # adapters spare a part of those
+                metrics["mfu"] = flops / peak_rate
             logger.log(step, metrics)
         errands.log_benchmarks()
         bar.update()

@@ -184,17 +184,6 @@ def test_bf16_where_impossible(monkeypatch):
     assert compute_in_bf16(None, "auto", torch.device("cuda")) is False
 
 
-def test_not_enough_gpu_memory_says_which_number_to_lower(monkeypatch):
-    from sft_core.guards import memory_plan
-
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * 2**30, 80 * 2**30))
-    with pytest.raises(ValueError, match="lower vllm_gpu_memory_utilization from 0.80 to at most 0.67"):
-        memory_plan(
-            torch.device("cuda"), num_parameters=10**9, world_size=1, vocab_size=150_000, chunk_tokens=1000,
-            engine_share=0.8,
-        )  # fmt: skip
-
-
 def test_the_hubs_kernels_package_in_the_way(capsys, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.1")
     with pytest.raises(SystemExit) as stopped:

@@ -186,28 +186,3 @@ def lose_a_peer():
 
 def test_a_collective_gives_up_on_a_hung_rank():
     assert run_ranks(2, lose_a_peer)[0] == "timed out"
-
-
-def plan(device="cpu", **options):
-    options = dict(num_parameters=2**30, world_size=4, vocab_size=2**17, chunk_tokens=1024) | options
-    return guards.memory_plan(torch.device(device), **options)
-
-
-def test_memory_plan_counts_each_part():
-    line = plan(reference=True, engine_kv_bytes=2**31)
-    for part in ("parameters 1.00", "gradients 1.00", "optimizer 2.00", "logits workspace 1.00"):
-        assert part in line
-    for part in ("reference model 0.50", "engine weights 2.00", "engine KV cache 2.00", "sum 9.50 of"):
-        assert part in line
-    assert "engine" not in plan(engine_kv_bytes=-1)
-
-
-def test_memory_plan_refuses_what_does_not_fit_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 12 * 2**30))
-    assert "engine KV cache 2.80; sum 9.80 of 10.00 free" in plan("cuda", engine_share=0.4)
-    with pytest.raises(ValueError, match=r"lower vllm_gpu_memory_utilization from 0.80 to at most 0.41 \(memory on"):
-        plan("cuda", engine_share=0.8)
-    with pytest.raises(ValueError, match="cannot hold its weights, 2.0 GiB: raise vllm_gpu_memory_utilization"):
-        plan("cuda", engine_share=0.1)
-    with pytest.raises(ValueError, match="use more GPUs or a smaller model"):
-        plan("cuda", engine_share=0.8, world_size=1)

@@ -1,0 +1,170 @@
+"""How fast this trainer's update is on this machine, beside what the plan predicts and, if asked, beside TRL.
+
+    python -m sft_core.bench [--shape 0.5b 1.5b] [--tokens 8192 16384] [--steps 5] [--gradient_checkpointing] [--peer]
+    torchrun --nproc_per_node 8 -m sft_core.bench            # sharded over all GPUs, as in training; without a peer
+
+Random weights in the shapes of Qwen2.5, random tokens in documents of random lengths up to 2,048 that fill the given
+number of tokens exactly, one micro-batch a step, every token scored. `--peer` trains the same shape on the same
+documents with TRL and Liger (`sft_core/bench_trl.py`). `--shape tiny` is for the CPU.
+
+Left out on purpose: reading and tokenising data, logging, checkpoints; several micro-batches a step.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import importlib.util
+import os
+import time
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from sft_core import guards
+from sft_core.config import ModelConfig, SFTConfig, require
+from sft_core.flops import PEAK_FLOPS, peak_flops, training_flops
+from sft_core.model import Policy, count_parameters
+from sft_core.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
+from sft_core.packing import pack_sequences
+from sft_core.parallel import make_mesh, shard
+from sft_core.plan import Plan, memory, seconds
+
+LONGEST = 2048
+WARM_UP = 3  # steps that are not timed: compilation of kernels, the optimizer's state
+SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary
+    "tiny": (64, 128, 2, 4, 2, 256), "0.5b": (896, 4864, 24, 14, 2, 151936), "1.5b": (1536, 8960, 28, 12, 2, 151936),
+}  # fmt: skip
+TIMED = (
+    "Timed, the device synchronised before and after: packing a micro-batch, forward, backward with the reduction of "
+    "gradients, clipping, the check that all is finite, AdamW, the schedule; of TRL from on_step_begin to on_step_end. "
+    "Predicted: by sft_core.plan, for H100 SXM cards, without its reserve of memory."
+)
+
+
+def documents(tokens: int, vocab: int, seed: int) -> list[list[int]]:
+    """Documents of random tokens and lengths, `tokens` in all; their number and lengths do not depend on `seed`."""
+    lengths: list[int] = []
+    generator = torch.Generator().manual_seed(0)
+    while (left := tokens - sum(lengths)) > 0:
+        drawn = int(torch.randint(min(64, LONGEST), LONGEST + 1, (), generator=generator))
+        lengths.append(left if left - drawn < 2 else drawn)
+    generator.manual_seed(seed)
+    return [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+def shape_config(name: str) -> Qwen2Config:
+    hidden, ffn, layers, heads, kv_heads, vocab = SHAPES[name]
+    return Qwen2Config(
+        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocab, tie_word_embeddings=True, max_position_embeddings=32768,
+    )  # fmt: skip
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def this_trainer(info: Qwen2Config, tokens: int, config: SFTConfig, steps: int, device: torch.device) -> list[float]:
+    """Seconds of each timed step of `sft_core.train`'s update."""
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(info, attn_implementation="packed", dtype=torch.bfloat16)
+    policy = shard(
+        Policy(model).eval(), make_mesh(device), bf16=device.type == "cuda",
+        gradient_checkpointing=config.gradient_checkpointing,
+    )  # fmt: skip
+    optimizer = make_optimizer(policy, config)
+    scheduler = make_scheduler(optimizer, config, WARM_UP + steps)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    taken = []
+    for i in range(WARM_UP + steps):
+        rows = documents(tokens, info.vocab_size, seed=1 + i * world_size + rank)
+        start = now(device)
+        batch = pack_sequences(rows, [[True] * len(ids) for ids in rows], device)
+        logps, *_ = policy(batch)
+        loss = -logps.sum() / (len(batch.targets) * world_size)
+        loss.backward()
+        norm = clip_gradients(policy.parameters(), config.max_grad_norm)
+        guarded_step(optimizer, scheduler, loss.item(), norm.item())
+        taken.append(now(device) - start)
+    return taken[WARM_UP:]
+
+
+def measure(make: Any, name: str, info: Qwen2Config, tokens: int, config: SFTConfig, steps: int,
+            device: torch.device, world_size: int) -> str:  # fmt: skip
+    """A line of the table: one trainer at one shape."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        taken = make(info, tokens, config, steps, device)
+    except torch.cuda.OutOfMemoryError:
+        return f"| {name} | {tokens} | out of memory | | | | |"
+    flops = training_flops(info, [len(ids) for ids in documents(tokens, 1, 0)])
+    return line(name, tokens, sum(taken) / steps, flops, peak_flops(device), guards.peak_memory_gib(device), world_size)
+
+
+def predict(info: Qwen2Config, tokens: int, config: SFTConfig, world_size: int) -> str:
+    """The same line as the plan has it, which takes every document to be of full length."""
+    longest = min(LONGEST, tokens)
+    plan = Plan(info, ModelConfig("random"), config, count_parameters(info), world_size, tokens // longest, longest)
+    flops, gib = training_flops(info, [longest] * plan.rows), sum(memory(plan).values()) / guards.GIB
+    return line("predicted", tokens, sum(seconds(plan).values()), flops, PEAK_FLOPS["H100"], gib, world_size)
+
+
+def line(name: str, tokens: int, step: float, flops: float, peak: float | None, gib: float, world_size: int) -> str:
+    mfu = f"{flops / step / peak:.1%}" if peak else "-"
+    rates = f"{tokens * world_size / step:,.0f} | {flops / step / 1e12:.1f} | {mfu}"
+    return f"| {name} | {tokens} | {step:.3f} | {rates} | {gib:.1f} |"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="sft_core.bench")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["0.5b", "1.5b"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 16384])
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--peer", action="store_true", help="TRL with Liger's kernels beside it")
+    options = parser.parse_args(argv)
+    with guards.usage_errors():
+        require(options.steps >= 1 and min(options.tokens) >= 64, "--steps must be at least 1, --tokens at least 64.")
+        rank, world_size, _, device = guards.init_distributed()
+    missing = [name for name in ("trl", "liger_kernel") if importlib.util.find_spec(name) is None]
+    cases = [(shape, tokens) for shape in options.shape for tokens in options.tokens]
+    table: dict[tuple[str, int], list[str]] = {case: [] for case in cases}
+    trainers = [("this trainer", this_trainer)]
+    if options.peer and world_size == 1 and not missing:
+        from sft_core.bench_trl import trl
+
+        trainers.append(("TRL and Liger", trl))
+    for name, make in trainers:
+        for shape, tokens in cases:
+            info, more = shape_config(shape), {"gradient_checkpointing": options.gradient_checkpointing}
+            config = SFTConfig("none", max_tokens_per_micro_batch=tokens, **more)
+            rows = table[shape, tokens]
+            rows.append(measure(make, f"{shape} {name}", info, tokens, config, options.steps, device, world_size))
+            if make is this_trainer:
+                rows.append(predict(info, tokens, config, world_size))
+        guards.shutdown()  # TRL, alone on its GPU, shall not find a process group and wrap its model in DDP
+        for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(variable, None)
+    if rank == 0:
+        packages = ["torch", "transformers", *(["trl", "liger-kernel"] if len(trainers) == 2 else [])]
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+        print(f"{world_size} x {card}, {versions}; mean of {options.steps} steps, gradient checkpointing "
+              f"{'on' if options.gradient_checkpointing else 'off'}. {TIMED}")  # fmt: skip
+        if options.peer and len(trainers) == 1:
+            print(f"No TRL: {' and '.join(missing)} not installed." if missing else "No TRL: it gets one GPU only.")
+        print("\n| trainer | tokens a GPU | s a step | tokens/s in all | TFLOP/s a GPU | MFU | peak GiB |")
+        print("\n".join(["|---|---|---|---|---|---|---|", *(text for rows in table.values() for text in rows)]))
+
+
+if __name__ == "__main__":
+    main()

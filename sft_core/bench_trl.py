@@ -1,0 +1,80 @@
+"""The peer of `sft_core/bench.py`: TRL's SFTTrainer with Liger's kernels, as fast as its options make it.
+
+Padding free, float32 weights under bf16 autocast (its way to float32 masters), fused AdamW, and for attention torch's
+varlen kernel as this trainer has it, since flash-attn, which TRL would use, is often not installed. Timed from
+on_step_begin to on_step_end: the collation of its batch is not in it. Written for TRL 1.16.
+"""
+
+import itertools
+import tempfile
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from trl import SFTConfig as TRLConfig
+from trl import SFTTrainer
+
+from kernels.attention import packed_attention, packed_layout
+from sft_core.bench import WARM_UP, documents, now
+from sft_core.config import SFTConfig
+
+
+class InOrder(SFTTrainer):
+    """Rows as they come, so that each step has the documents that this project's trainer has."""
+
+    def _get_train_sampler(self, *arguments: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+class Clock(transformers.TrainerCallback):
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.started, self.seconds = device, 0.0, []  # type: ignore[var-annotated]
+
+    def on_step_begin(self, *arguments: Any, **more: Any) -> None:
+        self.started = now(self.device)
+
+    def on_step_end(self, *arguments: Any, **more: Any) -> None:
+        self.seconds.append(now(self.device) - self.started)
+
+
+def trl(info: PretrainedConfig, tokens: int, config: SFTConfig, steps: int, device: torch.device) -> list[float]:
+    """Seconds of each timed step."""
+    total = WARM_UP + steps
+    rows = [ids for i in range(total) for ids in documents(tokens, info.vocab_size, seed=1 + i)]
+    words = models.WordLevel({"<eos>": 0, "a": 1}, unk_token="a")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="<eos>")
+    transformers.AttentionInterface.register("by_positions", attention_by_positions)
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(info, attn_implementation="by_positions", dtype=torch.float32)
+    clock, on_gpu = Clock(device), device.type == "cuda"
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TRLConfig(
+            output_dir=folder, max_steps=total, per_device_train_batch_size=len(rows) // total, padding_free=True,
+            max_length=None, bf16=on_gpu, use_cpu=not on_gpu, use_liger_kernel=on_gpu, optim="adamw_torch_fused",
+            gradient_checkpointing=config.gradient_checkpointing, max_grad_norm=config.max_grad_norm,
+            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        data = Dataset.from_dict({"input_ids": rows, "labels": rows})
+        InOrder(model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[clock]).train()
+    return clock.seconds[WARM_UP:]
+
+
+def attention_by_positions(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, position_ids: Tensor, **more: Any
+) -> Any:
+    """Packed attention for a trainer that knows its documents by their positions alone; one layout a batch."""
+    if _layout[0] is not position_ids:
+        starts = [*(position_ids[0] == 0).nonzero()[:, 0].tolist(), position_ids.shape[1]]
+        _layout[:] = position_ids, packed_layout([b - a for a, b in itertools.pairwise(starts)], query.device)
+    if torch.is_autocast_enabled(query.device.type):  # the rotation has left query and key in float32
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    return packed_attention(module, query, key, value, mask, packed=_layout[1], **more)
+
+
+_layout: list[Any] = [None, None]  # the last position_ids and what they say

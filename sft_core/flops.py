@@ -1,0 +1,113 @@
+"""What a token costs a Llama-like decoder: FLOPs, and bytes kept for the backward pass.
+
+The block counted is transformers' (Llama, Qwen2, Qwen3, Mistral): two RMS norms, grouped causal attention, a gated MLP.
+Mixtures of experts are left out (their MLP is counted once), sliding windows count as full attention.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import PretrainedConfig
+
+# Dense bf16 FLOP/s of NVIDIA's data sheets by a word of torch.cuda.get_device_name; the first one found counts.
+PEAK_FLOPS = {
+    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+    "H100": 989e12, "H800": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "A40": 150e12, "A30": 165e12,
+    "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+class Shape(NamedTuple):
+    """A decoder's sizes; `query` and `kv` are all heads together."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    query: int
+    kv: int
+    vocab: int
+    tied: bool
+    qk_norm: bool
+
+
+def shape(info: PretrainedConfig) -> Shape:
+    c = info.get_text_config()
+    heads = c.num_attention_heads
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
+    kv_heads = getattr(c, "num_key_value_heads", None) or heads
+    ffn = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    return Shape(c.num_hidden_layers, c.hidden_size, ffn, heads * head_dim, kv_heads * head_dim, c.vocab_size,
+                 bool(c.tie_word_embeddings), c.model_type.startswith("qwen3"))  # fmt: skip
+
+
+def linear_sizes(s: Shape) -> dict[str, tuple[int, int]]:
+    """The linear layers of a block: name -> (inputs, outputs)."""
+    return {
+        "q_proj": (s.hidden, s.query), "k_proj": (s.hidden, s.kv), "v_proj": (s.hidden, s.kv),
+        "o_proj": (s.query, s.hidden), "gate_proj": (s.hidden, s.ffn), "up_proj": (s.hidden, s.ffn),
+        "down_proj": (s.ffn, s.hidden),
+    }  # fmt: skip
+
+
+def block_weights(s: Shape) -> int:
+    """Weights of the linear layers of all blocks."""
+    return s.layers * sum(a * b for a, b in linear_sizes(s).values())
+
+
+def attention_flops(s: Shape, lengths: Sequence[int]) -> float:
+    """Of a forward pass through all blocks: QK' and PV, half of the square each, for attention is causal."""
+    return 2.0 * s.layers * s.query * sum(n * n for n in lengths)
+
+
+def training_flops(info: PretrainedConfig, lengths: Sequence[int]) -> float:
+    """FLOPs of forward and backward over documents of `lengths` tokens: 6 N + 6 L (heads x head size) S a token.
+
+    N is the weights of the blocks' linear layers and of the head, which counts once, tied or not; norms, biases and the
+    embedding's lookup are not in it. S is the length of the token's document. Every token counts as scored, nothing
+    counts twice for being recomputed, a frozen weight counts as if it were trained: the usual numerator of MFU.
+    """
+    s = shape(info)
+    return 6 * (block_weights(s) + s.vocab * s.hidden) * sum(lengths) + 3 * attention_flops(s, lengths)
+
+
+def attention_share(info: PretrainedConfig) -> float:
+    """What a document of S tokens costs is in proportion to S + attention_share S^2."""
+    s = shape(info)
+    return s.layers * s.query / (block_weights(s) + s.vocab * s.hidden)
+
+
+def peak_flops(device: torch.device | str) -> float | None:
+    """The card's dense bf16 peak [FLOP/s] by its data sheet; None where it is not known, as on a CPU."""
+    if torch.device(device).type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for card, peak in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
+
+
+def saved_per_token(s: Shape, itemsize: int = 2, compiled: bool = False) -> int:
+    """Bytes a token that one block saves for its backward, with varlen attention on a GPU.
+
+    Of each norm its input in float32 and its output before and after the weight (the latter is the linear layers'
+    input); query, key, value (repeated to all query heads) and output of attention; the MLP's gate, silu, up and
+    product. Compiled blocks keep a norm's input as it is and its output, and compute the silu again.
+    """
+    norm = 2 * itemsize if compiled else 4 + 2 * itemsize
+    qk_norm = (4 + itemsize) * (s.query + s.kv) if s.qk_norm and not compiled else 0  # Qwen3's of queries and keys
+    return 2 * norm * s.hidden + 4 * itemsize * s.query + qk_norm + (3 if compiled else 4) * itemsize * s.ffn
+
+
+def tail_per_token(s: Shape, itemsize: int = 2) -> int:
+    """Bytes a token between the last block and the logits in the head's backward.
+
+    The final norm (as a block's), the scored rows' hidden states, and the gradients of those and of all rows.
+    """
+    return (4 + 5 * itemsize) * s.hidden
+
+
+def head_workspace(s: Shape, tokens: int, itemsize: int, chunk_elements: int, trained: bool = True) -> int:
+    """Bytes of the backward of `kernels.linear_logprob`: a chunk's two float32 buffers and its gradient; dW twice."""
+    chunk = min(tokens, max(1, chunk_elements // s.vocab)) * s.vocab
+    copy = itemsize if itemsize < 4 else 0  # in the compute dtype
+    return chunk * (8 + copy) + (4 + copy) * s.vocab * s.hidden * trained

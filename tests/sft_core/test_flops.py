@@ -1,0 +1,132 @@
+"""Counts of bytes and FLOPs against what real models do on the CPU."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+import sft_core.plan as costs
+from kernels.attention import packed_layout, register
+from kernels.linear_logprob import linear_logprob
+from sft_core.flops import block_weights, peak_flops, saved_per_token, shape, training_flops
+from sft_core.model import count_parameters
+from tests.sft_core.test_plan import QWEN_1_5B
+
+register()
+SMALL = dict(hidden_size=256, intermediate_size=768, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
+             vocab_size=64, max_position_embeddings=512, attention_dropout=0.0)  # fmt: skip
+TOKENS = 512
+
+
+def hidden_states(config_class, layers, itemsize=2):
+    """The last hidden states of a small random model over a packed row, ready for a backward pass."""
+    torch.manual_seed(0)
+    info = config_class(**SMALL, num_hidden_layers=layers)
+    dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+    decoder = AutoModelForCausalLM.from_config(info, attn_implementation="packed", dtype=dtype).get_decoder()
+    layout = packed_layout([TOKENS // 2] * 2)
+    ids = torch.zeros(1, TOKENS, dtype=torch.int64)
+    arguments = dict(input_ids=ids, position_ids=layout.position_ids[None], use_cache=False, packed=layout)
+    return lambda: decoder(**arguments).last_hidden_state, decoder, info
+
+
+def saved_bytes(config_class, layers, itemsize):
+    """Storages that autograd keeps for the backward pass, parameters excluded."""
+    forward, decoder, info = hidden_states(config_class, layers, itemsize)
+    parameters = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage  # alive, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for at, storage in kept.items() if at not in parameters), info
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
+def test_what_a_block_saves(config_class, itemsize):
+    one, _ = saved_bytes(config_class, 1, itemsize)
+    three, info = saved_bytes(config_class, 3, itemsize)
+    s = shape(info)
+    # The CPU's attention repeats no key or value; it saves its output in another layout than the next layer does.
+    on_cpu = saved_per_token(s, itemsize) - 4 * itemsize * s.query + itemsize * (3 * s.query + 2 * s.kv)
+    assert (three - one) / 2 / TOKENS == pytest.approx(on_cpu, rel=0.02)
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that operators other than matrix products and attention read and write."""
+
+    NOT_COUNTED = {
+        "mm", "addmm", "addmm_", "gather", "scatter_add_", "zeros_like", "empty", "new_empty", "empty_like",
+        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+    }  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
+        view = function.is_view or function.overloadpacket.__name__ in ("_unsafe_view", "detach")
+        if not view and function.overloadpacket.__name__ not in self.NOT_COUNTED:
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors if 0 not in t.stride())
+        return out
+
+
+def test_traffic_of_a_block():
+    counts = []
+    for layers in (1, 3):
+        forward, _, info = hidden_states(Qwen2Config, layers)
+        with Traffic() as traffic:
+            hidden = forward()
+            only_forward = traffic.bytes
+            hidden.sum().backward()
+        counts.append((only_forward, traffic.bytes))
+    forward, both = ((b - a) / 2 / TOKENS for a, b in zip(*counts, strict=True))
+    s = shape(info)
+    widths = costs.HIDDEN_TRAFFIC * s.hidden + costs.FFN_TRAFFIC * s.ffn
+    widths += costs.QUERY_TRAFFIC * s.query + costs.KV_TRAFFIC * s.kv
+    assert both == pytest.approx(widths, rel=0.1)
+    assert forward == pytest.approx(costs.FORWARD_SHARE * widths, rel=0.15)
+
+
+def test_traffic_of_the_head():
+    hidden, weight = torch.randn(128, 8, requires_grad=True), torch.randn(8000, 8, requires_grad=True)
+    with Traffic() as traffic:
+        logps, _ = linear_logprob(hidden, weight, torch.zeros(128, dtype=torch.int64), chunk_size=64)
+        forward = traffic.bytes
+        logps.sum().backward()
+    per_logit = traffic.bytes / 128 / 8000
+    assert forward / 128 / 8000 == pytest.approx(costs.HEAD_FORWARD_TRAFFIC, rel=0.05)
+    on_cpu = costs.HEAD_TRAFFIC - 6  # on a GPU the logits' gradient is cast: 4 bytes read, 2 written
+    assert per_logit == pytest.approx(on_cpu, rel=0.05)
+
+
+def test_parameters_and_flops():
+    info = Qwen2Config(**QWEN_1_5B)
+    assert count_parameters(info) == 1_543_714_304
+    s = shape(info)
+    weights = block_weights(s) + s.vocab * s.hidden
+    assert weights == pytest.approx(1_543_714_304, rel=1e-3)  # the rest is norms and biases
+    assert training_flops(info, [2048] * 8) == 6 * weights * 16384 + 6 * 28 * 1536 * 16384 * 2048
+    small, long = training_flops(info, [100] * 8), training_flops(info, [800])
+    assert long - small == 6 * 28 * 1536 * 800 * 700
+    untied = Qwen2Config(**QWEN_1_5B | {"tie_word_embeddings": False})
+    assert training_flops(untied, [800]) == long
+
+
+@pytest.mark.parametrize(("name", "peak"), [
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H200", 989e12), ("NVIDIA B200", 2250e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12),
+    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA A10G", None), ("Tesla T4", None),
+])  # fmt: skip
+def test_peaks(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops("cuda") == peak
+    assert peak_flops("cpu") is None
