@@ -99,7 +99,7 @@ def test_traffic_of_a_block():
 def test_traffic_of_the_head():
     hidden, weight = torch.randn(128, 8, requires_grad=True), torch.randn(8000, 8, requires_grad=True)
     with Traffic() as traffic:
-        logps, _ = linear_logprob(hidden, weight, torch.zeros(128, dtype=torch.int64), chunk_size=64)
+        logps, *_ = linear_logprob(hidden, weight, torch.zeros(128, dtype=torch.int64), chunk_size=64)
         forward = traffic.bytes
         logps.sum().backward()
     per_logit = traffic.bytes / 128 / 8000
