@@ -38,7 +38,7 @@ from eval.tasks import Doc, LightevalTaskConfig, find_tasks, load_custom_tasks
 from eval.workers import Unscored, WorkerPool
 from gen.engine import Completion, Engine, check_engine_available, make_engine
 from sft_core import guards
-from sft_core.chat import render_prompt
+from sft_core.chat import render_prompt, set_up
 from sft_core.cli import parse
 from sft_core.config import ModelConfig, require
 from sft_core.data import FILES, load_rows
@@ -108,6 +108,7 @@ def prepare(config: EvalConfig) -> tuple[list[Work], PreTrainedTokenizerBase | N
         check_engine_available(config.engine)
         model = ModelConfig(model_name_or_path=config.model, model_revision=config.model_revision)
         model_config, tokenizer = load_tokenizer(model)
+        set_up(tokenizer, None, conversations=True, chatml_default=False)  # what ends a turn ends an answer
         stop_ids = stop_token_ids(tokenizer, model)
         positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or positions
     works = []

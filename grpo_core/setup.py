@@ -104,6 +104,7 @@ def prepare(argv: list[str]) -> Run:
             f"steps x {world_size} ranks, rounded up to whole groups)"
         )
     summary = [
+        base.template,
         f"{len(prompts)} prompts; left out: {left_out}"
         + (f"; {len(test_prompts)} to evaluate on" if test_prompts else ""),
         f"{total_steps} optimizer steps, {config.num_iterations} on each rollout of {batch}",

@@ -144,8 +144,8 @@ def stream_rows(name: str, config: str | None = None, split: str = "train") -> I
     path = Path(name).expanduser()
     if path.suffix in FILES:
         rows = _read_file(name, streaming=True)
-    elif (path / "state.json").exists():
-        rows = load_from_disk(str(path)).to_iterable_dataset()
+    elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        rows = load_rows(name, config, split).to_iterable_dataset()
     else:
         try:
             rows = load_dataset(name, config, split=split, streaming=True)

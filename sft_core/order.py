@@ -9,11 +9,13 @@ tokens by best-fit decreasing, whose order is shuffled; what a step takes never 
   where the window began and how many of its sequences were taken: a resumed run reads that window again, so there is
   no buffer whose content could be lost.
 
-Left out on purpose: reading ahead while the GPU works, curricula, resampling.
+Left out on purpose: curricula, resampling.
 """
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -94,11 +96,20 @@ class Shuffled:
         self.taken = state["taken"]
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """A window that has been read and is being tokenised."""
+
+    rows: int
+    following: dict[str, Any]  # where the window after it begins
+    own: Future  # this rank's share, and what is wrong with it
+
+
 class Streamed:
     """An endless sequence of passes over `rows` in their own order. `take` is a collective.
 
-    The first rank reads, each rank tokenises its share of a window (`encode(row, number)`, see
-    `sft_core.supervised.encode_row`), and all get the whole window.
+    The first rank reads a window, each rank tokenises its share of it (`encode(row, number)`, see
+    `sft_core.supervised.encode_row`) while the window before it is trained on, and then all get the whole.
     """
 
     def __init__(
@@ -109,6 +120,8 @@ class Streamed:
         self._next = {"reader": self._start, "rows": 0, "outcomes": [0] * 4}  # where the next window begins
         self._begin = self._next  # where this one began
         self._iterator: Iterator[dict] | None = None
+        self._worker = ThreadPoolExecutor(1)
+        self._ahead: Ahead | None = None  # the window that begins at `_next`
         self._window: list[Example] = []
         self._sequences: list[list[int]] = []
         self.taken = 0  # sequences of this window
@@ -142,29 +155,37 @@ class Streamed:
         return {"begin": self._begin, "taken": self.taken}
 
     def resume(self, state: dict[str, Any]) -> None:
-        self._next, self._iterator = state["begin"], None
+        self._next, self._iterator, self._ahead = state["begin"], None, None
         self._fill()
         self.taken = state["taken"]
 
     def _fill(self) -> None:
-        raw, following = on_first_rank(self._read)
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-        own: tuple[list[dict[str, Any]], str | None] = ([], None)
-        try:
-            own = [self.encode(raw[i], self._next["rows"] + i) for i in range(rank, len(raw), ranks)], None
-        except ValueError as error:  # the user's data: all ranks have to leave the same way
-            own = [], str(error)
-        parts: list[Any] = [None] * ranks
-        dist.all_gather_object(parts, own)
+        ahead = self._ahead or self._look_ahead()
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, ahead.own.result())
         if errors := [error for _, error in parts if error is not None]:
             raise ValueError(errors[0])
-        encoded = [parts[i % ranks][0][i // ranks] for i in range(len(raw))]
+        encoded = [parts[i % len(parts)][0][i // len(parts)] for i in range(ahead.rows)]
         self._window = [(row["input_ids"], row["loss_mask"]) for row in encoded if row["outcome"] <= CUT]
         lengths = [len(ids) for ids, _ in self._window]
         self._sequences = sequences_of(lengths, self.bin_size, self.seed + self._next["rows"])
         met = np.bincount([row["outcome"] for row in encoded], minlength=4)
         self._begin, self.taken = self._next, 0
-        self._next = following | {"outcomes": (np.array(self._begin["outcomes"]) + met).tolist()}
+        self._next = ahead.following | {"outcomes": (np.array(self._begin["outcomes"]) + met).tolist()}
+        self._ahead = self._look_ahead()
+
+    def _look_ahead(self) -> Ahead:
+        """Read the window that begins at `_next`, and have this rank's share of it tokenised in the background."""
+        raw, following = on_first_rank(self._read)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        own = [(raw[i], self._next["rows"] + i) for i in range(rank, len(raw), ranks)]
+        return Ahead(len(raw), following, self._worker.submit(self._encode_all, own))
+
+    def _encode_all(self, rows: list[tuple[dict, int]]) -> tuple[list[dict[str, Any]], str | None]:
+        try:
+            return [self.encode(row, number) for row, number in rows], None
+        except ValueError as error:  # the user's data: all ranks have to leave the same way
+            return [], str(error)
 
     def _read(self) -> tuple[list[dict], dict[str, Any]]:
         """A window's raw rows, and where the one after it begins. On the first rank."""

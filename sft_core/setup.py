@@ -3,6 +3,7 @@
 `join` is common to both; `prepare` makes a supervised run of it (`grpo_core/setup.py` makes a GRPO run).
 """
 
+import copy
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -200,7 +201,8 @@ def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, s
     """
     bin_size = config.max_length if config.packing else None
     if isinstance(base.rows, IterableDataset):
-        encode = partial(encode_row, tokenizer=base.tokenizer, stop_ids=base.stop_ids, config=config)
+        own = copy.deepcopy(base.tokenizer)  # it is used by a thread
+        encode = partial(encode_row, tokenizer=own, stop_ids=base.stop_ids, config=config)
         for i, row in enumerate(base.rows.take(8)):
             check_columns(list(row), config)
             encode(row, i)
