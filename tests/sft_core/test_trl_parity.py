@@ -8,18 +8,24 @@ from tests.launch import metrics, run
 from tests.sft_core.trl_losses import CASES, FIXTURE, METRICS, case_rows, our_flags, write_rows
 
 RECORDED = json.loads(FIXTURE.read_text())["cases"]
-NOT_YET = pytest.mark.xfail(reason="loss_type dft is an option without effect so far", strict=True)
+NOT_YET = {  # options that have no effect so far
+    name: pytest.mark.xfail(strict=True) for name in ("dft", "whole_conversation", "whole_prompt_completion", "text")
+}
 
 
-@pytest.mark.parametrize("name", ["messages", "prompt_completion", pytest.param("dft", marks=NOT_YET)])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=NOT_YET.get(name, ())) for name in CASES])
 def test_every_step_is_that_of_trl(name, tiny_model, tmp_path):
     theirs, out = RECORDED[name], tmp_path / "out"
     assert theirs["options"] == CASES[name], "record again: python tests/sft_core/trl_losses.py --fixture"
-    assert theirs["rows_with_something_to_learn"] < theirs["rows"]  # and so ours must leave out the same ones
     rows = write_rows(tmp_path / "rows.jsonl", case_rows(name))
     code, output = run("sft_core.train", our_flags(tiny_model, rows, out, CASES[name]), tmp_path / "log")
     assert code == 0, output
     ours = metrics(out)
     assert len(ours) == len(theirs["loss"]) == 20
+    tolerance = {
+        "loss": 1e-4 * min(1.0, theirs["loss"][0]),  # dft's losses are small
+        "grad_norm": 1e-4,
+        "mean_token_accuracy": 6e-3,  # one token, should two logits be that close on another processor
+    }
     for metric in set(METRICS) & set(ours[0]):
-        assert [row[metric] for row in ours] == pytest.approx(theirs[metric], rel=1e-4, abs=1e-4), metric
+        assert [row[metric] for row in ours] == pytest.approx(theirs[metric], rel=0, abs=tolerance[metric]), metric

@@ -36,11 +36,14 @@ CASES = {
     "messages": TINY | {"assistant_only_loss": True},
     "prompt_completion": TINY | {"lr_scheduler_type": "constant"},
     "dft": TINY | {"assistant_only_loss": True, "loss_type": "dft"},
+    "whole_conversation": TINY | {"assistant_only_loss": False},
+    "whole_prompt_completion": TINY | {"completion_only_loss": False},
+    "text": TINY | {"assistant_only_loss": False},
 }
 
 
 def case_rows(name: str) -> list[dict[str, Any]]:
-    """100 arithmetic problems with workings: conversations of one turn or two, or prompt and completion texts.
+    """100 arithmetic problems with workings: conversations of one turn or two, prompt and completion, or one text.
 
     Ten are longer than the case's max_length, and in some of these nothing is left to learn.
     """
@@ -52,8 +55,11 @@ def case_rows(name: str) -> list[dict[str, Any]]:
     for i, problem in enumerate(problems[:100]):
         text = problem.text if i % 10 else " ".join(p.text for p in problems[i : i + 2 + i // 25])
         answer = write_demonstration(problem, rng, slips=0.0)
-        if name == "prompt_completion":
+        if name.endswith("prompt_completion"):
             rows.append({"prompt": text, "completion": answer})
+            continue
+        if name == "text":
+            rows.append({"text": text + answer})
             continue
         turns = [("user", text), ("assistant", answer)]
         if i % 3 == 0:
