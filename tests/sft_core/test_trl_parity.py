@@ -8,12 +8,9 @@ from tests.launch import metrics, run
 from tests.sft_core.trl_losses import CASES, FIXTURE, METRICS, case_rows, our_flags, write_rows
 
 RECORDED = json.loads(FIXTURE.read_text())["cases"]
-NOT_YET = {  # options that have no effect so far
-    name: pytest.mark.xfail(strict=True) for name in ("dft", "whole_conversation", "whole_prompt_completion", "text")
-}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=NOT_YET.get(name, ())) for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_every_step_is_that_of_trl(name, tiny_model, tmp_path):
     theirs, out = RECORDED[name], tmp_path / "out"
     assert theirs["options"] == CASES[name], "record again: python tests/sft_core/trl_losses.py --fixture"
@@ -27,5 +24,5 @@ def test_every_step_is_that_of_trl(name, tiny_model, tmp_path):
         "grad_norm": 1e-4,
         "mean_token_accuracy": 6e-3,  # one token, should two logits be that close on another processor
     }
-    for metric in set(METRICS) & set(ours[0]):
+    for metric in METRICS:
         assert [row[metric] for row in ours] == pytest.approx(theirs[metric], rel=0, abs=tolerance[metric]), metric

@@ -133,7 +133,8 @@ def write_fixture() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = str(write_tiny_model(Path(folder)))
         cases = {name: trl_steps(model, case_rows(name), options) for name, options in CASES.items()}
-    FIXTURE.write_text(json.dumps({"versions": versions(), "cases": cases}, indent=1) + "\n")
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(case)}" for name, case in cases.items())
+    FIXTURE.write_text(f'{{"versions": {json.dumps(versions())}, "cases": {{\n{lines}\n}}}}\n')
 
 
 def our_flags(model: str, rows: Path, out: Path, options: dict[str, Any]) -> list[str]:
@@ -149,11 +150,10 @@ def compare(model: str, rows: list[dict[str, Any]], theirs: dict[str, Any]) -> N
         argv = our_flags(model, write_rows(Path(folder) / "rows.jsonl", rows), out, theirs["options"])
         subprocess.run([sys.executable, "-m", "sft_core.train", *argv], cwd=ROOT, check=True)
         ours = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    names = [name for name in METRICS if name in ours[0]]
-    print("step" + "".join(f"{f'{who} {name}':>28}" for name in names for who in ("TRL", "ours")))
+    print("step" + "".join(f"{f'{who} {name}':>28}" for name in METRICS for who in ("TRL", "ours")))
     for i, row in enumerate(ours):
-        print(f"{i + 1:4}" + "".join(f"{theirs[name][i]:28.7f}{row[name]:28.7f}" for name in names))
-    for name in names:
+        print(f"{i + 1:4}" + "".join(f"{theirs[name][i]:28.7f}{row[name]:28.7f}" for name in METRICS))
+    for name in METRICS:
         largest = max(abs(a - row[name]) for a, row in zip(theirs[name], ours, strict=True))
         print(f"largest difference of {name}: {largest:.1e}")
 
