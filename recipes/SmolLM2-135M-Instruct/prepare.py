@@ -1,0 +1,111 @@
+"""Data of the warm start: maths problems whose demonstrations look exactly as GRPO's rewards want answers to look.
+
+    python recipes/SmolLM2-135M-Instruct/prepare.py                       # GSM8K from the Hub, into data/think
+    python recipes/SmolLM2-135M-Instruct/prepare.py --dataset_name gsm8k_train.jsonl problems.jsonl --output_dir D
+
+A data set (Hub id or .jsonl) is either GSM8K, or like it: `question`, and `answer` with worked steps, then `#### N`; or
+`problem` and `answer`, a bare number. Written are
+
+    sft_train.jsonl, sft_heldout.jsonl      `messages`: GRPO's system prompt, the problem, <think> and <answer>
+    grpo_train.jsonl, grpo_heldout.jsonl    the same problems as `problem` and `solution`
+
+A hash of a problem's text says whether it is held out, so it stays where it is whatever else there is. A problem whose
+answer cannot be parsed, or whose demonstration `format` and `accuracy` would not pay in full, is left out and counted.
+GSM8K's calculator marks (`<<48/2=24>>`) go. A bare number comes without working and none is made up, beyond the one
+operation on the problem's only two numbers that gives it; else the thought just says what the numbers lead to.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from eval.verify import check_answer
+from grpo_core.config import SYSTEM_PROMPT
+from grpo_core.rewards import format_reward
+from sft_core import guards
+from sft_core.data import load_rows
+
+HELD_OUT = 0.05  # share of the problems
+
+
+def read_problem(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Problem, thought and answer of a row of either kind.
+
+    Raises:
+        ValueError: it is of neither kind.
+    """
+    if {"question", "answer"} <= row.keys():
+        steps, mark, answer = str(row["answer"]).rpartition("####")
+        if not mark:
+            raise ValueError("an `answer` beside a `question` ends in a line `#### N`; this one does not: "
+                             f"{str(row['answer'])[-80:]!r}.")  # fmt: skip
+        return row["question"].strip(), re.sub(r"<<.*?>>", "", steps).strip(), answer.strip().replace(",", "")
+    if {"problem", "answer"} <= row.keys():
+        problem, answer = str(row["problem"]).strip(), str(row["answer"]).strip()
+        return problem, operation(problem, answer) or f"The numbers given lead to {answer}.", answer
+    raise ValueError(f"a row has `question` and `answer`, or `problem` and `answer`; this one has {', '.join(row)}.")
+
+
+def operation(problem: str, answer: str) -> str | None:
+    """The one operation on the only two numbers of `problem` that gives `answer`, written out; else None.
+
+    >>> operation("Ben has 7 pens and finds 2.", "9")
+    '7 + 2 = 9'
+    """
+    numbers = re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", problem)
+    if len(numbers) != 2 or not re.fullmatch(r"\d+(?:\.\d+)?", answer):
+        return None
+    a, b = (float(n.replace(",", "")) for n in numbers)
+    x, y = numbers
+    results = {f"{x} + {y}": a + b, f"{x} - {y}": a - b, f"{y} - {x}": b - a, f"{x} x {y}": a * b}
+    results |= {f"{x} / {y}": a / b if b else -1.0, f"{y} / {x}": b / a if a else -1.0}
+    found = [text for text, result in results.items() if abs(result - float(answer)) < 1e-9]
+    return f"{found[0]} = {answer}" if len(found) == 1 else None
+
+
+def demonstration(thought: str, answer: str) -> str:
+    return f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"
+
+
+def is_paid(text: str, answer: str) -> bool:
+    return format_reward([[{"content": text}]]) == [1.0] and check_answer(answer, text) == 1.0
+
+
+def prepare(names: list[str], folder: Path) -> Counter[str]:
+    """Write the four files; returns how many rows went where. ValueError: the input, in one sentence."""
+    files: dict[str, list[dict[str, Any]]] = {f"{a}_{b}": [] for a in ("sft", "grpo") for b in ("train", "heldout")}
+    left_out = 0
+    for name in names:
+        for row in load_rows(name, "main" if name == "openai/gsm8k" else None):
+            problem, thought, answer = read_problem(row)
+            text = demonstration(thought, answer)
+            if not is_paid(text, answer):
+                left_out += 1
+                continue
+            part = int.from_bytes(hashlib.sha256(problem.encode()).digest()[:4], "big") / 2**32
+            split = "heldout" if part < HELD_OUT else "train"
+            turns = [("system", SYSTEM_PROMPT), ("user", problem), ("assistant", text)]
+            files[f"sft_{split}"].append({"messages": [{"role": role, "content": content} for role, content in turns]})
+            files[f"grpo_{split}"].append({"problem": problem, "solution": answer})
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Counter({name: len(rows) for name, rows in files.items()} | {"left out": left_out})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_name", nargs="+", default=["openai/gsm8k"], help="Hub ids or .jsonl files")
+    parser.add_argument("--output_dir", type=Path, default=Path("data/think"))
+    arguments = parser.parse_args()
+    with guards.usage_errors():
+        counts = prepare(arguments.dataset_name, arguments.output_dir)
+    print(f"{arguments.output_dir}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main()
