@@ -43,41 +43,44 @@ def read(folder, name):
 
 
 def check_pay(folder):
-    """Every demonstration earns everything against the answer that GRPO will have; returns how many there are."""
-    count = 0
+    """Every demonstration earns everything against the answer that GRPO will have; how many there are, and problems."""
+    count = everything = 0
     for split in ("train", "heldout"):
         shown, asked = read(folder, f"sft_{split}"), read(folder, f"grpo_{split}")
-        assert [row["messages"][1]["content"] for row in shown] == [row["problem"] for row in asked]
+        solutions = {row["problem"]: row["solution"] for row in asked}
         assert all([m["role"] for m in row["messages"]] == ["system", "user", "assistant"] for row in shown)
         assert all(row["messages"][0]["content"] == SYSTEM_PROMPT for row in shown)
-        completions, golds = [row["messages"][2:] for row in shown], [row["solution"] for row in asked]
+        completions = [row["messages"][2:] for row in shown]
+        golds = [solutions[row["messages"][1]["content"]] for row in shown]
         ones = [1.0] * len(shown)
         assert (
             accuracy_reward(completions, golds) == format_reward(completions) == tag_count_reward(completions) == ones
         )
         assert not any("<<" in completion[0]["content"] for completion in completions)
         count += len(shown)
+        everything += len(asked)
     assert not {row["problem"] for row in read(folder, "grpo_train")} & {row["problem"] for row in asked}
-    return count
+    return count, everything
 
 
 def test_rows_earn_what_the_rewards_pay(script, tmp_path):
     names = [write(tmp_path / "gsm8k.jsonl", GSM8K), write(tmp_path / "arithmetic.jsonl", ARITHMETIC)]
     counts = script.prepare(names, tmp_path / "out")
-    assert check_pay(tmp_path / "out") == 8 and counts["left out"] == 0
+    assert check_pay(tmp_path / "out") == (6, 8) and counts["left out"] == 0
     rows = read(tmp_path / "out", "sft_train") + read(tmp_path / "out", "sft_heldout")
     shown = {row["messages"][1]["content"]: row["messages"][2]["content"] for row in rows}
     assert shown[GSM8K[0]["question"]] == (
         "<think>\nShe buys 48/2 = 24 pens.\nThat makes 48+24 = 72.\n</think>\n<answer>\n72\n</answer>"
     )
-    thoughts = [shown[row["problem"]].split("\n")[1] for row in ARITHMETIC]
-    assert thoughts == ["7 + 2 = 9", "The numbers given lead to 4.", "The numbers given lead to 9.", "1,000 / 8 = 125"]
+    thoughts = [shown.get(row["problem"], "\nNone").split("\n")[1] for row in ARITHMETIC]
+    assert thoughts == ["7 + 2 = 9", "None", "None", "1,000 / 8 = 125"]
 
 
 def test_all_rows_of_the_real_sets(script, shared, tmp_path):
     names = [str(shared / "data" / f"{name}.jsonl") for name in ("gsm8k_train", "arith_word_problems")]
     script.prepare(names, tmp_path / "out")
-    assert check_pay(tmp_path / "out") == 7473 + 4149
+    shown, everything = check_pay(tmp_path / "out")
+    assert everything == 7473 + 4149 and shown == everything - 2224  # no working is known, and none made up
     assert 0.04 < len(read(tmp_path / "out", "grpo_heldout")) / (7473 + 4149) < 0.06
 
 
@@ -93,7 +96,7 @@ def test_what_the_rewards_would_not_pay_is_left_out(script, tmp_path):
     rows = [*GSM8K, {"question": "Which tag?", "answer": "It is <answer>.\n#### 3"}]
     rows += [{"question": "Where?", "answer": "In Paris.\n#### Paris"}]
     counts = script.prepare([write(tmp_path / "rows.jsonl", rows)], tmp_path / "out")
-    assert counts["left out"] == 2 and check_pay(tmp_path / "out") == 4
+    assert counts["left out"] == 2 and check_pay(tmp_path / "out") == (4, 4)
 
 
 @pytest.mark.parametrize(("row", "sentence"), [

@@ -7,12 +7,13 @@ A data set (Hub id or .jsonl) is either GSM8K, or like it: `question`, and `answ
 `problem` and `answer`, a bare number. Written are
 
     sft_train.jsonl, sft_heldout.jsonl      `messages`: GRPO's system prompt, the problem, <think> and <answer>
-    grpo_train.jsonl, grpo_heldout.jsonl    the same problems as `problem` and `solution`
+    grpo_train.jsonl, grpo_heldout.jsonl    all problems as `problem` and `solution`
 
 A hash of a problem's text says whether it is held out, so it stays where it is whatever else there is. A problem whose
 answer cannot be parsed, or whose demonstration `format` and `accuracy` would not pay in full, is left out and counted.
-GSM8K's calculator marks (`<<48/2=24>>`) go. A bare number comes without working and none is made up, beyond the one
-operation on the problem's only two numbers that gives it; else the thought just says what the numbers lead to.
+GSM8K's calculator marks (`<<48/2=24>>`) go. A bare number comes without working, and none is made up beyond the one
+operation on the problem's only two numbers that gives it; the other problems are left to GRPO alone, for an answer out
+of nowhere would teach guessing.
 """
 
 import argparse
@@ -32,8 +33,8 @@ from sft_core.data import load_rows
 HELD_OUT = 0.05  # share of the problems
 
 
-def read_problem(row: dict[str, Any]) -> tuple[str, str, str]:
-    """Problem, thought and answer of a row of either kind.
+def read_problem(row: dict[str, Any]) -> tuple[str, str | None, str]:
+    """Problem, thought (None: no working is known) and answer of a row of either kind.
 
     Raises:
         ValueError: it is of neither kind.
@@ -46,7 +47,7 @@ def read_problem(row: dict[str, Any]) -> tuple[str, str, str]:
         return row["question"].strip(), re.sub(r"<<.*?>>", "", steps).strip(), answer.strip().replace(",", "")
     if {"problem", "answer"} <= row.keys():
         problem, answer = str(row["problem"]).strip(), str(row["answer"]).strip()
-        return problem, operation(problem, answer) or f"The numbers given lead to {answer}.", answer
+        return problem, operation(problem, answer), answer
     raise ValueError(f"a row has `question` and `answer`, or `problem` and `answer`; this one has {', '.join(row)}.")
 
 
@@ -82,14 +83,16 @@ def prepare(names: list[str], folder: Path) -> Counter[str]:
     for name in names:
         for row in load_rows(name, "main" if name == "openai/gsm8k" else None):
             problem, thought, answer = read_problem(row)
-            text = demonstration(thought, answer)
+            text = demonstration(thought or "?", answer)
             if not is_paid(text, answer):
                 left_out += 1
                 continue
             part = int.from_bytes(hashlib.sha256(problem.encode()).digest()[:4], "big") / 2**32
             split = "heldout" if part < HELD_OUT else "train"
             turns = [("system", SYSTEM_PROMPT), ("user", problem), ("assistant", text)]
-            files[f"sft_{split}"].append({"messages": [{"role": role, "content": content} for role, content in turns]})
+            if thought is not None:
+                messages = [{"role": role, "content": content} for role, content in turns]
+                files[f"sft_{split}"].append({"messages": messages})
             files[f"grpo_{split}"].append({"problem": problem, "solution": answer})
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
