@@ -29,7 +29,7 @@ def step(model: str, flags: dict) -> dict:
     optimizer = make_optimizer(policy, TrainingConfig(output_dir="unused", learning_rate=1e-3))
     own = SEQUENCES[rank::world_size]
     pack = pack_sequences(own, [[True] * len(sequence) for sequence in own], device)
-    logps, _ = policy(pack)
+    logps, *_ = policy(pack)
     (-logps.sum()).backward()
     norm = clip_gradients(policy.parameters(), 1.0)
     gradient = {hf_name(name): p.grad.full_tensor().numpy().copy() for name, p in policy.model.named_parameters()}
