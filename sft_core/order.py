@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 
 from sft_core.data import row_order
 from sft_core.guards import on_first_rank
 from sft_core.packing import pack
-from sft_core.supervised import CUT, Example
+from sft_core.supervised import CUT, Example, Examples
 
 WINDOW = 4096  # rows
 
@@ -40,11 +40,11 @@ def sequences_of(lengths: list[int], bin_size: int | None, seed: int) -> list[li
 
 
 class Shuffled:
-    """An endless sequence of shuffled passes over `examples` (columns input_ids, loss_mask, length)."""
+    """An endless sequence of shuffled passes over `examples`."""
 
-    def __init__(self, examples: Dataset, bin_size: int | None, seed: int) -> None:
+    def __init__(self, examples: Examples, bin_size: int | None, seed: int) -> None:
         self.examples, self.bin_size, self.seed = examples, bin_size, seed
-        self.lengths = np.asarray(examples["length"])
+        self.lengths = examples.lengths
         self.taken = 0  # sequences, all passes together
         self._pass, self._first, self._sequences = -1, 0, list[list[int]]()
 
@@ -86,7 +86,7 @@ class Shuffled:
                 self._load_pass(self._pass + 1)
             rows += self._sequences[self.taken - self._first]
             self.taken += 1
-        chosen = self.examples[rows]
+        chosen = self.examples.rows[rows]
         return list(zip(chosen["input_ids"], chosen["loss_mask"], strict=True))
 
     def state(self) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def _spread(
     """The sequences in exactly `count` bins, or None where they do not fit."""
     bins: list[list[int]] = [[] for _ in range(count)]
     tokens = [0] * count
-    cheapest = [(0.0, b) for b in range(count)]  # a heap of (cost, bin)
+    cheapest = [(0.0, b) for b in range(count)]  # a heap of (cost, bin), without the bins that are full
+    smallest = lengths[order[-1]] if order else 0
     for i in order:
         passed = []
         while cheapest:
@@ -74,7 +75,7 @@ def _spread(
             return None
         bins[b].append(i)
         tokens[b] += lengths[i]
-        for entry in [*passed, (so_far + cost[i], b)]:
+        for entry in passed if tokens[b] + smallest > budget else [*passed, (so_far + cost[i], b)]:
             heapq.heappush(cheapest, entry)
     return bins
 

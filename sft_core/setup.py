@@ -38,7 +38,7 @@ from sft_core.model import (
 from sft_core.optim import check_schedule
 from sft_core.order import Shuffled, Streamed
 from sft_core.plan import Plan, dry_run, memory_plan
-from sft_core.supervised import check_columns, encode_row, needs_template, supervised_examples
+from sft_core.supervised import Examples, check_columns, encode_row, needs_template, supervised_examples
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Run(Base):
     local_model: ModelConfig  # the model's folder on this machine
     source: Shuffled | Streamed  # of the rows to train on
     samples: int | None  # how many those are; None: streamed
-    test_examples: Dataset | None  # columns input_ids, loss_mask, length
+    test_examples: Examples | None
     identity: dict[str, Any]
     checkpoint: Path | None  # to resume from
     sequences_per_step: int  # rows, or with packing bins
@@ -167,9 +167,9 @@ def prepare(argv: list[str]) -> Run:
     source, rows_line = training_rows(base, config)
     test_examples = None
     if base.test_rows is not None:
-        test_examples, _ = supervised_examples(base.test_rows, base.tokenizer, base.stop_ids, config)
-        check_lengths(base, int(max(test_examples["length"])))
-    samples = None if isinstance(source, Streamed) else len(source.examples)
+        test_examples = supervised_examples(base.test_rows, base.tokenizer, base.stop_ids, config)
+        check_lengths(base, int(test_examples.lengths.max()))
+    samples = None if isinstance(source, Streamed) else len(source.lengths)
     identity, checkpoint = claim(base, config, examples=samples, bin_size=source.bin_size)
     sequences_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * base.world_size
     per_pass = source.sequences_per_pass if isinstance(source, Shuffled) else 0
@@ -182,7 +182,7 @@ def prepare(argv: list[str]) -> Run:
     what = f"bins of at most {config.max_length} tokens" if config.packing else "rows"
     summary = [
         base.template,
-        rows_line + (f"; {len(test_examples)} rows to evaluate on" if test_examples is not None else ""),
+        rows_line + (f"; {len(test_examples.lengths)} rows to evaluate on" if test_examples is not None else ""),
         f"{total_steps} steps of {sequences_per_step} {what}",
         memory_plan(plan, base.device),
     ]
@@ -208,14 +208,14 @@ def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, s
             encode(row, i)
         check_lengths(base, config.max_length)
         return Streamed(base.rows, encode, bin_size, config.seed), "rows are streamed in the order of their files"
-    examples, counts = supervised_examples(base.rows, base.tokenizer, base.stop_ids, config)
-    check_lengths(base, int(max(examples["length"])))
+    examples = supervised_examples(base.rows, base.tokenizer, base.stop_ids, config)
+    check_lengths(base, int(examples.lengths.max()))
     shuffled = Shuffled(examples, bin_size, config.seed)
-    line = f"{len(examples)} rows to train on"
+    line = f"{len(examples.lengths)} rows to train on"
     if bin_size is not None:
-        fill = shuffled.lengths.sum() / (shuffled.sequences_per_pass * bin_size)
+        fill = examples.lengths.sum() / (shuffled.sequences_per_pass * bin_size)
         line += f" in {shuffled.sequences_per_pass} bins, {100 * fill:.1f} % full"
-    return shuffled, line + f"; {', '.join(f'{number} {name}' for name, number in counts.items())}"
+    return shuffled, line + f"; {', '.join(f'{number} {name}' for name, number in examples.counts.items())}"
 
 
 def check_lengths(base: Base, longest: int) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -210,11 +211,20 @@ def encode_row(
             "outcome": outcome}  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Examples:
+    """Rows that teach something, memory-mapped."""
+
+    rows: Dataset  # columns input_ids, loss_mask
+    lengths: np.ndarray  # [rows] in tokens
+    counts: dict[str, int]  # rows that were cut or left out, by reason
+
+
 def supervised_examples(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], config: SFTConfig
-) -> tuple[Dataset, dict[str, int]]:
-    """All rows that teach something, as columns input_ids, loss_mask and length; and the counts of what was cut or
-    dropped. A collective: the first rank tokenises in parallel, the others read what it wrote into datasets' cache.
+) -> Examples:
+    """All rows, tokenised. A collective: the first rank does it in parallel, the others read what it wrote into the
+    cache of datasets.
 
     Raises:
         ValueError: the columns fit no form, a row is not as its form says, or no row is left.
@@ -238,7 +248,7 @@ def supervised_examples(
     )
     on_first_rank(lambda: len(tokenise()))
     examples = tokenise().with_format("numpy")
-    outcomes = np.asarray(examples["outcome"])
+    outcomes, lengths = (examples.data.column(name).to_numpy() for name in ("outcome", "length"))
     counts = {name: int((outcomes == code).sum())
               for name, code in (("cut", CUT), ("too long", TOO_LONG), ("nothing to learn", NOTHING))}  # fmt: skip
     kept = np.flatnonzero(outcomes <= CUT)
@@ -248,4 +258,4 @@ def supervised_examples(
             f"({counts['too long']} are too long, {counts['nothing to learn']} have nothing to train): raise "
             "--max_length, or check the data's columns."
         )
-    return (examples if len(kept) == len(rows) else examples.select(kept)), counts
+    return Examples(examples if len(kept) == len(rows) else examples.select(kept), lengths[kept], counts)

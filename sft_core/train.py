@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,7 +32,7 @@ from sft_core.flow import announce
 from sft_core.metrics import MetricsLogger, reduce_metrics
 from sft_core.model import Policy, load_policy
 from sft_core.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
-from sft_core.packing import PackedSequences, balance, idle_sequences, pack_sequences, step_counts
+from sft_core.packing import PackedSequences, balance, idle_sequences, pack, pack_sequences, step_counts
 from sft_core.parallel import make_mesh, memory_options, shard
 from sft_core.setup import Run, prepare
 from sft_core.supervised import Example
@@ -176,12 +175,12 @@ def pack_rows(rows: list[Example], device: torch.device) -> PackedSequences:
 def evaluate(policy: Policy, run: Run) -> dict[str, float]:
     """Means over the trained tokens of the test rows: loss, entropy [nats] and token accuracy. A collective."""
     assert run.test_examples is not None
-    lengths = np.asarray(run.test_examples["length"]).tolist()
-    shares = balance(lengths, run.config.max_tokens_per_micro_batch, run.world_size)
+    bins = pack(run.test_examples.lengths.tolist(), run.config.max_tokens_per_micro_batch)
     names = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy", "tokens")
     sums = {name: torch.zeros((), device=run.device, dtype=torch.float64) for name in names}
-    for members in shares[run.rank]:
-        rows = run.test_examples[members] if members else None
+    for start in range(0, len(bins), run.world_size):  # as many passes on every rank
+        own = bins[start + run.rank] if start + run.rank < len(bins) else None
+        rows = run.test_examples.rows[own] if own else None
         batch = pack_sequences(rows["input_ids"], rows["loss_mask"], run.device) if rows else idle_sequences(run.device)
         logps, entropies, best_logps = policy(batch)
         if rows:
@@ -191,7 +190,9 @@ def evaluate(policy: Policy, run: Run) -> dict[str, float]:
             sums["tokens"] += len(logps)
     totals = reduce_metrics(sums, device=run.device)
     tokens = totals.pop("tokens")
-    return {name: value / tokens for name, value in totals.items()} | {"eval_samples": float(len(lengths))}
+    return {name: value / tokens for name, value in totals.items()} | {
+        "eval_samples": float(len(run.test_examples.lengths))
+    }
 
 
 if __name__ == "__main__":

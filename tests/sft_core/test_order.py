@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from sft_core import order
 from sft_core.order import Shuffled, Streamed
+from sft_core.supervised import Examples
 from tests.processes import run_ranks
 
 
 def examples(lengths):
-    rows = [{"input_ids": [i] * n, "loss_mask": [True] * n, "length": n} for i, n in enumerate(lengths)]
-    return Dataset.from_list(rows).with_format("numpy")
+    rows = [{"input_ids": [i] * n, "loss_mask": [True] * n} for i, n in enumerate(lengths)]
+    return Examples(Dataset.from_list(rows).with_format("numpy"), np.array(lengths), {})
 
 
 def names(taken):

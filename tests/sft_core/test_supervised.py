@@ -136,16 +136,18 @@ def test_rows_are_tokenised_once_and_what_is_left_out_is_counted(tokenizer, tmp_
     data = Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
     stop_ids = frozenset([tokenizer.eos_token_id])
     config = options(max_length=20, truncation_mode="drop")
-    examples, counts = supervised_examples(data, tokenizer, stop_ids, config)
-    assert len(examples) == 5 and counts == {"cut": 0, "too long": 5, "nothing to learn": 5}
-    assert tokenizer.decode(examples[0]["input_ids"]) == tokenizer.apply_chat_template(MESSAGES[:2], tokenize=False)
+    examples = supervised_examples(data, tokenizer, stop_ids, config)
+    assert len(examples.rows) == 5 and examples.counts == {"cut": 0, "too long": 5, "nothing to learn": 5}
+    assert tokenizer.decode(examples.rows[0]["input_ids"]) == tokenizer.apply_chat_template(
+        MESSAGES[:2], tokenize=False
+    )
     calls = []
     render = tokenizer.apply_chat_template
     monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: calls.append(a) or render(*a, **k))
-    again, _ = supervised_examples(data, tokenizer, stop_ids, config)
-    assert not calls and again["input_ids"][0].tolist() == examples["input_ids"][0].tolist()
-    parallel, _ = supervised_examples(data, tokenizer, stop_ids, options(max_length=21, dataset_num_proc=2))
-    assert len(parallel) == 10 and parallel[0]["length"] == examples[0]["length"]
+    again = supervised_examples(data, tokenizer, stop_ids, config)
+    assert not calls and again.rows[0]["input_ids"].tolist() == examples.rows[0]["input_ids"].tolist()
+    parallel = supervised_examples(data, tokenizer, stop_ids, options(max_length=21, dataset_num_proc=2))
+    assert parallel.lengths[0] == examples.lengths[0] == len(examples.rows[0]["input_ids"])
     tokenizer.chat_template += " "
     supervised_examples(data, tokenizer, stop_ids, config)
     assert calls  # another template, another result
