@@ -61,3 +61,35 @@ def test_recipe_on_two_ranks(smollm2, shared, tmp_path):
     )
     served = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert f"IDS {expected}" in served.stdout, served.stdout + served.stderr
+
+
+def test_warm_start_goes_on_into_grpo(smollm2, shared, tmp_path):
+    """The recipes of the warm start, shortened: data, packed SFT that lowers the held-out loss, GRPO through vLLM."""
+    folder = Path(RECIPE).parents[1]
+    data = shared / "data"
+    prepare = [sys.executable, folder / "prepare.py", "--output_dir", tmp_path, "--dataset_name"]
+    subprocess.run([*prepare, data / "gsm8k_train.jsonl", data / "arith_word_problems.jsonl"], cwd=ROOT, check=True)
+    heldout = tmp_path / "sft_heldout.jsonl"
+    heldout.write_text("".join(heldout.read_text().splitlines(keepends=True)[:16]))
+    small = dict(bf16="false", report_to=["none"], save_strategy="no", eval_strategy="no")
+    steps = {
+        "sft_core.train": ("sft/config_warm_start.yaml", dict(
+            model_name_or_path=smollm2, dataset_name=tmp_path / "sft_train.jsonl", dataset_test_split=heldout,
+            max_length=320, per_device_train_batch_size=1, max_steps=16, eval_strategy="steps", eval_steps=4,
+            output_dir=tmp_path / "sft",
+        )),
+        "grpo_core.train": ("grpo/config_warm.yaml", dict(
+            model_name_or_path=tmp_path / "sft", dataset_name=tmp_path / "grpo_train.jsonl", num_generations=4,
+            prompts_per_step=3, max_completion_length=96, max_steps=2, output_dir=tmp_path / "grpo",
+        )),
+    }  # fmt: skip
+    for module, (recipe, options) in steps.items():
+        command = [sys.executable, "-m", module, "--config", folder / recipe, *flags(**(small | options))]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "chat template: all is well" in done.stdout
+    losses = [row["eval_loss"] for row in metrics(tmp_path / "sft") if "eval_loss" in row]
+    print("held-out loss every four steps:", losses)
+    assert len(losses) == 4 and losses[-1] < 0.9 * losses[0]
+    for row in metrics(tmp_path / "grpo"):
+        assert row["sampling/sampling_logp_difference/mean"] < 0.01 and row["unscored"] == 0
