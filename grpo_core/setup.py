@@ -18,6 +18,7 @@ from grpo_core.rewards import get_reward_funcs, reward_name
 from grpo_core.rollout import GOLD_REWARDS, Prompt, load_prompts
 from grpo_core.scoring import gold_column, unparseable_golds
 from sft_core import guards
+from sft_core.adapters import check_adapters
 from sft_core.cli import parse
 from sft_core.config import ModelConfig, require
 from sft_core.flow import start_logging
@@ -122,6 +123,7 @@ def plan_only(model: ModelConfig, config: GRPOConfig) -> NoReturn:
     """Predict memory and time of a step's training, the engine's memory beside it, and end."""
     info, longest = load_model_info(model), config.max_prompt_length + config.max_completion_length
     check_positions(info, longest, "prompt and completion", "lower --max_prompt_length or --max_completion_length")
+    check_adapters(model, config, info)
     rows = config.num_generations * math.ceil(config.prompts_a_rollout(config.dry_run_gpus) / config.dry_run_gpus)
     engine = config.rollouts_from is None
     cache = min(1024, rows) * kv_cache_bytes(info, torch.bfloat16, longest)
@@ -151,7 +153,7 @@ def prompts_to_use(base: Base, rows: Dataset, config: GRPOConfig) -> tuple[list[
         with WorkerPool(min(16, len(os.sched_getaffinity(0))), config.reward_timeout) as pool:
             return unparseable_golds(golds or [], pool)
 
-    dropped = set(guards.on_first_rank(find))
+    dropped = set(guards.on_first_rank(find, patient=True))
     kept = [prompt for i, prompt in enumerate(prompts) if i not in dropped]
     require(len(kept) > 0, f"none of the {len(prompts)} gold answers can be parsed, so the rewards "
             f"{', '.join(sorted(GOLD_REWARDS & set(data.reward_funcs)))} would have no signal: check the column "

@@ -60,7 +60,7 @@ def set_up(
     embedding then has to grow (`sft_core.model.load_policy`).
     """
     if conversations and tokenizer.chat_template is None and chatml_default:
-        tokenizer.chat_template = CHATML
+        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos(tokenizer) else "") + CHATML
         tokenizer.add_tokens([AddedToken(token, special=True) for token in CHATML_TOKENS])
     before = tokenizer.eos_token
     if eos_token is not None:
@@ -96,16 +96,25 @@ def has_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
     return re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)) is not None
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> str:
-    """One line if the template fits tokenizer and stop tokens; else a line for each fault, with its remedy."""
+def has_prompt(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template has a generation prompt, something that the assistant's words follow."""
+    return render(tokenizer, PROBE[:1], prompt=True) != render(tokenizer, PROBE[:1])
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts a BOS before plain text."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], supervised: bool = False) -> str:
+    """One line if the template fits tokenizer, stop tokens and what is trained; else each fault with its remedy."""
     if tokenizer.chat_template is None:
         return "chat template: none"
     text = render(tokenizer, PROBE[:1], prompt=True)
     ids, bos, end, faults = encode(tokenizer, text), tokenizer.bos_token_id, end_of_turn(tokenizer), []
-    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     if bos is not None and ids[:2] == [bos, bos]:
         faults.append(f"a prompt begins with {tokenizer.bos_token} twice: write it once in the template.")
-    if adds_bos and ids[:1] != [bos]:
+    if adds_bos(tokenizer) and ids[:1] != [bos]:
         faults.append(
             f"a prompt has no {tokenizer.bos_token}, which this tokenizer puts before any other text: begin the "
             "template with {{ bos_token }}."
@@ -118,6 +127,15 @@ def check_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
         faults.append(
             f"the assistant's turn ends with {tokenizer.convert_ids_to_tokens(end)}, which is no stop token: give it "
             "as --eos_token."
+        )
+    if supervised and not has_markers(tokenizer) and not render(tokenizer, PROBE).startswith(text):
+        faults.append(
+            "a finished turn does not begin as the generation prompt does, so what the assistant says cannot be told "
+            "apart: give a --chat_template with {% generation %} markers."
+        )
+    if "strftime_now" in str(tokenizer.chat_template):
+        faults.append(
+            "it writes today's date, so a run that goes on tomorrow is not quite the same: write a fixed one."
         )
     if tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) != text:
         faults.append("a prompt does not come back from the tokenizer as it was: rewards may see other text.")

@@ -272,10 +272,13 @@ class SFTConfig(TrainingConfig):
     )
     assistant_only_loss: bool = option(True, "In conversations train what the assistant says; false: everything.")
     completion_only_loss: bool | None = option(
-        None, "With prompt and completion train the completion; false: the prompt too."
+        None,
+        "With prompt and completion train the completion; false: the prompt too (or what the assistant says in it).",
     )
     dataset_text_field: str = option("text", "Column of plain text, trained whole.")
-    dataset_num_proc: int | None = option(None, "Processes that tokenise; default: one a core, at most 16.")
+    dataset_num_proc: int | None = option(
+        None, "Processes that tokenise, unless streaming; default: one a core, at most 16."
+    )
     dataset_streaming: bool = option(
         False, "Read and tokenise the rows as they are needed, in the order of the files; needs max_steps."
     )

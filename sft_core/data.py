@@ -87,12 +87,12 @@ def load_rows(name: str, config: str | None = None, split: str = "train") -> Dat
     """
     path = Path(name).expanduser()
     if path.suffix in FILES:
-        rows = _read_file(name)
-        if len(rows) == 0:
-            raise ValueError(f"{name} has no rows.")
-        return rows
-    if path.is_dir() and (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        data = load_from_disk(str(path))
+        data = _read_file(name)
+    elif path.is_dir() and (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        try:
+            data = load_from_disk(str(path))
+        except IndexError as error:  # it looks into the first of no tables
+            raise ValueError(f"{name} has no rows.") from error
     elif name.startswith((".", "/", "~")) and not path.is_dir():
         raise ValueError(f"there is no data set at {name}: check --dataset_name.")
     else:
@@ -107,6 +107,8 @@ def load_rows(name: str, config: str | None = None, split: str = "train") -> Dat
         if split not in data:
             raise ValueError(f"{name} has no split {split!r}: it has {', '.join(data)}.")
         data = data[split]
+    if len(data) == 0:
+        raise ValueError(f"{name} has no rows.")
     return data
 
 
@@ -152,9 +154,20 @@ def stream_rows(name: str, config: str | None = None, split: str = "train") -> I
         except (OSError, ValueError) as error:
             cause = str(error).splitlines()[0]
             raise ValueError(f"no data set {name!r} to be streamed: check --dataset_name. Cause: {cause}") from error
-    if next(iter(rows), None) is None:
-        raise ValueError(f"{name} has no rows.")
+    first_row(rows)
     return rows
+
+
+def first_row(rows: Dataset | IterableDataset) -> dict[str, Any]:
+    """The first row; of a stream without moving it, which an iterator left alone would.
+
+    Raises:
+        ValueError: there is none.
+    """
+    first = next(iter(rows.take(1)), None)
+    if first is None:
+        raise ValueError("the data has no rows: check --dataset_name.")
+    return first
 
 
 def fingerprint(rows: Dataset | IterableDataset) -> str:
@@ -162,7 +175,7 @@ def fingerprint(rows: Dataset | IterableDataset) -> str:
     if isinstance(rows, IterableDataset):
         text = json.dumps(list(rows.take(100)), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-    step = max(1, len(rows) // 1000)
+    step = max(1, -(-len(rows) // 1000))
     sample = rows.select(range(0, len(rows), step))
     text = json.dumps([rows.column_names, len(rows), sample.to_list()], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 GIB = 2**30
+_as_torchrun: dict[str, str] = {}  # environment variables that a single process has set for itself
 _locks: list[int] = []  # open descriptors: a lock lives as long as its process
 
 
@@ -66,8 +67,9 @@ def init_distributed(timeout_s: float = 600.0) -> tuple[int, int, int, torch.dev
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        _as_torchrun.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        _as_torchrun.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(_as_torchrun)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
@@ -98,23 +100,31 @@ def shutdown() -> None:
     disarm()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+    while _as_torchrun:  # else a process started later would take itself for a rank
+        os.environ.pop(_as_torchrun.popitem()[0], None)
 
 
 def is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def on_first_rank(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 only; every rank returns its (picklable) result or raises its ValueError. A collective."""
+def on_first_rank(work: Callable[[], T], patient: bool = False) -> T:
+    """Run `work` on rank 0 only; every rank returns its (picklable) result or raises its ValueError. A collective.
+
+    `patient`: the others wait for a day, whatever the process group's time-out is.
+    """
     if not dist.is_initialized():
         return work()
+    group = dist.new_group(timeout=timedelta(days=1), backend="gloo") if patient else None
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
         except ValueError as error:  # the user's mistake: all ranks leave the same way, none waits for the time-out
             outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    if group is not None:
+        dist.destroy_process_group(group)
     if outcome[1] is not None:
         raise ValueError(outcome[1])
     return outcome[0]

@@ -1,7 +1,8 @@
 """Which rows the next step takes: single rows, or bins of whole rows, in an order that a small state resumes.
 
-The rows come in windows of at most WINDOW rows. A window is shuffled, or with packing filled into bins of max_length
-tokens by best-fit decreasing, whose order is shuffled; what a step takes never depends on the number of ranks.
+The rows come in windows of at most WINDOW rows (streamed ones also of about WINDOW_BYTES). A window is shuffled, or
+with packing filled into bins of max_length tokens by best-fit decreasing, whose order is shuffled; what a step takes
+never depends on the number of ranks.
 
 * `Shuffled`: rows that are all there (tokenised, memory-mapped). Each pass over them is a new shuffle, cut into
   windows. Its state is how many sequences were taken.
@@ -13,23 +14,26 @@ Left out on purpose: curricula, resampling.
 """
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import islice
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import IterableDataset
+from datasets.exceptions import DatasetGenerationError
 
-from sft_core.data import row_order
-from sft_core.guards import on_first_rank
+from sft_core.data import damaged_line, row_order
 from sft_core.packing import pack
 from sft_core.supervised import CUT, Example, Examples
 
 WINDOW = 4096  # rows
+WINDOW_BYTES = 64 << 20  # of a streamed window's rows as they are read
 
 
 def sequences_of(lengths: list[int], bin_size: int | None, seed: int) -> list[list[int]]:
@@ -63,6 +67,11 @@ class Shuffled:
                 sequences += [window[places].tolist() for places in bins]
         self._first = 0 if number == 0 else self._first + len(self._sequences)
         self._pass, self._sequences = number, sequences
+
+    @property
+    def digest(self) -> str:
+        """Of the lengths: other ones make other bins, of which a saved state would count others."""
+        return hashlib.sha256(np.ascontiguousarray(self.lengths, np.int64).tobytes()).hexdigest()[:16]
 
     @property
     def longest(self) -> int:
@@ -113,19 +122,24 @@ class Streamed:
     """
 
     def __init__(
-        self, rows: IterableDataset, encode: Callable[[dict, int], dict[str, Any]], bin_size: int | None, seed: int
+        self,
+        rows: IterableDataset,
+        encode: Callable[[dict, int], dict[str, Any]],
+        bin_size: int | None,
+        seed: int,
+        name: str = "the data",
     ) -> None:
-        self.rows, self.encode, self.bin_size, self.seed = rows, encode, bin_size, seed
+        self.rows, self.encode, self.bin_size, self.seed, self.name = rows, encode, bin_size, seed, name
         self._start = rows.state_dict()  # of every pass
         self._next = {"reader": self._start, "rows": 0, "outcomes": [0] * 4}  # where the next window begins
         self._begin = self._next  # where this one began
         self._iterator: Iterator[dict] | None = None
-        self._worker = ThreadPoolExecutor(1)
         self._ahead: Ahead | None = None  # the window that begins at `_next`
         self._window: list[Example] = []
         self._sequences: list[list[int]] = []
         self.taken = 0  # sequences of this window
 
+    digest = None  # of the lengths, and
     longest = None  # tokens of the longest sequence: not known
 
     @property
@@ -176,24 +190,44 @@ class Streamed:
 
     def _look_ahead(self) -> Ahead:
         """Read the window that begins at `_next`, and have this rank's share of it tokenised in the background."""
-        raw, following = on_first_rank(self._read)
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-        own = [(raw[i], self._next["rows"] + i) for i in range(rank, len(raw), ranks)]
-        return Ahead(len(raw), following, self._worker.submit(self._encode_all, own))
+        shares = self._read(dist.get_world_size()) if dist.get_rank() == 0 else None
+        share: list[Any] = [None]
+        dist.scatter_object_list(share, shares, src=0)
+        own, rows, following = share[0]
+        future: Future = Future()
+        # A daemon: a run that is over does not wait for rows that it will not need.
+        Thread(target=self._encode_all, args=(own, future), daemon=True).start()
+        return Ahead(rows, following, future)
 
-    def _encode_all(self, rows: list[tuple[dict, int]]) -> tuple[list[dict[str, Any]], str | None]:
+    def _encode_all(self, rows: list[tuple[int, dict]] | str, done: Future) -> None:
+        """`rows`: (number, row) each, or what is wrong with the data. All ranks have to leave in the same way."""
         try:
-            return [self.encode(row, number) for row, number in rows], None
-        except ValueError as error:  # the user's data: all ranks have to leave the same way
-            return [], str(error)
+            if isinstance(rows, str):
+                raise ValueError(rows)
+            done.set_result(([self.encode(row, number) for number, row in rows], None))
+        except ValueError as error:
+            done.set_result(([], str(error)))
+        except BaseException as error:
+            done.set_exception(error)
 
-    def _read(self) -> tuple[list[dict], dict[str, Any]]:
-        """A window's raw rows, and where the one after it begins. On the first rank."""
-        if self._iterator is None:
-            self.rows.load_state_dict(copy.deepcopy(self._next["reader"]))
-            self._iterator = iter(self.rows)
-        window = list(islice(self._iterator, WINDOW))
-        if len(window) < WINDOW:  # this pass is over
-            self._iterator = None
-            return window, {"reader": self._start, "rows": 0}
-        return window, {"reader": copy.deepcopy(self.rows.state_dict()), "rows": self._next["rows"] + WINDOW}
+    def _read(self, ranks: int) -> list[tuple[list[tuple[int, dict]] | str, int, dict[str, Any]]]:
+        """On the first rank: for each rank its share of a window, the window's rows, and where the next one begins."""
+        window: list[tuple[int, dict]] = []
+        size, number = 0, self._next["rows"]
+        try:
+            if self._iterator is None:
+                self.rows.load_state_dict(copy.deepcopy(self._next["reader"]))
+                self._iterator = iter(self.rows)
+            while len(window) < WINDOW and size < WINDOW_BYTES:
+                if (row := next(self._iterator, None)) is None:  # this pass is over
+                    self._iterator = None
+                    break
+                window.append((number + len(window), row))
+                size += len(repr(row))
+        except (DatasetGenerationError, ValueError) as error:
+            cause = damaged_line(Path(self.name)) or f"after row {number + len(window)}: {' '.join(str(error).split())}"
+            return [(f"{self.name} cannot be read: {cause}.", 0, {})] * ranks
+        following = {"reader": self._start, "rows": 0}
+        if self._iterator is not None:
+            following = {"reader": copy.deepcopy(self.rows.state_dict()), "rows": number + len(window)}
+        return [(window[rank::ranks], len(window), following) for rank in range(ranks)]

@@ -49,9 +49,10 @@ def balance(lengths: Sequence[int], budget: int, ranks: int, quadratic: float = 
     """
     cost = [length + quadratic * length * length for length in lengths]
     order = sorted(range(len(lengths)), key=lambda i: (-cost[i], i))
-    count = ranks * max(1, math.ceil(sum(lengths) / budget / ranks))
+    alone = sum(2 * length > budget for length in lengths)  # no two of these fit together
+    count = ranks * max(1, math.ceil(max(alone, sum(lengths) / budget) / ranks))
     while (bins := _spread(lengths, cost, order, budget, count)) is None:
-        count += ranks
+        count += ranks * max(1, count // (20 * ranks))
     bins.sort(key=lambda members: -sum(cost[i] for i in members))
     return [bins[rank::ranks] for rank in range(ranks)]
 

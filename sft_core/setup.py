@@ -21,7 +21,7 @@ from sft_core.chat import check_template, set_up
 from sft_core.checkpoint import prepare_output_dir
 from sft_core.cli import as_yaml, parse
 from sft_core.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig, require
-from sft_core.data import fingerprint, load_splits
+from sft_core.data import fingerprint, first_row, load_splits
 from sft_core.flow import set_log_level, start_logging
 from sft_core.hub import check_hub
 from sft_core.metrics import check_report_to
@@ -38,7 +38,14 @@ from sft_core.model import (
 from sft_core.optim import check_schedule
 from sft_core.order import Shuffled, Streamed
 from sft_core.plan import Plan, dry_run, memory_plan
-from sft_core.supervised import Examples, check_columns, encode_row, needs_template, supervised_examples
+from sft_core.supervised import (
+    Examples,
+    check_columns,
+    encode_row,
+    needs_template,
+    supervised_examples,
+    what_is_trained,
+)
 
 
 @dataclass(frozen=True)
@@ -91,16 +98,16 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
     check_adapters(model, config, model_info)
     supervised = config if isinstance(config, SFTConfig) else None
     rows, test_rows = load_splits(data, config.evaluates, supervised is not None and supervised.dataset_streaming)
-    conversations = supervised is None or needs_template(next(iter(rows)))
+    conversations = supervised is None or needs_template(first_row(rows))
     eos_token = None if supervised is None else supervised.eos_token
     set_up(tokenizer, eos_token, conversations, chatml_default=supervised is not None)
-    require(not model.use_peft or bool(model.lora_modules_to_save)
-            or len(tokenizer) <= model_info.get_text_config().vocab_size,
-            f"{model.model_name_or_path} has no chat template, the tokens of ChatML would be new to it, and beside "
-            "adapters its embedding is frozen: give --chat_template, or train the embedding too by "
-            "--lora_modules_to_save embed_tokens lm_head.")  # fmt: skip
+    require(not model.use_peft or len(tokenizer) <= model_info.get_text_config().vocab_size,
+            f"{model.model_name_or_path} has no chat template, and the tokens of ChatML would be new to it, which an "
+            "adapter cannot hold: give a --chat_template whose tokens it knows, or train the whole model.")  # fmt: skip
+    require(supervised is None or tokenizer.is_fast, f"{model.model_name_or_path} has no fast tokenizer, which says "
+            "where in the text a token is: save one beside it (AutoTokenizer with use_fast=True).")  # fmt: skip
     stop_ids = stop_token_ids(tokenizer, model)
-    template = check_template(tokenizer, stop_ids) if conversations else ""
+    template = check_template(tokenizer, stop_ids, supervised is not None) if conversations else ""
     return Base(
         algorithm=algorithm, model=model, data=data, options=asdict(model) | asdict(data) | asdict(config),
         recipe=as_yaml([model, data, config]), rank=rank, world_size=world_size, device=device, bf16=bf16,
@@ -162,15 +169,19 @@ def prepare(argv: list[str]) -> Run:
     model, data, config = parse((ModelConfig, ScriptArguments, SFTConfig), argv)
     if config.dry_run:
         rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        dry_run(load_model_info(model), model, config, rows=rows, longest=config.max_length)
+        info = load_model_info(model)
+        check_lengths(info, config.max_length)
+        check_adapters(model, config, info)
+        dry_run(info, model, config, rows=rows, longest=config.max_length)
     base = join("sft", model, data, config)
     source, rows_line = training_rows(base, config)
     test_examples = None
     if base.test_rows is not None:
         test_examples = supervised_examples(base.test_rows, base.tokenizer, base.stop_ids, config)
-        check_lengths(base, int(test_examples.lengths.max()))
+        check_lengths(base.model_info, int(test_examples.lengths.max()))
     samples = None if isinstance(source, Streamed) else len(source.lengths)
-    identity, checkpoint = claim(base, config, examples=samples, bin_size=source.bin_size)
+    what_rows = {"examples": samples, "bin_size": source.bin_size, "lengths": source.digest} | what_is_trained(config)
+    identity, checkpoint = claim(base, config, **what_rows)
     sequences_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * base.world_size
     per_pass = source.sequences_per_pass if isinstance(source, Shuffled) else 0
     total_steps = config.total_steps(per_pass / sequences_per_step)
@@ -206,10 +217,12 @@ def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, s
         for i, row in enumerate(base.rows.take(8)):
             check_columns(list(row), config)
             encode(row, i)
-        check_lengths(base, config.max_length)
-        return Streamed(base.rows, encode, bin_size, config.seed), "rows are streamed in the order of their files"
+        check_lengths(base.model_info, config.max_length)
+        return Streamed(
+            base.rows, encode, bin_size, config.seed, base.data.dataset_name
+        ), "rows are streamed in the order of their files"
     examples = supervised_examples(base.rows, base.tokenizer, base.stop_ids, config)
-    check_lengths(base, int(examples.lengths.max()))
+    check_lengths(base.model_info, int(examples.lengths.max()))
     shuffled = Shuffled(examples, bin_size, config.seed)
     line = f"{len(examples.lengths)} rows to train on"
     if bin_size is not None:
@@ -218,6 +231,6 @@ def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, s
     return shuffled, line + f"; {', '.join(f'{number} {name}' for name, number in examples.counts.items())}"
 
 
-def check_lengths(base: Base, longest: int) -> None:
-    positions = getattr(base.model_info.get_text_config(), "max_position_embeddings", longest)
-    check_positions(base.model_info, longest, "a row", f"lower --max_length to {positions}")
+def check_lengths(info: PretrainedConfig, longest: int) -> None:
+    positions = getattr(info.get_text_config(), "max_position_embeddings", longest)
+    check_positions(info, longest, "a row", f"lower --max_length to {positions}")

@@ -6,9 +6,11 @@ generation markers, or found by comparing renderings turn by turn, row by row; a
 Left out on purpose: images, weights per message.
 """
 
+import datetime
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 import sft_core.chat
-from sft_core.chat import encode, has_markers, render
+from sft_core.chat import adds_bos, has_markers, has_prompt, render
 from sft_core.config import SFTConfig
 from sft_core.guards import on_first_rank
 
@@ -42,49 +44,54 @@ def check_columns(columns: list[str], config: SFTConfig) -> None:
 
 def needs_template(row: dict[str, Any]) -> bool:
     """Whether rows like this one are conversations."""
-    return "messages" in row or isinstance(row.get("completion"), list)
+    return "messages" in row or ("prompt" in row and isinstance(row.get("completion"), list))
 
 
 def supervised_example(
     tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], stop_ids: frozenset[int], config: SFTConfig
 ) -> Example:
-    """Token ids and loss mask of one whole row.
+    """Token ids and loss mask of one whole row, whose text is tokenised in one piece.
 
     Raises:
         ValueError: the row has no text where it should, or what the assistant says cannot be told apart in it.
     """
     if "messages" in row:
         return _conversation(tokenizer, _checked(row["messages"], "messages"), 0, row.get("tools"), stop_ids, config)
-    if "completion" in row and isinstance(row["completion"], list):
+    if needs_template(row):
         given, answer = _checked(row["prompt"], "prompt"), _checked(row["completion"], "completion")
         trained_from = 0 if config.completion_only_loss is False else len(given)
         return _conversation(tokenizer, given + answer, trained_from, row.get("tools"), stop_ids, config)
-    column = "completion" if "completion" in row else config.dataset_text_field
+    column = "completion" if {"prompt", "completion"} <= row.keys() else config.dataset_text_field
     prompt, text = row["prompt"] if column == "completion" else "", row[column]
     for name, value in (("prompt", prompt), (column, text)):
         if not isinstance(value, str):
             raise ValueError(f"`{name}` must be text and is {type(value).__name__}.")
-    before = _beginning(tokenizer) + encode(tokenizer, prompt)
-    ids = encode(tokenizer, text)
-    if ids[-1:] != [tokenizer.eos_token_id]:
-        ids.append(tokenizer.eos_token_id)
-    train_all = column != "completion" or config.completion_only_loss is False
-    return before + ids, [train_all] * len(before) + [True] * len(ids)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token, so the model would never learn to stop: give --eos_token.")
+    trained = (0 if config.completion_only_loss is False else len(prompt), len(prompt) + len(text))
+    ids, [(start, end)] = _encode_spans(tokenizer, prompt + text, [trained])
+    mask = [start <= t < end for t in range(len(ids))]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if ids[:1] != [bos] and adds_bos(tokenizer):
+        ids, mask = [bos, *ids], [False, *mask]  # as the tokenizer begins any text
+    return (ids, mask) if ids[-1:] == [eos] else ([*ids, eos], [*mask, True])
 
 
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The BOS that the tokenizer puts before plain text, if it does."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+def _encode_spans(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of `text`, and for begin and end of each span in characters the tokens that touch it."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts, ends = np.array(encoded["offset_mapping"], int).reshape(-1, 2).T
+    tokens = [(int(np.searchsorted(ends, a, "right")), int(np.searchsorted(starts, b, "left"))) for a, b in spans]
+    return encoded["input_ids"], tokens
 
 
 def _checked(messages: Any, column: str) -> list[dict[str, Any]]:
-    """The messages without empty fields (which Arrow adds), once they are known to be messages."""
+    """The messages, once they are known to be messages."""
     if not isinstance(messages, list) or not messages:
-        raise ValueError(
-            f"`{column}` must be a list of messages, and is {repr(messages)[:50] if messages else 'empty'}."
-        )
-    cleaned = []
+        what = repr(messages)[:50] if messages else "empty"
+        raise ValueError(f"`{column}` must be a list of messages, and is {what}.")
     for message in messages:
         if not isinstance(message, dict):
             raise ValueError(f"`{column}` must hold messages with role and content; it holds {message!r}.")
@@ -93,9 +100,28 @@ def _checked(messages: Any, column: str) -> list[dict[str, Any]]:
             raise ValueError(f"unknown role {role!r} in `{column}`: known are {', '.join(ROLES)}.")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise ValueError(f"a message of the {role} in `{column}` is not text but {type(content).__name__}.")
-        cleaned.append({key: value for key, value in message.items() if value is not None})
-        cleaned[-1].setdefault("content", "")
-    return cleaned
+    return [{"content": "", **without_none(message)} for message in messages]
+
+
+def without_none(value: Any) -> Any:
+    """`value` without the empty fields that Arrow adds, so that all rows have the same ones."""
+    if isinstance(value, dict):
+        return {key: without_none(part) for key, part in value.items() if part is not None}
+    return [without_none(part) for part in value] if isinstance(value, list) else value
+
+
+def _tools(tools: Any, messages: list[dict[str, Any]], template: str) -> list | None:
+    """The tools of a row as a list; refused where the template would leave them or their calls out."""
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"`tools` is neither a list nor one as JSON: {error}.") from error
+    tools = without_none(tools) or None
+    for name, used in (("tools", tools), ("tool_calls", any("tool_calls" in message for message in messages))):
+        if used and name not in template:
+            raise ValueError(f"the chat template knows no {name} and would leave them out: give a --chat_template.")
+    return tools
 
 
 def _conversation(
@@ -103,88 +129,104 @@ def _conversation(
     stop_ids: frozenset[int], config: SFTConfig,
 ) -> Example:  # fmt: skip
     """Ids and mask of a conversation; nothing before message `trained_from` is trained."""
-    tools = json.loads(tools) if isinstance(tools, str) else tools or None
+    tools = _tools(tools, messages, str(tokenizer.chat_template))
     if not config.assistant_only_loss:
-        before = render(tokenizer, messages[:trained_from], tools, prompt=True) if trained_from else ""
         whole = render(tokenizer, messages, tools)
-        _require_prefix(before, whole)
-        given, ids = encode(tokenizer, before), encode(tokenizer, whole[len(before) :])
-        return given + ids, [False] * len(given) + [True] * len(ids)
-    spans_before = sum(message["role"] == "assistant" for message in messages[:trained_from])
-    if has_markers(tokenizer):
-        ids, spans = _marked_spans(tokenizer, messages, tools)
-    else:
-        ids, spans = _compared_spans(tokenizer, messages, tools)
+        before = _before(tokenizer, messages, trained_from, tools, whole) if trained_from else ""
+        ids, [(start, end)] = _encode_spans(tokenizer, whole, [(len(before), len(whole))])
+        return ids, [start <= t < end for t in range(len(ids))]
+    find = _marked_spans if has_markers(tokenizer) else _compared_spans
+    ids, spans = find(tokenizer, messages, trained_from, tools, stop_ids)
     mask = [False] * len(ids)
-    for start, end in spans[spans_before:]:
-        while end < len(ids) and ids[end - 1] not in stop_ids and ids[end] in stop_ids:
-            end += 1  # markers that leave out the end of the turn: a model must learn to stop
-        ends = [t for t in range(start, end) if ids[t] in stop_ids]
-        if not ends:
+    limits = [*(start for start, _ in spans[1:]), len(ids)]  # where the next turn begins
+    for (start, said), limit in zip(spans, limits, strict=False):
+        stop = next((t for t in range(said, limit) if ids[t] in stop_ids), None)
+        if stop is None:
             raise ValueError(
                 "the chat template does not end the assistant's turn with a stop token, so the model would never learn "
                 f"to stop: set eos_token to the template's end of turn (stop ids are {sorted(stop_ids)})."
             )
-        mask[start : ends[-1] + 1] = [True] * (ends[-1] + 1 - start)
+        mask[start : stop + 1] = [True] * (stop + 1 - start)
     return ids, mask
 
 
+Spans = list[tuple[int, int]]  # of each trained turn: its first token, and the token from which on a stop token ends it
+
+
 def _marked_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: Any
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids, and begin and end of each assistant turn, by the template's generation markers."""
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], trained_from: int, tools: list | None,
+    stop_ids: frozenset[int],
+) -> tuple[list[int], Spans]:  # fmt: skip
+    """Token ids and trained turns by the template's generation markers, whether or not these hold the stop token."""
     encoded = tokenizer.apply_chat_template(
         messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
+    ids = encoded["input_ids"]
     edges = np.flatnonzero(np.diff([0, *encoded["assistant_masks"], 0])).tolist()
-    spans = list(zip(edges[::2], edges[1::2], strict=True))
-    turns = sum(message["role"] == "assistant" for message in messages)
-    if len(spans) != turns:
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(edges) != 2 * len(turns):
         raise ValueError(
-            f"the chat template marks {len(spans)} assistant turns of {turns}, so what is trained cannot be told: "
-            "put {% generation %} around every assistant message, or leave the markers out."
+            f"the chat template marks {len(edges) // 2} assistant turns of {len(turns)}, so what is trained cannot be "
+            "told: put {% generation %} around every assistant message, or leave the markers out."
         )
-    return encoded["input_ids"], spans
-
-
-def _compared_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: Any
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """The same by rendering up to each assistant turn and beyond it.
-
-    The text is cut where generation would start and each part tokenised by itself, so the ids are the ones that
-    sampling from the same prompt meets.
-    """
-    ids: list[int] = []
-    spans: list[tuple[int, int]] = []
-    done = ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(tokenizer, messages[:i], tools, prompt=True)
-        after = render(tokenizer, messages[: i + 1], tools)
-        _require_prefix(done, before)
-        _require_prefix(before, after)
-        if before == render(tokenizer, messages[:i], tools) and not after[len(before) :].startswith(message["content"]):
-            raise ValueError(
-                "the chat template has neither {% generation %} markers nor a generation prompt, so the assistant's "
-                "words cannot be told from their heading: add one of them, or train all with "
-                "--assistant_only_loss false."
-            )
-        ids += encode(tokenizer, before[len(done) :])
-        answer = encode(tokenizer, after[len(before) :])
-        spans.append((len(ids), len(ids) + len(answer)))
-        ids += answer
-        done = after
+    spans = []
+    for turn, start, end in zip(turns, edges[::2], edges[1::2], strict=True):
+        if turn >= trained_from:
+            _end_of_words(messages[turn]["content"], tokenizer.decode(ids[start:end]))
+            spans.append((start, max((t for t in range(start, end) if ids[t] in stop_ids), default=end)))
     return ids, spans
 
 
-def _require_prefix(before: str, after: str) -> None:
-    if not after.startswith(before):
-        raise ValueError(
-            "the chat template rewrites earlier turns when a later one is added, so the assistant's tokens cannot "
-            "be told apart: use a template that only appends."
-        )
+def _compared_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], trained_from: int, tools: list | None,
+    stop_ids: frozenset[int],
+) -> tuple[list[int], Spans]:  # fmt: skip
+    """The same by rendering up to where each turn begins: what follows is the turn, from its first word to its last."""
+    whole = render(tokenizer, messages, tools)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and i >= trained_from:
+            start = len(_before(tokenizer, messages, i, tools, whole))
+            spans.append((start, start + _end_of_words(message["content"], whole[start:])))
+            if not whole[start:].lstrip().startswith(message["content"].strip()) and not has_prompt(tokenizer):
+                raise ValueError(
+                    "the chat template has neither {% generation %} markers nor a generation prompt, so the "
+                    "assistant's words cannot be told from their heading: add one of them, or train all with "
+                    "--assistant_only_loss false."
+                )
+    return _encode_spans(tokenizer, whole, spans)
+
+
+def _before(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], turn: int, tools: list | None, whole: str
+) -> str:
+    """The text before message `turn`, up to where the assistant would begin to speak."""
+    if turn == 0:
+        raise ValueError("a conversation begins with the assistant: put a message of the user or the system before.")
+    before = render(tokenizer, messages[:turn], tools, prompt=True)
+    if whole.startswith(before):
+        return before
+    why = "earlier turns are rendered otherwise once later ones follow"
+    if whole.startswith(render(tokenizer, messages[:turn], tools)):
+        why = "a finished turn does not begin as the generation prompt does"
+    raise ValueError(
+        f"in the chat template {why}, so the assistant's tokens cannot be told apart: give a --chat_template with "
+        "{% generation %} markers, or train all with --assistant_only_loss false."
+    )
+
+
+def _end_of_words(content: str, answer: str) -> int:
+    """Where in `answer`, what the template made of it, `content` ends; it may have put spaces around thoughts."""
+    at = 0
+    for part in re.split("</?think>", content):
+        found = answer.find(part.strip(), at)
+        if found < 0:
+            raise ValueError(
+                f"the chat template leaves out a part of what the assistant says ({part.strip()[:40]!r}): give a "
+                "--chat_template that keeps it."
+            )
+        at = found + len(part.strip())
+    return at
 
 
 def fit(example: Example, config: SFTConfig) -> tuple[Example, int]:
@@ -211,6 +253,12 @@ def encode_row(
             "outcome": outcome}  # fmt: skip
 
 
+def what_is_trained(config: SFTConfig) -> dict[str, Any]:
+    """The options that say what becomes of a row."""
+    names = ("max_length", "truncation_mode", "assistant_only_loss", "completion_only_loss", "dataset_text_field")
+    return {name: getattr(config, name) for name in names}
+
+
 @dataclass(frozen=True)
 class Examples:
     """Rows that teach something, memory-mapped."""
@@ -231,9 +279,10 @@ def supervised_examples(
     """
     check_columns(rows.column_names, config)
     code = [Path(module.__file__ or "").read_bytes() for module in (sft_core.chat, sys.modules[__name__])]
-    options = (code, config.max_length, config.truncation_mode, config.assistant_only_loss, config.completion_only_loss,
-               config.dataset_text_field, sorted(stop_ids), sorted(tokenizer.get_added_vocab()), tokenizer.eos_token_id,
-               tokenizer.chat_template, tokenizer.backend_tokenizer.to_str(), rows._fingerprint)  # fmt: skip
+    template = str(tokenizer.chat_template)
+    today = datetime.date.today() if "strftime_now" in template else None
+    options = (code, today, what_is_trained(config), sorted(stop_ids), tokenizer.special_tokens_map, template,
+               tokenizer.backend_tokenizer.to_str(), rows._fingerprint)  # fmt: skip
     cores = min(16, len(os.sched_getaffinity(0)))
     processes = config.dataset_num_proc or max(1, min(cores, len(rows) // ROWS_PER_PROCESS))
     tokenise: Callable[[], Dataset] = partial(
@@ -246,7 +295,7 @@ def supervised_examples(
         new_fingerprint=hashlib.sha256(repr(options).encode()).hexdigest()[:32],
         desc="tokenise",
     )
-    on_first_rank(lambda: len(tokenise()))
+    on_first_rank(lambda: len(tokenise()), patient=True)
     examples = tokenise().with_format("numpy")
     outcomes, lengths = (examples.data.column(name).to_numpy() for name in ("outcome", "length"))
     counts = {name: int((outcomes == code).sum())

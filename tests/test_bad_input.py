@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from datasets import Dataset
 
 import grpo_core.train
 import sft_core
@@ -146,6 +147,9 @@ CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
         (CHAT.replace("assistant", "bot"), {"dataset_streaming": "true", "max_steps": 2}, "row 1 of the data: unknown"),
         ("", {"dataset_streaming": "true", "max_steps": 2}, "rows.jsonl cannot be read as .jsonl: no rows"),
         (CHAT, {"dataset_streaming": "true", "max_steps": 2, "save_strategy": "epoch"}, "has no epochs: use steps"),
+        ('{"text": "a", "completion": "b"}\n', {"max_length": 1}, "max_length must be at least 2"),
+        (CHAT, {"dry_run": "true"}, "a row may take 1024 tokens, the model has 256 positions"),
+        (CHAT, {"dry_run": "true", "max_length": 200, "use_peft": "true", "lora_target_modules": ["w"]}, "names 'w'"),
         (CHAT, {"loss_type": "mse"}, "invalid choice: 'mse'"),
         (CHAT, {"truncation_mode": "middle"}, "invalid choice: 'middle'"),
         (CHAT, {"dataset_num_proc": 0}, "dataset_num_proc must be at least 1"),
@@ -156,6 +160,12 @@ def test_rows_and_options_of_supervised_training(text, change, says, tiny_model,
     data.write_text(text)
     argv = flags(model_name_or_path=tiny_model, dataset_name=data, output_dir=tmp_path / "out", **change)
     assert says in refusal(sft_core.train.main, argv, capsys)
+
+
+def test_a_saved_set_without_rows(tiny_model, tmp_path, capsys):
+    Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "saved")
+    argv = flags(model_name_or_path=tiny_model, dataset_name=tmp_path / "saved", output_dir=tmp_path / "out")
+    assert "saved has no rows" in refusal(sft_core.train.main, argv, capsys)
 
 
 def test_unknown_key_in_a_recipe(tiny_model, problems, tmp_path, capsys):
@@ -208,6 +218,7 @@ def test_the_folder_of_another_run(tiny_model, problems, tmp_path):
 
 def test_the_exit_code_of_a_real_command(tmp_path):
     command = [sys.executable, "-m", "grpo_core.train", "--model_name_or_path=./nowhere", "--dataset_name=x.jsonl"]
-    done = subprocess.run([*command, f"--output_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    command.append(f"--output_dir={tmp_path}")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "error: there is no model folder at ./nowhere" in done.stderr
     assert "Traceback" not in done.stderr

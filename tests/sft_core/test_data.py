@@ -47,6 +47,12 @@ def test_micro_batches_are_balanced_over_the_ranks(lengths, budget, ranks):
     assert all(a >= b - 1e-9 for own in cost for a, b in zip(own, own[1:], strict=False))
 
 
+def test_rows_just_over_half_the_budget_are_told_at_once():
+    """No two fit together: as many micro-batches as rows, found without trying every number below."""
+    shares = balance([5000] * 2048, 8192, 8)
+    assert [len(own) for own in shares] == [256] * 8
+
+
 def test_ranks_that_go_in_step_wait_little_for_each_other():
     """Lengths as reasoning data has them: the time of the slowest rank of each step, beyond an even share."""
     generator = torch.Generator().manual_seed(0)

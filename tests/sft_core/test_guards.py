@@ -156,8 +156,10 @@ def one_rank_decides(fail):
     total = torch.ones(())
     dist.all_reduce(total)
     facts = (rank, world_size, local_rank, device.type, total.item(), result, torch.get_num_threads())
+    has_port = "MASTER_PORT" in os.environ
     guards.shutdown()
-    return facts, "MASTER_PORT" in os.environ
+    assert ("RANK" in os.environ) == (world_size == 2)  # torchrun's stay, a single process's own go
+    return facts, has_port
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

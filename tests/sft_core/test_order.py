@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_core import order
+from sft_core.data import first_row, stream_rows
 from sft_core.order import Shuffled, Streamed
 from sft_core.supervised import Examples
 from tests.processes import run_ranks
@@ -53,7 +54,8 @@ def test_windows_bound_the_packing_and_bins_are_full(monkeypatch):
 
 def stream(path, monkeypatch_window, bin_size=None):
     order.WINDOW = monkeypatch_window
-    rows = load_dataset("json", data_files=path, split="train", streaming=True)
+    rows = stream_rows(path)
+    assert first_row(rows)["i"] == 0  # a look at it does not move the stream
 
     def encode(row, number):
         if row["n"] < 0:
@@ -62,7 +64,7 @@ def stream(path, monkeypatch_window, bin_size=None):
         ids = np.full(row["n"], row["i"], np.int32)
         return {"input_ids": ids, "loss_mask": ids >= 0, "length": len(ids), "outcome": outcome}
 
-    return Streamed(rows, encode, bin_size, seed=1)
+    return Streamed(rows, encode, bin_size, 1, path)
 
 
 def streamed(path, bin_size, start, count):
@@ -86,7 +88,7 @@ def streamed(path, bin_size, start, count):
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"i": i, "n": i % 7}) + "\n" for i in range(50)))
+    path.write_text("".join(json.dumps({"i": i, "n": (i + 1) % 7}) + "\n" for i in range(50)))
     return str(path)
 
 
@@ -96,23 +98,40 @@ def test_streams_resume_and_do_not_depend_on_the_ranks(path, bin_size, start):
     assert whole.tolist() == again.tolist() and len(whole) >= 30
     for of_two in run_ranks(2, streamed, path, bin_size, start, 30):
         assert of_two.tolist() == [whole.tolist()] * 2
-    if start == 0:  # rows 0, 7, 14, ... have nothing to learn: 42 of 50 remain; windows of 16 in the order of the file
-        assert sorted(whole[:13].tolist()) == [i for i in range(16) if i % 7] and whole[:13].tolist() != sorted(
-            whole[:13]
-        )
+    if start == 0:  # the file's first window, shuffled, without the rows that have nothing to learn
+        window = whole[:14].tolist()
+        assert sorted(window) == [i for i in range(16) if (i + 1) % 7] and window != sorted(window)
 
 
-def faulty(path):
+def faulty(path, count=40):
     from sft_core import guards
 
     guards.init_distributed(60)
     source = stream(path, 16)
     try:
-        source.take(40)
+        source.take(count)
     except ValueError as error:
         guards.shutdown()
         return np.array([str(error)])
     return np.array(["nothing was wrong"])
+
+
+def test_a_line_that_is_damaged_further_on(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [json.dumps({"i": i, "n": 1, "text": "x" * 1000}) for i in range(30_000)]
+    path.write_text("\n".join([*rows[:29_000], rows[29_000][:20], *rows[29_001:]]) + "\n")
+    for found in run_ranks(2, faulty, str(path), 29_500):
+        assert "rows.jsonl cannot be read: line 29001 is not complete JSON" in str(found[0])
+
+
+def test_a_window_is_bounded_in_bytes_too(path):
+    [[whole, again]] = run_ranks(1, streamed_in_small_bites, path)
+    assert whole.tolist() == again.tolist() and sorted(set(whole.tolist())) == [i for i in range(50) if (i + 1) % 7]
+
+
+def streamed_in_small_bites(path):
+    order.WINDOW_BYTES = 60
+    return streamed(path, 8, 5, 200)
 
 
 @pytest.mark.parametrize(("n", "says"), [(-1, "row 21: negative"), (0, "no row of the data has anything to learn")])

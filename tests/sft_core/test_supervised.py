@@ -62,7 +62,15 @@ def test_text_begins_and_ends_as_the_model_knows_it(tokenizer):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=special)
     assert trained(tokenizer, {"text": "1+1=2"})[0] == "<|bos|>1+1=2<|end|>"  # one BOS where the tokenizer has one
     assert trained(tokenizer, {"prompt": "1+1=", "completion": "2"}) == ("<|bos|>1+1=2<|end|>", "2<|end|>")
+    assert trained(tokenizer, {"text": "<|bos|>1+1=2"})[0] == "<|bos|>1+1=2<|end|>"  # rendered already
     assert trained(tokenizer, {"messages": MESSAGES})[0].count("<|bos|>") == 1
+    tokenizer.chat_template = None
+    chat.set_up(tokenizer, None, conversations=True, chatml_default=True)
+    assert trained(tokenizer, {"messages": MESSAGES[:2]})[0].startswith("<|bos|><|im_start|>")
+    assert "all is well (one <|bos|>" in chat.check_template(tokenizer, {tokenizer.eos_token_id}, supervised=True)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no EOS token, so the model would never learn to stop: give --eos_token"):
+        trained(tokenizer, {"text": "1+1=2"})
 
 
 def test_the_end_of_turn_is_trained_even_where_it_is_the_padding_or_outside_the_markers(tokenizer):
@@ -75,22 +83,134 @@ def test_the_end_of_turn_is_trained_even_where_it_is_the_padding_or_outside_the_
 
 
 def test_tools_reach_the_template(tokenizer):
-    tokenizer.chat_template = "{% for t in tools %}{{ t['function']['name'] }}{% endfor %}" + PLAIN
-    tools = [{"type": "function", "function": {"name": "add"}}]
+    plain = tokenizer.chat_template
+    calls = "{% for c in m['tool_calls'] or [] %}{{ c['function'] | tojson }}{% endfor %}"
+    tokenizer.chat_template = "{% if tools is not none %}{{ tools | tojson }}{% endif %}" + PLAIN.replace(
+        "{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}",
+        "{{ '<|' + m['role'] + '|>' + m['content'] }}" + calls + "{{ eos_token }}",
+    )
+    # As Arrow gives them back: every row with the fields of all.
+    tools = [{"function": {"name": "add", "parameters": {"a": "int", "city": None}}, "type": None}]
+    shown = '[{"function": {"name": "add", "parameters": {"a": "int"}}}]<|bos|>'
     for given in (tools, json.dumps(tools)):
-        assert trained(tokenizer, {"messages": MESSAGES[:2], "tools": given})[0].startswith("add<|bos|>")
-    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
-    assert trained(tokenizer, {"messages": [MESSAGES[0], called], "tools": tools})[1] == "<|end|>"
+        assert trained(tokenizer, {"messages": MESSAGES[:2], "tools": given})[0].startswith(shown)
+    for none in (None, [], "", "[]"):
+        assert trained(tokenizer, {"messages": MESSAGES[:2], "tools": none})[0].startswith("<|bos|>")
+    call = {"function": {"name": "add", "arguments": {"a": 1, "city": None}}}
+    called = {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
+    row = {"messages": [MESSAGES[0], called], "tools": tools}
+    assert trained(tokenizer, row)[1] == '{"name": "add", "arguments": {"a": 1}}<|end|>'
+    with pytest.raises(ValueError, match="`tools` is neither a list nor one as JSON"):
+        trained(tokenizer, row | {"tools": "add"})
+    tokenizer.chat_template = plain
+    with pytest.raises(ValueError, match="knows no tools and would leave them out"):
+        trained(tokenizer, row)
+    with pytest.raises(ValueError, match="knows no tool_calls and would leave them out"):
+        trained(tokenizer, row | {"tools": None})
+
+
+def turns(
+    heading="<|assistant|>", words="{{ m.content }}<|end|>", prompt="<|assistant|>", rest="", user="{{ m.content }}"
+):
+    return (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}" + heading + words + "{% else %}<|user|>"
+        + user + "<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}" + prompt + "{% endif %}" + rest
+    )  # fmt: skip
+
+
+# What the templates of well-known families do to the assistant's words.
+AFTER_THOUGHT = "{% set words = m.content.split('</think>')[-1] %}"
+THOUGHT = "{% set thought = m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content else '' %}"
+QWEN3 = turns(words=AFTER_THOUGHT + THOUGHT + "{% if loop.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}"
+              "{{ words }}<|end|>\n")  # fmt: skip
+LLAMA3 = turns(heading="<|assistant|>\n\n", words="{{ m.content | trim }}<|end|>", prompt="<|assistant|>\n\n")
+MISTRAL = turns(heading="", words=" {{ m.content | trim }}<|end|>", prompt="")
+PHI3 = turns(rest="{% if not add_generation_prompt %}<|pad|>{% endif %}")
+R1_FIRST = turns(words=AFTER_THOUGHT + "{{ words }}<|end|>")
+R1_NOW = turns(words=AFTER_THOUGHT + "{{ words }}<|end|>", prompt="<|assistant|><think>\n")
+THINKING = [MESSAGES[0], {"role": "assistant", "content": "<think>hm</think>yes"}, *MESSAGES[2:]]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "learnt"),
+    [
+        (QWEN3, MESSAGES, "yes<|end|><think>\n\n</think>\n\nno<|end|>"),
+        (QWEN3, THINKING[:2], "<think>\nhm\n</think>\n\nyes<|end|>"),
+        (LLAMA3, [MESSAGES[0], {"role": "assistant", "content": " yes\n"}], "yes<|end|>"),
+        (MISTRAL, MESSAGES, " yes<|end|> no<|end|>"),
+        (PHI3, MESSAGES, "yes<|end|>no<|end|>"),
+        (R1_FIRST, MESSAGES, "yes<|end|>no<|end|>"),
+        (turns(), [MESSAGES[0], {"role": "assistant", "content": "a <|end|> b"}], "a <|end|> b<|end|>"),
+        (turns(), [MESSAGES[0], {"role": "assistant", "content": ""}], "<|end|>"),
+    ],
+)
+def test_templates_of_well_known_families(tokenizer, template, messages, learnt):
+    tokenizer.chat_template = template
+    whole, found = trained(tokenizer, {"messages": messages})
+    assert found == learnt and whole == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "says"),
+    [
+        (QWEN3, THINKING, "leaves out a part of what the assistant says \\('hm'\\)"),
+        (R1_FIRST, THINKING[:2], "leaves out a part of what the assistant says \\('hm'\\)"),
+        (R1_NOW, MESSAGES[:2], "a finished turn does not begin as the generation prompt does"),
+        (turns(), MESSAGES[1:], "begins with the assistant"),
+    ],
+)
+def test_words_that_a_template_leaves_out_are_not_missed_in_silence(tokenizer, template, messages, says):
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=says):
+        trained(tokenizer, {"messages": messages})
+
+
+def test_only_what_is_trained_has_to_be_told_apart(tokenizer):
+    tokenizer.chat_template = QWEN3
+    row = {"prompt": THINKING[:3], "completion": THINKING[3:]}
+    assert trained(tokenizer, row)[1] == "<think>\n\n</think>\n\nno<|end|>"
+
+
+def test_text_is_tokenised_in_one_piece(tiny_model):
+    """A tokenizer that marks the beginnings of words puts no mark between the parts of a row."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["?", "<s>", "</s>", "[U]", "▁hi", "▁yes", "▁", "yes", "▁more", "▁no"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="?")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[U]"]})
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[U] {{ m.content }}"
+        "{% else %}OPEN {{ m.content }}</s>CLOSE{% endif %}{% endfor %}"
+    )
+    words = ["hi", "yes", "more", "no"]
+    messages = [{"role": turn["role"], "content": word} for turn, word in zip(MESSAGES, words, strict=True)]
+    found = []
+    for marks in (("", ""), ("{% generation %}", "{% endgeneration %}")):
+        tokenizer.chat_template = template.replace("OPEN", marks[0]).replace("CLOSE", marks[1])
+        found.append(supervised_example(tokenizer, {"messages": messages}, frozenset([2]), options()))
+    assert found[0] == found[1]
+    ids, mask = found[0]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["[U]", "▁hi", "▁yes", "</s>", "[U]", "▁more", "▁no", "</s>"]
+    assert mask == [False, False, True, True] * 2
 
 
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{% for m in messages %}{{ loop.length }}{{ m['content'] + eos_token }}{% endfor %}", "that only appends"),
+        (
+            "{% for m in messages %}{{ loop.length }}{{ m['content'] + eos_token }}{% endfor %}",
+            "rendered otherwise once later",
+        ),
         ("{% for m in messages %}{{ m['role'] + m['content'] + eos_token }}{% endfor %}", "cannot be told from"),
         (PLAIN.replace("+ eos_token", ""), "does not end the assistant's turn with a stop token"),
         (PLAIN + "{% generation %}{% endgeneration %}", "marks 0 assistant turns of 2"),
-        ("{{ raise_exception('only users') }}", "refuses a conversation of the roles user: only users"),
+        (
+            "{{ raise_exception('only users') }}",
+            "refuses a conversation of the roles user, assistant, user, assistant: only",
+        ),
         (None, "start from an instruct model, or give one with --chat_template"),
     ],
 )
@@ -148,16 +268,19 @@ def test_rows_are_tokenised_once_and_what_is_left_out_is_counted(tokenizer, tmp_
     assert not calls and again.rows[0]["input_ids"].tolist() == examples.rows[0]["input_ids"].tolist()
     parallel = supervised_examples(data, tokenizer, stop_ids, options(max_length=21, dataset_num_proc=2))
     assert parallel.lengths[0] == examples.lengths[0] == len(examples.rows[0]["input_ids"])
-    tokenizer.chat_template += " "
-    supervised_examples(data, tokenizer, stop_ids, config)
-    assert calls  # another template, another result
+    for change in ({"chat_template": tokenizer.chat_template + " "}, {"bos_token": "<|user|>"}):
+        for name, value in change.items():
+            setattr(tokenizer, name, value)
+        calls.clear()
+        supervised_examples(data, tokenizer, stop_ids, config)
+        assert calls, change  # another template or token, another result
     with pytest.raises(ValueError, match="none of the 15 rows has anything to learn within max_length 2"):
         supervised_examples(data, tokenizer, stop_ids, options(max_length=2))
 
 
 def test_chat_templates_are_checked_and_end_of_turn_is_eos(tokenizer):
-    def check(tokenizer, stop_ids=None):
-        return chat.check_template(tokenizer, stop_ids or {tokenizer.eos_token_id})
+    def check(tokenizer, stop_ids=None, supervised=False):
+        return chat.check_template(tokenizer, stop_ids or {tokenizer.eos_token_id}, supervised)
 
     well = check(tokenizer)
     assert "all is well (one <|bos|>; turns end with <|end|>" in well and "<think> left to the model" in well
@@ -167,6 +290,11 @@ def test_chat_templates_are_checked_and_end_of_turn_is_eos(tokenizer):
     assert "begins with <|bos|> twice" in check(tokenizer)
     tokenizer.chat_template = original.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
     assert "<think> opened by the template" in check(tokenizer)
+    tokenizer.chat_template = R1_NOW
+    assert "<think> opened by the template" in check(tokenizer)
+    assert "a finished turn does not begin as the generation prompt does" in check(tokenizer, supervised=True)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + original
+    assert "today's date" in check(tokenizer)
     tokenizer.chat_template = original.replace("eos_token", "'.'")
     assert "does not end with a special token" in check(tokenizer)
     tokenizer.chat_template, tokenizer.eos_token = original.replace("eos_token", "'<|end|>'"), "<|pad|>"

@@ -138,6 +138,16 @@ def test_resumes_from_the_checkpoint_that_is_named(tiny_model, rows, tmp_path):
     assert state.log_history[-1]["loss"] == metrics(tmp_path / "whole")[3]["loss"]
 
 
+def test_other_rows_are_another_run(tiny_model, rows, tmp_path):
+    """A state counts sequences: with other lengths, or other tokens trained, it would count others."""
+    saving = dict(save_strategy="steps", save_steps=1, max_steps=1)
+    train(tiny_model, rows, tmp_path / "out", **saving)
+    options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=tmp_path / "out", max_steps=2)
+    for change in ({"max_length": 12}, {"assistant_only_loss": "false"}, {"packing": "true"}):
+        code, output = run(TRAIN, flags(**(options | change)), tmp_path / "log")
+        assert code == 2 and "holds another run" in output and next(iter(change)).replace("packing", "bin") in output
+
+
 def test_checkpoints_of_the_model_alone(tiny_model, rows, tmp_path):
     argv = dict(save_strategy="steps", save_steps=3, save_only_model="true")
     train(tiny_model, rows, tmp_path / "out", **argv)
