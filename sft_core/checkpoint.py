@@ -34,7 +34,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
 from sft_core.export import hf_name
 from sft_core.files import MANIFEST, flush_to_disk, manifest, write_atomically
@@ -280,10 +285,10 @@ def load_checkpoint(
     saved = _saved(folder)
     state = _trained_state(model, optimizer)
     dcp.load(state, checkpoint_id=folder / "state")
-    partly = StateDictOptions(strict=all(p.requires_grad for p in model.parameters()))
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=partly
-    )
+    if _whole(model):
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    else:  # the parameters themselves were read into
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
     if scheduler is not None:
         scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
     own = rank_folder(folder, dist.get_rank()) / "rng.pt"
@@ -300,12 +305,16 @@ def load_checkpoint(
 
 def _trained_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Model and optimizer; of a model that is frozen in part (adapters), the trained parameters alone."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    if any(not p.requires_grad for p in model.parameters()):
-        trained = {hf_name(name) for name, p in model.named_parameters() if p.requires_grad}
-        model_state = {name: value for name, value in model_state.items() if name in trained}
-        assert len(model_state) == len(trained), "a trained parameter is not in the model's state"
-    return {"model": model_state, "optimizer": optimizer_state}
+    if _whole(model):
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        return {"model": model_state, "optimizer": optimizer_state}
+    # Not the model's own state, in which quantised layers have entries that only they can load.
+    trained = {hf_name(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {"model": trained, "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def _whole(model: nn.Module) -> bool:
+    return all(p.requires_grad for p in model.parameters())
 
 
 def rank_folder(checkpoint: str | Path, rank: int) -> Path:

@@ -142,7 +142,10 @@ def test_learns_alike_on_two_ranks_and_leaves_the_model_alone(tiny_model, rows, 
     assert all((two[name] - whole[name]).norm() < 1e-3 * whole[name].norm() for name in whole)
 
 
-@pytest.mark.parametrize("more", [{}, {"load_in_4bit": "true", "use_dora": "true", "ranks": 2}], ids=["lora", "4bit"])
+KINDS = {"lora": {}, "4bit": {"load_in_4bit": "true", "use_dora": "true", "ranks": 2}, "8bit": {"load_in_8bit": "true"}}
+
+
+@pytest.mark.parametrize("more", KINDS.values(), ids=KINDS)
 def test_resumes_bitwise_with_dropout(tiny_model, rows, tmp_path, more):
     more = more | {"lora_dropout": 0.3, "lora_modules_to_save": ["embed_tokens"], "gradient_checkpointing": "true"}
     more |= dict(dataset_test_split=rows, eval_strategy="steps", eval_steps=2)
@@ -155,7 +158,7 @@ def test_resumes_bitwise_with_dropout(tiny_model, rows, tmp_path, more):
     assert logged[0] == logged[1]
     state = tmp_path / "out" / "checkpoint-4" / "state"
     assert sum(path.stat().st_size for path in state.iterdir()) < 2.5e6  # the trained alone, and its moments
-    if "ranks" not in more:
+    if not {"ranks", "load_in_8bit"} & more.keys():
         train(tiny_model, rows, tmp_path / "without", **(more | {"lora_dropout": 0.0, "max_steps": 2}))
         assert losses(tmp_path / "without")[1] != losses(tmp_path / "whole")[1]  # at first B is zero
 
