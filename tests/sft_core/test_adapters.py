@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 import sft_core.train
 from sft_core.config import ModelConfig
 from sft_core.model import load_tokenizer
-from tests.launch import flags, metrics, run
+from tests.launch import flags, metrics
 from tests.processes import run_ranks
+from tests.sft_core.test_train import train_any
 
 TRAIN = "sft_core.train"
 LORA = dict(use_peft="true", lora_r=4, lora_dropout=0.0)
@@ -25,22 +26,8 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    with path.open("w") as file:
-        for i in range(20):
-            turns = [("user", f"Ben has {10 + i} pens."), ("assistant", f"{10 + i}" * (1 + i % 3))]
-            file.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
-    return path
-
-
 def train(tiny_model, rows, out, ranks=1, **more):
-    options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=out, max_steps=4, learning_rate=1e-2,
-                   lr_scheduler_type="constant", per_device_train_batch_size=8 // ranks, save_strategy="no",
-                   report_to=["none"])  # fmt: skip
-    code, output = run(TRAIN, flags(**(options | LORA | more)), out.parent / f"{out.name}.log", ranks=ranks)
-    assert code == 0, output
+    train_any(tiny_model, rows, out, ranks, **(LORA | {"max_steps": 4} | more))
     return load_file(out / "adapter_model.safetensors")
 
 
@@ -142,10 +129,14 @@ def test_learns_alike_on_two_ranks_and_leaves_the_model_alone(tiny_model, rows, 
     assert all((two[name] - whole[name]).norm() < 1e-3 * whole[name].norm() for name in whole)
 
 
-KINDS = {"lora": {}, "4bit": {"load_in_4bit": "true", "use_dora": "true", "ranks": 2}, "8bit": {"load_in_8bit": "true"}}
+RESUMED = {
+    "lora": {},
+    "4bit": {"load_in_4bit": "true", "use_dora": "true", "ranks": 2},
+    "8bit": {"load_in_8bit": "true"},
+}
 
 
-@pytest.mark.parametrize("more", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("more", RESUMED.values(), ids=RESUMED)
 def test_resumes_bitwise_with_dropout(tiny_model, rows, tmp_path, more):
     more = more | {"lora_dropout": 0.3, "lora_modules_to_save": ["embed_tokens"], "gradient_checkpointing": "true"}
     more |= dict(dataset_test_split=rows, eval_strategy="steps", eval_steps=2)

@@ -18,22 +18,16 @@ from tests.launch import flags, metrics, run, start, wait
 TRAIN = "sft_core.train"
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    with path.open("w") as file:
-        for i in range(20):
-            turns = [("user", f"Ben has {10 + i} pens."), ("assistant", f"{10 + i}" * (1 + i % 3))]
-            file.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
-    return path
-
-
-def train(tiny_model, rows, out, ranks=1, **more):
+def train_any(tiny_model, rows, out, ranks=1, **more):
     options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=out, max_steps=6, learning_rate=1e-2,
                    lr_scheduler_type="constant", per_device_train_batch_size=8 // ranks, save_strategy="no",
                    report_to=["none"])  # fmt: skip
     code, output = run(TRAIN, flags(**(options | more)), out.parent / f"{out.name}.log", ranks=ranks)
     assert code == 0, output
+
+
+def train(tiny_model, rows, out, ranks=1, **more):
+    train_any(tiny_model, rows, out, ranks, **more)
     return load_file(out / "model.safetensors")
 
 
