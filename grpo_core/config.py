@@ -141,7 +141,8 @@ class GRPOConfig(TrainingConfig):
         require(scale in ("group", "batch", "none"), f"unknown scale_rewards {scale!r}: group, batch or none.")
         chosen = "torch" if self.use_vllm is False else "vllm"
         require(self.use_vllm is None or self.engine in (None, chosen),
-                f"engine {self.engine} and use_vllm {self.use_vllm} contradict each other: give one.")  # fmt: skip
+                f"engine {self.engine} and use_vllm {self.use_vllm} contradict each other: leave one out, or "
+                f"give --use_vllm {str(chosen == 'torch').lower()}.")  # fmt: skip
         object.__setattr__(self, "scale_rewards", scale)
         object.__setattr__(self, "engine", self.engine or chosen)
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+import jinja2
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 # What base models get (as in open-r1); Qwen's own tokens, and Qwen's layout without its default system prompt.
@@ -36,6 +37,8 @@ def render(
         )
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template is not valid Jinja ({error}): check --chat_template.") from error
     except Exception as error:  # Jinja's own errors and the templates' raise_exception
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise ValueError(f"the chat template refuses a conversation of the roles {roles}: {error}") from error

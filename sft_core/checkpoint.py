@@ -182,6 +182,8 @@ def _difference(recorded: str, identity: dict[str, Any]) -> str | None:
     """What tells the recorded identity (JSON) from this one, or None."""
     there = json.loads(recorded)
     different = [key for key in {**identity, **there} if identity.get(key) != there.get(key)]
+    if "algorithm" in different:
+        different = ["algorithm"]
     return "; ".join(f"{key} is {there.get(key)!r} there, {identity.get(key)!r} here" for key in different) or None
 
 

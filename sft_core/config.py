@@ -233,6 +233,10 @@ class TrainingConfig:
             self.gradient_checkpointing or not self.activation_offloading,
             "activation_offloading moves what checkpointed blocks save: give --gradient_checkpointing true too.",
         )
+        require(
+            self.gradient_checkpointing or self.gradient_checkpointing_every == 1,
+            "gradient_checkpointing_every says which blocks are checkpointed: give --gradient_checkpointing true too.",
+        )
         require(self.max_steps > 0 or self.num_train_epochs > 0, "give --max_steps or --num_train_epochs above 0.")
 
     def total_steps(self, steps_per_epoch: float) -> int:

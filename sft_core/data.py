@@ -5,6 +5,7 @@ What is made of a row: `sft_core/supervised.py`, `grpo_core/rollout.py`. Left ou
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 from sft_core.config import ScriptArguments
 
 FILES = (".json", ".jsonl", ".parquet")
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it cannot read is said below, better
 
 
 def load_splits(
@@ -146,6 +148,11 @@ def stream_rows(name: str, config: str | None = None, split: str = "train") -> I
     path = Path(name).expanduser()
     if path.suffix in FILES:
         rows = _read_file(name, streaming=True)
+        try:
+            first_row(rows)
+        except (DatasetGenerationError, ValueError) as error:
+            cause = damaged_line(path) or " ".join(str(error).split())
+            raise ValueError(f"{name} cannot be read as {path.suffix}: {cause} (one row a line).") from error
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         rows = load_rows(name, config, split).to_iterable_dataset()
     else:
@@ -154,7 +161,6 @@ def stream_rows(name: str, config: str | None = None, split: str = "train") -> I
         except (OSError, ValueError) as error:
             cause = str(error).splitlines()[0]
             raise ValueError(f"no data set {name!r} to be streamed: check --dataset_name. Cause: {cause}") from error
-    first_row(rows)
     return rows
 
 

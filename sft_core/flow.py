@@ -55,3 +55,5 @@ def announce(run: Any) -> None:
     if getattr(config, "vllm_mode", "colocate") == "server":
         logger.warning("vllm_mode server: the engine lives in the ranks themselves (colocate); no server is used.")
     print(run.summary)
+    if run.checkpoint is not None:
+        print(f"goes on from {run.checkpoint}")

@@ -180,8 +180,8 @@ def prepare(argv: list[str]) -> Run:
         test_examples = supervised_examples(base.test_rows, base.tokenizer, base.stop_ids, config)
         check_lengths(base.model_info, int(test_examples.lengths.max()))
     samples = None if isinstance(source, Streamed) else len(source.lengths)
-    what_rows = {"examples": samples, "bin_size": source.bin_size, "lengths": source.digest} | what_is_trained(config)
-    identity, checkpoint = claim(base, config, **what_rows)
+    of_rows = {"examples": samples, "packing": config.packing, "row_lengths": source.digest}
+    identity, checkpoint = claim(base, config, **of_rows, **what_is_trained(config))
     sequences_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * base.world_size
     per_pass = source.sequences_per_pass if isinstance(source, Shuffled) else 0
     total_steps = config.total_steps(per_pass / sequences_per_step)

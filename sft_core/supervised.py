@@ -30,7 +30,7 @@ from sft_core.guards import on_first_rank
 Example = tuple[list[int], list[bool]]  # token ids and loss mask, of one length
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 KEPT, CUT, TOO_LONG, NOTHING = range(4)  # what became of a row
-ROWS_PER_PROCESS = 5_000  # fewer are not worth another process
+ROWS_PER_PROCESS = 2_000  # fewer are not worth another process
 
 
 def check_columns(columns: list[str], config: SFTConfig) -> None:
@@ -97,9 +97,12 @@ def _checked(messages: Any, column: str) -> list[dict[str, Any]]:
             raise ValueError(f"`{column}` must hold messages with role and content; it holds {message!r}.")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise ValueError(f"unknown role {role!r} in `{column}`: known are {', '.join(ROLES)}.")
+            raise ValueError(
+                f"unknown role {role!r} in `{column}`: a message has `role`, one of {', '.join(ROLES)}, and `content`."
+            )
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise ValueError(f"a message of the {role} in `{column}` is not text but {type(content).__name__}.")
+            raise ValueError(f"a message of the {role} in `{column}` is not text but {type(content).__name__}: "
+                             "give every message one text.")  # fmt: skip
     return [{"content": "", **without_none(message)} for message in messages]
 
 
@@ -144,7 +147,8 @@ def _conversation(
         if stop is None:
             raise ValueError(
                 "the chat template does not end the assistant's turn with a stop token, so the model would never learn "
-                f"to stop: set eos_token to the template's end of turn (stop ids are {sorted(stop_ids)})."
+                f"to stop: set eos_token to the template's end of turn (stop ids are {sorted(stop_ids)}), or put "
+                "{{ eos_token }} there."
             )
         mask[start : stop + 1] = [True] * (stop + 1 - start)
     return ids, mask
@@ -284,7 +288,7 @@ def supervised_examples(
     options = (code, today, what_is_trained(config), sorted(stop_ids), tokenizer.special_tokens_map, template,
                tokenizer.backend_tokenizer.to_str(), rows._fingerprint)  # fmt: skip
     cores = min(16, len(os.sched_getaffinity(0)))
-    processes = config.dataset_num_proc or max(1, min(cores, len(rows) // ROWS_PER_PROCESS))
+    processes = max(1, min(config.dataset_num_proc or cores, len(rows) // ROWS_PER_PROCESS))
     tokenise: Callable[[], Dataset] = partial(
         rows.map,
         encode_row,
@@ -304,7 +308,7 @@ def supervised_examples(
     if len(kept) == 0:
         raise ValueError(
             f"none of the {len(rows)} rows has anything to learn within max_length {config.max_length} "
-            f"({counts['too long']} are too long, {counts['nothing to learn']} have nothing to train): raise "
-            "--max_length, or check the data's columns."
+            f"({counts['too long']} are too long, {counts['nothing to learn']} have no words of the "
+            "assistant in it): raise --max_length, or check the data."
         )
     return Examples(examples if len(kept) == len(rows) else examples.select(kept), lengths[kept], counts)

@@ -226,7 +226,10 @@ def test_templates_that_hide_what_is_trained_are_refused(tokenizer, template, sa
         ({"messages": []}, "`messages` must be a list of messages, and is empty"),
         ({"messages": "hello"}, "must be a list of messages"),
         ({"messages": ["hello"]}, "must hold messages with role and content"),
-        ({"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot' in `messages`: known are system"),
+        (
+            {"messages": [{"role": "bot", "content": "x"}]},
+            "unknown role 'bot' in `messages`: a message has",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "is not text but list"),
         ({"messages": [{"role": "user", "content": None}]}, "a message of the user in `messages` is not text but None"),
         ({"prompt": "x", "completion": None}, "`completion` must be text and is NoneType"),
