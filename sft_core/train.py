@@ -80,18 +80,17 @@ def train(run: Run) -> Errands:
         )  # fmt: skip
         errands.on_save(progress["step"], folder)
 
-    peak_rate = peak_flops(device)
+    peak_rate, quadratic = peak_flops(device), attention_share(run.model_info)
     saved_at, stopping = progress["step"], False
     bar = tqdm(total=total_steps, initial=progress["step"], desc="sft", disable=None if run.rank == 0 else True)
     while progress["step"] < total_steps and not stopping:
         start = time.perf_counter()
         # 1 batch: the step's rows, and this rank's share of them in micro-batches
-        with phases("batch"), guards.usage_errors():
-            examples = run.source.take(run.sequences_per_step)
+        with phases("batch"):
+            with guards.usage_errors():  # streamed rows are met here for the first time
+                examples = run.source.take(run.sequences_per_step)
             lengths = [len(ids) for ids, _ in examples]
-            shares = balance(
-                lengths, config.max_tokens_per_micro_batch, run.world_size, attention_share(run.model_info)
-            )
+            shares = balance(lengths, config.max_tokens_per_micro_batch, run.world_size, quadratic)
             batches = [pack_rows([examples[i] for i in members], device) for members in shares[run.rank] if members]
         # 2 denominator: the step's trained tokens over all ranks, before the first backward
         counts = step_counts(batches, device)
