@@ -98,6 +98,9 @@ class Shuffled:
         chosen = self.examples.rows[rows]
         return list(zip(chosen["input_ids"], chosen["loss_mask"], strict=True))
 
+    def figures(self) -> dict[str, float]:
+        return {}  # what was cut or dropped is said before the run
+
     def state(self) -> dict[str, Any]:
         return {"taken": self.taken}
 
@@ -146,6 +149,11 @@ class Streamed:
     def outcomes(self) -> list[int]:
         """Rows of all windows so far: kept, cut, too long, nothing to learn."""
         return self._next["outcomes"]
+
+    def figures(self) -> dict[str, float]:
+        """For the log: rows that were cut, and that were dropped, in all windows so far."""
+        _, cut, too_long, nothing = self.outcomes
+        return {"rows_cut": cut, "rows_dropped": too_long + nothing}
 
     def take(self, count: int) -> list[Example]:
         """The rows of the next `count` sequences.

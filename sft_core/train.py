@@ -122,15 +122,19 @@ def train(run: Run) -> Errands:
         step = progress["step"]
         if errands.due("logging", step):
             flops = training_flops(run.model_info, lengths) / seconds / run.world_size
-            metrics |= timing | {
-                "grad_norm": float(grad_norm),
-                "learning_rate": learning_rate,
-                "epoch": errands.epoch(progress),
-                "num_tokens": progress["num_tokens"],
-                "step_time": seconds,
-                "tokens_per_second": sum(lengths) / seconds,
-                "tflops": flops / 1e12,  # on each device
-            }
+            metrics |= (
+                timing
+                | run.source.figures()
+                | {
+                    "grad_norm": float(grad_norm),
+                    "learning_rate": learning_rate,
+                    "epoch": errands.epoch(progress),
+                    "num_tokens": progress["num_tokens"],
+                    "step_time": seconds,
+                    "tokens_per_second": sum(lengths) / seconds,
+                    "tflops": flops / 1e12,  # on each device
+                }
+            )
             if peak_rate is not None and not run.model.use_peft:  # adapters spare a part of those
                 metrics["mfu"] = flops / peak_rate
             logger.log(step, metrics)
