@@ -1,31 +1,50 @@
 r"""A page to read a run's answers on: problem, answer, what was extracted, verdict; filters for what went wrong.
 
-One file that needs nothing else and no network. Mathematics between `$`, `\(` and `\[` in problems is shown as MathML
-where the package latex2mathml is installed, else as it was written; answers are always shown word for word, a long
-one by its end. `report.html#wrong` opens with that filter on. The samples as data are in details/.
+One file that needs nothing else and no network. Mathematics is shown as MathML, what cannot be converted as it was
+written; the button "as written" shows the answers word for word. Of a long answer the end is shown. `report.html#wrong`
+opens with that filter on. The samples as data are in details/.
 
-Left out on purpose: more than `LIMIT` samples, where a browser gives up; wrong ones come first.
+What a model writes must not run in the reader's browser: a formula is let through only if it is MathML and nothing
+else. Left out on purpose: more than `LIMIT` samples, where a browser gives up; wrong ones come first.
 """
 
 import html
-import importlib.util
 import re
 from typing import Any
+from xml.etree import ElementTree
 
-LIMIT, LONGEST = 2000, 6000  # samples shown; characters of an answer
-_MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\\d])\$([^$\n]+?)\$", re.DOTALL)
+from latex2mathml.converter import convert
+
+LIMIT, LONGEST = 1000, 4000  # samples shown; characters of an answer
+_MATH = re.compile(
+    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|(\\begin\{(align|equation|gather)(\*?)\}.+?\\end\{\4\5\})"  # on lines of their own
+    r"|\\\((.+?)\\\)|(?<!\\)\$(?=\S)((?:\\.|[^$\\\n]|\n(?!\n))+?)(?<=\S)\$(?!\d)",  # as in pandoc: prices are none
+    re.DOTALL,
+)
+_NAMESPACE = "http://www.w3.org/1998/Math/MathML"
+_ELEMENTS = set(
+    "math mrow mi mo mn mtext ms mfrac msqrt mroot msup msub msubsup mover munder munderover mtable mtr mtd mspace "
+    "mstyle mpadded mphantom menclose".split()
+)
+ElementTree.register_namespace("", _NAMESPACE)
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 nav { position: sticky; top: 0; background: #fff; padding: .6rem 0; border-bottom: 1px solid #ccc }
 button { font: inherit; padding: .2rem .8rem } button.on { background: #234; color: #fff }
-article { border-left: .3rem solid #b33; margin: 1.5rem 0; padding: .1rem 1rem } article.right { border-color: #2a7 }
-pre { white-space: pre-wrap; background: #f5f5f2; padding: .8rem; max-height: 30rem; overflow: auto; font-size: 14px }
+article { border-left: .3rem solid #b33; margin: 1.5rem 0; padding: .1rem 1rem; content-visibility: auto;
+  contain-intrinsic-size: auto 20rem } article.right { border-color: #2a7 }
+pre, .said { background: #f5f5f2; padding: .8rem; margin: .8rem 0; max-height: 30rem; overflow: auto }
+pre { white-space: pre-wrap; font-size: 14px } body.written .said, body:not(.written) pre { display: none }
 td, th { text-align: right; padding: .1rem .8rem } td:first-child, th:first-child { text-align: left }
-.is { color: #555 } code { background: #f5f5f2; padding: 0 .3rem }
+menclose { border: 1px solid #555; padding: .1rem .3rem } .is { color: #555 } code { background: #f5f5f2; padding: 0 .3rem }
 """
 _SCRIPT = """
-for (const button of document.querySelectorAll('button')) button.onclick = () => {
-  for (const other of document.querySelectorAll('button')) other.classList.toggle('on', other === button);
+const filters = document.querySelectorAll('[data-show]');
+document.getElementById('written').onclick = event => {
+  event.target.classList.toggle('on', document.body.classList.toggle('written'));
+};
+for (const button of filters) button.onclick = () => {
+  for (const other of filters) other.classList.toggle('on', other === button);
   let shown = 0;
   for (const article of document.querySelectorAll('article'))
     shown += !(article.hidden = button.dataset.show !== 'all' && !article.classList.contains(button.dataset.show));
@@ -39,12 +58,13 @@ def page(title: str, results: dict[str, dict[str, float]], rows: list[dict[str, 
     """The page of a run: its table and its samples."""
     chosen = sorted(rows, key=lambda row: row["score"] == 1.0)[:LIMIT]
     chosen.sort(key=lambda row: (row["task"], row["problem"], row["sample"]))
-    columns = ("pass@1", "pass@1_ci95_low", "pass@1_ci95_high", "cut_off", "unparsed")
-    head = "".join(f"<th>{name}</th>" for name in ("task", *columns, "mean length", "problems", "samples"))
+    columns = ("task", "pass@1", "95 % interval", "cut off", "unparsed", "mean length", "problems", "samples")
+    head = "".join(f"<th>{name}</th>" for name in columns)
     body = "".join(
-        f"<tr><td>{html.escape(task)}</td>"
-        + "".join(f"<td>{100 * r[name]:.1f} %</td>" for name in columns)
-        + f"<td>{r['mean_length']:.0f}</td><td>{r['problems']}</td><td>{r['samples']}</td></tr>"
+        f"<tr><td>{html.escape(task)}</td><td>{100 * r['pass@1']:.1f} %</td>"
+        f"<td>{100 * r['pass@1_ci95_low']:.1f} to {100 * r['pass@1_ci95_high']:.1f}</td>"
+        f"<td>{100 * r['cut_off']:.1f} %</td><td>{100 * r['unparsed']:.1f} %</td>"
+        f"<td>{r['mean_length']:.0f}</td><td>{r['problems']}</td><td>{r['samples']}</td></tr>"
         for task, r in results.items()
     )
     buttons = "".join(
@@ -54,7 +74,7 @@ def page(title: str, results: dict[str, dict[str, float]], rows: list[dict[str, 
     return (
         f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
         f"<h1>{html.escape(title)}</h1><table><tr>{head}</tr>{body}</table>"
-        f'<nav>{buttons}<span id="shown"></span>{left_out}</nav>'
+        f'<nav>{buttons}<button id="written">as written</button> <span id="shown"></span>{left_out}</nav>'
         f"{''.join(map(_article, chosen))}<script>{_SCRIPT}</script>"
     )
 
@@ -71,24 +91,35 @@ def _article(row: dict[str, Any]) -> str:
     return (
         f'<article class="{" ".join(classes)}"><h3>{html.escape(row["task"])} {row["problem"]}, '
         f"sample {row['sample']}: {'right' if right else 'wrong'}</h3><div>{with_math(row['query'])}</div>"
-        f"<pre>{html.escape(said)}</pre><div>extracted <code>{html.escape(extracted[:500])}</code>, gold {gold}"
+        f"<div class=said>{with_math(said)}</div><pre>{html.escape(said)}</pre>"
+        f"<div>extracted <code>{html.escape(extracted[:500])}</code>, gold {gold}"
         f" <span class=is>{html.escape(', '.join(facts))}</span></div></article>"
     )
 
 
 def with_math(text: str) -> str:
     """Text as HTML, its mathematics as MathML where that can be made."""
-    if importlib.util.find_spec("latex2mathml") is None:
-        return html.escape(text).replace("\n", "<br>")
-    from latex2mathml.converter import convert
-
     parts, done = [], 0
     for match in _MATH.finditer(text):
-        display = "block" if match[1] or match[2] else "inline"
-        try:
-            formula = convert(next(filter(None, match.groups())), display=display)
-        except Exception:  # it refuses much that TeX takes, with errors of many kinds: shown as written
-            formula = html.escape(match[0])
-        parts += [html.escape(text[done : match.start()]).replace("\n", "<br>"), formula]
+        block = match[1] or match[2] or match[3]
+        formula = _mathml(block or match[6] or match[7], "block" if block else "inline")
+        parts += [_plain(text[done : match.start()]), formula or _plain(match[0])]
         done = match.end()
-    return "".join(parts) + html.escape(text[done:]).replace("\n", "<br>")
+    return "".join(parts) + _plain(text[done:])
+
+
+def _plain(text: str) -> str:
+    return html.escape(text).replace("\n", "<br>")
+
+
+def _mathml(tex: str, display: str) -> str | None:
+    """MathML of a formula; None where the converter refuses it or writes anything but MathML (it copies `\\text`)."""
+    try:
+        formula = ElementTree.fromstring(convert(tex, display=display))
+    except Exception:  # it refuses much that TeX takes, with errors of many kinds
+        return None
+    for element in formula.iter():
+        unsafe = [name for name in element.attrib if name in ("href", "style") or name.startswith("on")]
+        if unsafe or element.tag.removeprefix(f"{{{_NAMESPACE}}}") not in _ELEMENTS:
+            return None
+    return ElementTree.tostring(formula, encoding="unicode")

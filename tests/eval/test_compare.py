@@ -1,5 +1,6 @@
 """The comparison of two runs and the page, on samples written by hand; the page also in a real browser."""
 
+import html
 import json
 import re
 import shutil
@@ -8,7 +9,7 @@ import subprocess
 import pytest
 
 from eval.compare import compare, main
-from eval.page import page
+from eval.page import page, with_math
 from eval.report import summarise
 from eval.run import write_rows
 
@@ -57,14 +58,51 @@ def test_page_shows_every_sample_and_runs_none_of_it():
     assert "timeout: took too long" in text and "25.0 %" in text
 
 
+def test_mathematics_of_pages():
+    assert "<mfrac><mrow><mn>1</mn></mrow><mrow><mn>2</mn></mrow></mfrac>" in with_math(r"half: $\frac{1}{2}$")
+    assert with_math("at $5 each, $10 for two; 1 < 2").count("<") == 0  # prices
+    assert with_math("\\begin{align*}\nx &= 1 \\\\\ny &= 2\n\\end{align*}").count("<mtr") == 2
+    # What the converter copies or refuses is shown as it was written.
+    for bad in (r"$\text{<img src=x onerror=alert(1)>}$", r"$\text{<mi onclick='x'>y</mi>}$", r"$\left(1$", "$a & b$",
+                r"$\href{javascript:alert(1)}{x}$", "$" + "{" * 3000 + "}" * 3000 + "$"):  # fmt: skip
+        assert with_math(bad) == html.escape(bad)
+
+
+def test_all_of_math_500_becomes_mathml(shared):
+    rows = [json.loads(line) for line in (shared / "data" / "math_500.jsonl").read_text().splitlines()]
+    shown = [with_math(row["problem"]) + with_math(row["solution"]) for row in rows]
+    dollars = sum(re.sub(r"<math.*?</math>|\[asy\].*?\[/asy\]", "", text, flags=re.DOTALL).count("$") for text in shown)
+    print(f"{sum(text.count('<math') for text in shown)} formulas; {dollars} dollar signs left")
+    assert sum(text.count("<math") for text in shown) > 5000 and dollars < 100
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_filters_in_a_browser(tmp_path):
-    (tmp_path / "report.html").write_text(page("a model", {"aime24": summarise(ROWS)}, ROWS))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
-    for name, shown in (("all", 4), ("right", 1), ("wrong", 3), ("cut", 1), ("unparsed", 1)):
+def test_in_a_browser(tmp_path):
+    """Filters hide the others, a fraction is set over two lines, answers as written on demand, nothing is executed."""
+    hostile = row(4, 0.0, r"$\text{<img src=x onerror=document.title='broken'>}$ and <img src=x onerror=alert(1)>")
+    rows = [*ROWS, hostile]
+    text = page("a model", {"aime24": summarise(rows)}, rows)
+    probe = (
+        "<script>const height = element => element.getBoundingClientRect().height;"
+        "const fraction = document.querySelector('mfrac');"
+        "const [over, under] = [...fraction.children].map(part => part.getBoundingClientRect());"
+        "document.body.dataset.stacked = over.bottom <= under.top && height(fraction) > 10;"
+        "const pre = document.querySelector('article:not([hidden]) pre'); const before = height(pre);"
+        "document.getElementById('written').click();"
+        "document.body.dataset.written = before === 0 && height(pre) > 0;</script>"
+    )
+    (tmp_path / "report.html").write_text(text + probe)
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    for name, shown in (("all", 5), ("right", 1), ("wrong", 4), ("cut", 1), ("unparsed", 1)):
         url = f"file://{tmp_path}/report.html#{name}"
-        done = subprocess.run([*command, url], capture_output=True, text=True, check=True, timeout=120)
+        done = subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, check=True, timeout=120)
         articles = re.findall(r"<article [^>]*>", done.stdout)
         assert len([article for article in articles if "hidden" not in article]) == shown, name
-        assert f"{shown} shown" in done.stdout
+        assert f"{shown} shown" in done.stdout and "<title>a model</title>" in done.stdout
+        assert 'data-written="true"' in done.stdout
+        assert ('data-stacked="true"' in done.stdout) == (name in ("all", "right"))
+    picture = tmp_path / "page.png"
+    subprocess.run([*command, f"--screenshot={picture}", url], capture_output=True, check=True, timeout=120)
+    assert picture.stat().st_size > 5000
+    print(picture)
