@@ -36,7 +36,8 @@ article { border-left: .3rem solid #b33; margin: 1.5rem 0; padding: .1rem 1rem; 
 pre, .said { background: #f5f5f2; padding: .8rem; margin: .8rem 0; max-height: 30rem; overflow: auto }
 pre { white-space: pre-wrap; font-size: 14px } body.written .said, body:not(.written) pre { display: none }
 td, th { text-align: right; padding: .1rem .8rem } td:first-child, th:first-child { text-align: left }
-menclose { border: 1px solid #555; padding: .1rem .3rem } .is { color: #555 } code { background: #f5f5f2; padding: 0 .3rem }
+menclose { border: 1px solid #555; padding: .1rem .3rem }
+.is { color: #555 } code { background: #f5f5f2; padding: 0 .3rem }
 """
 _SCRIPT = """
 const filters = document.querySelectorAll('[data-show]');
