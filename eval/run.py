@@ -132,7 +132,7 @@ def load_docs(task: LightevalTaskConfig, place: str, limit: int | None) -> list[
     found = Path(place).suffix not in FILES or Path(place).is_file()
     require(found, f"{task.name}: there is no file at {place}: check --dataset.")
     subset = None if task.hf_subset == "default" else task.hf_subset
-    rows = load_rows(place, subset, task.evaluation_splits[0])
+    rows = load_rows(place, subset, task.evaluation_splits[0], option=f"--dataset {task.name}=file")
     rows = rows.select(range(min(len(rows), limit or len(rows))))
     try:
         return [task.prompt_function(row, task.name) for row in rows]

@@ -81,8 +81,10 @@ def _mix(mixture: dict[str, Any], test: bool) -> tuple[Dataset, Dataset | None]:
     return mixed, None
 
 
-def load_rows(name: str, config: str | None = None, split: str = "train") -> Dataset:
+def load_rows(name: str, config: str | None = None, split: str = "train", option: str = "--dataset_name") -> Dataset:
     """The rows of `split`. A local file or an undivided saved data set is one split, whatever its name.
+
+    option: what the user named it by, for the message.
 
     Raises:
         ValueError: nothing is there, or no such split; the message says what there is.
@@ -96,14 +98,14 @@ def load_rows(name: str, config: str | None = None, split: str = "train") -> Dat
         except IndexError as error:  # it looks into the first of no tables
             raise ValueError(f"{name} has no rows.") from error
     elif name.startswith((".", "/", "~")) and not path.is_dir():
-        raise ValueError(f"there is no data set at {name}: check --dataset_name.")
+        raise ValueError(f"there is no data set at {name}: check {option}.")
     else:
         try:
             data = load_dataset(name, config)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"no data set {name!r} to be had: it is neither a .json, .jsonl or .parquet file, a saved set, nor "
-                f"a Hub id that can be reached from here (check --dataset_name). Cause: {str(error).splitlines()[0]}"
+                f"a Hub id that can be reached from here (check {option}). Cause: {str(error).splitlines()[0]}"
             ) from error
     if isinstance(data, DatasetDict):
         if split not in data:
