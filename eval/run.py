@@ -120,6 +120,7 @@ def prepare(config: EvalConfig) -> tuple[list[Work], PreTrainedTokenizerBase | N
         if wanted > fits:
             sizes = f"{task.name}: {wanted} new tokens and the longest prompt ({longest}) exceed the {positions} tokens"
             remedy = f"add --fit_context to cut answers at {fits}, or give --max_new_tokens"
+            remedy = remedy if fits > 0 else "use a model with a longer context"
             require(config.fit_context and fits > 0, f"{sizes} of the model's context: {remedy}.")
             print(f"{sizes} of the model's context: answers are cut at {fits}.", file=sys.stderr)
         folder = Path(config.output_dir) / "details" / task.name.replace(":", "_")

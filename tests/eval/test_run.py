@@ -103,7 +103,7 @@ def test_killed_and_continued(tiny_model, data, tmp_path):
 @pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None or torch.cuda.is_available(), reason="needs vLLM's CPU build"
 )
-def test_vllm_repeats_a_missing_batch_exactly(tiny_model, data, tmp_path):
+def test_vllm_repeats_a_missing_batch_and_splits_a_model(tiny_model, data, tmp_path):
     command = [sys.executable, "-m", "eval.run", *arguments(tiny_model, data, tmp_path / "out", engine="vllm")]
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "8"}  # a trainer's rank that starts it
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
@@ -111,6 +111,12 @@ def test_vllm_repeats_a_missing_batch_exactly(tiny_model, data, tmp_path):
     (tmp_path / "out" / "details" / "aime24" / "00008.parquet").unlink()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert rows_in(tmp_path / "out") == rows and len(rows) == 40
+    greedy = {"engine": "vllm", "temperature": 0, "num_samples": 1, "limit": 6}
+    for width in (1, 2):  # the model on one process, or its tensors split over two
+        width_options = greedy | {"tensor_parallel_size": width, "data_parallel_size": 1}
+        argv = arguments(tiny_model, data, tmp_path / str(width), **width_options)
+        subprocess.run([sys.executable, "-m", "eval.run", *argv], cwd=ROOT, check=True, capture_output=True)
+    assert rows_in(tmp_path / "1") == rows_in(tmp_path / "2") != []
 
 
 def test_a_folder_holds_one_setting_and_several_tasks(tiny_model, data, tmp_path):
