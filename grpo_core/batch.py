@@ -21,6 +21,7 @@ class MicroBatch:
     sampler_logps: Tensor  # [N] the engine's
     old_logps: Tensor | None = None  # [N] the policy's before its first update on this rollout
     ref_logps: Tensor | None = None  # [N] the reference model's
+    active: Tensor | None = None  # [N] bool, on the CPU: there is an advantage
 
 
 def make_micro_batches(rollouts: Sequence[Rollout], max_tokens: int, device: torch.device) -> list[MicroBatch]:
@@ -46,6 +47,7 @@ def _micro_batch(rollouts: list[Rollout], device: torch.device) -> MicroBatch:
         positions=torch.cat([torch.arange(len(r.completion_ids)) for r in rollouts]).to(device),
         sampler_logps=torch.tensor([logp for r in rollouts for logp in r.sampler_logps], device=device),
         old_logps=torch.tensor(old, device=device) if old else None,
+        active=torch.tensor([r.advantage != 0 for r in rollouts for _ in r.completion_ids]),
     )
     if len(batch.sequences.targets) != len(batch.sampler_logps):
         raise RuntimeError(

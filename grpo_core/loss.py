@@ -4,8 +4,8 @@
 
 `aggregation_weights` are fixed before the first backward from the whole optimizer step, `token_objective` looks at one
 token at a time, so the loss is additive: any split of the sequences over micro-batches and ranks sums to the same
-number and the same gradient. A head that never holds all tokens may call both chunk by chunk; `policy_loss` composes
-them for a whole micro-batch. Metrics are made to be merged the same way, by `merge_metrics`.
+number and the same gradient. `policy_loss` composes them for a whole micro-batch, `token_loss` for any few tokens, as
+the head that never holds all of them asks. Metrics are made to be merged the same way, by `merge_metrics`.
 
     GRPO    arXiv:2402.03300 (DeepSeekMath)    per-token ratios, clipped; mean over each sequence, then over sequences
     DAPO    arXiv:2503.14476                   one mean over all tokens; epsilon_high ("clip-higher")
@@ -21,7 +21,8 @@ configuration, value losses.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,42 @@ def policy_loss(
         importance_sampling_level=importance_sampling_level, sampler_ratio_cap=sampler_ratio_cap,
     )  # fmt: skip
     return loss, metrics
+
+
+def token_loss(
+    advantages: Tensor,  # [S]
+    sequence_ids: Tensor,  # [N] int64 in 0..S-1
+    *,
+    num_tokens: int | Tensor,
+    num_sequences: int | Tensor,
+    old_logps: Tensor | None = None,  # [N]; None: the policy's own, so that all ratios are 1
+    ref_logps: Tensor | None = None,  # [N]
+    sampler_logps: Tensor | None = None,  # [N]
+    entropy_coef: float = 0.0,
+    loss_type: str = "grpo",
+    max_completion_length: int | None = None,
+    **options: Any,
+) -> Callable[[Tensor, Tensor, Tensor | slice], Tensor]:
+    """(logps [C], entropies [C], which of the N) -> losses [C], whose sum over all N is `policy_loss` less its metrics,
+    plus `entropy_bonus`. Only for importance_sampling_level "token", where a token's loss is its own affair.
+    """
+    weights = aggregation_weights(
+        sequence_ids, sequence_lengths(sequence_ids, advantages.shape[0]), loss_type=loss_type, num_tokens=num_tokens,
+        num_sequences=num_sequences, max_completion_length=max_completion_length,
+    )  # fmt: skip
+    entropy_weight = entropy_coef / _at_least_one(num_tokens)
+
+    def losses(logps: Tensor, entropies: Tensor, rows: Tensor | slice) -> Tensor:
+        old = logps.detach() if old_logps is None else old_logps[rows].detach()
+        objective = token_objective(
+            logps, logps - old, advantages.to(logps.dtype)[sequence_ids[rows]], old_logps=old,
+            ref_logps=None if ref_logps is None else ref_logps[rows],
+            sampler_logps=None if sampler_logps is None else sampler_logps[rows], loss_type=loss_type, **options,
+        )  # fmt: skip
+        weighted = weights[rows].to(objective.dtype) * objective
+        return weighted - entropy_weight * entropies if entropy_coef else weighted
+
+    return losses
 
 
 def token_objective(

@@ -34,7 +34,7 @@ from gen.sync import mismatch_stats, probe, sync_weights
 from grpo_core.batch import MicroBatch, idle_micro_batch, keep_old_logps, make_micro_batches
 from grpo_core.config import GRPOConfig
 from grpo_core.evaluation import evaluate_policy
-from grpo_core.loss import entropy_bonus, merge_metrics, policy_loss
+from grpo_core.loss import entropy_bonus, merge_metrics, policy_loss, token_loss
 from grpo_core.report import (
     CONSOLE,
     check_mismatch,
@@ -251,29 +251,47 @@ def update(
     """
     parts: list[dict[str, Tensor]] = []
     for batch in micro_batches:
-        logps, entropies, _ = policy(batch.sequences, config.temperature)
-        n = len(batch.positions)  # 0 in an idle pass
+        n, ids = len(batch.positions), batch.sequences.sequence_ids[: len(batch.positions)]  # 0 in an idle pass
+        if reference is not None and batch.ref_logps is None:
+            with torch.no_grad():
+                batch.ref_logps = reference(batch.sequences, config.temperature)[0][:n]
+        options = config.objective() | {
+            "num_tokens": counts.num_tokens, "num_sequences": counts.num_sequences, "ref_logps": batch.ref_logps,
+            "sampler_logps": batch.sampler_logps if config.old_logps == "policy" else None,
+        }  # fmt: skip
+        if batch.old_logps is None and config.old_logps == "sampler":
+            batch.old_logps = batch.sampler_logps
+        by_token = config.importance_sampling_level == "token"
+        if by_token:  # the head takes the loss with it, in one sweep
+            needed = None if config.beta or config.entropy_coef else batch.active
+            losses = token_loss(
+                batch.advantages, ids, old_logps=batch.old_logps, entropy_coef=config.entropy_coef,
+                **{name: value for name, value in options.items() if name != "importance_sampling_level"},
+            )  # fmt: skip
+            loss, logps, entropies, _ = policy(
+                batch.sequences, config.temperature, losses if n else _nothing, active=needed
+            )
+        else:
+            logps, entropies, _ = policy(batch.sequences, config.temperature)
         scored, gap = logps[:n], {}
         if first_use:
             stats = mismatch_stats(scored, batch.sampler_logps, batch.positions)
             gap = {f"gap/{name}": value for name, value in stats.items()}
         if batch.old_logps is None:
-            batch.old_logps = scored.detach() if config.old_logps == "policy" else batch.sampler_logps
-        if reference is not None and batch.ref_logps is None:
-            with torch.no_grad():
-                batch.ref_logps = reference(batch.sequences, config.temperature)[0][:n]
-        loss, metrics = policy_loss(
-            scored, batch.old_logps, batch.advantages, batch.sequences.sequence_ids[:n],
-            num_tokens=counts.num_tokens, num_sequences=counts.num_sequences, ref_logps=batch.ref_logps,
-            sampler_logps=batch.sampler_logps if config.old_logps == "policy" else None,
-            **config.objective(),
-        )  # fmt: skip
-        if config.entropy_coef:
-            loss = loss + entropy_bonus(entropies[:n], counts.num_tokens, config.entropy_coef)
-        (loss + 0.0 * logps.sum()).backward()
+            batch.old_logps = scored.detach()
+        whole, metrics = policy_loss(scored, batch.old_logps, batch.advantages, ids, **options)
+        if not by_token:
+            bonus = entropy_bonus(entropies[:n], counts.num_tokens, config.entropy_coef) if config.entropy_coef else 0.0
+            loss = whole + bonus + 0.0 * logps.sum()
+        loss.backward()
         entropy = entropies.detach()[:n].sum() / max(1, counts.num_tokens)
         parts.append(metrics | gap | {"loss": loss.detach(), "entropy": entropy})
     return merge_metrics(parts)
+
+
+def _nothing(logps: Tensor, entropies: Tensor, rows: Any) -> Tensor:
+    """The losses of an idle pass."""
+    return 0.0 * logps
 
 
 if __name__ == "__main__":

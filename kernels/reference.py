@@ -9,7 +9,7 @@ Left out on purpose: chunking, custom gradients, packing tricks. Autograd differ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,19 @@ def linear_logprob(
     logps = log_probs.gather(-1, targets[:, None])[:, 0]
     entropies = -(log_probs.exp() * log_probs).sum(-1)
     return logps, entropies, log_probs.amax(-1).detach()
+
+
+def linear_loss(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [N] int64
+    token_loss: Callable[[Tensor, Tensor, slice], Tensor],
+    *,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [], [N], [N], [N]
+    """The sum of token_loss(logps, entropies, rows) over all rows, and what `linear_logprob` gives."""
+    logps, entropies, best_logps = linear_logprob(hidden, weight, targets, temperature=temperature)
+    return token_loss(logps, entropies, slice(None)).sum(), logps.detach(), entropies.detach(), best_logps
 
 
 def packed_attention(

@@ -86,8 +86,8 @@ def this_trainer(info: Qwen2Config, tokens: int, config: SFTConfig, steps: int, 
         rows = documents(tokens, info.vocab_size, seed=1 + i * world_size + rank)
         start = now(device)
         batch = pack_sequences(rows, [[True] * len(ids) for ids in rows], device)
-        logps, *_ = policy(batch)
-        loss = -logps.sum() / (len(batch.targets) * world_size)
+        count = len(batch.targets) * world_size
+        loss, *_ = policy(batch, token_loss=lambda logps, entropies, rows, count=count: -logps / count)
         loss.backward()
         norm = clip_gradients(policy.parameters(), config.max_grad_norm)
         guarded_step(optimizer, scheduler, loss.item(), norm.item())

@@ -24,6 +24,7 @@ from transformers import (
 
 import kernels.attention
 from kernels.linear_logprob import linear_logprob
+from kernels.linear_loss import TokenLoss, linear_loss
 from sft_core.adapters import add_adapters, is_tied, quantization
 from sft_core.config import ModelConfig
 from sft_core.packing import PackedSequences, pack_sequences
@@ -43,9 +44,19 @@ class Policy(nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self.model.get_decoder().layers
 
-    def forward(self, batch: PackedSequences, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self,
+        batch: PackedSequences,
+        temperature: float = 1.0,
+        token_loss: TokenLoss | None = None,
+        active: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """Log-probs of the scored tokens, entropies and log-probs of the likeliest tokens [N], float32, all of
-        softmax(logits / temperature)."""
+        softmax(logits / temperature).
+
+        With `token_loss`, before these its sum over the tokens [], which alone can be differentiated then: cheaper
+        than to compute it from the log-probs (`kernels.linear_loss`, where `active` is explained too).
+        """
         hidden = self.model.get_decoder()(
             input_ids=batch.input_ids,
             position_ids=batch.layout.position_ids[None],
@@ -54,7 +65,10 @@ class Policy(nn.Module):
         ).last_hidden_state[0]  # [T, D]
         # Beside adapters the embedding may be trained as a copy, which a tied head then is too.
         head = self.model.get_input_embeddings() if self.tied else self.model.get_output_embeddings()
-        return linear_logprob(hidden[batch.rows], head.weight, batch.targets, temperature=temperature)
+        scored = hidden[batch.rows]
+        if token_loss is None:
+            return linear_logprob(scored, head.weight, batch.targets, temperature=temperature)
+        return linear_loss(scored, head.weight, batch.targets, token_loss, temperature=temperature, active=active)
 
     @torch.no_grad()
     def score(self, prompt: list[int], completion: list[int], temperature: float, device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ Left out on purpose: padding, NEFTune, dropout other than the adapters' own, seq
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,13 @@ def train(run: Run) -> Errands:
             sums = {name: torch.zeros((), device=device) for name in ("loss", "entropy", "mean_token_accuracy")}
             for i in range(counts.micro_batches):
                 weight = float(i < len(batches)) / counts.num_tokens  # a rank that has run out passes along with zero
-                logps, entropies, best_logps = policy(batches[i] if weight else idle_sequences(device))
-                loss = weight * token_losses(logps, config.loss_type).sum()
+
+                losses = partial(token_losses, loss_type=config.loss_type, weight=weight)
+                batch = batches[i] if weight else idle_sequences(device)
+                loss, logps, entropies, best_logps = policy(batch, token_loss=losses)
                 loss.backward()
                 sums["loss"] += loss.detach()
-                sums["entropy"] += weight * entropies.detach().sum()
+                sums["entropy"] += weight * entropies.sum()
                 sums["mean_token_accuracy"] += weight * (logps >= best_logps).sum()
             grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
             peak = {"peak_memory_gib": guards.peak_memory_gib(device), "stop": float(stop.requested)}
@@ -165,9 +168,11 @@ def train(run: Run) -> Errands:
     return errands
 
 
-def token_losses(logps: Tensor, loss_type: str) -> Tensor:  # [N] -> [N]
+def token_losses(
+    logps: Tensor, entropies: Tensor | None = None, rows: Any = None, *, loss_type: str, weight: float = 1.0
+) -> Tensor:  # [N], unused -> [N]
     """nll: -log p. dft: -p log p with p held constant (arXiv:2508.05629), so that unlikely tokens pull less."""
-    return -logps if loss_type == "nll" else -logps.detach().exp() * logps
+    return -weight * (logps if loss_type == "nll" else logps.detach().exp() * logps)
 
 
 def pack_rows(rows: list[Example], device: torch.device) -> PackedSequences:
@@ -187,7 +192,7 @@ def evaluate(policy: Policy, run: Run) -> dict[str, float]:
         batch = pack_sequences(rows["input_ids"], rows["loss_mask"], run.device) if rows else idle_sequences(run.device)
         logps, entropies, best_logps = policy(batch)
         if rows:
-            sums["eval_loss"] += token_losses(logps, run.config.loss_type).sum()
+            sums["eval_loss"] += token_losses(logps, loss_type=run.config.loss_type).sum()
             sums["eval_entropy"] += entropies.sum()
             sums["eval_mean_token_accuracy"] += (logps >= best_logps).sum()
             sums["tokens"] += len(logps)

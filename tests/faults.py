@@ -74,17 +74,17 @@ def mask_the_stop_token():
 def nan_in_the_second_step():
     if os.environ.get("RANK", "0") != "0":
         return
-    update, policy_loss, steps = grpo_core.train.update, grpo_core.train.policy_loss, []
+    update, token_loss, steps = grpo_core.train.update, grpo_core.train.token_loss, []
 
     def counted(*arguments):
         steps.append(1)
         return update(*arguments)
 
     def poisoned(*arguments, **options):
-        loss, metrics = policy_loss(*arguments, **options)
-        return (loss * torch.nan if len(steps) == 2 else loss), metrics
+        losses = token_loss(*arguments, **options)
+        return lambda *chunk: losses(*chunk) * (torch.nan if len(steps) == 2 else 1.0)
 
-    grpo_core.train.update, grpo_core.train.policy_loss = counted, poisoned
+    grpo_core.train.update, grpo_core.train.token_loss = counted, poisoned
 
 
 def hang_on_the_last_rank():

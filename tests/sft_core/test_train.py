@@ -69,7 +69,7 @@ def test_a_step_of_packed_rows_is_the_same_step(tiny_model, rows, tmp_path):
 
 def test_dft_weighs_each_token_by_its_probability():
     logps = torch.tensor([-0.1, -3.0], requires_grad=True)
-    losses = token_losses(logps, "dft")
+    losses = token_losses(logps, loss_type="dft")
     assert losses.tolist() == pytest.approx([0.1 * math.exp(-0.1), 3 * math.exp(-3)])
     losses.sum().backward()
     assert logps.grad.tolist() == pytest.approx([-math.exp(-0.1), -math.exp(-3)])

@@ -1,0 +1,123 @@
+"""kernels.linear_loss against its plain twin and against linear_logprob, and the trainers' objectives through it."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from grpo_core.loss import entropy_bonus, policy_loss, token_loss
+from kernels import reference
+from kernels.linear_logprob import linear_logprob
+from kernels.linear_loss import linear_loss
+from tests.kernels.test_linear_logprob import inputs
+
+UP = torch.linspace(-1, 2, 13, dtype=torch.float64)
+
+
+def both(logps, entropies, rows):
+    """A loss of both outputs that is not linear in them."""
+    return UP[rows] * logps.exp() + UP[rows].cos() * entropies**2
+
+
+def alone(logps, entropies, rows):
+    return -UP[rows] * logps
+
+
+def gradients(function, args, token_loss, **options):
+    loss, *figures = function(*args, token_loss, **options)
+    assert not any(figure.requires_grad for figure in figures)
+    return loss.detach(), *torch.autograd.grad(3.0 * loss, args[:2]), *figures
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 13, None])
+@pytest.mark.parametrize("loss", [both, alone])
+def test_equals_the_twin(loss, chunk_size):
+    args = inputs()
+    ours = gradients(linear_loss, args, loss, temperature=0.7, chunk_size=chunk_size)
+    for got, want in zip(ours, gradients(reference.linear_loss, args, loss, temperature=0.7), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_as_by_way_of_log_probs(dtype):
+    hidden, weight, targets = inputs(rows=29, dim=32, vocab=211, dtype=dtype)
+    loss, *figures = linear_loss(hidden, weight, targets, lambda logps, _, rows: -logps / 4, chunk_size=8)
+    loss.backward()
+    ours = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+    logps, *others = linear_logprob(hidden, weight, targets, chunk_size=8)
+    (-logps / 4).sum().backward()
+    assert all(map(torch.equal, figures, (logps, *others)))
+    assert torch.equal(ours[0], hidden.grad) and torch.equal(ours[1], weight.grad)
+
+
+def test_rows_that_are_not_active_count_but_do_not_learn():
+    hidden, weight, targets = inputs()
+    active = torch.arange(13) % 3 == 1
+
+    def some(logps, entropies, rows):
+        return both(logps, entropies, rows) * torch.where(active[rows], 1.0, 0.0) + 2.0
+
+    args = (hidden, weight, targets)
+    want = gradients(reference.linear_loss, args, some, temperature=0.7)
+    products = []
+    for mask in (active, torch.zeros(13, dtype=torch.bool), torch.ones(13, dtype=torch.bool), None):
+        loss, *_ = linear_loss(*args, some, temperature=0.7, active=mask, chunk_size=4)
+        with FlopCounterMode(display=False) as counter:
+            linear_loss(*args, some, temperature=0.7, active=mask, chunk_size=4)
+        products.append(counter.get_total_flops() / (2 * 8 * 37))  # rows that went through a matrix product
+        torch.testing.assert_close(loss.detach(), want[0])
+    assert products == [13 + 4, 13, 2 * 13, 2 * 13]  # that into the accumulator, of the same size, is not counted
+    ours = gradients(linear_loss, args, some, temperature=0.7, active=active, chunk_size=4)
+    for got, expected in zip(ours, want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_without_gradient_and_twice():
+    hidden, weight, targets = inputs()
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            loss, logps, *_ = linear_loss(hidden, weight, targets, alone)
+    assert counter.get_total_flops() == 2 * 8 * 37 * 13 and not loss.requires_grad
+    loss, *_ = linear_loss(hidden, weight, targets, alone)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+    hidden, weight, targets = inputs(rows=0)
+    loss, *_ = linear_loss(hidden, weight, targets, lambda logps, *_: logps)
+    loss.backward()
+    assert hidden.grad.shape == (0, 8) and torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+OBJECTIVES = {
+    "grpo": {},
+    "kl and correction": {"beta": 0.1, "sampler": True},
+    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28, "delta": 1.5},
+    "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 9},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.2, "sampler": True},
+    "entropy": {"entropy_coef": 0.3},
+    "first update": {"on_policy": True, "sampler": True},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_objective_chunk_by_chunk_is_policy_loss(name):
+    options = dict(OBJECTIVES[name])
+    hidden, weight, targets = inputs()
+    generator = torch.Generator().manual_seed(1)
+    ids, advantages = torch.tensor([0] * 4 + [1] * 3 + [2] * 6), torch.tensor([0.7, -1.1, 0.0])
+    base = reference.linear_logprob(hidden, weight, targets)[0].detach()
+    old, ref, sampler = (base + 0.3 * torch.randn(13, generator=generator, dtype=torch.float64) for _ in range(3))
+    totals = {"num_tokens": 40, "num_sequences": 6}
+    entropy_coef, on_policy = options.pop("entropy_coef", 0.0), options.pop("on_policy", False)
+    totals |= {"ref_logps": ref, "sampler_logps": sampler if options.pop("sampler", False) else None}
+    losses = token_loss(
+        advantages, ids, old_logps=None if on_policy else old, entropy_coef=entropy_coef, **totals, **options
+    )
+    ours = gradients(linear_loss, (hidden, weight, targets), losses, chunk_size=5)
+    logps, entropies, _ = reference.linear_logprob(hidden, weight, targets)
+    loss, _ = policy_loss(logps, logps.detach() if on_policy else old, advantages, ids, **totals, **options)
+    loss = loss + entropy_bonus(entropies, 40, entropy_coef)
+    torch.testing.assert_close(ours[0], loss.detach(), rtol=1e-12, atol=1e-12)
+    for got, want in zip(ours[1:3], torch.autograd.grad(3.0 * loss, (hidden, weight)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+        assert want.norm() > 0
