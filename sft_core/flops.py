@@ -107,7 +107,7 @@ def tail_per_token(s: Shape, itemsize: int = 2) -> int:
 
 
 def head_workspace(s: Shape, tokens: int, itemsize: int, chunk_elements: int, trained: bool = True) -> int:
-    """Bytes of the backward of `kernels.linear_logprob`: a chunk's two float32 buffers and its gradient; dW twice."""
+    """Bytes of `kernels.linear_loss`: a chunk's float32 logits, over which their gradient is written; dW twice."""
     chunk = min(tokens, max(1, chunk_elements // s.vocab)) * s.vocab
     copy = itemsize if itemsize < 4 else 0  # in the compute dtype
-    return chunk * (8 + copy) + (4 + copy) * s.vocab * s.hidden * trained
+    return chunk * 4 + (4 + copy) * s.vocab * s.hidden * trained

@@ -51,7 +51,7 @@ NODE = 8  # GPUs
 HIDDEN_TRAFFIC, FFN_TRAFFIC, QUERY_TRAFFIC, KV_TRAFFIC = 300, 28, 91, 100  # a token, layer and element of each width
 FORWARD_SHARE = 0.3  # of that; the rest is the backward
 COMPILED_SHARE = 0.45  # of that where torch.compile fuses the blocks, as this trainer does not; fitted
-HEAD_TRAFFIC, HEAD_FORWARD_TRAFFIC = 126, 64  # a token and entry of the vocabulary
+HEAD_TRAFFIC, HEAD_FORWARD_TRAFFIC = 18, 8  # a token and entry of the vocabulary; counted, not measured
 OPTIMIZER_TRAFFIC = 40  # a trained parameter: 28 AdamW, 12 the norm and the clipping
 HOST_MEMORY = 200 * GIB  # a GPU, that offloading may be proposed for; assumed (eight GPUs often come with 2 TB)
 SLACK = 1.1  # of free memory, before a real run is refused: the count is an upper bound, but rows are often shorter
@@ -194,7 +194,7 @@ def seconds(plan: Plan, compiled: bool = False) -> dict[str, float]:
         "matrix products of the blocks": linear * (2 + whole + again),  # a frozen weight has no gradient
         "attention": attention * (3 + again),
         "element-wise": traffic * (1 + FORWARD_SHARE * again),
-        "head": logits * (3 + whole) + tokens * s.vocab * HEAD_TRAFFIC / BANDWIDTH,  # its logits are made twice
+        "head": logits * (2 + whole) + tokens * s.vocab * HEAD_TRAFFIC / BANDWIDTH,
     }
     if plan.reference:
         head = logits + tokens * s.vocab * HEAD_FORWARD_TRAFFIC / BANDWIDTH

@@ -62,7 +62,7 @@ def test_the_prototype_measured_on_a_gpu(size):
     info = Qwen2Config(**sizes)
     s, tokens, parameters = shape(info), 16384, count_parameters(info)
     weights = 2 * parameters
-    head = head_workspace(s, tokens, 2, 4096 * s.vocab) - 4 * 4096 * s.vocab - 2 * s.vocab * s.hidden
+    head = head_workspace(s, tokens, 2, 4096 * s.vocab) + 2 * 4096 * s.vocab - 2 * s.vocab * s.hidden
     end = tokens * tail_per_token(s) + head
     eager = weights + s.layers * tokens * saved_per_token(s) + end
     compiled = weights + s.layers * tokens * saved_per_token(s, compiled=True) + end
