@@ -5,7 +5,8 @@ r"""Training problems that are in the evaluation sets: found by shared runs of w
 A row is flagged that shares `ngram_size` words in a row with a problem of an evaluation set, as open-r1 does it. What
 counts as a word is what is left of a text when notation is taken away (`words`): `$\frac{1}{2}x^2$`, `\dfrac12 x^{2}`
 and `1/2 x²` are all `1 2 x 2`. A problem of fewer words is found where a row is equal to it as a whole; open-r1 never
-finds it. Runs of words that most problems of a set have are its form (GPQA's instructions), and find nothing.
+finds it. Runs that three problems have are stock phrases ("where m and n are relatively prime positive
+integers", GPQA's instructions): copies are found by what else they say, and other rows not for the phrase alone.
 
 What it writes to O; the same command goes on with the chunks that are missing:
 
@@ -44,6 +45,7 @@ from sft_core.files import write_atomically
 from sft_core.guards import usage_errors
 
 CHUNK = 1000  # rows
+STOCK = 3  # a run in as many problems is a phrase
 SHOWN = 20  # matches printed
 Place = tuple[str, int]  # a task's name, a problem of it
 
@@ -87,16 +89,14 @@ class Index:
     def __init__(self, sets: dict[str, list[str]], size: int) -> None:
         self.size = size
         self.places: dict[str, list[Place]] = defaultdict(list)
-        self.runs_of: dict[Place, int] = Counter()
-        for task, problems in sets.items():
-            own = [runs(problem, size) for problem in problems]
-            common = Counter(run for found in own for run in found)
-            form = {run for run, count in common.items() if count > max(2, len(problems) / 2)}
-            for i, found in enumerate(own):
-                for run in found:
-                    if run not in form:
-                        self.places[run].append((task, i))
-                        self.runs_of[task, i] += 1
+        self.runs_of: dict[Place, int] = {}
+        own = {(task, i): runs(text, size) for task, texts in sets.items() for i, text in enumerate(texts)}
+        count = Counter(run for found in own.values() for run in found)
+        for place, found in own.items():
+            said = [run for run in found if count[run] < STOCK] or found
+            for run in said:
+                self.places[run].append(place)
+            self.runs_of[place] = len(said)
 
     def matches(self, text: str) -> list[dict[str, Any]]:
         """For every set that has a run of `text`: the problem that shares most of its own, one of them, how many."""

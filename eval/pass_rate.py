@@ -46,6 +46,7 @@ from sft_core.files import write_atomically
 from sft_core.guards import usage_errors
 
 CHUNK = 256  # rows checked between two files
+MISSING = "there is no text"
 Parts = list[tuple[Path, range]]
 
 
@@ -114,7 +115,7 @@ def check_column(config: PassRateConfig, task: LightevalTaskConfig, rows: Datase
                     samples += [{"problem": i, "sample": k, "completion": text} for k, text in enumerate(texts)]
                 there = [sample for sample in samples if sample["completion"] is not None]
                 check(Work(task, docs, [], 0, folder), there, pool)
-                missing = {"score": None, "extracted": None, "error": "missing: there is no text"}
+                missing = {"score": None, "extracted": None, "error": MISSING}
                 write_rows(path, [
                     {"task": task.name} | missing | sample | {"problem": part.start + sample["problem"],
                                                               "completion": None}
@@ -147,9 +148,10 @@ def scored(rows: Dataset, parts: Parts, sampled: bool, counts: Counter[str]) -> 
                 columns["pass_rate"].append(sum(sound) / len(sound) if sound else None)
                 if sampled:
                     columns["generation"].append([sample["completion"] for sample in samples[i]])
-                given_up = sum(sample["error"] is not None for sample in samples[i])
+                errors = [sample["error"] for sample in samples[i] if sample["error"] is not None]
                 counts.update(
-                    rows=1, generations=len(scores), correct=int(sum(sound)), checks_given_up=given_up,
+                    rows=1, generations=len(scores), correct=int(sum(sound)),
+                    generations_missing=errors.count(MISSING), checks_given_up=len(errors) - errors.count(MISSING),
                     rows_with_unparseable_gold=unparseable, rows_without_generations=not scores,
                 )  # fmt: skip
             table = kept[part.start : part.stop]
