@@ -41,10 +41,12 @@ from eval.tasks import Doc, LightevalTaskConfig
 from eval.verify import AnswerMetric
 from eval.workers import WorkerPool
 from sft_core.cli import parse
+from sft_core.config import require
 from sft_core.data import fingerprint
 from sft_core.files import write_atomically
 from sft_core.guards import usage_errors
 
+NAME = "pass_rate"  # of the task
 CHUNK = 256  # rows checked between two files
 MISSING = "there is no text"
 Parts = list[tuple[Path, range]]
@@ -61,6 +63,9 @@ def main(argv: list[str] | None = None) -> None:
             columns["prompt_column"] = (config.prompt_column, TEXT)
         rows = load(config.dataset_name, config.dataset_config, config.dataset_split, columns, config.limit)
         if not config.shard:
+            folder = Path(config.output_dir)
+            other = folder / "settings.json" if config.model else folder / "details" / NAME / "settings.json"
+            require(not other.exists(), f"{folder} holds results of another kind: choose another --output_dir.")
             check_push(config.output_dataset_name, config.private)
     task = make_task(config)
     if config.generations_column:
@@ -70,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         parts = work.batches(config)
     if config.shard:
         return
-    folder, counts = Path(config.output_dir), Counter[str]()
+    counts = Counter[str]()
     write_parquet(folder / "scored.parquet", *scored(rows, parts, bool(config.model), counts))
     write_parquet(folder / "filtered.parquet", *filtered(folder / "scored.parquet", config))
     report(config, counts)
@@ -87,7 +92,7 @@ def make_task(config: PassRateConfig) -> LightevalTaskConfig:
         return Doc(query=query, choices=[row[config.solution_column] or ""], task_name=task_name)
 
     return LightevalTaskConfig(
-        name="pass_rate", prompt_function=ask, hf_repo=config.dataset_name,
+        name=NAME, prompt_function=ask, hf_repo=config.dataset_name,
         hf_subset=config.dataset_config or "default", evaluation_splits=[config.dataset_split], metric=[AnswerMetric()],
     )  # fmt: skip
 
@@ -98,7 +103,7 @@ def check_column(config: PassRateConfig, task: LightevalTaskConfig, rows: Datase
     with usage_errors():
         names = ("solution_column", "generations_column", "check_timeout")
         claim(config.output_dir, {name: getattr(config, name) for name in names} | {"data": fingerprint(rows)})
-    folder = Path(config.output_dir) / "details" / task.name
+    folder = Path(config.output_dir) / "details" / NAME
     folder.mkdir(parents=True, exist_ok=True)
     parts = chunks(folder, ".parquet", len(rows), CHUNK)
     with (
@@ -117,7 +122,7 @@ def check_column(config: PassRateConfig, task: LightevalTaskConfig, rows: Datase
                 check(Work(task, docs, [], 0, folder), there, pool)
                 missing = {"score": None, "extracted": None, "error": MISSING}
                 write_rows(path, [
-                    {"task": task.name} | missing | sample | {"problem": part.start + sample["problem"],
+                    {"task": NAME} | missing | sample | {"problem": part.start + sample["problem"],
                                                               "completion": None}
                     for sample in samples
                 ])  # fmt: skip
@@ -166,7 +171,7 @@ def filtered(file: Path, config: PassRateConfig) -> tuple[pa.Schema, Iterator[pa
     """Schema and tables of the rows whose pass rate is strictly inside the range."""
 
     def tables() -> Iterator[pa.Table]:
-        for batch in pq.ParquetFile(file).iter_batches():
+        for batch in pq.ParquetFile(file).iter_batches(CHUNK):
             rate = batch.column("pass_rate")
             inside = pc.and_(pc.greater(rate, config.pass_rate_min), pc.less(rate, config.pass_rate_max))
             yield pa.Table.from_batches([batch.filter(inside)])  # null is not inside

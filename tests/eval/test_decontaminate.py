@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eval.decontaminate import Index, main, runs, words
+from eval.tasks import GPQA_QUERY
 from sft_core import guards
 from sft_core.data import load_rows
 from tests import launch
@@ -148,6 +149,25 @@ def test_killed_and_continued(shared, tmp_path):
     for name in ("matches.jsonl", "report.json", "rows.parquet"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert all(file.stat().st_mtime_ns == when for file, when in done.items())
+
+
+def test_the_instructions_of_a_task_are_no_match(tmp_path):
+    """GPQA's queries begin with the same words; rows that are asked in these words are not copies for that."""
+    subjects = [
+        "electron in a box of width two",
+        "enzyme that cuts sugar at low heat",
+        "star that loses its outer shell",
+    ]
+    wrong = {f"Incorrect Answer {i}": f"{i} units" for i in (1, 2, 3)}
+    asked = [f"Which of these describes best the {subject} when light falls on it?" for subject in subjects]
+    gpqa = [{"Question": text, "Correct Answer": "none"} | wrong for text in asked]
+    (tmp_path / "gpqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gpqa))
+    form = GPQA_QUERY.replace("{question}", "{}").replace("{0}", "red").replace("{1}", "blue").replace("{2}", "a")
+    texts = [form.replace("{3}", "b").format(text) for text in ("What is the colour of a clear sky?", asked[1])]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"problem": text}) + "\n" for text in texts))
+    run(["--dataset", str(tmp_path / "rows.jsonl"), "--tasks", "gpqa:diamond", "--eval_dataset",
+         f"gpqa={tmp_path}/gpqa.jsonl", "--output_dir", str(tmp_path / "out")])  # fmt: skip
+    assert [(m["row"], m["problem"]) for m in matches(tmp_path / "out")] == [(1, 1)]
 
 
 def test_pushed(tmp_path, monkeypatch):

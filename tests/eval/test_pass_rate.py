@@ -117,7 +117,7 @@ def sampling(model: str, data: str, output: Path, **options) -> list[str]:
     return ["--model", model, "--dataset", data, "--output_dir", str(output), *launch.flags(**options)]
 
 
-def test_samples_of_a_model(tiny_model, problems, tmp_path):
+def test_samples_of_a_model(tiny_model, problems, tmp_path, capfd):
     """Golds are set to what the model says in some samples: the rates are those of its answers."""
     run(*sampling(tiny_model, write(tmp_path / "rows.jsonl", problems), tmp_path / "first", max_new_tokens=100))
     first = rows_of(tmp_path / "first")
@@ -138,6 +138,10 @@ def test_samples_of_a_model(tiny_model, problems, tmp_path):
     run(*again, "--output_dir", str(tmp_path / "again"))
     keys = ("id", "generation", "correct", "pass_rate")
     assert [[row[k] for k in keys] for row in rows_of(tmp_path / "again")] == [[row[k] for k in keys] for row in first]
+    for argv in (again, sampling(tiny_model, str(tmp_path / "rows.jsonl"), tmp_path)):
+        with pytest.raises(SystemExit) as stopped:  # a folder of the one is no folder of the other
+            run(*argv, "--output_dir", str(tmp_path / ("first" if argv is again else "again")))
+        assert stopped.value.code == 2 and "results of another kind" in capfd.readouterr().err
 
 
 @pytest.mark.slow
