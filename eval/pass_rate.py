@@ -1,4 +1,4 @@
-"""How often a problem is solved, and the problems that are neither too easy nor too hard to learn from.
+r"""How often a problem is solved, and the problems that are neither too easy nor too hard to learn from.
 
     python -m eval.pass_rate --model M --dataset D --output_dir O [--num_generations 4 --field value ...]
     python -m eval.pass_rate --generations_column generation --dataset D --output_dir O
@@ -15,7 +15,10 @@ batches that are missing, and one of another range filters anew:
     details/pass_rate/  a row a sample, a file a batch
 
 A gold answer that cannot be parsed makes every verdict of its row null: such rows are counted, and not in the filtered
-set. Left out on purpose: other rewards than right or wrong (open-r1's mean is that of its first reward function).
+set. Where many generations are without an answer, ask for one that the checker reads, as with
+--system_prompt 'Put your final answer within \boxed{}.'
+
+Left out on purpose: other rewards than right or wrong (open-r1's mean is that of its first reward function).
 """
 
 import json
@@ -154,8 +157,9 @@ def scored(rows: Dataset, parts: Parts, sampled: bool, counts: Counter[str]) -> 
                 if sampled:
                     columns["generation"].append([sample["completion"] for sample in samples[i]])
                 errors = [sample["error"] for sample in samples[i] if sample["error"] is not None]
+                unanswered = sum(sample["extracted"] == "" for sample in samples[i])
                 counts.update(
-                    rows=1, generations=len(scores), correct=int(sum(sound)),
+                    rows=1, generations=len(scores), correct=int(sum(sound)), without_an_answer=unanswered,
                     generations_missing=errors.count(MISSING), checks_given_up=len(errors) - errors.count(MISSING),
                     rows_with_unparseable_gold=unparseable, rows_without_generations=not scores,
                 )  # fmt: skip

@@ -173,4 +173,4 @@ class AnswerMetric:
     reads_thoughts = True  # itself, so that verdicts are the reward's
 
     def judge(self, doc: Any, prediction: str) -> tuple[float | None, list]:
-        return check_answer(doc.get_golds()[0], prediction), []
+        return check_answer(doc.get_golds()[0], prediction), parse_answer(prediction)

@@ -40,7 +40,7 @@ def test_generations_that_are_there(tmp_path, capsys):
         ("7", [right] * 4, [True] * 4, 1.0),
         ("7", [wrong] * 4, [False] * 4, 0.0),
         ("x #### 7", [right, HANGS, wrong, right], [True, None, False, True], 2 / 3),
-        ("words alone", [right, wrong], [None, None], None),
+        ("words alone", [right, "so 7 it is"], [None, None], None),
         ("7", [None, right], [None, True], 1.0),
         ("7", [], [], None),
         (None, None, [], None),
@@ -61,6 +61,7 @@ def test_generations_that_are_there(tmp_path, capsys):
     wanted = {"rows": 9, "generations": 30, "correct": 10, "checks_given_up": 1, "rows_with_unparseable_gold": 1}
     wanted |= {
         "generations_missing": 1,
+        "without_an_answer": 1,
         "rows_without_generations": 2,
         "rows_with_pass_rate": 6,
         "rows_in_filtered_set": 2,
