@@ -1,6 +1,7 @@
-"""What an evaluation can be told: one flat frozen dataclass, read like the trainers' (`sft_core/cli.py`)."""
+"""What eval.run and the data tools can be told: flat dataclasses, read like the trainers' (`sft_core/cli.py`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from sft_core.config import option, require
 
@@ -31,8 +32,10 @@ class EvalConfig:
     check_timeout: float = option(10.0, "Seconds that checking one answer may take.")
     shard: str | None = option(None, "For internal use: the part i/n of the batches that this process does.")
 
+    REQUIRED: ClassVar[tuple[str, ...]] = ("model", "tasks", "output_dir")
+
     def __post_init__(self) -> None:
-        for name in ("model", "tasks", "output_dir"):
+        for name in self.REQUIRED:
             require(getattr(self, name) != "", f"--{name} is required.")
         for name in ("num_samples", "batch_size", "tensor_parallel_size", "max_new_tokens", "limit"):
             value = getattr(self, name)
@@ -41,6 +44,56 @@ class EvalConfig:
         require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}.")
         greedy = self.temperature > 0 or self.num_samples == 1
         require(greedy, "temperature 0 gives the same answer every time: use --num_samples 1 or a temperature above 0.")
+
+
+@dataclass(frozen=True)
+class PassRateConfig(EvalConfig):
+    """Of eval.pass_rate: the sampling is eval.run's, with a data set for the task."""
+
+    dataset_name: str = option("", "Problems to score: a Hub id, a file, or a saved data set.", alias="dataset")
+    dataset_config: str | None = option(None, "Configuration of a Hub data set.")
+    dataset_split: str = option("train", "Its split.")
+    prompt_column: str = option("problem", "Column of the problems.", alias="dataset_prompt_column")
+    solution_column: str = option("solution", "Column of the right answers.")
+    generations_column: str | None = option(None, "Column of answers to check (a text or a list), instead of a model.")
+    num_samples: int = option(4, "Answers sampled to each problem.", alias="num_generations")
+    pass_rate_min: float = option(0.1, "The filtered set has the problems solved more often than this ...")
+    pass_rate_max: float = option(0.9, "... and less often than this.")
+    output_dataset_name: str | None = option(None, "Hub data set to push to: configurations gen, filt-<min>-<max>.")
+    private: bool = option(False, "Push to a private one.")
+
+    tasks: str = field(default="pass_rate", init=False)
+    dataset: list[str] = field(default_factory=list, init=False)
+    custom_tasks: str | None = field(default=None, init=False)
+    REQUIRED: ClassVar[tuple[str, ...]] = ("dataset_name", "output_dir")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one = bool(self.model) != bool(self.generations_column)
+        require(one, "give either --model to sample answers, or --generations_column to check those that are there.")
+        low, high = self.pass_rate_min, self.pass_rate_max
+        require(0 <= low < high <= 1, f"pass_rate_min ({low}) must be below pass_rate_max ({high}), both in [0, 1].")
+
+
+@dataclass(frozen=True)
+class DecontaminateConfig:
+    dataset: str = option("", "Data set to search: a Hub id, a file, or a saved data set.", alias="dataset_name")
+    dataset_config: str | None = option(None, "Configuration of a Hub data set (--config, as in open-r1).")
+    split: str = option("train", "Its split.")
+    problem_column: str = option("problem", "Column of the problems.")
+    ngram_size: int = option(8, "Words that a row must share with a problem, one after another.")
+    tasks: str = option("aime24,aime25,math_500,gpqa:diamond", "Evaluation sets, with commas between, or all.")
+    eval_dataset: list[str] = option([], "Rows of an evaluation set from elsewhere, as task=file or task=Hub id.")
+    custom_tasks: str | None = option(None, "Python file with a TASKS_TABLE of your own tasks.")
+    cleanup: bool = option(False, "Leave the flagged rows out; else they get columns contaminated_<task>.")
+    output_dir: str = option("", "Folder for report and rows; the same command again goes on there.")
+    new_dataset_name: str | None = option(None, "Hub data set to push the rows to.")
+    private: bool = option(False, "Push to a private one.")
+
+    def __post_init__(self) -> None:
+        for name in ("dataset", "output_dir"):
+            require(getattr(self, name) != "", f"--{name} is required.")
+        require(self.ngram_size >= 1, f"ngram_size must be at least 1, got {self.ngram_size}.")
 
 
 # What a sample does not depend on: may differ when a run is continued.
@@ -53,4 +106,8 @@ NOT_IDENTITY = (
     "data_parallel_size",
     "shard",
     "base_url",
+    "pass_rate_min",
+    "pass_rate_max",
+    "output_dataset_name",
+    "private",
 )

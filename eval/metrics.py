@@ -252,7 +252,8 @@ def without_thoughts(text: str) -> str:
 def judge(item: tuple[Any, Any, str]) -> dict[str, Any]:
     """{"score": float, "extracted": str, "" for none} of (metric, doc, text); a metric needs `compute` alone."""
     metric, doc, text = item
-    text = without_thoughts(text)
+    if not hasattr(metric, "reads_thoughts"):
+        text = without_thoughts(text)
     if not hasattr(metric, "judge"):
         return {"score": float(metric.compute(doc, [text])), "extracted": None}
     score, extracted = metric.judge(doc, text)

@@ -68,12 +68,23 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with guards.usage_errors():
         (config,) = parse((EvalConfig,), argv)
+    works = run(config, argv)
+    if not config.shard:
+        finish(config, works)
+
+
+def run(
+    config: EvalConfig, argv: list[str], custom: tuple[LightevalTaskConfig, ...] = (), module: str = "eval.run"
+) -> list[Work]:
+    """Sample and check what the output folder lacks. `custom`: tasks beside the table's; `module`: what was started
+    with `argv`, for the processes of further GPUs."""
+    with guards.usage_errors():
         if config.shard:
             guards.die_with_parent()
         else:  # a trainer that starts this is a rank of torchrun, this process is not
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
                 os.environ.pop(name, None)
-        works, tokenizer, stop_ids = prepare(config)
+        works, tokenizer, stop_ids = prepare(config, custom)
         if not config.shard:
             guards.lock_output_dir(config.output_dir)
             remember(config, works)
@@ -87,17 +98,18 @@ def main(argv: list[str] | None = None) -> None:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from None
     elif missing:
-        start_shards(config, argv, copies)
-    if not config.shard:
-        finish(config, works)
+        start_shards(config, argv, copies, module)
+    return works
 
 
 # ------------------------------------------------------------------------------------------------- before the engine
 
 
-def prepare(config: EvalConfig) -> tuple[list[Work], PreTrainedTokenizerBase | None, frozenset[int]]:
+def prepare(
+    config: EvalConfig, custom: tuple[LightevalTaskConfig, ...] = ()
+) -> tuple[list[Work], PreTrainedTokenizerBase | None, frozenset[int]]:
     """Everything that can be refused before weights are loaded. A server keeps tokenizer and context to itself."""
-    tasks = find_tasks(config.tasks, load_custom_tasks(config.custom_tasks) if config.custom_tasks else ())
+    tasks = find_tasks(config.tasks, load_custom_tasks(config.custom_tasks) if config.custom_tasks else custom)
     elsewhere = {}
     for entry in config.dataset:
         name, _, place = entry.partition("=")
@@ -176,7 +188,7 @@ def remember(config: EvalConfig, works: list[Work]) -> None:
 # -------------------------------------------------------------------------------------------------------- sampling
 
 
-def start_shards(config: EvalConfig, argv: list[str], copies: int) -> None:
+def start_shards(config: EvalConfig, argv: list[str], copies: int, module: str) -> None:
     """Run `copies` of this command side by side, each on its GPUs and its share of the batches."""
     width, visible = config.tensor_parallel_size, os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
@@ -184,7 +196,7 @@ def start_shards(config: EvalConfig, argv: list[str], copies: int) -> None:
     children = []
     for i in range(copies):
         env = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * width : (i + 1) * width])} if gpus else os.environ
-        command = [sys.executable, *launcher, "-m", "eval.run", *argv, f"--shard={i}/{copies}"]
+        command = [sys.executable, *launcher, "-m", module, *argv, f"--shard={i}/{copies}"]
         children.append(subprocess.Popen(command, env=env))
     codes = [child.wait() for child in children]
     if any(codes):

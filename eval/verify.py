@@ -25,6 +25,7 @@ import logging
 import re
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -164,3 +165,12 @@ def check_answer(gold: str, completion: str) -> float | None:
         return 0.0  # math-verify reads 52_8 as 52
     # The order matters: `1 < x < 2` may be answered by `(1, 2)`, not the other way round.
     return float(verify(parsed_gold, answer, timeout_seconds=None))
+
+
+class AnswerMetric:
+    """`check_answer` as the metric of a task (`eval/tasks.py`): a score of None for a gold that cannot be parsed."""
+
+    reads_thoughts = True  # itself, so that verdicts are the reward's
+
+    def judge(self, doc: Any, prediction: str) -> tuple[float | None, list]:
+        return check_answer(doc.get_golds()[0], prediction), parse_answer(prediction)

@@ -68,7 +68,9 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
 
 def as_yaml(configs: list[Any]) -> str:
     """The resolved options of all dataclasses as one YAML recipe, which parses to the same again."""
-    values = {key: value for config in configs for key, value in dataclasses.asdict(config).items() if value != []}
+    options = {field.name for config in configs for field in dataclasses.fields(config) if field.init}
+    values = {key: value for config in configs for key, value in dataclasses.asdict(config).items()
+              if key in options and value != []}  # fmt: skip
     plain = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
 

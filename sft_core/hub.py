@@ -4,8 +4,8 @@ All of it is the first rank's own business and in no collective. Only `check_hub
 for good later is a warning and an entry in what `wait` returns. Transfers and the meaning of HF_ENDPOINT, HF_TOKEN and
 HF_HUB_OFFLINE are huggingface_hub's.
 
-Left out on purpose: pull requests, data sets, and resuming straight from the Hub (download `last-checkpoint/` of
-hub_strategy `checkpoint` and give it to --resume_from_checkpoint).
+Left out on purpose: pull requests, data sets (`eval/chunks.py` has them), and resuming straight from the Hub (download
+`last-checkpoint/` of hub_strategy `checkpoint` and give it to --resume_from_checkpoint).
 """
 
 import functools
@@ -17,7 +17,8 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -79,8 +80,21 @@ def check_hub(config: TrainingConfig) -> None:
         repo = _create_repo(api, config)
         return config.push_to_hub_revision and api.file_exists(repo, "README.md", revision=config.hub_model_revision)
 
-    try:
+    with refusals_said(api, "another --hub_model_id"):
         taken = _retrying(ask, tries=3, first_wait_s=1.0)
+    if taken and not config.overwrite_hub_revision:
+        raise ValueError(
+            f"branch {config.hub_model_revision} of {resolve_repo_id(config)} already holds a model (it has a "
+            "README.md): choose another --hub_model_revision, or give --overwrite_hub_revision true."
+        )
+
+
+@contextmanager
+def refusals_said(api: HfApi, elsewhere: str) -> Iterator[None]:
+    """Turn what the Hub or the network refuses inside into a ValueError with the remedy; `elsewhere`: where one may
+    push instead."""
+    try:
+        yield
     except LocalTokenNotFoundError:
         raise ValueError("pushing to the Hub needs a token: log in with `hf auth login`, or set HF_TOKEN.") from None
     except OfflineModeIsEnabled:
@@ -90,7 +104,7 @@ def check_hub(config: TrainingConfig) -> None:
         if status == 401:
             remedy = "it refuses the token: log in anew with `hf auth login`, or set HF_TOKEN"
         elif status == 403:
-            remedy = "the token may not write there: take one with write access, or another --hub_model_id"
+            remedy = f"the token may not write there: take one with write access, or {elsewhere}"
         else:
             remedy = "try again later, or do not push"
         raise ValueError(f"the Hub at {api.endpoint} answers {status} ({_reason(error)}): {remedy}.") from error
@@ -99,11 +113,6 @@ def check_hub(config: TrainingConfig) -> None:
             f"the Hub at {api.endpoint} cannot be reached ({_reason(error)}): check the network and HF_ENDPOINT, or do "
             "not push."
         ) from error
-    if taken and not config.overwrite_hub_revision:
-        raise ValueError(
-            f"branch {config.hub_model_revision} of {resolve_repo_id(config)} already holds a model (it has a "
-            "README.md): choose another --hub_model_revision, or give --overwrite_hub_revision true."
-        )
 
 
 def resolve_repo_id(config: TrainingConfig) -> str:

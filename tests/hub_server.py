@@ -1,4 +1,5 @@
 """A Hub on the loopback that speaks what huggingface_hub's client says: repositories, branches, commits, LFS uploads.
+Data sets are repositories like models here.
 
     with HubServer() as hub:
         subprocess.run([...], env=os.environ | hub.environment())
@@ -23,6 +24,7 @@ import yaml
 
 Response = tuple[int, dict[str, str], bytes]  # status, headers, body
 TOKEN, USER = "hf_of_the_tests", "me"
+LFS = ("*.safetensors", "*tfevents*", "*.pt", "*.parquet")
 
 
 @dataclass
@@ -103,7 +105,9 @@ class HubServer:
         self._failures += [(status, path)] * times
 
     def answer(self, method: str, url: str, headers: Any, body: bytes) -> Response:
-        path = unquote(urlsplit(url).path)
+        path = re.sub(
+            r"^/(api/)?datasets/", lambda found: "/api/models/" if found[1] else "/", unquote(urlsplit(url).path)
+        )
         with self._lock:
             self.requests.append((method, path))
             try:
@@ -155,6 +159,7 @@ class HubServer:
 
     def _model(self, method: str, name: str, what: str, revision: str, body: bytes) -> Response:
         repo = self._repo(name)
+        revision, _, below = revision.partition("/") if what == "tree" else (revision, "", "")
         if what == "branch" and method == "POST":
             if revision in repo.branches:
                 raise Refused(409, "Reference already exists")
@@ -169,12 +174,14 @@ class HubServer:
             return _json([{"id": oid, "title": title, "message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}
                           for oid, title in repo.history(revision)])  # fmt: skip
         if what == "tree":
+            if below and not any(path.startswith(below) for path in files):
+                raise Refused(404, "Entry not found", "EntryNotFound")
             return _json([{"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                          for path, data in files.items()])  # fmt: skip
+                          for path, data in files.items() if path.startswith(below)])  # fmt: skip
         if what == "preupload":
             return _json({"files": [
                 {"path": item["path"], "shouldIgnore": False,
-                 "uploadMode": "lfs" if any(fnmatch(item["path"], p) for p in ("*.safetensors", "*tfevents*", "*.pt"))
+                 "uploadMode": "lfs" if any(fnmatch(item["path"], pattern) for pattern in LFS)
                  else "regular"} for item in json.loads(body)["files"]
             ]})  # fmt: skip
         if what == "commit":

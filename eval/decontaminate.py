@@ -1,0 +1,217 @@
+r"""Training problems that are in the evaluation sets: found by shared runs of words, reported, and left out.
+
+    python -m eval.decontaminate --dataset D --output_dir O [--cleanup --ngram_size 8 --eval_dataset task=file ...]
+
+A row is flagged that shares `ngram_size` words in a row with a problem of an evaluation set, as open-r1 does it. What
+counts as a word is what is left of a text when notation is taken away (`words`): `$\frac{1}{2}x^2$`, `\dfrac12 x^{2}`
+and `1/2 x²` are all `1 2 x 2`. A problem of fewer words is found where a row is equal to it as a whole; open-r1 never
+finds it. Runs that three problems have are stock phrases ("where m and n are relatively prime positive
+integers", GPQA's instructions): copies are found by what else they say, and other rows not for the phrase alone.
+
+What it writes to O; the same command goes on with the chunks that are missing:
+
+    report.json, report.txt    how many rows each evaluation set flags, and the first of them
+    matches.jsonl              a line a row and set: the problem, a shared run of words, how many of its runs are shared
+    rows.parquet               the rows that are left (--cleanup), else all with columns contaminated_<task>
+    verdicts/*.json            matches of a chunk of rows
+
+Left out on purpose: paraphrases, translations, other numbers in the same words (that takes a model to see), open-r1's
+LiveCodeBench, and data that does not fit the disk.
+"""
+
+import json
+import re
+import sys
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, Value
+from tqdm import tqdm
+
+from eval.chunks import TEXT, check_push, chunks, claim, load, push, write_parquet
+from eval.config import DecontaminateConfig
+from eval.report import digest
+from eval.run import load_docs
+from eval.tasks import find_tasks, load_custom_tasks
+from sft_core.cli import parse
+from sft_core.config import require
+from sft_core.data import fingerprint
+from sft_core.files import write_atomically
+from sft_core.guards import usage_errors
+
+CHUNK = 1000  # rows
+STOCK = 3  # a run in as many problems is a phrase
+SHOWN = 20  # matches printed
+Place = tuple[str, int]  # a task's name, a problem of it
+
+_GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma sigma tau "
+          "upsilon phi chi psi omega").split()  # fmt: skip
+_NAMES = {ord("α") + i: f" {name} " for i, name in enumerate(_GREEK)} | {ord("√"): " sqrt "}
+_FUNCTIONS = "sin cos tan cot sec csc log ln exp lim max min gcd lcm det dim deg arcsin arccos arctan sqrt".split()
+_KEPT = {*_GREEK, *_FUNCTIONS}  # commands that are words of their own in plain text; all others are notation
+
+_RAISED = re.compile(r"[²³¹¼-¾⁰-ₜ⅐-⅞]+")  # NFKC would join x10² to x102
+_PICTURE = re.compile(r"\[asy\](?:(?!\[asy\]).)*?\[/asy\]|\\(?:begin|end)\s*\{[^{}]*\}(?:\{[lcr|\s]*\})?", re.DOTALL)
+_BARE_FRACTION = re.compile(r"\\[dtc]?frac\s*([0-9a-z])\s*([0-9a-z])")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,|,)(?=\d{3}(?!\d))")
+_COMMAND = re.compile(r"\\(?:var)?([a-z]+)")
+_WORD = re.compile(r"[^\W\d_]+|\d+")
+
+
+def words(text: str) -> list[str]:
+    r"""What a text says, without its notation: words in small letters, and numbers.
+
+    LaTeX commands go, but for functions and Greek letters, whose names stand for both spellings (`\pi`, π); braces,
+    dollars, spacing, operators and punctuation go; digits and letters are parted (`2x` is `2 x`).
+
+    >>> words(r"Find $\dfrac12x^{10}$ for $x=1{,}000$.") == words("find 1/2 x¹⁰ for x = 1000")
+    True
+    """
+    text = unicodedata.normalize("NFKC", _RAISED.sub(r" \g<0> ", text)).casefold().translate(_NAMES)
+    text = _BARE_FRACTION.sub(r" \1 \2 ", _THOUSANDS.sub("", _PICTURE.sub(" ", text)))
+    return _WORD.findall(_COMMAND.sub(lambda found: f" {found[1]} " if found[1] in _KEPT else " ", text))
+
+
+def runs(text: str, size: int) -> list[str]:
+    """Every run of `size` words of a text, each once; of a shorter text the whole."""
+    found = words(text)
+    return list(dict.fromkeys(" ".join(found[i : i + size]) for i in range(max(1, len(found) - size + 1)) if found))
+
+
+class Index:
+    """Where in the evaluation sets ({task: problems}) a run of words occurs."""
+
+    def __init__(self, sets: dict[str, list[str]], size: int) -> None:
+        self.size = size
+        self.places: dict[str, list[Place]] = defaultdict(list)
+        self.runs_of: dict[Place, int] = {}
+        own = {(task, i): runs(text, size) for task, texts in sets.items() for i, text in enumerate(texts)}
+        count = Counter(run for found in own.values() for run in found)
+        for place, found in own.items():
+            said = [run for run in found if count[run] < STOCK] or found
+            for run in said:
+                self.places[run].append(place)
+            self.runs_of[place] = len(said)
+
+    def matches(self, text: str) -> list[dict[str, Any]]:
+        """For every set that has a run of `text`: the problem that shares most of its own, one of them, how many."""
+        shared: dict[Place, list[str]] = defaultdict(list)
+        for run in runs(text, self.size):
+            for place in self.places.get(run, ()):
+                shared[place].append(run)
+        best: dict[str, Place] = {}
+        for place in sorted(shared, key=lambda place: len(shared[place]) / self.runs_of[place]):
+            best[place[0]] = place
+        return [{"set": task, "problem": place[1], "ngram": shared[place][0], "shared": len(shared[place]),
+                 "of": self.runs_of[place]} for task, place in sorted(best.items())]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    with usage_errors():
+        # --config is the data set's, as in open-r1
+        argv = [re.sub(r"^--config(?=$|=)", "--dataset_config", text) for text in argv]
+        (config,) = parse((DecontaminateConfig,), argv)
+        sets = load_sets(config)
+        columns = {"problem_column": (config.problem_column, TEXT)}
+        rows = load(config.dataset, config.dataset_config, config.split, columns)
+        settings: dict[str, Any] = {name: getattr(config, name) for name in ("problem_column", "ngram_size")}
+        settings["data"] = fingerprint(rows)
+        check_push(config.new_dataset_name, config.private)
+        claim(config.output_dir, settings | {"sets": {task: digest(problems) for task, problems in sets.items()}})
+    folder = Path(config.output_dir)
+    (folder / "verdicts").mkdir(exist_ok=True)
+    parts = chunks(folder / "verdicts", ".json", len(rows), CHUNK)
+    index = Index(sets, config.ngram_size)
+    texts = rows.select_columns([config.problem_column])
+    with tqdm(total=len(rows), desc="decontaminate", disable=None) as bar:
+        for path, part in parts:
+            if not path.exists():
+                found = zip(part, texts[part.start : part.stop][config.problem_column], strict=True)
+                matches = [{"row": i} | match for i, text in found for match in index.matches(text or "")]
+                write_atomically(path, json.dumps(matches))
+            bar.update(len(part))
+    paths = [path for path, _ in parts]
+    report(config, paths, rows, sets)
+    write_parquet(folder / "rows.parquet", *with_verdicts(rows, parts, [*sets], config.cleanup))
+    push(folder / "rows.parquet", config.new_dataset_name, config.private)
+
+
+def load_sets(config: DecontaminateConfig) -> dict[str, list[str]]:
+    """{task: the questions it asks}."""
+    tasks = find_tasks(config.tasks, load_custom_tasks(config.custom_tasks) if config.custom_tasks else ())
+    elsewhere = {}
+    for entry in config.eval_dataset:
+        name, _, place = entry.partition("=")
+        require(bool(place), f"--eval_dataset takes task=file or task=Hub id, got {entry!r}.")
+        elsewhere[find_tasks(name, tasks)[0].name] = place
+    sets = {}
+    for task in tasks:
+        try:
+            docs = load_docs(task, elsewhere.get(task.name, task.hf_repo), None)
+        except ValueError as error:
+            remedy = f"give its rows as --eval_dataset {task.name}=FILE, or choose others with --tasks"
+            raise ValueError(f"evaluation set {task.name}: {remedy}. {error}") from error
+        sets[task.name] = [doc.query for doc in docs]
+    return sets
+
+
+def report(config: DecontaminateConfig, paths: list[Path], rows: Dataset, sets: dict[str, list[str]]) -> None:
+    """matches.jsonl, report.json, report.txt; the last is printed."""
+    flagged: dict[str, int] = Counter()
+    shown: list[str] = []
+    total = 0
+    temporary = Path(config.output_dir) / ".matches.jsonl.tmp"
+    with open(temporary, "w") as file:
+        for path in paths:
+            matches = json.loads(path.read_text())
+            total += len({match["row"] for match in matches})
+            for match in matches:
+                flagged[match["set"]] += 1
+                match["problem_text"] = sets[match["set"]][match["problem"]]
+                match["row_text"] = rows[match["row"]][config.problem_column]
+                file.write(json.dumps(match) + "\n")
+                if len(shown) < SHOWN:
+                    shown.append(f"row {match['row']}: {match['set']} {match['problem']}, {match['shared']} of "
+                                 f"{match['of']} runs, \"{match['ngram']}\"")  # fmt: skip
+    temporary.replace(temporary.with_name("matches.jsonl"))
+    lines = [f"{'evaluation set':16} {'problems':>9} {'rows flagged':>13}"]
+    lines += [f"{task:16} {len(problems):9} {flagged[task]:13}" for task, problems in sets.items()]
+    lines += [f"{total} of {len(rows)} rows flagged, {len(rows) - total} are left.", *shown]
+    if sum(flagged.values()) > SHOWN:
+        lines.append(f"and {sum(flagged.values()) - SHOWN} more: matches.jsonl has all")
+    content = {"dataset": config.dataset, "rows": len(rows), "flagged": total, "ngram_size": config.ngram_size,
+               "sets": {task: {"problems": len(problems), "rows_flagged": flagged[task]}
+                        for task, problems in sets.items()}}  # fmt: skip
+    write_atomically(temporary.with_name("report.json"), json.dumps(content, indent=1))
+    write_atomically(temporary.with_name("report.txt"), "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def with_verdicts(
+    rows: Dataset, parts: list[tuple[Path, range]], tasks: list[str], cleanup: bool
+) -> tuple[pa.Schema, Iterator[pa.Table]]:
+    """Schema and tables of the rows that are not flagged, or of all with a column a task that says so."""
+    names = [] if cleanup else [f"contaminated_{task.replace(':', '_')}" for task in tasks]
+    kept = rows.remove_columns([name for name in names if name in rows.column_names]).with_format("arrow")
+
+    def tables() -> Iterator[pa.Table]:
+        for path, part in parts:
+            hit = np.zeros((len(part), len(tasks)), bool)
+            for match in json.loads(path.read_text()):
+                hit[match["row"] - part.start, tasks.index(match["set"])] = True
+            table = kept[part.start : part.stop]
+            for i, name in enumerate(names):
+                table = table.append_column(name, pa.array(hit[:, i]))
+            yield table.filter(pa.array(~hit.any(1))) if cleanup else table
+
+    return Features(kept.features | {name: Value("bool") for name in names}).arrow_schema, tables()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+r"""How often a problem is solved, and the problems that are neither too easy nor too hard to learn from.
+
+    python -m eval.pass_rate --model M --dataset D --output_dir O [--num_generations 4 --field value ...]
+    python -m eval.pass_rate --generations_column generation --dataset D --output_dir O
+
+The first samples answers as eval.run does, with its options, batches and processes; the second checks those that a
+data set has (a text or a list a row, as gen.generate writes them). Verdicts are the accuracy reward's
+(`eval.verify.check_answer`), in workers that can be killed. What it writes to O; the same command goes on with the
+batches that are missing, and one of another range filters anew:
+
+    scored.parquet      the rows with `correct` (a bool a generation, null where the check gave up), `pass_rate` (mean
+                        of the others, null where there are none), and `generation` where it was sampled here
+    filtered.parquet    the rows with pass_rate_min < pass_rate < pass_rate_max: strictly between, as in open-r1
+    report.json         numbers and histogram, as printed
+    details/pass_rate/  a row a sample, a file a batch
+
+A gold answer that cannot be parsed makes every verdict of its row null: such rows are counted, and not in the filtered
+set. Where many generations are without an answer, ask for one that the checker reads, as with
+--system_prompt 'Put your final answer within \boxed{}.'
+
+Left out on purpose: other rewards than right or wrong (open-r1's mean is that of its first reward function).
+"""
+
+import json
+import math
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, List, Value
+from tqdm import tqdm
+
+from eval.chunks import TEXT, TEXTS, check_push, chunks, claim, load, push, write_parquet
+from eval.config import PassRateConfig
+from eval.report import read_rows
+from eval.run import Work, check, run, write_rows
+from eval.tasks import Doc, LightevalTaskConfig
+from eval.verify import AnswerMetric
+from eval.workers import WorkerPool
+from sft_core.cli import parse
+from sft_core.config import require
+from sft_core.data import fingerprint
+from sft_core.files import write_atomically
+from sft_core.guards import usage_errors
+
+NAME = "pass_rate"  # of the task
+CHUNK = 256  # rows checked between two files
+MISSING = "there is no text"
+Parts = list[tuple[Path, range]]
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    with usage_errors():
+        (config,) = parse((PassRateConfig,), argv)
+        columns = {"solution_column": (config.solution_column, TEXT)}
+        if config.generations_column:
+            columns["generations_column"] = (config.generations_column, TEXTS)
+        else:
+            columns["prompt_column"] = (config.prompt_column, TEXT)
+        rows = load(config.dataset_name, config.dataset_config, config.dataset_split, columns, config.limit)
+        if not config.shard:
+            folder = Path(config.output_dir)
+            other = folder / "settings.json" if config.model else folder / "details" / NAME / "settings.json"
+            require(not other.exists(), f"{folder} holds results of another kind: choose another --output_dir.")
+            check_push(config.output_dataset_name, config.private)
+    task = make_task(config)
+    if config.generations_column:
+        parts = check_column(config, task, rows)
+    else:
+        (work,) = run(config, argv, (task,), "eval.pass_rate")
+        parts = work.batches(config)
+    if config.shard:
+        return
+    counts = Counter[str]()
+    write_parquet(folder / "scored.parquet", *scored(rows, parts, bool(config.model), counts))
+    write_parquet(folder / "filtered.parquet", *filtered(folder / "scored.parquet", config))
+    report(config, counts)
+    push(folder / "scored.parquet", config.output_dataset_name, config.private, "gen")
+    between = f"filt-{config.pass_rate_min}-{config.pass_rate_max}"
+    push(folder / "filtered.parquet", config.output_dataset_name, config.private, between)
+
+
+def make_task(config: PassRateConfig) -> LightevalTaskConfig:
+    """The data set as a task of eval.run."""
+
+    def ask(row: dict[str, Any], task_name: str | None = None) -> Doc:
+        query = "" if config.generations_column else row[config.prompt_column] or ""
+        return Doc(query=query, choices=[row[config.solution_column] or ""], task_name=task_name)
+
+    return LightevalTaskConfig(
+        name=NAME, prompt_function=ask, hf_repo=config.dataset_name,
+        hf_subset=config.dataset_config or "default", evaluation_splits=[config.dataset_split], metric=[AnswerMetric()],
+    )  # fmt: skip
+
+
+def check_column(config: PassRateConfig, task: LightevalTaskConfig, rows: Dataset) -> Parts:
+    """Check the generations that the rows have; files as eval.run's, without the texts."""
+    assert config.generations_column is not None
+    with usage_errors():
+        names = ("solution_column", "generations_column", "check_timeout")
+        claim(config.output_dir, {name: getattr(config, name) for name in names} | {"data": fingerprint(rows)})
+    folder = Path(config.output_dir) / "details" / NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = chunks(folder, ".parquet", len(rows), CHUNK)
+    with (
+        tqdm(total=len(rows), desc="check", disable=None) as bar,
+        WorkerPool(min(8, os.cpu_count() or 1), timeout=config.check_timeout) as pool,
+    ):
+        for path, part in parts:
+            if not path.exists():
+                chunk = rows[part.start : part.stop]
+                docs = [task.prompt_function({config.solution_column: gold}) for gold in chunk[config.solution_column]]
+                samples: list[dict[str, Any]] = []
+                for i, found in enumerate(chunk[config.generations_column]):
+                    texts = [found] if isinstance(found, str) else found or []
+                    samples += [{"problem": i, "sample": k, "completion": text} for k, text in enumerate(texts)]
+                there = [sample for sample in samples if sample["completion"] is not None]
+                check(Work(task, docs, [], 0, folder), there, pool)
+                missing = {"score": None, "extracted": None, "error": MISSING}
+                write_rows(path, [
+                    {"task": NAME} | missing | sample | {"problem": part.start + sample["problem"],
+                                                              "completion": None}
+                    for sample in samples
+                ])  # fmt: skip
+            bar.update(len(part))
+    return parts
+
+
+def scored(rows: Dataset, parts: Parts, sampled: bool, counts: Counter[str]) -> tuple[pa.Schema, Iterator[pa.Table]]:
+    """Schema and tables of the rows with their verdicts; `counts` is filled on the way."""
+    new: dict[str, Any] = {"generation": List(Value("string"))} if sampled else {}
+    new |= {"correct": List(Value("bool")), "pass_rate": Value("float64")}
+    if old := [name for name in new if name in rows.column_names]:
+        print(f"columns of these names are replaced: {', '.join(old)}.", file=sys.stderr)
+    kept = rows.remove_columns(old).with_format("arrow")
+    schema = Features(kept.features | new).arrow_schema
+
+    def tables() -> Iterator[pa.Table]:
+        for path, part in parts:
+            samples: dict[int, list[dict]] = defaultdict(list)
+            for sample in read_rows([path]):
+                samples[sample["problem"]].append(sample)
+            columns: dict[str, list] = {name: [] for name in new}
+            for i in part:
+                scores = [sample["score"] for sample in samples[i]]
+                sound = [score for score in scores if score is not None]
+                unparseable = not sound and any(sample["error"] is None for sample in samples[i])
+                columns["correct"].append([None if score is None else score > 0 for score in scores])
+                columns["pass_rate"].append(sum(sound) / len(sound) if sound else None)
+                if sampled:
+                    columns["generation"].append([sample["completion"] for sample in samples[i]])
+                errors = [sample["error"] for sample in samples[i] if sample["error"] is not None]
+                unanswered = sum(sample["extracted"] == "" for sample in samples[i])
+                counts.update(
+                    rows=1, generations=len(scores), correct=int(sum(sound)), without_an_answer=unanswered,
+                    generations_missing=errors.count(MISSING), checks_given_up=len(errors) - errors.count(MISSING),
+                    rows_with_unparseable_gold=unparseable, rows_without_generations=not scores,
+                )  # fmt: skip
+            table = kept[part.start : part.stop]
+            for name in new:
+                table = table.append_column(name, pa.array(columns[name], schema.field(name).type))
+            yield table
+
+    return schema, tables()
+
+
+def filtered(file: Path, config: PassRateConfig) -> tuple[pa.Schema, Iterator[pa.Table]]:
+    """Schema and tables of the rows whose pass rate is strictly inside the range."""
+
+    def tables() -> Iterator[pa.Table]:
+        for batch in pq.ParquetFile(file).iter_batches(CHUNK):
+            rate = batch.column("pass_rate")
+            inside = pc.and_(pc.greater(rate, config.pass_rate_min), pc.less(rate, config.pass_rate_max))
+            yield pa.Table.from_batches([batch.filter(inside)])  # null is not inside
+
+    return pq.read_schema(file), tables()
+
+
+def report(config: PassRateConfig, counts: Counter[str]) -> None:
+    """report.json, and the same printed."""
+    folder = Path(config.output_dir)
+    column = pq.read_table(folder / "scored.parquet", columns=["pass_rate"])[0]
+    rates = column.drop_null().to_pylist()
+    numbers = dict(counts) | {"rows_with_pass_rate": len(rates)}
+    numbers["mean_pass_rate"] = sum(rates) / max(1, len(rates))
+    numbers["rows_in_filtered_set"] = pq.read_metadata(folder / "filtered.parquet").num_rows
+    tenths = Counter(-1 if rate == 0 else math.floor(10 * rate + 1e-9) for rate in rates)
+    names = {-1: "0", 0: "0.0 to 0.1", 10: "1"} | {i: f"{i / 10} to {(i + 1) / 10}" for i in range(1, 10)}
+    histogram = {names[i]: tenths[i] for i in sorted(names)}
+    options = {name: getattr(config, name) for name in ("pass_rate_min", "pass_rate_max", "dataset_name", "model")}
+    write_atomically(folder / "report.json", json.dumps(options | numbers | {"histogram": histogram}, indent=1))
+    for name, count in histogram.items():
+        print(f"{name:>10} {count:7} {'#' * math.ceil(50 * count / max(1, *histogram.values()))}")
+    for name, value in numbers.items():
+        print(f"{name.replace('_', ' ')}: {round(value, 4)}")
+
+
+if __name__ == "__main__":
+    main()

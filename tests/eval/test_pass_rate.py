@@ -1,0 +1,182 @@
+"""Pass rates from a model's samples and from generations that are there: verdicts, files, kills, bad input."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from eval.pass_rate import main
+from sft_core import guards
+from sft_core.data import load_rows
+from tests import launch
+
+HANGS = "\\boxed{" + "9^{" * 6 + "9" + "}" * 6 + "}"
+
+
+def run(*argv: str) -> None:
+    try:
+        main([*argv])
+    finally:
+        while guards._locks:  # held for the life of a process, which this is not the end of
+            os.close(guards._locks.pop())
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows_of(output: Path, name: str = "scored") -> list[dict]:
+    return pq.read_table(output / f"{name}.parquet").to_pylist()
+
+
+def test_generations_that_are_there(tmp_path, capsys):
+    right, wrong = "so \\boxed{7}", "<think>\\boxed{7}</think> the answer is 8"
+    cases = [  # gold, generations, correct, pass rate
+        ("7", [right, right, wrong, wrong], [True, True, False, False], 0.5),
+        ("7", [right] * 4, [True] * 4, 1.0),
+        ("7", [wrong] * 4, [False] * 4, 0.0),
+        ("x #### 7", [right, HANGS, wrong, right], [True, None, False, True], 2 / 3),
+        ("words alone", [right, "so 7 it is"], [None, None], None),
+        ("7", [None, right], [None, True], 1.0),
+        ("7", [], [], None),
+        (None, None, [], None),
+        ("7", [right] + [wrong] * 9, [True] + [False] * 9, 0.1),  # the range does not hold its ends
+    ]
+    file = write(
+        tmp_path / "rows.jsonl",
+        [{"solution": gold, "generation": texts, "id": i} for i, (gold, texts, _, _) in enumerate(cases)],
+    )
+    argv = ["--dataset", file, "--generations-column", "generation", "--check_timeout", "1", "--output_dir"]
+    run(*argv, str(tmp_path / "out"))
+    found = rows_of(tmp_path / "out")
+    assert [row["correct"] for row in found] == [correct for _, _, correct, _ in cases]
+    assert [row["pass_rate"] for row in found] == [rate for _, _, _, rate in cases]
+    assert [row["generation"] for row in found] == [texts for _, texts, _, _ in cases]
+    assert [row["id"] for row in rows_of(tmp_path / "out", "filtered")] == [0, 3]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    wanted = {"rows": 9, "generations": 30, "correct": 10, "checks_given_up": 1, "rows_with_unparseable_gold": 1}
+    wanted |= {
+        "generations_missing": 1,
+        "without_an_answer": 1,
+        "rows_without_generations": 2,
+        "rows_with_pass_rate": 6,
+        "rows_in_filtered_set": 2,
+    }
+    assert {name: report[name] for name in wanted} == wanted
+    assert {name: count for name, count in report["histogram"].items() if count} == {
+        "0": 1, "0.1 to 0.2": 1, "0.5 to 0.6": 1, "0.6 to 0.7": 1, "1": 2,
+    }  # fmt: skip
+    assert "checks given up: 1" in capsys.readouterr().out
+    # another range of the same folder checks nothing again
+    [details] = (tmp_path / "out" / "details" / "pass_rate").glob("*.parquet")
+    when = details.stat().st_mtime_ns
+    run(*argv, str(tmp_path / "out"), "--pass_rate_min", "0", "--pass_rate_max", "0.6")
+    assert [row["id"] for row in rows_of(tmp_path / "out", "filtered")] == [0, 8]
+    assert details.stat().st_mtime_ns == when
+    # what this wrote can be scored again; its old verdicts are replaced
+    run("--dataset", str(tmp_path / "out" / "filtered.parquet"), *argv[2:], str(tmp_path / "again"))
+    assert rows_of(tmp_path / "again") == rows_of(tmp_path / "out", "filtered")
+
+
+def test_killed_and_continued(shared, tmp_path):
+    rows = [json.loads(line) for line in (shared / "data" / "gsm8k_test.jsonl").read_text().splitlines()[:600]]
+    texts = [f"\\boxed{{{row['answer'].rpartition('####')[2].strip()}}}" for row in rows]
+    made = [
+        {"q": row["question"], "solution": row["answer"], "generation": texts[i - i % 2]} for i, row in enumerate(rows)
+    ]
+    argv = ["--dataset", write(tmp_path / "rows.jsonl", made), "--generations_column=generation", "--output_dir"]
+    [process] = launch.start("eval.pass_rate", [*argv, str(tmp_path / "killed")], tmp_path / "log.txt")
+    while not list(tmp_path.glob("killed/details/pass_rate/*.parquet")):
+        assert process.is_alive(), (tmp_path / "log.txt").read_text()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("killed/details/pass_rate/*.parquet")}
+    assert 1 <= len(done) < 3 and not (tmp_path / "killed" / "report.json").exists()
+    for name in ("killed", "whole"):
+        run(*argv, str(tmp_path / name))
+    for name in ("scored.parquet", "filtered.parquet", "report.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert all(file.stat().st_mtime_ns == when for file, when in done.items())
+    assert [row["pass_rate"] for row in rows_of(tmp_path / "whole")][::2] == [1.0] * 300
+    assert json.loads((tmp_path / "whole" / "report.json").read_text())["checks_given_up"] == 0
+
+
+@pytest.fixture
+def problems(tmp_path) -> list[dict]:
+    return [
+        {"problem": f"Ben has {10 + i} stones and finds {i} more.", "solution": "123456", "id": i} for i in range(12)
+    ]
+
+
+def sampling(model: str, data: str, output: Path, **options) -> list[str]:
+    options = {"engine": "torch", "max_new_tokens": 24, "num_generations": 4, "batch_size": 16} | options
+    return ["--model", model, "--dataset", data, "--output_dir", str(output), *launch.flags(**options)]
+
+
+def test_samples_of_a_model(tiny_model, problems, tmp_path, capfd):
+    """Golds are set to what the model says in some samples: the rates are those of its answers."""
+    run(*sampling(tiny_model, write(tmp_path / "rows.jsonl", problems), tmp_path / "first", max_new_tokens=100))
+    first = rows_of(tmp_path / "first")
+    assert [len(set(row["generation"])) > 1 for row in first] == [True] * 12 and {
+        row["pass_rate"] for row in first
+    } == {0}
+    assert rows_of(tmp_path / "first", "filtered") == []
+    assert load_rows(str(tmp_path / "first" / "scored.parquet")).column_names == [
+        "problem", "solution", "id", "generation", "correct", "pass_rate"
+    ]  # fmt: skip
+    # a batch is lost: the same command makes it again
+    expected = (tmp_path / "first" / "scored.parquet").read_bytes()
+    (tmp_path / "first" / "details" / "pass_rate" / "00004.parquet").unlink()
+    run(*sampling(tiny_model, str(tmp_path / "rows.jsonl"), tmp_path / "first", max_new_tokens=100))
+    assert (tmp_path / "first" / "scored.parquet").read_bytes() == expected
+    # and the same samples, checked as a column
+    again = ["--dataset", str(tmp_path / "first" / "scored.parquet"), "--generations_column", "generation"]
+    run(*again, "--output_dir", str(tmp_path / "again"))
+    keys = ("id", "generation", "correct", "pass_rate")
+    assert [[row[k] for k in keys] for row in rows_of(tmp_path / "again")] == [[row[k] for k in keys] for row in first]
+    for argv in (again, sampling(tiny_model, str(tmp_path / "rows.jsonl"), tmp_path)):
+        with pytest.raises(SystemExit) as stopped:  # a folder of the one is no folder of the other
+            run(*argv, "--output_dir", str(tmp_path / ("first" if argv is again else "again")))
+        assert stopped.value.code == 2 and "results of another kind" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_side_by_side(tiny_model, problems, tmp_path):
+    data = write(tmp_path / "rows.jsonl", problems)
+    run(*sampling(tiny_model, data, tmp_path / "one"))
+    run(*sampling(tiny_model, data, tmp_path / "two", data_parallel_size=2))
+    assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({}, "give either --model to sample answers, or --generations_column"),
+        ({"model": "m", "generations_column": "generation"}, "give either --model"),
+        ({"model": "m", "pass_rate_min": 0.9, "pass_rate_max": 0.1}, "must be below pass_rate_max (0.1)"),
+        ({"generations_column": "answers"}, "no column 'answers': it has problem, solution, id, generation."),
+        ({"generations_column": "id"}, "column 'id' of"),
+        ({"generations_column": "generation", "solution_column": "gold"}, "Choose one with --solution_column"),
+        ({"generations_column": "generation", "check_timeout": 3}, "check_timeout (10.0, now 3.0). Choose another"),
+        ({"model": "m", "prompt_column": "prompt"}, "no column 'prompt'"),
+        ({"model": "/no/such/folder", "engine": "torch"}, "no model folder at /no/such/folder"),
+        ({"model": "m", "temperature": 0}, "--num_samples 1"),
+        ({"model": "m", "tasks": "math_500"}, "unknown flag `--tasks=math_500`"),
+        ({"model": "m", "dataset": "/nowhere.jsonl"}, "no data file at /nowhere.jsonl"),
+    ],
+)
+def test_bad_input(options, says, problems, tmp_path, capfd):
+    data = write(tmp_path / "rows.jsonl", [row | {"generation": ["\\boxed{1}"]} for row in problems[:1]])
+    start = ["--dataset", data, "--output_dir", str(tmp_path / "out")]
+    if "check_timeout" in options:
+        run(*start, "--generations_column", "generation")
+    with pytest.raises(SystemExit) as stopped:
+        run(*start, *launch.flags(**options))
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stopped.value.code == 2 and len(errors) == 1 and says in errors[0], errors
+    assert (tmp_path / "out").exists() == ("check_timeout" in options)
