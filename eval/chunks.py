@@ -32,7 +32,7 @@ def load(
     name: str, config: str | None, split: str, columns: dict[str, tuple[str, re.Pattern]], limit: int | None = None
 ) -> Dataset:
     """The rows, once they are seen to have the columns that these flags name: {flag: (column, TEXT or TEXTS)}."""
-    rows = load_rows(name, config, split)
+    rows = load_rows(name, config, split, option="--dataset")
     for flag, (column, wanted) in columns.items():
         there = f"it has {', '.join(rows.column_names)}"
         require(column in rows.column_names, f"{name} has no column {column!r}: {there}. Choose one with --{flag}.")
