@@ -39,7 +39,7 @@ quickstart-control: setup
 # make evaluate MODEL=org/name TASK=math_500 [PARALLEL=data|tensor NUM_GPUS=8]
 NUM_GPUS ?= 1
 evaluate: setup
-	@test -n "$(MODEL)" -a -n "$(TASK)" || { echo "error: say make evaluate MODEL=org/name TASK=math_500"; exit 2; }
+	@test -n "$(MODEL)" -a -n "$(TASK)" -a -z "$(filter-out data tensor,$(PARALLEL))" || { echo "error: say make evaluate MODEL=org/name TASK=math_500 [PARALLEL=data|tensor NUM_GPUS=8]"; exit 2; }
 	$(BIN)/python -m eval.run --model '$(MODEL)' --tasks '$(TASK)' --output_dir 'data/evals/$(MODEL)' --fit_context \
 	  --system_prompt 'Please reason step by step, and put your final answer within \boxed{}.' \
 	  $(if $(filter tensor,$(PARALLEL)),--tensor_parallel_size $(NUM_GPUS) --data_parallel_size 1,$(if $(PARALLEL),--data_parallel_size $(NUM_GPUS)))

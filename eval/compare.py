@@ -12,19 +12,19 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from eval.report import mean_and_error, read_rows
+from eval.report import mean_and_error, read_rows, t_quantile
 from sft_core.guards import usage_errors
 
 SHOWN = 20  # flipped problems printed a task
 
 
-def scores_of(folder: Path) -> dict[str, dict[str, float]]:
-    """task -> problem -> mean score."""
+def scores_of(folder: Path) -> dict[str, dict[tuple[str, str], float]]:
+    """task -> (problem, right answer) -> mean score."""
     if not (folder / "results.json").exists():
         raise ValueError(f"there are no results in {folder}: name a folder that python -m eval.run has written to.")
-    found: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
-    for row in read_rows(sorted(folder.glob("details/*/*.parquet"))):
-        found[row["task"]][row["query"]].append(row["score"] or 0.0)
+    found: dict[str, dict[tuple[str, str], list]] = defaultdict(lambda: defaultdict(list))
+    for row in read_rows(sorted(folder.glob("details/*/*.parquet")), ["task", "query", "gold", "score"]):
+        found[row["task"]][row["query"], row["gold"]].append(row["score"] or 0.0)
     return {task: {q: sum(s) / len(s) for q, s in problems.items()} for task, problems in found.items()}
 
 
@@ -39,12 +39,14 @@ def compare(a: Path, b: Path) -> dict[str, dict]:
     for task in first.keys() & second.keys():
         common = [query for query in first[task] if query in second[task]]
         if common:
-            pairs = [(query, first[task][query], second[task][query]) for query in common]
+            pairs = [(query[0], first[task][query], second[task][query]) for query in common]
             mean, error = mean_and_error([after - before for _, before, after in pairs])
             flips = [pair for pair in pairs if (pair[1] > 0.5) != (pair[2] > 0.5)]
+            half = t_quantile(len(common) - 1) * error if error > 0 else None  # no spread tells nothing
             result[task] = {
-                "problems": len(common), "difference": mean, "stderr": error, "ci95_low": mean - 1.96 * error,
-                "ci95_high": mean + 1.96 * error, "flipped": flips,
+                "problems": len(common), "of": [len(first[task]), len(second[task])], "difference": mean,
+                "stderr": error, "ci95_low": None if half is None else mean - half,
+                "ci95_high": None if half is None else mean + half, "flipped": flips,
             }  # fmt: skip
     if not result:
         raise ValueError(f"{a} and {b} have no problem in common: compare runs of the same task.")
@@ -62,8 +64,11 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.json:
         return print(json.dumps(result, indent=1))
     for task, r in result.items():
-        low, high = 100 * r["ci95_low"], 100 * r["ci95_high"]
-        print(f"{task}: {100 * r['difference']:+.1f} points ({low:+.1f} to {high:+.1f}), {r['problems']} problems")
+        between = "no interval: all differ alike"
+        if r["ci95_low"] is not None:
+            between = f"{100 * r['ci95_low']:+.1f} to {100 * r['ci95_high']:+.1f}"
+        partly = "" if r["of"] == [r["problems"]] * 2 else f" in common, of {r['of'][0]} and {r['of'][1]}"
+        print(f"{task}: {100 * r['difference']:+.1f} points ({between}), {r['problems']} problems{partly}")
         for query, before, after in r["flipped"][:SHOWN]:
             sign = "solved" if after > before else "lost  "
             print(f"  {sign}  {before:.2f} -> {after:.2f}  {' '.join(query.split())[:80]}")

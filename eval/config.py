@@ -37,9 +37,14 @@ class EvalConfig:
     def __post_init__(self) -> None:
         for name in self.REQUIRED:
             require(getattr(self, name) != "", f"--{name} is required.")
-        for name in ("num_samples", "batch_size", "tensor_parallel_size", "max_new_tokens", "limit"):
+        sizes = ("batch_size", "tensor_parallel_size", "data_parallel_size")
+        for name in ("num_samples", "max_new_tokens", "limit", *sizes):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, got {value}.")
+        for name in ("check_timeout", "gpu_memory_utilization"):
+            require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}.")
+        dtypes = ("auto", "bfloat16", "float16", "float32")
+        require(self.dtype in dtypes, f"dtype must be one of {', '.join(dtypes)}, got {self.dtype!r}.")
         require(self.temperature >= 0, f"temperature must be at least 0, got {self.temperature}.")
         require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}.")
         greedy = self.temperature > 0 or self.num_samples == 1
@@ -106,6 +111,7 @@ NOT_IDENTITY = (
     "data_parallel_size",
     "shard",
     "base_url",
+    "check_timeout",
     "pass_rate_min",
     "pass_rate_max",
     "output_dataset_name",

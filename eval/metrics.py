@@ -173,7 +173,13 @@ class ExtractiveMatch:
         answer = self.extract(prediction, self.pred_extraction_target, len(doc.choices))
         return float(any(self._equal(gold, answer) for gold in golds)), answer
 
+    def reads(self, doc: Any) -> bool:
+        """Whether something is found in every right answer."""
+        return all(self.extract(gold, self.gold_extraction_target, len(doc.choices)) for gold in doc.get_golds())
+
     def _equal(self, gold: list, answer: list) -> bool:
+        if _differ_in_case(gold, answer):
+            return False
         if verify(gold, answer, float_rounding=self.precision, timeout_seconds=None):
             return True
         # Symbols that differ only in what sympy assumes of them, like the i of `3 + 4i` and `3+4\\,i`.
@@ -191,6 +197,14 @@ def _as_lighteval(value: Any) -> Any:
     if isinstance(value, And) and is_equation(value):
         return take_last_relation(value).rhs
     return value.doit() if value.has(UnevaluatedExpr) else value
+
+
+def _differ_in_case(gold: list, answer: list) -> bool:
+    """x is not X: latex2sympy has made all symbols small, so what was written is looked at, where symbols are in it."""
+    if not gold or not answer or not getattr(answer[0], "free_symbols", False):
+        return False
+    first, second = (re.sub(r"\\(?:text|mathrm|mbox)\b|[\s{}$\\]", "", str(side[-1])) for side in (gold, answer))
+    return first != second and first.lower() == second.lower()
 
 
 def _is_latex(target: Target) -> bool:
@@ -249,12 +263,21 @@ def without_thoughts(text: str) -> str:
         text = before + after
 
 
+def gold_is_read(item: tuple[Any, Any]) -> bool:
+    """Whether the metric finds something to compare with, of (metric, doc); True for one that does not tell."""
+    metric, doc = item
+    return metric.reads(doc) if hasattr(metric, "reads") else True
+
+
 def judge(item: tuple[Any, Any, str]) -> dict[str, Any]:
     """{"score": float, "extracted": str, "" for none} of (metric, doc, text); a metric needs `compute` alone."""
     metric, doc, text = item
     if not hasattr(metric, "reads_thoughts"):
         text = without_thoughts(text)
-    if not hasattr(metric, "judge"):
-        return {"score": float(metric.compute(doc, [text])), "extracted": None}
-    score, extracted = metric.judge(doc, text)
-    return {"score": score, "extracted": str(extracted[0]) if extracted else ""}
+    if hasattr(metric, "judge"):
+        score, extracted = metric.judge(doc, text)
+        return {"score": score, "extracted": str(extracted[0]) if extracted else ""}
+    score = float(metric.compute(doc, [text]))
+    if not 0 <= score <= 1:
+        raise ValueError(f"a score lies between 0 and 1, the metric gave {score}")
+    return {"score": score, "extracted": None}

@@ -28,6 +28,12 @@ _ELEMENTS = set(
     "math mrow mi mo mn mtext ms mfrac msqrt mroot msup msub msubsup mover munder munderover mtable mtr mtd mspace "
     "mstyle mpadded mphantom menclose".split()
 )
+_ATTRIBUTES = set(
+    "display displaystyle scriptlevel mathvariant mathsize mathcolor mathbackground stretchy fence separator form "
+    "accent accentunder largeop movablelimits symmetric lspace rspace minsize maxsize width height depth voffset "
+    "linethickness bevelled notation columnalign rowalign columnspacing rowspacing columnlines rowlines frame "
+    "framespacing".split()
+)
 ElementTree.register_namespace("", _NAMESPACE)
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -57,10 +63,9 @@ document.querySelector(`[data-show=${location.hash.slice(1) || 'all'}]`).click()
 """
 
 
-def page(title: str, results: dict[str, dict[str, float]], rows: list[dict[str, Any]]) -> str:
-    """The page of a run: its table and its samples."""
-    chosen = sorted(rows, key=lambda row: row["score"] == 1.0)[:LIMIT]
-    chosen.sort(key=lambda row: (row["task"], row["problem"], row["sample"]))
+def page(title: str, results: dict[str, dict[str, float]], rows: list[dict[str, Any]], total: int) -> str:
+    """The page of a run: its table, and these of its `total` samples."""
+    rows = sorted(rows, key=lambda row: (row["task"], row["problem"], row["sample"]))
     lines = {task: figures(result) for task, result in results.items()}
     head = "".join(f"<th>{name}</th>" for name in ("task", *next(iter(lines.values()))))
     body = "".join(
@@ -70,12 +75,12 @@ def page(title: str, results: dict[str, dict[str, float]], rows: list[dict[str, 
     buttons = "".join(
         f'<button data-show="{name}">{name}</button> ' for name in ("all", "right", "wrong", "cut", "unparsed")
     )
-    left_out = f" of {len(rows)}; the rest is in details/" if len(rows) > len(chosen) else ""
+    left_out = f" of {total}; the rest is in details/" if total > len(rows) else ""
     return (
         f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
         f"<h1>{html.escape(title)}</h1><table><tr>{head}</tr>{body}</table>"
         f'<nav>{buttons}<button id="written">as written</button> <span id="shown"></span>{left_out}</nav>'
-        f"{''.join(map(_article, chosen))}<script>{_SCRIPT}</script>"
+        f"{''.join(map(_article, rows))}<script>{_SCRIPT}</script>"
     )
 
 
@@ -119,7 +124,6 @@ def _mathml(tex: str, display: str) -> str | None:
     except Exception:  # it refuses much that TeX takes, with errors of many kinds
         return None
     for element in formula.iter():
-        unsafe = [name for name in element.attrib if name in ("href", "style") or name.startswith("on")]
-        if unsafe or element.tag.removeprefix(f"{{{_NAMESPACE}}}") not in _ELEMENTS:
+        if not _ATTRIBUTES.issuperset(element.attrib) or element.tag.removeprefix(f"{{{_NAMESPACE}}}") not in _ELEMENTS:
             return None
     return ElementTree.tostring(formula, encoding="unicode")

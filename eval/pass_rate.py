@@ -38,8 +38,9 @@ from tqdm import tqdm
 
 from eval.chunks import TEXT, TEXTS, check_push, chunks, claim, load, push, write_parquet
 from eval.config import PassRateConfig
+from eval.folder import Work, check, write_rows
 from eval.report import read_rows
-from eval.run import Work, check, run, write_rows
+from eval.run import run
 from eval.tasks import Doc, LightevalTaskConfig
 from eval.verify import AnswerMetric
 from eval.workers import WorkerPool
@@ -92,7 +93,7 @@ def make_task(config: PassRateConfig) -> LightevalTaskConfig:
 
     def ask(row: dict[str, Any], task_name: str | None = None) -> Doc:
         query = "" if config.generations_column else row[config.prompt_column] or ""
-        return Doc(query=query, choices=[row[config.solution_column] or ""], task_name=task_name)
+        return Doc(query=query, choices=[row[config.solution_column] or "no answer"], task_name=task_name)
 
     return LightevalTaskConfig(
         name=NAME, prompt_function=ask, hf_repo=config.dataset_name,

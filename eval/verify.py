@@ -172,5 +172,11 @@ class AnswerMetric:
 
     reads_thoughts = True  # itself, so that verdicts are the reward's
 
+    def compute(self, doc: Any, predictions: list[str]) -> float:
+        return max(self.judge(doc, text)[0] or 0.0 for text in predictions)
+
+    def reads(self, doc: Any) -> bool:
+        return gold_is_parseable(doc.get_golds()[0])
+
     def judge(self, doc: Any, prediction: str) -> tuple[float | None, list]:
         return check_answer(doc.get_golds()[0], prediction), parse_answer(prediction)

@@ -9,9 +9,9 @@ import subprocess
 import pytest
 
 from eval.compare import compare, main
+from eval.folder import write_rows
 from eval.page import page, with_math
 from eval.report import summarise
-from eval.run import write_rows
 
 
 def row(problem: int, score: float | None, said: str = "5", **other) -> dict:
@@ -34,9 +34,9 @@ def test_paired_difference(tmp_path, capsys):
     result = compare(a, b)["aime24"]
     assert (result["problems"], result["difference"], result["stderr"]) == (4, 0.25, 0.25)
     assert result["flipped"] == [("problem 1", 0.0, 1.0)]
-    assert compare(b, a)["aime24"]["difference"] == -0.25 and compare(a, a)["aime24"]["ci95_high"] == 0
+    assert compare(b, a)["aime24"]["difference"] == -0.25 and compare(a, a)["aime24"]["ci95_high"] is None
     main([str(a), str(b), "--json"])
-    assert json.loads(capsys.readouterr().out)["aime24"]["ci95_low"] == 0.25 - 1.96 * 0.25
+    assert json.loads(capsys.readouterr().out)["aime24"]["ci95_low"] == pytest.approx(0.25 - 3.182 * 0.25, rel=1e-2)
     with pytest.raises(SystemExit) as stopped:
         main([str(a), str(tmp_path)])
     assert stopped.value.code == 2 and "no results in" in capsys.readouterr().err
@@ -51,7 +51,7 @@ ROWS = [
 
 
 def test_page_shows_every_sample_and_runs_none_of_it():
-    text = page("a model", {"aime24": summarise(ROWS)}, ROWS)
+    text = page("a model", {"aime24": summarise(ROWS)}, ROWS, 4)
     classes = re.findall(r'<article class="([a-z ]+)">', text)
     assert classes == ["right", "wrong cut", "wrong unparsed", "wrong"]
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text and "&lt;b&gt;ten" in text
@@ -82,7 +82,7 @@ def test_in_a_browser(tmp_path):
     """Filters hide the others, a fraction is set over two lines, answers as written on demand, nothing is executed."""
     hostile = row(4, 0.0, r"$\text{<img src=x onerror=document.title='broken'>}$ and <img src=x onerror=alert(1)>")
     rows = [*ROWS, hostile]
-    text = page("a model", {"aime24": summarise(rows)}, rows)
+    text = page("a model", {"aime24": summarise(rows)}, rows, 5)
     probe = (
         "<script>const height = element => element.getBoundingClientRect().height;"
         "const fraction = document.querySelector('mfrac');"

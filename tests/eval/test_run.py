@@ -71,7 +71,7 @@ def test_scores_are_of_the_models_answers(tiny_model, data, tmp_path):
     result = content["results"]["aime24"]
     assert result["pass@1"] == len(right) / 20 and result["pass@1_ci95_low"] < result["pass@1"]
     assert result["mean_length"] == sum(row["length"] for row in rows) / 20
-    assert {"torch", "math-verify"} <= set(content["versions"]) and content["config"]["temperature"] == 0
+    assert {"torch", "math-verify"} <= set(content["versions"]) and content["config"]["aime24"]["temperature"] == 0
 
 
 def test_seeds_and_processes(tiny_model, data, tmp_path):
@@ -154,6 +154,84 @@ def test_bad_input(options, says, tiny_model, data, tmp_path, capfd):
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stopped.value.code == 2 and len(errors) == 1 and says in errors[0], errors
     assert not (tmp_path / "out").exists()
+
+
+TASK = """
+from eval.tasks import Doc, LightevalTaskConfig
+class Mine:
+    def compute(self, doc, predictions):
+        return {score}
+def ask(line, task_name=None):
+    return Doc(query=line['problem'], choices={choices})
+TASKS_TABLE = [LightevalTaskConfig({name!r}, ask, {data!r}, metric={metric}, stop_sequence=[])]
+"""
+
+
+def custom_task(path: Path, data: Path, **changes) -> dict:
+    """Write a file with one task; returns options to run it with."""
+    form = {"score": "0.25", "choices": "[line['answer']]", "name": "mine", "metric": "[Mine()]", "data": str(data)}
+    path.write_text(TASK.format(**(form | changes)))
+    return {"tasks": (form | changes)["name"], "custom_tasks": path, "limit": 6, "num_samples": 1, "batch_size": 3}
+
+
+def test_another_metric_judges_the_answers_again(tiny_model, data, tmp_path):
+    """And a damaged file is sampled again, with the same answers as before."""
+    folder, scores, completions = tmp_path / "out", [], []
+    for number, score in enumerate(("0.25", "float(len(predictions[0]) % 2)", "[][0]")):
+        options = custom_task(tmp_path / f"task{number}.py", data, score=score)
+        code, log = launch.run("eval.run", arguments(tiny_model, data, folder, **options), tmp_path / f"log{number}")
+        rows = [
+            r for f in sorted((folder / "details" / "mine").glob("*.parquet")) for r in pq.read_table(f).to_pylist()
+        ]
+        scores.append([row["score"] for row in rows])
+        completions.append([row["completion"] for row in rows])
+        assert (code, "checked again" in log) == ((0, False), (0, True), (1, True))[number], log
+    assert scores == [[0.25] * 6, [float(len(text) % 2) for text in completions[0]], [None] * 6]
+    assert "6 checks were given up: exception: IndexError" in log and "no answer could be checked" in log
+    assert completions[0] == completions[1] == completions[2]
+
+    file = folder / "details" / "mine" / "00003.parquet"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    (folder / "details" / "mine" / "00000.parquet").write_bytes(whole)  # in another's place
+    code, log = launch.run("eval.run", arguments(tiny_model, data, folder, **options), tmp_path / "log")
+    assert log.count("is damaged") == 2 and file.read_bytes() == whole
+    (folder / "details" / "mine" / "settings.json").unlink()
+    code, log = launch.run("eval.run", arguments(tiny_model, data, folder, **options), tmp_path / "log2")
+    assert code == 2 and "cannot be read" in log and "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"metric": "[]"}, "a list whose first entry has compute"),
+        ({"metric": "[type('M', (), {'compute': lambda *_: 1.0})()]"}, "must pickle"),
+        ({"name": "../out"}, "a name is of letters"),
+        ({"choices": "[]"}, "can make no question of row 0"),
+        ({"choices": "[None]"}, "has no problem or no right answer"),
+        ({"choices": "line['answer'] +"}, "SyntaxError"),
+    ],
+)
+def test_bad_custom_tasks(changes, says, tiny_model, data, tmp_path, capfd):
+    name = f"bad_{abs(hash(says)) % 10**9}"
+    options = custom_task(tmp_path / f"{name}.py", data, **changes)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments(tiny_model, data, tmp_path / "out", **options))
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stopped.value.code == 2 and len(errors) == 1 and says in errors[0], errors
+
+
+def test_right_answers_that_the_metric_cannot_read(tiny_model, tmp_path):
+    rows = [{"problem": f"What is {i}?", "answer": answer} for i, answer in enumerate(["7", "seven", "9", "a fox"])]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"num_samples": 1, "max_new_tokens": 4}
+    code, log = launch.run("eval.run", arguments(tiny_model, data, tmp_path / "a", **options), tmp_path / "log")
+    assert code == 0 and "2 of 4 right answers (the first of problem 1) hold nothing" in log
+    for bad, says in (("a fox", "4 of 4 right answers"), (None, "row 0 of")):
+        data.write_text("".join(json.dumps(row | {"answer": bad}) + "\n" for row in rows))
+        code, log = launch.run("eval.run", arguments(tiny_model, data, tmp_path / "b", **options), tmp_path / f"{bad}")
+        assert code == 2 and says in log and "Traceback" not in log, log
 
 
 def test_short_context_and_custom_tasks(tiny_model, data, tmp_path):
