@@ -31,7 +31,7 @@ import aiohttp
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
 PROBE_TIMEOUT = 5.0
-STREAK = 5  # so many failures in a row, without an answer between them, and a server rests whatever they are
+STREAK = 5  # after so many failures in a row, whatever they are, a server rests if there are others
 
 
 class ServerError(RuntimeError):
@@ -133,7 +133,7 @@ class Client:
                 return outcome
             self.retried += 1
             server.failures, server.trouble = server.failures + 1, outcome.what
-            if server.failures >= STREAK or not outcome.costs:
+            if not outcome.costs or (server.failures >= STREAK and len(self.servers) > 1):
                 server.rest()
             costs, now = outcome.costs, time.monotonic()
             since = since or now
