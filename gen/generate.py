@@ -123,7 +123,7 @@ class Run:
         elif self.config.executor == "ray":
             from gen.on_ray import ask_on_ray
 
-            ask_on_ray(self.store, self.progress)
+            ask_on_ray(self.store, self.progress, stop)
         else:
             asyncio.run(ask_servers(self.store, self.indices, self.config.at_once, self.progress, stop))
 

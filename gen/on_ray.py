@@ -40,18 +40,23 @@ class Worker:
         return {name: [value] for name, value in ({"prompts": progress.prompts, "trouble": trouble} | counts).items()}
 
 
-def ask_on_ray(store: Store, progress: Any) -> None:
-    """Have `client_replicas` workers answer what is missing. Raises ServerError if no server is left."""
+def ask_on_ray(store: Store, progress: Any, stop: Any) -> None:
+    """Have `client_replicas` workers answer what is missing; once `stop.requested` they are dropped, not drained.
+
+    Raises ServerError if no server is left.
+    """
     import ray.data
 
     replicas = store.config.client_replicas
     together = max(1, min(16, store.num_batches // (4 * replicas)))  # enough for a worker to have no slow tail
     blocks = -(-store.num_batches // together)
     done = ray.data.range(store.num_batches, override_num_blocks=blocks).map_batches(
-        Worker, batch_size=together, concurrency=replicas,
+        Worker, batch_size=together, concurrency=replicas, num_cpus=0.01,  # it waits; on few cores Ray would, for it
         fn_constructor_args=(store.config, str(store.folder.absolute()), store.digest),
     )  # fmt: skip
     for row in done.iter_rows():
         progress.add(row["prompts"], row["generations"], row["tokens"], row["failed"])
         if row["trouble"]:
             raise ServerError(row["trouble"])
+        if stop.requested:
+            break
