@@ -17,7 +17,6 @@ Left out on purpose: few-shot prompts, log-likelihood tasks, judges.
 import importlib.metadata
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -46,6 +45,7 @@ from eval.server import Server, ServerError
 from eval.tasks import Doc, LightevalTaskConfig, check_task, find_tasks, load_custom_tasks
 from eval.workers import WorkerPool
 from gen.engine import Completion, Engine, check_engine_available, make_engine
+from gen.shards import start_shards
 from sft_core import guards
 from sft_core.chat import render_prompt, set_up
 from sft_core.cli import parse
@@ -92,7 +92,7 @@ def run(
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from None
     elif missing:
-        start_shards(config, argv, copies, module)
+        start_shards(module, argv, copies, config.tensor_parallel_size)
     return works
 
 
@@ -174,21 +174,6 @@ def make_prompt(tokenizer: PreTrainedTokenizerBase | None, query: str, system_pr
 
 
 # -------------------------------------------------------------------------------------------------------- sampling
-
-
-def start_shards(config: EvalConfig, argv: list[str], copies: int, module: str) -> None:
-    """Run `copies` of this command side by side, each on its GPUs and its share of the batches."""
-    width, visible = config.tensor_parallel_size, os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(width)] if width > 1 else []
-    children = []
-    for i in range(copies):
-        env = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * width : (i + 1) * width])} if gpus else os.environ
-        command = [sys.executable, *launcher, "-m", module, *argv, f"--shard={i}/{copies}"]
-        children.append(subprocess.Popen(command, env=env))
-    codes = [child.wait() for child in children]
-    if any(codes):
-        raise RuntimeError(f"{sum(map(bool, codes))} of {copies} processes failed; the same command goes on from here.")
 
 
 def generate(

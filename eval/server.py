@@ -1,20 +1,17 @@
-"""Answers from any OpenAI-compatible server: conversations in, texts out, many at once, with retries.
+"""Answers from OpenAI-compatible servers for an evaluation: conversations in, texts out, many at once, with retries.
 
-A sample is a request of its own with a seed of its own (`seeds[p] + i`, as the engines have it), since not every
-server takes n > 1. The key is OPENAI_API_KEY where a server wants one.
-
-Left out on purpose: streaming, log-probs, servers that speak another protocol.
+A thin synchronous face of `gen/client.py`, which says how failures are told apart. An evaluation needs every answer, so
+a request that fails five times ends it; a score over the rest would not be one.
 """
 
-import os
-import time
-from concurrent.futures import ThreadPoolExecutor
+import asyncio
 from typing import Any
 
-import httpx
+from gen.client import Answer, Client, RequestError
+from gen.client import ServerError as Unusable
 
-TRIES, FIRST_WAIT = 5, 0.5  # the wait in seconds doubles from try to try
-TIMEOUT = httpx.Timeout(10.0, read=3600.0)  # a long answer takes long
+TRIES = 5
+TIMEOUT, PATIENCE = 3600.0, 10.0  # seconds: a long answer takes long, a server that is not there does not come soon
 AT_ONCE = 256
 
 
@@ -23,51 +20,44 @@ class ServerError(RuntimeError):
 
 
 class Server:
-    """An OpenAI-compatible server at `base_url` (".../v1") that knows `model` by that name."""
+    """OpenAI-compatible servers at `base_url` (".../v1"; several with commas between) that know `model`."""
 
     def __init__(self, base_url: str, model: str) -> None:
-        self.url, self.model = f"{base_url.rstrip('/')}/chat/completions", model
-        limits = httpx.Limits(max_connections=AT_ONCE)
-        key = os.environ.get("OPENAI_API_KEY", "none")
-        self.client = httpx.Client(timeout=TIMEOUT, limits=limits, headers={"Authorization": f"Bearer {key}"})
+        self.urls, self.model = base_url.split(","), model
 
     def sample(
         self, conversations: list[list[dict[str, str]]], *, n: int, seeds: list[int], **options: Any
     ) -> list[list[tuple[str, int, str]]]:
         """`n` answers to each conversation: (text, tokens, finish reason). `options` go into the request as they are.
 
-        Raises ServerError when one cannot be had.
+        Sample i of conversation p has the seed `seeds[p] + i`. Raises ServerError when one cannot be had.
         """
         asked = [
             {"model": self.model, "messages": messages, "seed": seed + i, **options}
             for messages, seed in zip(conversations, seeds, strict=True)
             for i in range(n)
         ]
-        pool = ThreadPoolExecutor(AT_ONCE)
         try:
-            answers = list(pool.map(self._post, asked))
-        finally:
-            pool.shutdown(cancel_futures=True)  # after a failure nobody waits for the rest of the queue
-        return [answers[i : i + n] for i in range(0, len(answers), n)]
+            answers = asyncio.run(self._ask(asked))
+        except (RequestError, Unusable) as error:
+            raise ServerError(
+                f"{error}. See to the server (--base_url) or change what is asked (see --help); the same command goes "
+                "on with what is missing."
+            ) from error
+        triples = [(answer.text, answer.tokens, answer.finish_reason) for answer in answers]
+        return [triples[i : i + n] for i in range(0, len(triples), n)]
 
-    def _post(self, request: dict[str, Any]) -> tuple[str, int, str]:
-        for attempt in range(TRIES):
-            if attempt:
-                time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
+    async def _ask(self, asked: list[dict[str, Any]]) -> list[Answer]:
+        free = asyncio.Semaphore(AT_ONCE)
+
+        async def ask(request: dict[str, Any]) -> Answer:
+            async with free:
+                return await client.ask(request)
+
+        async with Client(self.urls, timeout=TIMEOUT, retries=TRIES - 1, patience=PATIENCE) as client:
+            tasks = [asyncio.ensure_future(ask(request)) for request in asked]
             try:
-                reply = self.client.post(self.url, json=request)
-            except httpx.TransportError as error:
-                trouble = f"cannot be reached ({error})"
-                continue
-            if reply.status_code == 200:
-                body = reply.json()
-                choice = body["choices"][0]
-                length = body["usage"]["completion_tokens"]
-                return choice["message"]["content"] or "", length, choice["finish_reason"]
-            trouble = f"answers {reply.status_code}: {' '.join(reply.text.split())[:300]}"
-            if reply.status_code < 500 and reply.status_code not in (408, 429):
-                raise ServerError(f"{self.url} {trouble}. Change what is asked (see --help); what is done is kept.")
-        raise ServerError(
-            f"{self.url} {trouble}, also at the {TRIES}th try. See to the server (--base_url); the same command "
-            "goes on with what is missing."
-        )
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:  # after a failure nobody waits for the rest
+                    task.cancel()

@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from eval.config import EvalConfig
+from eval.config import DecontaminateConfig, EvalConfig, PassRateConfig
+from gen.config import GenerateConfig
 from gen.engine import ENGINES
 from grpo_core.loss import LOSS_TYPES, check_options
 from sft_core.config import (
@@ -170,6 +171,9 @@ def option_tables() -> str:
         ("GRPO only: data and rewards", option_table(GRPOScriptArguments, ScriptArguments)),
         ("GRPO only: sampling, objective, engine", option_table(GRPOConfig, TrainingConfig)),
         ("Evaluation (eval.run)", option_table(EvalConfig)),
+        ("Generation (gen.generate)", option_table(GenerateConfig)),
+        ("Data tools: eval.pass_rate, with eval.run's but tasks", option_table(PassRateConfig, EvalConfig)),
+        ("Data tools: eval.decontaminate", option_table(DecontaminateConfig)),
     ]
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in tables)
 

@@ -53,7 +53,7 @@ def option_table(config_type: type, base: type | None = None) -> str:
     """README's table of a configuration: a row an option, without those that `base` has in the same form."""
     inherited = {f.name: (f.default, f.metadata["help"]) for f in dataclasses.fields(base)} if base else {}
     rows = ["| option | default | meaning |", "|---|---|---|"]
-    for f in dataclasses.fields(config_type):
+    for f in (f for f in dataclasses.fields(config_type) if f.init):
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         if inherited.get(f.name) == (f.default, f.metadata["help"]):
             continue

@@ -28,7 +28,6 @@ import torch.distributed as dist
 T = TypeVar("T")
 GIB = 2**30
 _as_torchrun: dict[str, str] = {}  # environment variables that a single process has set for itself
-_locks: list[int] = []  # open descriptors: a lock lives as long as its process
 
 
 # --- processes ---------------------------------------------------------------------------------------------------
@@ -146,8 +145,8 @@ def usage_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def lock_output_dir(output_dir: str | Path, wait_s: float = 10.0) -> None:
-    """Hold `output_dir`/.lock for the life of this process; call on the first rank only.
+def lock_output_dir(output_dir: str | Path, wait_s: float = 10.0) -> int:
+    """Hold `output_dir`/.lock for the life of this process, or until what this returns is closed; first rank only.
 
     Waits `wait_s` seconds for a dying predecessor, then raises ValueError naming the process that holds it. The kernel
     lets go when the process ends, however it ends: there is no stale lock to remove.
@@ -173,7 +172,7 @@ def lock_output_dir(output_dir: str | Path, wait_s: float = 10.0) -> None:
             time.sleep(0.1)
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    _locks.append(lock)
+    return lock
 
 
 # --- stopping ----------------------------------------------------------------------------------------------------
@@ -186,8 +185,9 @@ class StopSignal:
     its own. Ranks are signalled at different moments: reduce the flag over all ranks before acting on it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, says: str = "stopping after this step (checkpoint first)") -> None:
         self.requested = False
+        self._says = says
         self._interrupts = 0
         signal.signal(signal.SIGTERM, self._handle)
         signal.signal(signal.SIGINT, self._handle)
@@ -202,7 +202,7 @@ class StopSignal:
         if self._interrupts > 1:
             raise KeyboardInterrupt
         if not self.requested:
-            os.write(2, b"stopping after this step (checkpoint first); Ctrl-C again stops at once\n")
+            os.write(2, f"{self._says}; Ctrl-C again stops at once\n".encode())
         self.requested = True
 
 

@@ -10,9 +10,12 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from sft_core import guards
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["grpo_core.train", "sft_core.train", "peft"])
@@ -69,6 +72,24 @@ def _rank(
     if fault is not None:
         fault()
     importlib.import_module(module).main(argv)
+
+
+@contextmanager
+def locks_released() -> Iterator[None]:
+    """Let go, at the end, of the folders that a `main` has locked for the life of its process, which goes on here."""
+    lock, held = guards.lock_output_dir, []
+
+    def locked(*args: Any, **options: Any) -> int:
+        held.append(lock(*args, **options))
+        return held[-1]
+
+    guards.lock_output_dir = locked
+    try:
+        yield
+    finally:
+        guards.lock_output_dir = lock
+        for descriptor in held:
+            os.close(descriptor)
 
 
 def flags(**options: Any) -> list[str]:

@@ -1,7 +1,6 @@
 """Copies of evaluation problems among other rows: found in other notation, reported, left out; kills and bad input."""
 
 import json
-import os
 import re
 import time
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 
 from eval.decontaminate import Index, main, runs, words
 from eval.tasks import GPQA_QUERY
-from sft_core import guards
 from sft_core.data import load_rows
 from tests import launch
 from tests.hub_server import HubServer
@@ -99,11 +97,8 @@ def arguments(shared: Path, data: Path, output: Path, *more: str) -> list[str]:
 
 
 def run(argv: list[str]) -> None:
-    try:
+    with launch.locks_released():
         main(argv)
-    finally:
-        while guards._locks:  # held for the life of a process, which this is not the end of
-            os.close(guards._locks.pop())
 
 
 def matches(output: Path) -> list[dict]:

@@ -1,7 +1,6 @@
 """Pass rates from a model's samples and from generations that are there: verdicts, files, kills, bad input."""
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from eval.pass_rate import main
-from sft_core import guards
 from sft_core.data import load_rows
 from tests import launch
 
@@ -17,11 +15,8 @@ HANGS = "\\boxed{" + "9^{" * 6 + "9" + "}" * 6 + "}"
 
 
 def run(*argv: str) -> None:
-    try:
+    with launch.locks_released():
         main([*argv])
-    finally:
-        while guards._locks:  # held for the life of a process, which this is not the end of
-            os.close(guards._locks.pop())
 
 
 def write(path: Path, rows: list[dict]) -> str:

@@ -2,14 +2,10 @@
 
 import importlib.util
 import json
-import os
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,41 +13,18 @@ import pytest
 import torch
 
 from tests import launch
+from tests.fake_openai import FakeServer
+from tests.servers import vllm_serve
 
 ROOT = Path(__file__).parents[2]
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Says the number in the question, except where the server's `refuse(requests so far)` gives a status."""
-
-    def do_POST(self) -> None:
-        server, request = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.requests.append((self.path, request))
-            status = server.refuse(len(server.requests))
-        number = request["messages"][-1]["content"].split()[-1].rstrip("?")
-        choice = {"message": {"content": f"The answer is {number}."}, "finish_reason": "stop"}
-        reply = (
-            {"choices": [choice], "usage": {"completion_tokens": 7}} if status == 200 else {"error": "no such model"}
-        )
-        body = json.dumps(reply).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
 def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.lock, server.refuse = [], threading.Lock(), lambda count: 200
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    """Says the number in the question."""
+    with FakeServer() as server:
+        server.say = lambda request: f"The answer is {request['messages'][-1]['content'].split()[-1].rstrip('?')}."
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -68,38 +41,34 @@ def evaluate(url: str, data: Path, output: Path, log: Path, **options) -> tuple[
     return launch.run("eval.run", [f"--{name}={value}" for name, value in options.items()], log)
 
 
-def address(server) -> str:
-    return f"http://127.0.0.1:{server.server_address[1]}/v1/"
-
-
 def test_answers_come_from_the_server_in_spite_of_some_errors(server, data, tmp_path):
-    server.refuse = lambda count: 503 if count % 3 == 1 else 429 if count % 10 == 0 else 200
+    server.behave = lambda count, _: 503 if count % 3 == 1 else 429 if count % 10 == 0 else "ok"
     code, log = evaluate(
-        address(server), data, tmp_path / "out", tmp_path / "log", system_prompt="Think.", max_new_tokens=50
+        server.url + "/", data, tmp_path / "out", tmp_path / "log", system_prompt="Think.", max_new_tokens=50
     )
     assert code == 0, log
     result = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["aime24"]
     assert result["pass@1"] == 9 / 12 and result["mean_length"] == 7 and result["samples"] == 24
-    path, request = server.requests[0]
-    assert path == "/v1/chat/completions" and request["messages"][0] == {"role": "system", "content": "Think."}
+    request = server.requests[0]
+    assert request["messages"][0] == {"role": "system", "content": "Think."}
     assert (request["model"], request["max_tokens"], request["temperature"], request["top_p"]) == (
         "served",
         50,
         0.6,
         0.95,
     )
-    assert len({request["seed"] for _, request in server.requests}) == 24
+    assert len({request["seed"] for request in server.requests}) == 24
 
 
 def test_what_is_done_is_kept_when_the_server_fails(server, data, tmp_path):
-    server.refuse = lambda count: 200 if count <= 8 else 500
-    code, log = evaluate(address(server), data, tmp_path / "out", tmp_path / "log")
+    server.behave = lambda count, _: "ok" if count <= 8 else 500
+    code, log = evaluate(server.url, data, tmp_path / "out", tmp_path / "log")
     errors = [line for line in log.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(errors) == 1 and "answers 500" in errors[0] and "Traceback" not in log, log
     assert len(list(tmp_path.glob("out/details/aime24/*.parquet"))) == 1
-    server.refuse, before = lambda count: 200, len(server.requests)
-    assert evaluate(address(server), data, tmp_path / "out", tmp_path / "log")[0] == 0
-    again = Counter(request["messages"][0]["content"] for _, request in server.requests[before:])
+    server.behave, before = lambda count, _: "ok", len(server.requests)
+    assert evaluate(server.url, data, tmp_path / "out", tmp_path / "log")[0] == 0
+    again = Counter(request["messages"][0]["content"] for request in server.requests[before:])
     assert sum(again.values()) == 16 and len(again) == 8  # the first batch is not asked for again
 
 
@@ -108,8 +77,8 @@ def test_a_server_that_is_down_or_does_not_know_the_model(server, data, tmp_path
         free.bind(("127.0.0.1", 0))
         code, log = evaluate(f"http://127.0.0.1:{free.getsockname()[1]}/v1", data, tmp_path / "out", tmp_path / "log")
     assert code == 1 and "cannot be reached" in log and "--base_url" in log and "Traceback" not in log
-    server.refuse = lambda count: 404
-    code, log = evaluate(address(server), data, tmp_path / "out", tmp_path / "log", batch_size=2)
+    server.behave = lambda count, _: 404
+    code, log = evaluate(server.url, data, tmp_path / "out", tmp_path / "log", batch_size=2)
     assert code == 1 and "no such model" in log and len(server.requests) == 2  # no retries
 
 
@@ -118,24 +87,10 @@ def test_a_server_that_is_down_or_does_not_know_the_model(server, data, tmp_path
     importlib.util.find_spec("vllm") is None or torch.cuda.is_available(), reason="needs vLLM's CPU build"
 )
 def test_vllm_serve_says_what_vllm_in_process_says(tiny_model, data, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", tiny_model, "--port", str(port)]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--host", "127.0.0.1"]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    with open(tmp_path / "server", "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=tmp_path)
-    try:
-        while b"startup complete" not in (tmp_path / "server").read_bytes():
-            assert process.poll() is None, (tmp_path / "server").read_text()[-3000:]
-            time.sleep(0.5)
-        options = {"model": tiny_model, "temperature": 0, "num_samples": 1, "max_new_tokens": 40, "dtype": "float32"}
-        code, log = evaluate(f"http://127.0.0.1:{port}/v1", data, tmp_path / "http", tmp_path / "log", **options)
+    options = {"model": tiny_model, "temperature": 0, "num_samples": 1, "max_new_tokens": 40, "dtype": "float32"}
+    with vllm_serve(tiny_model, tmp_path, max_model_len=128) as url:
+        code, log = evaluate(url, data, tmp_path / "http", tmp_path / "log", **options)
         assert code == 0, log
-    finally:
-        process.terminate()
-        process.wait()
     command = [sys.executable, "-m", "eval.run", "--tasks=aime24", f"--dataset=aime24={data}", "--batch_size=8"]
     command += [f"--output_dir={tmp_path / 'here'}", *(f"--{name}={value}" for name, value in options.items())]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)

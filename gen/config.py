@@ -1,0 +1,112 @@
+"""What `gen.generate` can be told: open-r1's flags and defaults, and a few of ours, in one flat frozen dataclass."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from sft_core.config import option, require
+
+# What a generation depends on, besides the rows and the model's weights: may not differ when a run is continued.
+IDENTITY = (
+    "model",
+    "prompt_column",
+    "prompt_template",
+    "system_prompt",
+    "temperature",
+    "top_p",
+    "max_new_tokens",
+    "num_generations",
+    "input_batch_size",
+    "seed",
+    "engine",
+)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    hf_dataset: str = option("", "Prompts: a Hub id, a .json/.jsonl/.parquet file, or a saved data set.")
+    model: str = option("", "Model by the name that the server knows; in process a Hub id or a folder.")
+    hf_dataset_config: str | None = option(None, "Configuration (subset) of a Hub data set.")
+    hf_dataset_split: str = option("train", "Split of the data set.")
+    prompt_column: str = option("prompt", "Column that the template knows as `instruction`.")
+    prompt_template: str = option("{{ instruction }}", "Jinja; knows the other columns by their names.")
+    system_prompt: str | None = option(None, "System message before each prompt.")
+    vllm_server_url: list[str] = option(
+        ["http://localhost:8000/v1"], "OpenAI-compatible servers: repeat the flag, or put commas between."
+    )
+    temperature: float | None = option(None, "Sampling temperature; default: the server's (in process 1).")
+    top_p: float | None = option(None, "Nucleus sampling; default: the server's (in process 1).")
+    max_new_tokens: int = option(8192, "Longest generation in tokens.")
+    num_generations: int = option(1, "Generations to each prompt.")
+    seed: int | None = option(
+        None, "Sample i of prompt p gets seed * 1000003 + p * num_generations + i; default: none."
+    )
+    limit: int | None = option(None, "Only the first so many rows.")
+    output_dir: str | None = option(
+        None, "Folder for what is generated; the same command goes on there. Default: data/generated/ and a hash."
+    )
+    hf_output_dataset: str | None = option(None, "Hub data set to push to at the end.")
+    private: bool = option(False, "Make it private where it is new.")
+    input_batch_size: int = option(64, "Prompts to a file.")
+    client_replicas: int = option(1, "Multiplies the requests in flight; with --executor ray, its workers.")
+    max_concurrent: int | None = option(
+        None, "Requests in flight, all servers together; default: client_replicas x input_batch_size x num_generations."
+    )
+    timeout: float = option(600, "Seconds that one request may take, and that no server may be usable.")
+    retries: int = option(0, "Times a request is sent again that failed while its server is well.")
+    engine: Literal["server", "vllm", "torch"] = option(
+        "server", "What samples: a server, or in this process (one a GPU) vLLM or plain torch."
+    )
+    executor: Literal["local", "ray"] = option("local", "What asks the servers: this process, or workers of Ray Data.")
+    shard: str | None = option(None, "For internal use: the part i/n of the batches that this process does.")
+
+    def __post_init__(self) -> None:
+        require(self.hf_dataset != "", "--hf-dataset is missing: give a Hub id or a data file.")
+        require(self.model != "", "--model is missing: give the name that the server knows.")
+        for name in ("max_new_tokens", "num_generations", "input_batch_size", "client_replicas", "max_concurrent",
+                     "limit"):  # fmt: skip
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{_flag(name)} must be at least 1, got {value}.")
+        require(self.retries >= 0, f"--retries must be at least 0, got {self.retries}.")
+        require(self.timeout > 0, f"--timeout must be above 0, got {self.timeout}.")
+        require(self.temperature is None or self.temperature >= 0,
+                f"--temperature must be at least 0, got {self.temperature}.")  # fmt: skip
+        require(self.top_p is None or 0 < self.top_p <= 1,
+                f"--top-p must be above 0 and at most 1, got {self.top_p}.")  # fmt: skip
+        require(self.temperature != 0 or self.num_generations == 1,
+                "temperature 0 gives the same text every time: use --num-generations 1 or a temperature above 0.",
+                )  # fmt: skip
+        require(self.executor == "local" or self.engine == "server",
+                "--executor ray asks servers: start them (vllm serve), or use --executor local, which has an engine "
+                "on every GPU of this machine.")  # fmt: skip
+        for url in self.urls:
+            require(re.match(r"https?://[^/]", url) is not None,
+                    f"--vllm-server-url {url!r} is no address: write it as http://host:8000/v1.")  # fmt: skip
+
+    @property
+    def urls(self) -> list[str]:
+        return [url.strip() for text in self.vllm_server_url for url in text.split(",") if url.strip()]
+
+    @property
+    def at_once(self) -> int:
+        return self.max_concurrent or self.client_replicas * self.input_batch_size * self.num_generations
+
+
+def join_urls(argv: list[str]) -> list[str]:
+    """The command line with what stands behind every --vllm-server-url behind the last one, for argparse keeps that."""
+    urls, rest, taking = [], [], False
+    for text in argv:
+        name, _, value = text.partition("=")
+        if name.replace("_", "-") == "--vllm-server-url":
+            taking = not value
+            urls += [value] if value else []
+        elif taking and not text.startswith("--"):
+            urls.append(text)
+        else:
+            taking = False
+            rest.append(text)
+    return [*rest, "--vllm-server-url", *urls] if urls else rest
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

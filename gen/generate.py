@@ -1,0 +1,345 @@
+"""Synthetic data: n generations to each prompt of a data set, without losing or repeating one.
+
+    vllm serve M &
+    python -m gen.generate --hf-dataset D --prompt-column problem --model M --temperature 0.6 --num-generations 4 \\
+        --output-dir runs/gen [--vllm-server-url http://a:8000/v1,http://b:8000/v1 --field value ...]
+
+The flags are those of open-r1's generate.py, the columns those of distilabel (`gen/store.py`), and
+`build_distilabel_pipeline` stands in for open-r1's. The same command again goes on with what is missing, however the
+run ended. A server's failures are the business of `gen/client.py`; `--engine vllm` needs none
+(`gen/inprocess.py`), `--executor ray` asks from the workers of a Ray cluster (`gen/on_ray.py`).
+
+Requests are kept in flight by `max_concurrent` workers that draw from one line of samples, batch after batch. So a
+batch's slow tail idles nobody, and no more batches are open than there are requests in flight.
+
+Left out on purpose: pipelines of several steps, structured output, tools. Starting the servers is yours (README).
+"""
+
+import asyncio
+import errno
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict
+from tqdm import tqdm
+
+from gen.client import Client, RequestError, ServerError, Stopped
+from gen.config import GenerateConfig, join_urls
+from gen.inprocess import Sampler, sample_seed, weights
+from gen.shards import start_shards
+from gen.store import Batch, Store
+from sft_core import guards
+from sft_core.cli import parse
+from sft_core.config import require
+from sft_core.data import load_rows
+
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Generate as told by `argv` (default: the command line).
+
+    Exit code 2 for bad input, 1 for a failure, 130 when stopped by Ctrl-C or SIGTERM. Failed prompts are no failure,
+    unless there is nothing else.
+    """
+    argv = join_urls(sys.argv[1:] if argv is None else argv)
+    with guards.usage_errors():
+        (config,) = parse((GenerateConfig,), argv)
+        if config.shard:
+            guards.die_with_parent()
+        run = Run(config, open_rows(config), shown=config.shard in (None, "0/1"))
+    stop = guards.StopSignal("stopping when what is in flight is answered")
+    try:
+        run.work(stop, argv)
+        if config.shard:
+            raise SystemExit(130 if stop.requested else 0)
+        figures = run.finish()
+        if config.hf_output_dataset and not stop.requested:
+            run.result().push_to_hub(config.hf_output_dataset, private=config.private)
+    except ServerError as error:
+        figures = run.finish()
+        print(f"error: {error}. What is done is kept; the same command goes on from there.", file=sys.stderr)
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = f"{run.store.folder} ({error.strerror or error})"
+        print(f"error: cannot write to {where}: make room; the same command goes on from there.", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last whole file.", file=sys.stderr)
+        raise SystemExit(130) from None
+    if stop.requested:
+        raise SystemExit(130)
+    raise SystemExit(0 if figures["generations"] else 1)
+
+
+def open_rows(config: GenerateConfig) -> Dataset:
+    try:
+        return load_rows(config.hf_dataset, config.hf_dataset_config, config.hf_dataset_split)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--dataset_name", "--hf-dataset")) from error
+
+
+class Run:
+    """A run, made ready: all that can be refused was refused, and the folder is this run's."""
+
+    def __init__(self, config: GenerateConfig, rows: Dataset, shown: bool = True) -> None:
+        self.config, self.store = config, Store(config, rows, weights(config))
+        self.sampler = None if config.engine == "server" else Sampler(config)
+        first, step = map(int, (config.shard or "0/1").split("/"))
+        self.indices = range(first, self.store.num_batches, step)
+        require(config.executor == "local" or find_spec("ray") is not None,
+                "--executor ray needs Ray: run pip install 'grpo_core[ray]'.")  # fmt: skip
+        if self.sampler is None:
+            asyncio.run(self._check_servers())
+        else:
+            self.longest = self.sampler.longest(self.store, self.indices)
+        if not config.shard:
+            self.store.open()
+        self.progress = Progress(self.store.num_rows, shown)
+
+    async def _check_servers(self) -> None:
+        async with Client(self.config.urls, timeout=self.config.timeout, retries=0) as client:
+            await client.check_model(self.config.model)
+
+    def work(self, stop: Any, argv: list[str]) -> None:
+        """Generate what is missing, until `stop.requested`."""
+        if self.sampler is not None:
+            copies = min(max(1, torch.cuda.device_count()), self.store.num_batches)
+            if copies > 1 and not self.config.shard:
+                start_shards("gen.generate", argv, copies, stop=stop)
+            elif self.longest:
+                self.sampler.start(self.longest)
+                sample_here(self.store, self.sampler, self.indices, self.progress, stop)
+        elif self.config.executor == "ray":
+            from gen.on_ray import ask_on_ray
+
+            ask_on_ray(self.store, self.progress, stop)
+        else:
+            asyncio.run(ask_servers(self.store, self.indices, self.config.at_once, self.progress, stop))
+
+    def finish(self) -> dict[str, Any]:
+        """Put the data set together and say what is in it."""
+        seconds = self.progress.close()
+        figures = self.store.finish()
+        asked = self.progress
+        shown = {**figures, "seconds": f"{seconds:.1f}"}
+        if asked.generations:
+            shown["this run: generations"] = asked.generations
+            shown["this run: tokens/s"] = f"{asked.tokens / seconds:.1f}"
+        failed = self.store.folder / "failed.jsonl"
+        if failed.exists():
+            count = sum(1 for _ in open(failed, encoding="utf-8"))
+            shown["failed prompts"] = f"{count} (in {failed}; the same command asks them again)"
+        missing = self.store.num_rows - figures["prompts"]
+        shown["prompts missing"] = missing
+        shown["data set"] = self.store.folder / "train.parquet"
+        print("\n".join(f"{name:24}{value}" for name, value in shown.items()))
+        return figures
+
+    def result(self) -> "Distiset":
+        file = self.store.folder / "train.parquet"
+        rows = Dataset.from_parquet(str(file), cache_dir=str(self.store.folder / ".cache"))
+        return Distiset(default=DatasetDict(train=rows))
+
+
+# ------------------------------------------------------------------------------------------------------- the work
+
+
+class Progress:
+    """The bar, and the counts of this run behind it."""
+
+    def __init__(self, prompts: int, shown: bool) -> None:
+        self.bar = tqdm(total=prompts, desc="generate", unit="prompt", disable=None if shown else True)
+        self.begin, self.prompts, self.generations, self.tokens, self.failed = time.monotonic(), 0, 0, 0, 0
+
+    def kept(self, prompts: int) -> None:
+        if not self.bar.disable:
+            self.bar.initial += prompts  # or the time to go would be too short
+        self.bar.update(prompts)
+
+    def add(self, prompts: int, generations: int, tokens: int, failed: int) -> None:
+        self.prompts += prompts
+        self.generations += generations
+        self.tokens += tokens
+        self.failed += failed
+        rate = self.tokens / (time.monotonic() - self.begin)
+        said = f"{self.generations} generations, {rate:.0f} tokens/s, {self.failed} failed"
+        self.bar.set_postfix_str(said, refresh=False)
+        self.bar.update(prompts)
+
+    def add_batch(self, batch: Batch) -> None:
+        answers = [answer for row in batch.done for answer in batch.answers[row] if answer]
+        self.add(len(batch.done), len(answers), sum(answer.tokens for answer in answers), len(batch.failed))
+
+    def close(self) -> float:
+        self.bar.close()
+        return time.monotonic() - self.begin
+
+
+async def ask_servers(store: Store, indices: Iterable[int], at_once: int, progress: Progress, stop: Any) -> None:
+    """Have the servers answer what is missing of these batches, `at_once` requests at a time.
+
+    However it ends, complete rows of batches that are not are written too. Raises ServerError if no server is left.
+    """
+    config, unfinished = store.config, dict[int, Batch]()
+    line = samples(store, indices, progress, unfinished, stop)
+
+    async def work() -> None:
+        for batch, row, i in line:
+            if row not in batch.failed:  # else a sibling gave the prompt up
+                try:
+                    batch.answers[row][i] = await client.ask(request(config, batch, row, i))
+                except RequestError as error:
+                    batch.failed.setdefault(row, str(error))
+                except Stopped:
+                    return
+            batch.left -= 1
+            if not batch.left:
+                del unfinished[batch.start]
+                await asyncio.to_thread(store.write, batch)
+                progress.add_batch(batch)
+
+    async with Client(
+        config.urls, timeout=config.timeout, retries=config.retries, stopping=lambda: stop.requested
+    ) as client:
+        tasks = [asyncio.create_task(work()) for _ in range(at_once)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for batch in unfinished.values():
+                store.write(batch)
+                progress.add_batch(batch)
+
+
+def samples(
+    store: Store, indices: Iterable[int], progress: Progress, unfinished: dict[int, Batch], stop: Any
+) -> Iterator[tuple[Batch, int, int]]:
+    """Every sample that is missing, as (batch, row, sample); batches are read as their turn comes."""
+    for index in indices:
+        if stop.requested:
+            return
+        batch = store.batch(index)
+        progress.kept(len(batch.kept_rows))
+        if not batch.left:  # whole, or without a prompt that could be asked
+            store.write(batch)
+            progress.add_batch(batch)
+            continue
+        unfinished[batch.start] = batch
+        for row in batch.answers:
+            for i in range(store.config.num_generations):
+                if stop.requested:
+                    return
+                yield batch, row, i
+
+
+def request(config: GenerateConfig, batch: Batch, row: int, i: int) -> dict[str, Any]:
+    asked: dict[str, Any] = {"model": config.model, "messages": batch.prompts[row], "max_tokens": config.max_new_tokens}
+    asked |= {} if config.temperature is None else {"temperature": config.temperature}
+    asked |= {} if config.top_p is None else {"top_p": config.top_p}
+    return asked | ({} if config.seed is None else {"seed": sample_seed(config, batch.start + row) + i})
+
+
+def sample_here(store: Store, sampler: Sampler, indices: Iterable[int], progress: Progress, stop: Any) -> None:
+    for index in indices:
+        if stop.requested:
+            break
+        batch = store.batch(index)
+        progress.kept(len(batch.kept_rows))
+        sampler.answer(batch)
+        store.write(batch)
+        progress.add_batch(batch)
+    sampler.engine.close()
+
+
+# ---------------------------------------------------------------------------------------------- distilabel's face
+
+
+class Distiset(dict):
+    """{"default": DatasetDict(train=...)}, as distilabel has it."""
+
+    def push_to_hub(self, repo_id: str, private: bool = False, **options: Any) -> None:
+        for name, splits in self.items():
+            splits.push_to_hub(repo_id, config_name=name, private=private, **options)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What `build_distilabel_pipeline` returns."""
+
+    options: dict[str, Any]
+
+    def run(
+        self, dataset: Dataset | list[dict[str, Any]], dataset_batch_size: int | None = None, use_cache: bool = True
+    ) -> Distiset:
+        """Generate for `dataset`. Ctrl-C keeps what is done and raises KeyboardInterrupt.
+
+        dataset_batch_size   taken and not needed: rows are read as they are asked
+        use_cache            go on from what an earlier run of the same pipeline on the same rows has done, in
+                             data/generated; without it all is asked anew, in a folder of its own under /tmp
+
+        Raises ValueError for bad input, ServerError when no server is left (with the cache, what is done is kept).
+        """
+        rows = dataset if isinstance(dataset, Dataset) else Dataset.from_list(dataset)
+        require(len(rows) > 0, "the data set has no rows.")
+        folder = None if use_cache else tempfile.mkdtemp(prefix="generated-")
+        config = GenerateConfig(hf_dataset="(given)", output_dir=folder, **self.options)
+        stop = SimpleNamespace(requested=False)
+
+        def work() -> Distiset:
+            run = Run(config, rows)
+            try:
+                run.work(stop, [])
+                run.finish()
+                return run.result()
+            finally:
+                run.store.close()
+
+        with ThreadPoolExecutor(1) as pool:  # a notebook has an event loop in this thread
+            future = pool.submit(work)
+            try:
+                return future.result()
+            except KeyboardInterrupt:
+                stop.requested = True
+                raise
+
+
+def build_distilabel_pipeline(
+    model: str,
+    base_url: str = "http://localhost:8000/v1",
+    prompt_column: str | None = None,
+    prompt_template: str = "{{ instruction }}",
+    temperature: float | None = None,
+    top_p: float | None = None,
+    max_new_tokens: int = 8192,
+    num_generations: int = 1,
+    input_batch_size: int = 64,
+    client_replicas: int = 1,
+    timeout: int = 900,
+    retries: int = 0,
+) -> Pipeline:
+    """open-r1's function of this name; without a `prompt_column` the prompts are in `instruction`."""
+    return Pipeline(
+        {
+            "model": model, "vllm_server_url": [base_url], "prompt_column": prompt_column or "instruction",
+            "prompt_template": prompt_template, "temperature": temperature, "top_p": top_p,
+            "max_new_tokens": max_new_tokens, "num_generations": num_generations, "input_batch_size": input_batch_size,
+            "client_replicas": client_replicas, "timeout": timeout, "retries": retries,
+        }
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
