@@ -60,6 +60,11 @@ NUMBERS = [
     ("-7", ["-7", r"$-7$", "-7.00", "−7"], ["7", "-77"]),
     ("3.5", ["3.5", "3,5", "7/2", r"$\frac72$", "3.50000001"], ["3.4", "35", "3.51"]),
     ("40%", ["40%", "0.4", "40 percent", r"$40\%$"], ["4%", "400"]),
+    (r"p - q", ["p-q", "-q+p", r"p\,-\,q"], ["P-Q", "q-p", "p-Q"]),
+    ("X", ["X", "{X}"], ["x", "Y", "X^2"]),
+    (r"\text{Yes}", [r"\text{Yes}", r"\mathrm{Yes}"], [r"\text{yes}", r"\text{No}"]),
+    (r"AB", ["AB", "A B", "BA"], ["ab", "aB", "AC"]),
+    (r"y=\frac{1}{2}x+3", [r"y=\frac{x}{2}+3", "y = 0.5x+3", "2y=x+6"], ["y=2x+3", "y=x+3"]),
 ]
 PHRASES = [
     "The answer is {m}.", "Therefore, \\boxed{{{a}}}", "So the area is $\\boxed{{{a}}}$ as required.", "{m}",
