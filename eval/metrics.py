@@ -204,7 +204,7 @@ def _differ_in_case(gold: list, answer: list) -> bool:
     if not gold or not answer or not getattr(answer[0], "free_symbols", False):
         return False
     first, second = (re.sub(r"\\(?:text|mathrm|mbox)\b|[\s{}$\\]", "", str(side[-1])) for side in (gold, answer))
-    return first != second and first.lower() == second.lower()
+    return first != second and first.lower() == second.lower() != "e"
 
 
 def _is_latex(target: Target) -> bool:
