@@ -51,7 +51,8 @@ NODE = 8  # GPUs
 HIDDEN_TRAFFIC, FFN_TRAFFIC, QUERY_TRAFFIC, KV_TRAFFIC = 300, 28, 91, 100  # a token, layer and element of each width
 FORWARD_SHARE = 0.3  # of that; the rest is the backward
 COMPILED_SHARE = 0.45  # of that where torch.compile fuses the blocks, as this trainer does not; fitted
-HEAD_TRAFFIC, HEAD_FORWARD_TRAFFIC = 18, 8  # a token and entry of the vocabulary; counted, not measured
+# A logit: 4 bytes written, 4 read for the statistics; 4 read and 2 written for the gradient, 2 read by each product.
+HEAD_TRAFFIC, HEAD_FORWARD_TRAFFIC = 18, 8
 OPTIMIZER_TRAFFIC = 40  # a trained parameter: 28 AdamW, 12 the norm and the clipping
 HOST_MEMORY = 200 * GIB  # a GPU, that offloading may be proposed for; assumed (eight GPUs often come with 2 TB)
 SLACK = 1.1  # of free memory, before a real run is refused: the count is an upper bound, but rows are often shorter

@@ -45,7 +45,7 @@ def test_branch_and_benchmarks_of_a_checkpoint_that_is_gone(tiny_model, options,
     assert not [name for name in pushed if name.startswith("state")]
     assert not list((tmp_path / "out").glob(".upload-*"))
     details = json.loads((tmp_path / "out/benchmarks/checkpoint-7/results.json").read_text())
-    assert details["config"]["system_prompt"] == "Be right."
+    assert details["config"]["math_500"]["system_prompt"] == "Be right."
 
 
 @pytest.mark.slow
