@@ -1,7 +1,7 @@
 # make setup        a virtual environment in .venv with everything, for this machine's GPU or CPU
 # make quickstart   watch GRPO teach arithmetic to a small model (10 minutes on 2 CPU cores)
 # make test         linter, types and the quick tests; make test-all: every test that needs no GPU
-# make gpu-check    the tests that need a GPU, then how fast the supervised trainer is on it
+# make gpu-check    the tests that need a GPU, then how fast the head and both trainers are on it
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -57,7 +57,9 @@ test-all: lint
 
 gpu-check: setup
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m kernels.bench
 	$(BIN)/python -m sft_core.bench --peer
+	$(BIN)/python -m grpo_core.bench --peer
 
 clean:
 	rm -rf $(VENV) build *.egg-info
