@@ -5,10 +5,9 @@ Rows lie memory-mapped in the cache of `datasets`, and tables are written as the
 the data.
 """
 
+import hashlib
 import json
-import os
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
-from huggingface_hub import HfApi
 
 from sft_core import guards
 from sft_core.config import require
 from sft_core.data import load_rows
-from sft_core.files import flush_to_disk, write_atomically
-from sft_core.hub import refusals_said
+from sft_core.files import whole_file, write_atomically
 
 TEXT = re.compile(r"(large_)?string")
 TEXTS = re.compile(r"(large_)?(string|list<\w+: (large_)?string>)")  # or a list of them
@@ -42,9 +39,14 @@ def load(
     return rows.select(range(min(len(rows), limit or len(rows))))
 
 
-def chunks(folder: Path, suffix: str, rows: int, size: int) -> list[tuple[Path, range]]:
-    """File and rows of every chunk."""
-    return [(folder / f"{i:05}{suffix}", range(s, min(s + size, rows))) for i, s in enumerate(range(0, rows, size))]
+def chunks(folder: Path, suffix: str, rows: Dataset, columns: list[str], size: int) -> list[tuple[Path, range]]:
+    """File and rows of every chunk. A file is named by what its rows have in `columns`: other data, another file."""
+    parts = []
+    for i, chunk in enumerate(rows.select_columns(columns).with_format(None).iter(size)):
+        count = len(chunk[columns[0]])
+        name = f"{i:05}-{hashlib.sha256(json.dumps(chunk).encode()).hexdigest()[:16]}{suffix}"
+        parts.append((folder / name, range(i * size, i * size + count)))
+    return parts
 
 
 def claim(output_dir: str, settings: dict[str, Any]) -> None:
@@ -61,37 +63,6 @@ def claim(output_dir: str, settings: dict[str, Any]) -> None:
 
 def write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
     """A file of these tables, written aside and renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with pq.ParquetWriter(temporary, schema) as writer:
+    with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for table in tables:
             writer.write_table(table.cast(schema))
-    flush_to_disk(temporary)
-    os.replace(temporary, path)
-    flush_to_disk(path.parent)
-
-
-def check_push(repo: str | None, private: bool) -> None:
-    """Make sure, where a data set will be pushed, that it may be.
-
-    Raises:
-        ValueError: no Hub, no token, or one that may not write there.
-    """
-    if repo:
-        api = HfApi()
-        with refusals_said(api, "another name"):
-            api.whoami()  # without a token creating would say 401, which reads like a wrong one
-            api.create_repo(repo, repo_type="dataset", private=private or None, exist_ok=True)
-
-
-def push(file: Path, repo: str | None, private: bool, config_name: str = "default") -> None:
-    """The file as the data set `repo` on the Hub; a failure ends the process with 1, and the file stays."""
-    if not repo:
-        return
-    if pq.read_metadata(file).num_rows == 0:
-        return print(f"{file} has no rows and was not pushed.", file=sys.stderr)
-    try:
-        Dataset.from_parquet(str(file)).push_to_hub(repo, config_name=config_name, private=private or None)
-    except Exception as error:  # whatever it is, the work is done and the command may be given again
-        cause = " ".join(str(error).split())[:300]
-        print(f"error: the Hub did not take {file}: {cause}. The same command tries again.", file=sys.stderr)
-        raise SystemExit(1) from None

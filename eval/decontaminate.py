@@ -33,16 +33,16 @@ import pyarrow as pa
 from datasets import Dataset, Features, Value
 from tqdm import tqdm
 
-from eval.chunks import TEXT, check_push, chunks, claim, load, push, write_parquet
+from eval.chunks import TEXT, chunks, claim, load, write_parquet
 from eval.config import DecontaminateConfig
 from eval.report import digest
 from eval.run import load_docs
 from eval.tasks import find_tasks, load_custom_tasks
 from sft_core.cli import parse
 from sft_core.config import require
-from sft_core.data import fingerprint
 from sft_core.files import write_atomically
 from sft_core.guards import usage_errors
+from sft_core.hub import check_dataset_push, push_dataset
 
 CHUNK = 1000  # rows
 STOCK = 3  # a run in as many problems is a phrase
@@ -121,12 +121,11 @@ def main(argv: list[str] | None = None) -> None:
         columns = {"problem_column": (config.problem_column, TEXT)}
         rows = load(config.dataset, config.dataset_config, config.split, columns)
         settings: dict[str, Any] = {name: getattr(config, name) for name in ("problem_column", "ngram_size")}
-        settings["data"] = fingerprint(rows)
-        check_push(config.new_dataset_name, config.private)
+        check_dataset_push(config.new_dataset_name, config.private)
         claim(config.output_dir, settings | {"sets": {task: digest(problems) for task, problems in sets.items()}})
     folder = Path(config.output_dir)
     (folder / "verdicts").mkdir(exist_ok=True)
-    parts = chunks(folder / "verdicts", ".json", len(rows), CHUNK)
+    parts = chunks(folder / "verdicts", ".json", rows, [config.problem_column], CHUNK)
     index = Index(sets, config.ngram_size)
     texts = rows.select_columns([config.problem_column])
     with tqdm(total=len(rows), desc="decontaminate", disable=None) as bar:
@@ -139,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     paths = [path for path, _ in parts]
     report(config, paths, rows, sets)
     write_parquet(folder / "rows.parquet", *with_verdicts(rows, parts, [*sets], config.cleanup))
-    push(folder / "rows.parquet", config.new_dataset_name, config.private)
+    push_dataset(folder / "rows.parquet", config.new_dataset_name, config.private)
 
 
 def load_sets(config: DecontaminateConfig) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ from eval.metrics import gold_is_read, judge
 from eval.tasks import Doc, LightevalTaskConfig
 from eval.workers import Unscored, WorkerPool
 from sft_core.config import require
-from sft_core.files import flush_to_disk, write_atomically
+from sft_core.files import whole_file, write_atomically
 
 CHECKERS = ("math-verify", "latex2sympy2_extended", "sympy")
 
@@ -139,9 +139,6 @@ def check(work: Work, rows: list[dict[str, Any]], pool: WorkerPool) -> None:
 
 def write_rows(path: Path, rows: list[dict[str, Any]], verdicts: str = "") -> None:
     """`verdicts`: whose they are, by `verdicts_by`."""
-    temporary = path.with_name(f".{path.name}.tmp")
     table = pa.Table.from_pylist(rows, schema=report.SCHEMA.with_metadata({"verdicts": verdicts}))
-    pq.write_table(table, temporary)
-    flush_to_disk(temporary)
-    os.replace(temporary, path)
-    flush_to_disk(path.parent)
+    with whole_file(path) as temporary:
+        pq.write_table(table, temporary)

@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
 from tqdm import tqdm
 
-from eval.chunks import TEXT, TEXTS, check_push, chunks, claim, load, push, write_parquet
+from eval.chunks import TEXT, TEXTS, chunks, claim, load, write_parquet
 from eval.config import PassRateConfig
 from eval.folder import Work, check, write_rows
 from eval.report import read_rows
@@ -46,9 +46,9 @@ from eval.verify import AnswerMetric
 from eval.workers import WorkerPool
 from sft_core.cli import parse
 from sft_core.config import require
-from sft_core.data import fingerprint
 from sft_core.files import write_atomically
 from sft_core.guards import usage_errors
+from sft_core.hub import check_dataset_push, push_dataset
 
 NAME = "pass_rate"  # of the task
 CHUNK = 256  # rows checked between two files
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             folder = Path(config.output_dir)
             other = folder / "settings.json" if config.model else folder / "details" / NAME / "settings.json"
             require(not other.exists(), f"{folder} holds results of another kind: choose another --output_dir.")
-            check_push(config.output_dataset_name, config.private)
+            check_dataset_push(config.output_dataset_name, config.private)
     task = make_task(config)
     if config.generations_column:
         parts = check_column(config, task, rows)
@@ -83,9 +83,9 @@ def main(argv: list[str] | None = None) -> None:
     write_parquet(folder / "scored.parquet", *scored(rows, parts, bool(config.model), counts))
     write_parquet(folder / "filtered.parquet", *filtered(folder / "scored.parquet", config))
     report(config, counts)
-    push(folder / "scored.parquet", config.output_dataset_name, config.private, "gen")
+    push_dataset(folder / "scored.parquet", config.output_dataset_name, config.private, "gen")
     between = f"filt-{config.pass_rate_min}-{config.pass_rate_max}"
-    push(folder / "filtered.parquet", config.output_dataset_name, config.private, between)
+    push_dataset(folder / "filtered.parquet", config.output_dataset_name, config.private, between)
 
 
 def make_task(config: PassRateConfig) -> LightevalTaskConfig:
@@ -106,17 +106,19 @@ def check_column(config: PassRateConfig, task: LightevalTaskConfig, rows: Datase
     assert config.generations_column is not None
     with usage_errors():
         names = ("solution_column", "generations_column", "check_timeout")
-        claim(config.output_dir, {name: getattr(config, name) for name in names} | {"data": fingerprint(rows)})
+        claim(config.output_dir, {name: getattr(config, name) for name in names})
     folder = Path(config.output_dir) / "details" / NAME
     folder.mkdir(parents=True, exist_ok=True)
-    parts = chunks(folder, ".parquet", len(rows), CHUNK)
+    columns = [config.solution_column, config.generations_column]
+    parts = chunks(folder, ".parquet", rows, columns, CHUNK)
+    asked = rows.select_columns(columns)
     with (
         tqdm(total=len(rows), desc="check", disable=None) as bar,
         WorkerPool(min(8, os.cpu_count() or 1), timeout=config.check_timeout) as pool,
     ):
         for path, part in parts:
             if not path.exists():
-                chunk = rows[part.start : part.stop]
+                chunk = asked[part.start : part.stop]
                 docs = [task.prompt_function({config.solution_column: gold}) for gold in chunk[config.solution_column]]
                 samples: list[dict[str, Any]] = []
                 for i, found in enumerate(chunk[config.generations_column]):

@@ -9,8 +9,11 @@ A request goes to the server with the fewest in flight. What becomes of a failur
   time, with jitter), one that was down is asked for /v1/models before it gets work again, and the request goes to
   another or waits, at no cost. When no server has answered anything for `patience` seconds, the run is over;
 * perhaps the request: another 5xx, no answer within `timeout` or a broken connection though the server is well, or
-  garbage. That costs one of its `retries`, after a pause that doubles;
-* certainly the request: any other 4xx is final. 401, 403 and 404 would meet every request, so they end the run.
+  garbage. That costs one of its `retries`, after a pause that doubles. A server that has failed STREAK times in a row
+  rests, and gets one request at a time until it answers: a dead engine behind a living front costs few prompts;
+* certainly the request: any other 4xx is final. 401, 403, 404 and redirects would meet every request: that server is
+  not asked again, and with the last one the run ends. So it does when many in a row are lost and nothing was ever
+  answered, or nothing for `patience` seconds.
 
 A sample is a request of its own, with a seed of its own: not every server takes n > 1, and a sample that came back is
 not asked for again when its sibling fails. The key is OPENAI_API_KEY where a server wants one.
@@ -20,18 +23,20 @@ Left out on purpose: streaming, log-probs, proxies, servers that speak another p
 
 import asyncio
 import json
+import math
 import os
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import aiohttp
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
 PROBE_TIMEOUT = 5.0
-STREAK = 5  # after so many failures in a row, whatever they are, a server rests if there are others
+STREAK = 5
+LOST = 10  # requests in a row, and twice as many as are in flight
 
 
 class ServerError(RuntimeError):
@@ -52,12 +57,14 @@ class Answer:
     tokens: int
     prompt_tokens: int
     finish_reason: str
+    thought: str = ""  # what a server's reasoning parser has taken out of the text
 
 
 @dataclass(frozen=True, slots=True)
 class _Trouble:
     what: str
     costs: bool  # one of the request's tries
+    final: bool = False  # all of them
 
 
 class _Server:
@@ -94,7 +101,7 @@ class Client:
         self.patience = timeout if patience is None else patience
         self.stopping = stopping
         self.last_answer = 0.0
-        self.retried = 0  # requests that were sent again, for the summary
+        self.lost = 0  # requests given up since the last answer
 
     async def __aenter__(self) -> "Client":
         key = os.environ.get("OPENAI_API_KEY", "none")
@@ -128,12 +135,13 @@ class Client:
             finally:
                 server.in_flight -= 1
             if isinstance(outcome, Answer):
-                server.failures = server.rests = 0
+                server.failures = server.rests = self.lost = 0
                 self.last_answer = time.monotonic()
                 return outcome
-            self.retried += 1
+            if outcome.final:
+                self._lose(f"{server.chat} {outcome.what}")
             server.failures, server.trouble = server.failures + 1, outcome.what
-            if not outcome.costs or (server.failures >= STREAK and len(self.servers) > 1):
+            if not outcome.costs or server.failures >= STREAK:
                 server.rest()
             costs, now = outcome.costs, time.monotonic()
             since = since or now
@@ -145,10 +153,18 @@ class Client:
             failures, since, failed_on = failures + 1, 0.0, server
             if failures > self.retries:
                 tries = "" if failures == 1 else f", also at try {failures}"
-                raise RequestError(f"{server.chat} {outcome.what}{tries}")
+                self._lose(f"{server.chat} {outcome.what}{tries}")
             wake = time.monotonic() + wait_before(failures)
             while not self.stopping() and (rest := wake - time.monotonic()) > 0:
                 await asyncio.sleep(min(rest, 0.2))
+
+    def _lose(self, why: str) -> NoReturn:
+        """Give a request up; or all, where none is answered any more."""
+        self.lost += 1
+        idle = not self.last_answer or time.monotonic() - self.last_answer > self.patience
+        if idle and self.lost > max(LOST, 2 * sum(server.in_flight for server in self.servers)):
+            raise ServerError(f"{self.lost} requests in a row got no answer; the last: {why}")
+        raise RequestError(why)
 
     async def _choose(self, failed_on: _Server | None) -> _Server:
         """The server with the fewest requests in flight, another than `failed_on` if there is; waits for one."""
@@ -158,7 +174,7 @@ class Client:
                 raise Stopped
             now, usable = time.monotonic(), []
             for server in self.servers:
-                if server.rest_until > now:
+                if server.rest_until > now or (server.failures >= STREAK and server.in_flight):
                     continue
                 if server.down:
                     self._start_probe(server)
@@ -178,8 +194,9 @@ class Client:
 
     async def _post(self, server: _Server, body: bytes) -> Answer | _Trouble:
         try:
-            async with self.session.post(server.chat, data=body) as reply:
+            async with self.session.post(server.chat, data=body, allow_redirects=False) as reply:
                 status, content = reply.status, await reply.read()
+                location = reply.headers.get("Location", "")
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             server.down = True
             return _Trouble(f"cannot be reached ({error})", costs=False)
@@ -190,20 +207,18 @@ class Client:
             return _Trouble(what, costs=await self._is_well(server))
         if status == 200:
             try:
-                found = json.loads(content)
-                choice, usage = found["choices"][0], found.get("usage") or {}
-                return Answer(
-                    choice["message"]["content"] or "", usage.get("completion_tokens", 0),
-                    usage.get("prompt_tokens", 0), choice["finish_reason"] or "",
-                )  # fmt: skip
-            except (ValueError, LookupError, TypeError, AttributeError):
+                return read_answer(content)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 return _Trouble(f"answers what is no chat completion: {_text(content)}", costs=True)
-        what = f"answers {status}: {_text(content)}"
-        if status in (401, 403, 404):
-            raise ServerError(f"{server.chat} {what}" + (": set OPENAI_API_KEY" if status != 404 else ""))
-        if 400 <= status < 500 and status not in (408, 429):
-            raise RequestError(f"{server.chat} {what}")
-        return _Trouble(what, costs=status not in (429, 503))
+        what = f"answers {status}: {location or _text(content)}"
+        if status in (401, 403, 404, 405) or 300 <= status < 400:
+            server.trouble = what + (": set OPENAI_API_KEY" if status in (401, 403) else "")
+            server.rest_until = math.inf
+            if all(other.rest_until == math.inf for other in self.servers):
+                raise ServerError(f"{server.chat} {server.trouble}")
+            return _Trouble(server.trouble, costs=False)
+        final = 400 <= status < 500 and status not in (408, 429)
+        return _Trouble(what, costs=status not in (429, 503), final=final)
 
     def _start_probe(self, server: _Server) -> asyncio.Task[bool]:
         if server.probe is None:
@@ -243,6 +258,8 @@ class Client:
             async with self.session.get(f"{server.url}/models", timeout=aiohttp.ClientTimeout(PROBE_TIMEOUT)) as reply:
                 if reply.status in (401, 403):
                     return f"answers {reply.status}, so OPENAI_API_KEY must hold its key"
+                if reply.status == 404:
+                    return "has no list of models (404), so its address may lack /v1 at the end"
                 return [entry["id"] for entry in (await reply.json())["data"]]
         except TimeoutError:
             return f"does not answer within {PROBE_TIMEOUT:g} s"
@@ -250,6 +267,25 @@ class Client:
             return f"cannot be reached ({error})"
         except (aiohttp.ClientError, ValueError, LookupError, TypeError):
             return []
+
+
+def read_answer(content: bytes) -> Answer:
+    """The answer in a chat completion; raises ValueError, LookupError, TypeError and others for what is none."""
+    found = json.loads(content)
+    choice, usage = found["choices"][0], found.get("usage") or {}
+    message, counts = choice["message"], [usage.get(name) for name in ("completion_tokens", "prompt_tokens")]
+    text = message.get("content")
+    thought = message.get("reasoning") or message.get("reasoning_content") or ""  # of vLLM now, and before
+    if text is None and not thought:
+        raise ValueError("no text")
+    tokens, prompt_tokens = (count if isinstance(count, int) else 0 for count in counts)
+    reason = choice.get("finish_reason")
+    return Answer(_sound(text or ""), tokens, prompt_tokens, _sound(reason or ""), _sound(thought))
+
+
+def _sound(text: str) -> str:
+    """Without half characters, which no file takes. Raises AttributeError for what is no text."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _text(content: bytes) -> str:

@@ -79,6 +79,7 @@ class GenerateConfig:
         require(self.executor == "local" or self.engine == "server",
                 "--executor ray asks servers: start them (vllm serve), or use --executor local, which has an engine "
                 "on every GPU of this machine.")  # fmt: skip
+        require(bool(self.urls), "--vllm-server-url is empty: write it as http://host:8000/v1.")
         for url in self.urls:
             require(re.match(r"https?://[^/]", url) is not None,
                     f"--vllm-server-url {url!r} is no address: write it as http://host:8000/v1.")  # fmt: skip

@@ -17,9 +17,12 @@ Left out on purpose: pipelines of several steps, structured output, tools. Start
 
 import asyncio
 import errno
+import json
+import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +30,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, DatasetDict
 from tqdm import tqdm
@@ -40,6 +44,7 @@ from sft_core import guards
 from sft_core.cli import parse
 from sft_core.config import require
 from sft_core.data import load_rows
+from sft_core.hub import check_dataset_push, push_dataset
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -57,17 +62,20 @@ def main(argv: list[str] | None = None) -> None:
             guards.die_with_parent()
         run = Run(config, open_rows(config), shown=config.shard in (None, "0/1"))
     stop = guards.StopSignal("stopping when what is in flight is answered")
+    lost = ""
     try:
-        run.work(stop, argv)
+        try:
+            run.work(stop, argv)
+        except (ServerError, RuntimeError) as error:
+            lost = str(error)
         if config.shard:
-            raise SystemExit(130 if stop.requested else 0)
+            raise SystemExit(1 if lost else 130 if stop.requested else 0)
         figures = run.finish()
-        if config.hf_output_dataset and not stop.requested:
-            run.result().push_to_hub(config.hf_output_dataset, private=config.private)
-    except ServerError as error:
-        figures = run.finish()
-        print(f"error: {error}. What is done is kept; the same command goes on from there.", file=sys.stderr)
-        raise SystemExit(1) from None
+        if lost:
+            print(f"error: {lost}. What is done is kept; the same command goes on from there.", file=sys.stderr)
+            raise SystemExit(1)
+        if not stop.requested:
+            push_dataset(run.store.folder / "train.parquet", config.hf_output_dataset, config.private)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -83,10 +91,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def open_rows(config: GenerateConfig) -> Dataset:
-    try:
-        return load_rows(config.hf_dataset, config.hf_dataset_config, config.hf_dataset_split)
-    except ValueError as error:
-        raise ValueError(str(error).replace("--dataset_name", "--hf-dataset")) from error
+    return load_rows(config.hf_dataset, config.hf_dataset_config, config.hf_dataset_split, option="--hf-dataset")
 
 
 class Run:
@@ -104,6 +109,7 @@ class Run:
         else:
             self.longest = self.sampler.longest(self.store, self.indices)
         if not config.shard:
+            check_dataset_push(config.hf_output_dataset, config.private)
             self.store.open()
         self.progress = Progress(self.store.num_rows, shown)
 
@@ -117,8 +123,9 @@ class Run:
             copies = min(max(1, torch.cuda.device_count()), self.store.num_batches)
             if copies > 1 and not self.config.shard:
                 start_shards("gen.generate", argv, copies, stop=stop)
-            elif self.longest:
-                self.sampler.start(self.longest)
+            else:
+                if self.longest:
+                    self.sampler.start(self.longest)
                 sample_here(self.store, self.sampler, self.indices, self.progress, stop)
         elif self.config.executor == "ray":
             from gen.on_ray import ask_on_ray
@@ -138,8 +145,9 @@ class Run:
             shown["this run: tokens/s"] = f"{asked.tokens / seconds:.1f}"
         failed = self.store.folder / "failed.jsonl"
         if failed.exists():
-            count = sum(1 for _ in open(failed, encoding="utf-8"))
-            shown["failed prompts"] = f"{count} (in {failed}; the same command asks them again)"
+            errors = Counter(json.loads(line)["error"] for line in open(failed, encoding="utf-8"))
+            shown["failed prompts"] = f"{errors.total()} (in {failed}; the same command asks them again)"
+            shown["most often"] = errors.most_common(1)[0][0]
         missing = self.store.num_rows - figures["prompts"]
         shown["prompts missing"] = missing
         shown["data set"] = self.store.folder / "train.parquet"
@@ -148,7 +156,10 @@ class Run:
 
     def result(self) -> "Distiset":
         file = self.store.folder / "train.parquet"
-        rows = Dataset.from_parquet(str(file), cache_dir=str(self.store.folder / ".cache"))
+        if pq.read_metadata(file).num_rows:
+            rows = Dataset.from_parquet(str(file), cache_dir=str(self.store.folder / ".cache"))
+        else:
+            rows = Dataset(pq.read_table(file))  # of no rows `datasets` makes an error
         return Distiset(default=DatasetDict(train=rows))
 
 
@@ -192,6 +203,8 @@ async def ask_servers(store: Store, indices: Iterable[int], at_once: int, progre
     However it ends, complete rows of batches that are not are written too. Raises ServerError if no server is left.
     """
     config, unfinished = store.config, dict[int, Batch]()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is an open file
     line = samples(store, indices, progress, unfinished, stop)
 
     async def work() -> None:
@@ -261,7 +274,8 @@ def sample_here(store: Store, sampler: Sampler, indices: Iterable[int], progress
         sampler.answer(batch)
         store.write(batch)
         progress.add_batch(batch)
-    sampler.engine.close()
+    if sampler.engine is not None:
+        sampler.engine.close()
 
 
 # ---------------------------------------------------------------------------------------------- distilabel's face
@@ -292,6 +306,7 @@ class Pipeline:
 
         Raises ValueError for bad input, ServerError when no server is left (with the cache, what is done is kept).
         """
+        require(isinstance(dataset, Dataset | list), "dataset must be a datasets.Dataset (not streamed) or a list.")
         rows = dataset if isinstance(dataset, Dataset) else Dataset.from_list(dataset)
         require(len(rows) > 0, "the data set has no rows.")
         folder = None if use_cache else tempfile.mkdtemp(prefix="generated-")

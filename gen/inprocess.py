@@ -13,7 +13,7 @@ import torch
 
 from gen.client import Answer
 from gen.config import GenerateConfig
-from gen.engine import check_engine_available, make_engine
+from gen.engine import Engine, check_engine_available, make_engine
 from gen.store import Batch, Store
 from sft_core.chat import render_prompt, set_up
 from sft_core.config import ModelConfig
@@ -36,6 +36,7 @@ class Sampler:
         model = ModelConfig(model_name_or_path=config.model)
         model_config, self.tokenizer = load_tokenizer(model)
         set_up(self.tokenizer, None, conversations=True, chatml_default=False)  # what ends a turn ends an answer
+        self.engine: Engine | None = None
         self.config, self.stop_ids = config, stop_token_ids(self.tokenizer, model)
         self.positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
@@ -45,17 +46,18 @@ class Sampler:
         return self.tokenizer("\n\n".join(message["content"] for message in prompt))["input_ids"]
 
     def longest(self, store: Store, indices: Iterable[int]) -> int:
-        """Tokens of the longest missing prompt that fits the model's context; 0: nothing is missing.
+        """Tokens of the longest missing prompt that fits the model's context; 0: there is none.
 
-        Raises ValueError if no prompt fits.
+        Raises ValueError if nothing is done and no prompt fits.
         """
-        room, longest, shortest = self.positions - self.config.max_new_tokens, 0, 1 << 30
+        room, longest, shortest, done = self.positions - self.config.max_new_tokens, 0, 1 << 30, 0
         for index in indices:
             batch = store.batch(index)
+            done += len(batch.kept_rows)
             for row in batch.answers:
                 length = len(self.encode(batch.prompts[row]))  # type: ignore[arg-type]
                 longest, shortest = max(longest, length if length <= room else 0), min(shortest, length)
-        if shortest < 1 << 30 and not longest:
+        if shortest < 1 << 30 and not longest and not done:
             raise ValueError(
                 f"no prompt fits: the shortest has {shortest} tokens, and {self.config.max_new_tokens} new ones leave "
                 f"{room} of the model's context of {self.positions}: lower --max-new-tokens."
@@ -79,6 +81,8 @@ class Sampler:
             if len(prompt) > room:
                 batch.failed[row] = f"{len(prompt)} tokens, and only {room} fit before {config.max_new_tokens} new ones"
         rows = [row for row in ids if row not in batch.failed]
+        if self.engine is None or not rows:
+            return
         groups = self.engine.sample(
             [ids[row] for row in rows], n=n, temperature=config.temperature or 1.0, max_tokens=config.max_new_tokens,
             seeds=[sample_seed(config, batch.start + row) for row in rows], stop_ids=self.stop_ids,

@@ -7,7 +7,10 @@
 
 A batch that is cut short (failed prompts, Ctrl-C) holds the rows that are complete and says which; when more of them
 are, the file is replaced. Nothing else is remembered, so whatever kills a run, the files say what there is to do.
-Rows are read from the memory-mapped data set a batch at a time and written so: memory does not grow with them.
+Rows are read from the memory-mapped data set a batch at a time and written so: memory does not grow with their number.
+What is held is the answers of open batches, at most as many batches as there are requests in flight.
+
+A reasoning model's thoughts, which a server's parser has parted from the text, go before it again, in <think> tags.
 
 The columns are distilabel's (TextGeneration, group_generations): the input's, `generation`, `distilabel_metadata` (to
 each generation its raw output, raw input, token counts and, of ours, the finish reason) and `model_name`.
@@ -16,6 +19,7 @@ each generation its raw output, raw input, token counts and, of ours, the finish
 import hashlib
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,7 +38,7 @@ from gen.config import IDENTITY, GenerateConfig
 from sft_core import guards
 from sft_core.config import require
 from sft_core.data import fingerprint
-from sft_core.files import flush_to_disk, write_atomically
+from sft_core.files import whole_file, write_atomically
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 STATISTICS = pa.struct([("input_tokens", pa.int64()), ("output_tokens", pa.int64())])
@@ -45,7 +49,7 @@ METADATA = pa.list_(
     ])
 )  # fmt: skip
 ADDED = {"generation": pa.list_(pa.string()), "distilabel_metadata": METADATA, "model_name": pa.string()}
-ROW_GROUP = 1024  # rows of train.parquet that are in memory together
+ROW_GROUP, GROUP_BYTES = 1024, 64 << 20  # rows, and bytes, of train.parquet that are in memory together
 
 
 @dataclass
@@ -73,7 +77,7 @@ class Store:
     def __init__(self, config: GenerateConfig, rows: Dataset, weights: list[Any] | None = None) -> None:
         self.config, self.rows = config, rows.with_format("arrow")
         self.schema = self._schema(rows)
-        self.render = _renderer(config, rows.column_names)
+        self.render = _renderer(config, rows.features.arrow_schema)
         self.num_rows = min(len(rows), config.limit or len(rows))
         self.identity = {name: getattr(config, name) for name in IDENTITY}
         self.identity |= {"rows": fingerprint(rows), "weights": weights}
@@ -85,10 +89,18 @@ class Store:
     def _schema(self, rows: Dataset) -> pa.Schema:
         """The output's columns; without the notes of `datasets`, which would describe the input's alone."""
         given = rows.features.arrow_schema.remove_metadata()
-        return pa.schema([*(f for f in given if f.name not in ADDED), *(pa.field(*item) for item in ADDED.items())])
+        schema = pa.schema([*(f for f in given if f.name not in ADDED), *(pa.field(*item) for item in ADDED.items())])
+        try:
+            pq.write_table(schema.empty_table(), pa.BufferOutputStream())
+        except pa.ArrowNotImplementedError as error:
+            raise ValueError(f"a column cannot be kept in a parquet file: {error}. Leave it out.") from error
+        return schema
 
     def open(self) -> None:
         """Take the folder for this run. Raises ValueError if another has it, or has filled it with other things."""
+        names = [name for name in ADDED if name in self.rows.column_names]
+        if names:
+            print(f"columns of these names are replaced: {', '.join(names)}.", file=sys.stderr)
         self._lock = guards.lock_output_dir(self.folder)
         file = self.folder / "settings.json"
         if file.exists():
@@ -98,7 +110,7 @@ class Store:
             require(not changed, f"{self.folder} holds generations of other settings: {'; '.join(changed)}. Choose "
                     "another --output-dir.")  # fmt: skip
         (self.folder / "batches").mkdir(exist_ok=True)
-        for leftover in (self.folder / "batches").glob(".*.tmp"):
+        for leftover in [*self.folder.glob(".train.parquet.*.tmp"), *(self.folder / "batches").glob(".*.tmp")]:
             leftover.unlink()
         write_atomically(file, json.dumps(self.identity, indent=1))
         (self.folder / "failed.jsonl").unlink(missing_ok=True)  # all of them are asked again
@@ -111,15 +123,16 @@ class Store:
         """The batch with what is known of it: `answers` has a place for every sample that is missing."""
         size, n = self.config.input_batch_size, self.config.num_generations
         start = index * size
-        table = self.rows[start : min(start + size, self.num_rows)]
+        table = self.rows[start : min(start + size, len(self.rows))]  # whole, whatever the limit: so is its name
         prompts = self.render(table)
-        path = self.folder / "batches" / f"{index:06}-{_digest([self.digest, index, prompts])}.parquet"
+        content = hashlib.sha256(table.combine_chunks().to_batches()[0].serialize()).hexdigest()
+        path = self.folder / "batches" / f"{index:06}-{_digest([self.digest, index, prompts, content])}.parquet"
         self.paths[index] = path
         batch = Batch(start, path, table, prompts, None, [])
         if path.exists():
             said = (pq.read_schema(path).metadata or {}).get(b"rows")
             batch.kept_rows = json.loads(said) if said else list(range(len(prompts)))
-        missing = set(range(len(prompts))).difference(batch.kept_rows)
+        missing = set(range(min(len(prompts), self.num_rows - start))).difference(batch.kept_rows)
         if missing and batch.kept_rows:
             batch.kept = pq.read_table(path)
         batch.failed = {row: str(prompts[row]) for row in sorted(missing) if isinstance(prompts[row], str)}
@@ -137,7 +150,8 @@ class Store:
             table = table.take(sorted(range(len(rows)), key=rows.__getitem__))
             whole = len(rows) == len(batch.prompts)
             note = None if whole else {"rows": json.dumps(sorted(rows))}
-            write_table(batch.path, table.replace_schema_metadata(note))
+            with whole_file(batch.path) as temporary:
+                pq.write_table(table.replace_schema_metadata(note), temporary, compression="zstd")
         if batch.failed:
             lines = [json.dumps({"position": batch.start + row, "error": error,
                                  "prompt": None if isinstance(batch.prompts[row], str) else batch.prompts[row]},
@@ -149,7 +163,7 @@ class Store:
         groups = [(batch.prompts[row], batch.answers[row]) for row in rows]
         metadata = [
             [{
-                "raw_output_text_generation_0": answer.text,
+                "raw_output_text_generation_0": full_text(answer),
                 "raw_input_text_generation_0": prompt,
                 "statistics_text_generation_0": {
                     "input_tokens": answer.prompt_tokens, "output_tokens": answer.tokens,
@@ -159,7 +173,7 @@ class Store:
             for prompt, group in groups
         ]  # fmt: skip
         added = {
-            "generation": [[answer.text for answer in group if answer] for _, group in groups],
+            "generation": [[full_text(answer) for answer in group if answer] for _, group in groups],
             "distilabel_metadata": metadata,
             "model_name": [self.config.model] * len(rows),
         }
@@ -180,67 +194,57 @@ class Store:
             for index in range(self.num_batches):
                 file = self.paths.get(index) or self.batch(index).path
                 if file.exists():
-                    waiting.append(pq.read_table(file).replace_schema_metadata())
+                    table = pq.read_table(file)
+                    said_rows = (table.schema.metadata or {}).get(b"rows")
+                    places = json.loads(said_rows) if said_rows else range(len(table))
+                    room = self.num_rows - index * self.config.input_batch_size
+                    table = table.take([i for i, place in enumerate(places) if place < room])  # the limit was higher
+                    waiting.append(table.replace_schema_metadata())
                     said = waiting[-1]["distilabel_metadata"].combine_chunks().flatten().flatten()
                     figures["prompts"] += len(waiting[-1])
                     figures["generations"] += len(said[0])
                     for name, counts in zip(("input tokens", "output tokens"), said[2].flatten(), strict=True):
                         figures[name] += sum(counts.to_pylist())
                     reasons.update(said[3].to_pylist())
-                if sum(map(len, waiting)) >= ROW_GROUP or (index == self.num_batches - 1 and waiting):
+                full = sum(map(len, waiting)) >= ROW_GROUP or sum(table.nbytes for table in waiting) >= GROUP_BYTES
+                if full or (index == self.num_batches - 1 and waiting):
                     writer.write_table(pa.concat_tables(waiting))
                     waiting = []
         return figures | {f"finish reason {reason or 'none'}": count for reason, count in sorted(reasons.items())}
-
-
-class whole_file:
-    """`with whole_file(path) as temporary`: what is written there becomes `path`, flushed, or is removed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        try:
-            if kind is None:
-                flush_to_disk(self.temporary)
-                os.replace(self.temporary, self.path)
-                flush_to_disk(self.path.parent)
-        finally:
-            self.temporary.unlink(missing_ok=True)
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    with whole_file(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
 
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=False, default=str).encode()).hexdigest()[:16]
 
 
-def _renderer(config: GenerateConfig, columns: list[str]) -> Callable[[pa.Table], list[list[dict[str, str]] | str]]:
+def full_text(answer: Answer) -> str:
+    return f"<think>\n{answer.thought}\n</think>\n\n{answer.text}" if answer.thought else answer.text
+
+
+def _renderer(config: GenerateConfig, schema: pa.Schema) -> Callable[[pa.Table], list[list[dict[str, str]] | str]]:
     """From rows to conversations (or why a row has none). Raises ValueError for a template that does not fit them."""
+    columns = schema.names
     environment = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    for name in schema.names:  # a column named like one of Jinja's own functions is the column
+        environment.globals.pop(name, None)
     try:
         names = jinja2.meta.find_undeclared_variables(environment.parse(config.prompt_template))
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"--prompt-template is not valid Jinja: {error}.") from error
     template = environment.from_string(config.prompt_template)
-    sources = {name: config.prompt_column if name == "instruction" else name for name in names - {*environment.globals}}
+    sources = {name: config.prompt_column if name == "instruction" else name for name in names}
     for name, column in sources.items():
         flag = "--prompt-column" if name == "instruction" else "--prompt-template"
         require(column in columns, f"{flag} names a column {column!r}, but the data has {', '.join(columns)}.")
+        kind = str(schema.field(column).type)
+        text = name != "instruction" or kind in ("string", "large_string", "null")
+        require(text, f"column {column!r} holds {kind}: choose a column of texts with --prompt-column.")
     system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
 
     def conversation(values: dict[str, Any]) -> list[dict[str, str]] | str:
-        empty = [sources[name] for name, value in values.items() if value is None]
-        if empty:
-            return f"no text in {', '.join(empty)}"
-        if not isinstance(values.get("instruction", ""), str):
-            return f"{config.prompt_column} holds no text but {type(values['instruction']).__name__}"
+        if values.get("instruction", "") is None:
+            return f"no text in {config.prompt_column}"
+        values = {name: "" if value is None else value for name, value in values.items()}
         try:
             return [*system, {"role": "user", "content": template.render(values)}]
         except Exception as error:  # whatever a template's own expressions raise

@@ -91,7 +91,7 @@ def load_rows(name: str, config: str | None = None, split: str = "train", option
     """
     path = Path(name).expanduser()
     if path.suffix in FILES:
-        data = _read_file(name)
+        data = _read_file(name, option=option)
     elif path.is_dir() and (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         try:
             data = load_from_disk(str(path))
@@ -116,11 +116,11 @@ def load_rows(name: str, config: str | None = None, split: str = "train", option
     return data
 
 
-def _read_file(name: str, streaming: bool = False) -> Any:
+def _read_file(name: str, streaming: bool = False, option: str = "--dataset_name and --dataset_test_split") -> Any:
     """The rows of a data file; where it cannot be read, ValueError says which line is damaged."""
     path = Path(name).expanduser()
     if not path.is_file():
-        raise ValueError(f"there is no data file at {name}: check --dataset_name and --dataset_test_split.")
+        raise ValueError(f"there is no data file at {name}: check {option}.")
     kind = path.suffix[1:].replace("jsonl", "json")
     try:
         return load_dataset(kind, data_files=str(path), split="train", streaming=streaming)

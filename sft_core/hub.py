@@ -4,7 +4,7 @@ All of it is the first rank's own business and in no collective. Only `check_hub
 for good later is a warning and an entry in what `wait` returns. Transfers and the meaning of HF_ENDPOINT, HF_TOKEN and
 HF_HUB_OFFLINE are huggingface_hub's.
 
-Left out on purpose: pull requests, data sets (`eval/chunks.py` has them), and resuming straight from the Hub (download
+Left out on purpose: pull requests, and resuming straight from the Hub (download
 `last-checkpoint/` of hub_strategy `checkpoint` and give it to --resume_from_checkpoint).
 """
 
@@ -14,6 +14,7 @@ import os
 import queue
 import random
 import shutil
+import sys
 import threading
 import time
 import uuid
@@ -22,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import pyarrow.parquet as pq
+from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -113,6 +116,33 @@ def refusals_said(api: HfApi, elsewhere: str) -> Iterator[None]:
             f"the Hub at {api.endpoint} cannot be reached ({_reason(error)}): check the network and HF_ENDPOINT, or do "
             "not push."
         ) from error
+
+
+def check_dataset_push(repo: str | None, private: bool) -> None:
+    """Make sure, where a data set will be pushed, that it may be.
+
+    Raises:
+        ValueError: no Hub, no token, or one that may not write there.
+    """
+    if repo:
+        api = HfApi()
+        with refusals_said(api, "another name"):
+            api.whoami()  # without a token creating would say 401, which reads like a wrong one
+            api.create_repo(repo, repo_type="dataset", private=private or None, exist_ok=True)
+
+
+def push_dataset(file: Path, repo: str | None, private: bool, config_name: str = "default") -> None:
+    """The file as the data set `repo` on the Hub; a failure ends the process with 1, and the file stays."""
+    if not repo:
+        return
+    if pq.read_metadata(file).num_rows == 0:
+        return print(f"{file} has no rows and was not pushed.", file=sys.stderr)
+    try:
+        Dataset.from_parquet(str(file)).push_to_hub(repo, config_name=config_name, private=private or None)
+    except Exception as error:  # whatever it is, the work is done and the command may be given again
+        cause = " ".join(str(error).split())[:300]
+        print(f"error: the Hub did not take {file}: {cause}. The same command tries again.", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def resolve_repo_id(config: TrainingConfig) -> str:

@@ -120,9 +120,9 @@ def test_exactly_the_planted_rows_are_found(shared, planted, tmp_path, capsys):
     assert left.features == before.features
     assert left.to_list() == [row for i, row in enumerate(before) if i not in expected]
     # the same folder without --cleanup: nothing is searched again
-    when = (tmp_path / "out" / "verdicts" / "00000.json").stat().st_mtime_ns
+    when = next((tmp_path / "out" / "verdicts").glob("00000-*.json")).stat().st_mtime_ns
     run(arguments(shared, file, tmp_path / "out"))
-    assert (tmp_path / "out" / "verdicts" / "00000.json").stat().st_mtime_ns == when
+    assert next((tmp_path / "out" / "verdicts").glob("00000-*.json")).stat().st_mtime_ns == when
     marked = pq.read_table(tmp_path / "out" / "rows.parquet").to_pylist()
     assert [i for i, row in enumerate(marked) if row["contaminated_math_500"] or row["contaminated_aime24"]] == [
         *expected

@@ -1,11 +1,13 @@
 """Who is to blame for a failure, and which server gets the next request."""
 
 import asyncio
+import json
 import time
 
 import pytest
 
-from gen.client import Client, RequestError, ServerError
+from gen.client import Answer, Client, RequestError, ServerError, read_answer
+from gen.store import full_text
 from tests.fake_openai import FakeServer
 
 
@@ -42,13 +44,46 @@ def test_what_the_request_may_be_to_blame_for_costs_a_retry(server, how):
     assert answer.text.startswith("0 -> ")
 
 
+MESSAGE = {"choices": [{"message": {"content": "so"}, "finish_reason": "stop"}], "usage": {"completion_tokens": 3}}
+
+
+def reply(**changes) -> bytes:
+    choice = MESSAGE["choices"][0] | {"message": {"content": "so"} | changes.pop("message", {})}
+    choice |= {"finish_reason": changes.pop("finish_reason", "stop")}
+    return json.dumps(MESSAGE | {"choices": [choice]} | changes).encode()
+
+
+def test_answers_are_read_or_refused():
+    """What a server may say; what is wrong in kind must not get into a file, nor end the run."""
+    assert read_answer(reply()) == Answer("so", 3, 0, "stop")
+    assert read_answer(reply(usage={"completion_tokens": None})).tokens == 0 == read_answer(reply(usage=None)).tokens
+    assert read_answer(reply(finish_reason=None)).finish_reason == ""
+    assert read_answer(reply(message={"content": "half \ud83d"})).text == "half ?"
+    for name in ("reasoning", "reasoning_content"):
+        assert read_answer(reply(message={"content": None, name: "hm"})) == Answer("", 3, 0, "stop", "hm")
+    assert full_text(Answer("so", 3, 0, "stop", "hm")) == "<think>\nhm\n</think>\n\nso"
+    bad = [reply(message={"content": None}), reply(message={"content": ["a"]}), reply(finish_reason=3), b"[]", b"{}"]
+    for content in (*bad, b"[" * 200_000, b'{"error": "busy"}', b'{"choices": []}'):
+        with pytest.raises((ValueError, LookupError, TypeError, AttributeError, RecursionError)):
+            read_answer(content)
+
+
 def test_what_cannot_get_better_is_not_asked_twice(server):
     server.behave = lambda number, request: 400
     assert isinstance(run([server.url], retries=5)[0], RequestError) and len(server.requests) == 1
-    for status in (401, 404):
+    for status in (401, 404, 405, 307):
         server.behave = lambda number, request, status=status: status
         assert isinstance(run([server.url], retries=5)[0], ServerError)
-    assert len(server.requests) == 3
+    assert len(server.requests) == 5
+    with FakeServer() as good:  # the other goes on
+        assert not any(isinstance(answer, Exception) for answer in run([server.url, good.url], count=20))
+        assert len(server.requests) < 26
+
+
+def test_where_nothing_is_ever_answered_the_run_ends(server):
+    server.behave = lambda number, request: 400  # no prompt fits, say
+    found = run([server.url], count=100)
+    assert any(isinstance(error, ServerError) and "answers 400" in str(error) for error in found)
 
 
 def test_a_stall_of_the_whole_server_costs_nothing(server, monkeypatch):

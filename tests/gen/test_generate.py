@@ -83,6 +83,7 @@ def test_a_server_that_is_killed_costs_nothing(server, data, tmp_path):
             time.sleep(0.1)
         urls = f"{server.url},http://127.0.0.1:{port}/v1"
         code, log = generate(urls, data, tmp_path / "out", max_concurrent=8)
+        doomed.kill()
     assert code == 0, log
     assert [row["generation"] for row in rows(tmp_path / "out")] == expected()
     assert not (tmp_path / "out" / "failed.jsonl").exists() and 100 < len(server.requests) < 200
@@ -135,6 +136,17 @@ def test_no_server_any_more_keeps_what_is_done(server, data, tmp_path):
     assert [row["generation"] for row in rows(tmp_path / "out")] == expected()
 
 
+def test_a_dead_engine_behind_a_living_front_costs_few_prompts(server, data, tmp_path):
+    server.behave = lambda number, request: "ok" if number <= 60 else 500
+    code, log = generate(server.url, data, tmp_path / "out", timeout=3, max_concurrent=4)
+    assert code == 1 and "answers 500" in log and "goes on from there" in log and "Traceback" not in log, log
+    failed = [json.loads(line) for line in (tmp_path / "out" / "failed.jsonl").read_text().splitlines()]
+    assert 1 <= len(failed) < 20 and len(server.requests) < 90
+    server.behave = lambda number, request: "ok"
+    assert generate(server.url, data, tmp_path / "out")[0] == 0
+    assert [row["generation"] for row in rows(tmp_path / "out")] == expected()
+
+
 def test_prompts_that_keep_failing_are_asked_again_by_the_same_command(server, data, tmp_path):
     bad = {"Say 5.", "Say 6.", *(f"Say {i}." for i in range(16, 24))}
     server.behave = lambda number, request: 500 if request["messages"][0]["content"] in bad else "ok"
@@ -178,6 +190,9 @@ def test_bad_input_is_one_sentence(server, data, tmp_path):
         "not valid Jinja": {"prompt_template": "{{ instruction"},
         "use --num-generations 1 or a temperature above 0": {"temperature": 0},
         "write it as http://host:8000/v1": {"vllm_server_url": "localhost:8000"},
+        "--vllm-server-url is empty": {"vllm_server_url": ","},
+        "its address may lack /v1": {"vllm_server_url": server.url.removesuffix("/v1")},
+        "holds int64: choose a column of texts": {"prompt_column": "n"},
         "no data file": {"hf_dataset": tmp_path / "absent.jsonl"},
     }
     server.models = ("served", "other")
@@ -192,11 +207,28 @@ def test_bad_input_is_one_sentence(server, data, tmp_path):
 
 
 def test_what_may_differ_in_a_restart(server, data, tmp_path):
-    assert generate(server.url, data, tmp_path / "out", limit=16)[0] == 0
+    assert generate(server.url, data, tmp_path / "out", limit=13)[0] == 0  # in the middle of a batch
+    assert len(rows(tmp_path / "out")) == 13
     more = {"client_replicas": 3, "max_concurrent": 7, "timeout": 50, "retries": 2}
     assert generate(server.url.replace("127.0.0.1", "localhost"), data, tmp_path / "out", **more)[0] == 0
     assert len(server.requests) == 200 and [row["generation"] for row in rows(tmp_path / "out")] == expected()
-    assert server.most_at_once <= 16
+    assert server.most_at_once <= 16 and len(list((tmp_path / "out" / "batches").iterdir())) == 13
+    assert generate(server.url, data, tmp_path / "out", limit=20, **more)[0] == 0
+    assert len(server.requests) == 200 and [row["n"] for row in rows(tmp_path / "out")] == list(range(20))
+
+
+def test_rows_that_change_where_the_prompt_does_not(server, tmp_path):
+    """Also beyond what a fingerprint of a large data set sees; and what a template may name."""
+    lines = [{"prompt": f"Say {i}.", "range": "x", "hint": None if i % 2 else "!", "old": i} for i in range(1500)]
+    file = tmp_path / "rows.jsonl"
+    more = {"num_generations": 1, "input_batch_size": 500, "prompt_template": "{{ range }}{{ hint }} {{ instruction }}"}
+    for change in (1, 7):
+        lines[1]["old"] = change
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert generate(server.url, file, tmp_path / "out", **more)[0] == 0
+        assert rows(tmp_path / "out")[1]["old"] == change and len(rows(tmp_path / "out")) == 1500
+    assert len(server.requests) == 2000  # the batch that holds it is asked again
+    assert [r["messages"][0]["content"] for r in server.requests[:2]] == ["x! Say 0.", "x Say 1."]
 
 
 def test_an_engine_in_process_needs_no_server(tiny_model, data, tmp_path):
@@ -219,6 +251,11 @@ def test_an_engine_in_process_needs_no_server(tiny_model, data, tmp_path):
     assert said[0]["statistics_text_generation_0"] == {
         "input_tokens": len(prompt), "output_tokens": len(group[0].token_ids),
     }  # fmt: skip
+    file = tmp_path / "some.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("Say 1.", "Say 2. " * 60)))
+    for _ in range(2):  # nothing is left that fits, which is no reason to refuse what is there
+        code, log = generate("http://127.0.0.1:9/v1", file, tmp_path / "some", **(more | {"limit": 2}))
+        assert code == 0 and "failed prompts          1" in log and len(rows(tmp_path / "some")) == 1, log
     code, log = generate("http://127.0.0.1:9/v1", data, tmp_path / "long", **(more | {"max_new_tokens": 250}))
     assert code == 2 and "lower --max-new-tokens" in log, log
 
