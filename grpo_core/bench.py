@@ -27,13 +27,11 @@ from grpo_core.loss import policy_loss
 from grpo_core.rollout import Rollout
 from grpo_core.train import update
 from sft_core import guards
-from sft_core.bench import SHAPES, WARM_UP, now, shape_config
+from sft_core.bench import SHAPES, WARM_UP, now, random_policy, shape_config
 from sft_core.config import require
 from sft_core.flops import peak_flops, training_flops
-from sft_core.model import Policy
 from sft_core.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
 from sft_core.packing import step_counts
-from sft_core.parallel import make_mesh, shard
 
 PROMPT, GROUP, LONGEST = 128, 8, 1024
 TIMED = (
@@ -67,13 +65,7 @@ def make_rollouts(tokens: int, vocab: int, seed: int) -> list[Rollout]:
 
 def this_trainer(info: Qwen2Config, tokens: int, config: GRPOConfig, steps: int, device: torch.device) -> list[Phases]:
     """Seconds of each phase of each timed step."""
-    torch.manual_seed(0)
-    with device:
-        model = AutoModelForCausalLM.from_config(info, attn_implementation="packed", dtype=torch.bfloat16)
-    policy = shard(
-        Policy(model).eval(), make_mesh(device), bf16=device.type == "cuda",
-        gradient_checkpointing=config.gradient_checkpointing,
-    )  # fmt: skip
+    policy = random_policy(info, config.gradient_checkpointing, device)
     optimizer = make_optimizer(policy, config)
     scheduler = make_scheduler(optimizer, config, WARM_UP + steps)
 

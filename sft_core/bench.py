@@ -68,15 +68,18 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def this_trainer(info: Qwen2Config, tokens: int, config: SFTConfig, steps: int, device: torch.device) -> list[float]:
-    """Seconds of each timed step of `sft_core.train`'s update."""
+def random_policy(info: Qwen2Config, gradient_checkpointing: bool, device: torch.device) -> Policy:
+    """Random weights of that shape, sharded as in training."""
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(info, attn_implementation="packed", dtype=torch.bfloat16)
-    policy = shard(
-        Policy(model).eval(), make_mesh(device), bf16=device.type == "cuda",
-        gradient_checkpointing=config.gradient_checkpointing,
-    )  # fmt: skip
+    sharding = {"bf16": device.type == "cuda", "gradient_checkpointing": gradient_checkpointing}
+    return shard(Policy(model).eval(), make_mesh(device), **sharding)
+
+
+def this_trainer(info: Qwen2Config, tokens: int, config: SFTConfig, steps: int, device: torch.device) -> list[float]:
+    """Seconds of each timed step of `sft_core.train`'s update."""
+    policy = random_policy(info, config.gradient_checkpointing, device)
     optimizer = make_optimizer(policy, config)
     scheduler = make_scheduler(optimizer, config, WARM_UP + steps)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
