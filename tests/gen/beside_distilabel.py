@@ -54,9 +54,8 @@ def run(name: str, options: argparse.Namespace) -> None:
     ]
     seconds = time.perf_counter() - start
     count = sum(len(row["generation"]) for row in found)
-    print(
-        f"RESULT {name}: {len(found)} rows, {count} generations, {seconds:.2f} s; {', '.join(sorted(found.column_names))}"
-    )
+    columns = ", ".join(sorted(found.column_names))
+    print(f"RESULT {name}: {len(found)} rows, {count} generations, {seconds:.2f} s; {columns}")
 
 
 def main() -> None:
