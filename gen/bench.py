@@ -24,7 +24,8 @@ import psutil
 
 from gen.client import Client
 from gen.config import GenerateConfig
-from gen.generate import Run, open_rows
+from gen.generate import Run
+from gen.store import open_rows
 
 AT_ONCE = 64
 REQUEST: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "What is 6 times 7?"}], "seed": 1}

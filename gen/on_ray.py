@@ -10,24 +10,21 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+from gen.asking import Progress, ask_servers
 from gen.client import ServerError
 from gen.config import GenerateConfig
-from gen.store import Store
+from gen.store import Store, open_rows
 
 
 class Worker:
     """An actor: numbers of batches in, one row of counts out."""
 
     def __init__(self, config: GenerateConfig, folder: str, digest: str) -> None:
-        from gen.generate import open_rows
-
         self.store = Store(replace(config, output_dir=folder), open_rows(config))
         if self.store.digest != digest:
             raise RuntimeError(f"{config.hf_dataset} has other rows on this node than where the run was started.")
 
     def __call__(self, numbers: dict[str, Any]) -> dict[str, list[Any]]:
-        from gen.generate import Progress, ask_servers
-
         progress, config = Progress(0, shown=False), self.store.config
         at_once = max(1, config.at_once // config.client_replicas)
         trouble = ""

@@ -37,7 +37,7 @@ from gen.client import Answer
 from gen.config import IDENTITY, GenerateConfig
 from sft_core import guards
 from sft_core.config import require
-from sft_core.data import fingerprint
+from sft_core.data import fingerprint, load_rows
 from sft_core.files import whole_file, write_atomically
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -50,6 +50,10 @@ METADATA = pa.list_(
 )  # fmt: skip
 ADDED = {"generation": pa.list_(pa.string()), "distilabel_metadata": METADATA, "model_name": pa.string()}
 ROW_GROUP, GROUP_BYTES = 1024, 64 << 20  # rows, and bytes, of train.parquet that are in memory together
+
+
+def open_rows(config: GenerateConfig) -> Dataset:
+    return load_rows(config.hf_dataset, config.hf_dataset_config, config.hf_dataset_split, option="--hf-dataset")
 
 
 @dataclass
