@@ -129,6 +129,21 @@ def test_exactly_the_planted_rows_are_found(shared, planted, tmp_path, capsys):
     ]
 
 
+def test_a_row_that_changes_is_looked_at_again(tmp_path):
+    """Also where a fingerprint of a large data set does not see it."""
+    problem = "Find the number of red balls that must be left in the large urn at the end of the game."
+    exam, data = tmp_path / "exam.jsonl", tmp_path / "rows.jsonl"
+    exam.write_text(json.dumps({"problem": problem, "answer": "7"}) + "\n")
+    rows = [{"problem": f"Row {i} says nothing of interest.", "answer": "1"} for i in range(2500)]
+    argv = ["--dataset", str(data), "--tasks", "aime24", "--eval_dataset", f"aime24={exam}", "--cleanup"]
+    for flagged in (0, 1):
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run([*argv, "--output_dir", str(tmp_path / "out")])
+        assert json.loads((tmp_path / "out" / "report.json").read_text())["flagged"] == flagged
+        rows[1]["problem"] = problem.upper()
+    assert [match["row"] for match in matches(tmp_path / "out")] == [1]
+
+
 def test_killed_and_continued(shared, tmp_path):
     data = shared / "data" / "gsm8k_train.jsonl"
     [process] = launch.start("eval.decontaminate", arguments(shared, data, tmp_path / "killed"), tmp_path / "log.txt")
