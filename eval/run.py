@@ -45,7 +45,7 @@ from eval.server import Server, ServerError
 from eval.tasks import Doc, LightevalTaskConfig, check_task, find_tasks, load_custom_tasks
 from eval.workers import WorkerPool
 from gen.engine import Completion, Engine, check_engine_available, make_engine
-from gen.shards import start_shards
+from gen.shards import ShardsFailed, start_shards
 from sft_core import guards
 from sft_core.chat import render_prompt, set_up
 from sft_core.cli import parse
@@ -85,14 +85,14 @@ def run(
     missing = [path for work in works for path, _ in work.batches(config) if not path.exists()]
     copies = config.data_parallel_size or max(1, torch.cuda.device_count() // config.tensor_parallel_size)
     copies = min(copies, len(missing))
-    if config.shard or config.base_url or (copies == 1 and config.tensor_parallel_size == 1):
-        try:
+    try:
+        if config.shard or config.base_url or (copies == 1 and config.tensor_parallel_size == 1):
             generate(config, works, tokenizer, stop_ids)
-        except ServerError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
-    elif missing:
-        start_shards(module, argv, copies, config.tensor_parallel_size)
+        elif missing:
+            start_shards(module, argv, copies, config.tensor_parallel_size)
+    except (ServerError, ShardsFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     return works
 
 

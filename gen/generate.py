@@ -32,7 +32,7 @@ from gen.asking import Progress, ask_servers, sample_here
 from gen.client import Client, ServerError
 from gen.config import GenerateConfig, join_urls
 from gen.inprocess import Sampler, weights
-from gen.shards import start_shards
+from gen.shards import ShardsFailed, start_shards
 from gen.store import Store, open_rows
 from sft_core import guards
 from sft_core.cli import parse
@@ -59,10 +59,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         try:
             run.work(stop, argv)
-        except (ServerError, RuntimeError) as error:
+        except (ServerError, ShardsFailed) as error:
             lost = str(error)
         if config.shard:
-            raise SystemExit(1 if lost else 130 if stop.requested else 0)
+            raise SystemExit(130 if stop.requested else 0)
         figures = run.finish()
         if lost:
             print(f"error: {lost}. What is done is kept; the same command goes on from there.", file=sys.stderr)

@@ -14,10 +14,14 @@ import torch
 from sft_core.guards import StopSignal
 
 
+class ShardsFailed(RuntimeError):
+    """Copies ended in failure, each having said why; the message is for the user."""
+
+
 def start_shards(module: str, argv: list[str], copies: int, width: int = 1, stop: StopSignal | None = None) -> None:
     """Run `copies` of `python -m module argv`, each on `width` GPUs of its own, to their ends.
 
-    A request to `stop` is passed on. Raises RuntimeError if a copy fails (a stopped one, exit code 130, does not).
+    A request to `stop` is passed on. Raises ShardsFailed if a copy fails (a stopped one, exit code 130, does not).
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
@@ -35,4 +39,4 @@ def start_shards(module: str, argv: list[str], copies: int, width: int = 1, stop
     codes = [child.wait() for child in children]
     failed = sum(code not in (0, 130) for code in codes)
     if failed:
-        raise RuntimeError(f"{failed} of {copies} processes failed; the same command goes on from here.")
+        raise ShardsFailed(f"{failed} of {copies} processes failed; the same command goes on from here.")

@@ -11,7 +11,6 @@ the CPU. Left out on purpose: sampling, scoring and the weights' way into the en
 """
 
 import argparse
-import gc
 import importlib.util
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +26,7 @@ from grpo_core.loss import policy_loss
 from grpo_core.rollout import Rollout
 from grpo_core.train import update
 from sft_core import guards
-from sft_core.bench import SHAPES, WARM_UP, now, random_policy, shape_config
+from sft_core.bench import SHAPES, WARM_UP, now, random_policy, shape_config, with_fresh_memory
 from sft_core.config import require
 from sft_core.flops import peak_flops, training_flops
 from sft_core.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
@@ -143,13 +142,8 @@ def in_trls_way(info: Qwen2Config, tokens: int, config: GRPOConfig, steps: int, 
 def measure(make: Any, name: str, info: Qwen2Config, tokens: int, config: GRPOConfig, steps: int,
             device: torch.device) -> str:  # fmt: skip
     """A line of the table."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    try:
-        taken = make(info, tokens, config, steps, device)
-    except torch.cuda.OutOfMemoryError:
+    taken = with_fresh_memory(make, info, tokens, config, steps, device)
+    if taken is None:
         return f"| {name} | {tokens} | out of memory | | | | | |"
     phases = [sum(step[phase] for step in taken) / steps for phase in taken[0]]
     lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in make_rollouts(tokens, info.vocab_size, 0)]

@@ -98,16 +98,24 @@ def this_trainer(info: Qwen2Config, tokens: int, config: SFTConfig, steps: int, 
     return taken[WARM_UP:]
 
 
-def measure(make: Any, name: str, info: Qwen2Config, tokens: int, config: SFTConfig, steps: int,
-            device: torch.device, world_size: int) -> str:  # fmt: skip
-    """A line of the table: one trainer at one shape."""
+def with_fresh_memory(make: Any, *arguments: Any) -> Any:
+    """make(*arguments), the last the device, with nothing left there from before; None where it is out of memory."""
+    device = arguments[-1]
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        taken = make(info, tokens, config, steps, device)
+        return make(*arguments)
     except torch.cuda.OutOfMemoryError:
+        return None
+
+
+def measure(make: Any, name: str, info: Qwen2Config, tokens: int, config: SFTConfig, steps: int,
+            device: torch.device, world_size: int) -> str:  # fmt: skip
+    """A line of the table: one trainer at one shape."""
+    taken = with_fresh_memory(make, info, tokens, config, steps, device)
+    if taken is None:
         return f"| {name} | {tokens} | out of memory | | | | |"
     flops = training_flops(info, [len(ids) for ids in documents(tokens, 1, 0)])
     return line(name, tokens, sum(taken) / steps, flops, peak_flops(device), guards.peak_memory_gib(device), world_size)
