@@ -1,10 +1,12 @@
 """Worker processes that can be killed: for checks that may hang, crash or eat memory.
 
 `WorkerPool` runs any importable function over items in fresh interpreters, and kills the one that overruns. Nothing
-here imports torch; a test looks into a worker to see. Left out: an answer to the caller before all items have one.
+here imports torch; a test looks into a worker to see.
 
     with WorkerPool(2, timeout=5.0) as pool:
         results = pool.map(function, items)
+        job = pool.submit(function, items)  # and go on with something else
+        results = pool.wait(job)
 """
 
 import ctypes
@@ -35,12 +37,24 @@ class Unscored:
 
 
 @dataclass
+class Job:
+    """Items on their way through a pool."""
+
+    function: Callable[[Any], Any]
+    items: Sequence
+    limits: list[float]  # seconds for each
+    results: list
+    missing: int
+
+
+@dataclass
 class _Worker:
     process: subprocess.Popen
     connection: Connection
     state: str = "starting"  # -> "idle" -> "loading" (unpickles a chunk) -> "running" -> "idle"
     deadline: float = float("inf")  # time.monotonic(), of what the state names
-    items: deque[int] = field(default_factory=deque)  # indices not yet answered, in the order the worker takes them
+    job: Job | None = None
+    items: deque[int] = field(default_factory=deque)  # of the job, not yet answered, in the order the worker takes them
     last: float = float("inf")  # time.monotonic(), when the item at hand is given up whatever the machine's load
     used: float = 0.0  # seconds of processor time when the worker began this item
 
@@ -64,6 +78,7 @@ class WorkerPool:
             raise ValueError(f"a pool needs num_workers >= 1 and timeout > 0, got {num_workers} and {timeout}")
         self.num_workers, self.timeout, self.memory_limit = num_workers, timeout, memory_limit
         self._workers: list[_Worker] = []
+        self._todo: deque[tuple[Job, Iterable[int]]] = deque()
         self._failed_starts = 0
         self._fill()  # workers import while the parent goes on
 
@@ -72,72 +87,105 @@ class WorkerPool:
 
         function and items are pickled, so a function must live in a module (not in `__main__`, no lambda).
         timeouts: seconds for each item, where they differ from the pool's.
-        Raises ValueError for what cannot be pickled, RuntimeError when a worker cannot start or import the function.
+        Raises ValueError for what cannot be pickled, RuntimeError when a worker cannot start or import the function;
+        all that the pool was at is then given up.
         """
+        return self.wait(self.submit(function, items, timeouts))
+
+    def submit(self, function: Callable[[Any], Any], items: Sequence, timeouts: Sequence[float] | None = None) -> Job:
+        """As `map`, but the workers go on while the caller does; `wait` gives the results. A worker gets its next items
+        whenever the pool is called, so many small jobs keep it busier than one."""
         limits = [self.timeout] * len(items) if timeouts is None else list(timeouts)
-        results: list = [None] * len(items)
+        job = Job(function, items, limits, [None] * len(items), len(items))
         size = max(1, min(64, len(items) // (4 * self.num_workers)))
-        todo: deque[Iterable[int]] = deque(range(i, min(i + size, len(items))) for i in range(0, len(items), size))
-        missing, self._failed_starts = len(items), 0
-        for worker in [w for w in self._workers if w.process.poll() is not None]:
+        self._todo.extend((job, range(i, min(i + size, len(items)))) for i in range(0, len(items), size))
+        self._failed_starts = 0
+        for worker in [w for w in self._workers if w.process.poll() is not None and not w.items]:
             self._kill(worker)  # something outside killed it since the last call
+        self._turn(0.0)
+        return job
 
-        def give_up(worker: _Worker, reason: str, error: str) -> int:
-            """End the worker; the item it was at is lost, the rest of its chunk goes back to the queue."""
-            self._kill(worker)
-            lost = worker.state == "running"
-            if lost:
-                results[worker.items.popleft()] = Unscored(reason, error)
-            else:
-                self._failed_starts += 1
-                if self._failed_starts >= self.START_ATTEMPTS * self.num_workers:
-                    raise RuntimeError(f"checking workers do not start: the last one {error} while {worker.state}")
-            if worker.items:
-                todo.appendleft(worker.items)
-            return int(lost)
+    def wait(self, job: Job) -> list:
+        """The job's results, in the order of its items."""
+        while job.missing:
+            assert self._todo or any(worker.items for worker in self._workers), "this job was given up"
+            self._turn(1e6)
+        return job.results
 
+    def _turn(self, patience: float) -> None:
+        """Hand out work, wait up to `patience` seconds for an answer or a deadline, take what has come in."""
         try:
-            while missing:
-                self._fill()
-                for worker in self._workers:
-                    if worker.state == "idle" and todo:
-                        worker.items = deque(todo.popleft())
-                        self._send(worker, function, [items[i] for i in worker.items])
-                soonest = min(w.deadline for w in self._workers)
-                ready = wait([w.connection for w in self._workers], max(0.0, min(soonest - time.monotonic(), 1e6)))
-                for worker in [w for w in self._workers if w.connection in ready]:
-                    try:
-                        kind, value, used = pickle.loads(worker.connection.recv_bytes())
-                    except (EOFError, OSError):
-                        with suppress(subprocess.TimeoutExpired):
-                            worker.process.wait(1.0)
-                        missing -= give_up(worker, "crash", f"died with exit code {worker.process.returncode}")
-                        continue
-                    if kind == "unloadable":
-                        raise RuntimeError(f"a checking worker cannot import {function!r} or its arguments: {value}")
-                    if kind in ("value", "exception"):
-                        results[worker.items.popleft()] = value if kind == "value" else Unscored(kind, value)
-                        missing -= 1
-                    self._failed_starts = 0
-                    worker.state = "running" if worker.items else "idle"
-                    limit = limits[worker.items[0]] if worker.items else float("inf")
-                    worker.deadline, worker.last = time.monotonic() + limit, time.monotonic() + 10 * limit
-                    worker.used = used
-                now = time.monotonic()
-                # A parent that was itself held up reads what has come in before it blames the worker.
-                for worker in [w for w in self._workers if w.deadline < now and not w.connection.poll()]:
-                    owed = limits[worker.items[0]] - self._computed(worker) if worker.state == "running" else 0.0
-                    if owed > 0 and now < worker.last:
-                        worker.deadline = min(now + owed, worker.last)
-                    else:
-                        missing -= give_up(worker, "timeout", "took too long")
-        finally:
-            for worker in [w for w in self._workers if w.items]:  # only after an error: nobody waits for these
+            self._fill()
+            for worker in self._workers:
+                if worker.state == "idle" and self._todo:
+                    worker.job, chunk = self._todo.popleft()
+                    worker.items = deque(chunk)
+                    self._send(worker, worker.job.function, [worker.job.items[i] for i in worker.items])
+            soonest = min(w.deadline for w in self._workers)
+            ready = wait([w.connection for w in self._workers], max(0.0, min(soonest - time.monotonic(), patience)))
+            for worker in [w for w in self._workers if w.connection in ready]:
+                try:
+                    self._take(worker, *pickle.loads(worker.connection.recv_bytes()))
+                except (EOFError, OSError):
+                    with suppress(subprocess.TimeoutExpired):
+                        worker.process.wait(1.0)
+                    self._give_up(worker, "crash", f"died with exit code {worker.process.returncode}")
+            now = time.monotonic()
+            # A parent that was itself held up reads what has come in before it blames the worker.
+            for worker in [w for w in self._workers if w.deadline < now and not w.connection.poll()]:
+                owed = self._limit(worker) - self._computed(worker) if worker.state == "running" else 0.0
+                if owed > 0 and now < worker.last:
+                    worker.deadline = min(now + owed, worker.last)
+                else:
+                    self._give_up(worker, "timeout", "took too long")
+        except BaseException:
+            self._todo.clear()
+            for worker in [w for w in self._workers if w.items]:  # nobody waits for these
                 self._kill(worker)
-        return results
+            raise
+
+    def _take(self, worker: _Worker, kind: str, value: Any, used: float) -> None:
+        """A worker's message; `used` is the processor time it has had in all."""
+        if kind == "unloadable":
+            assert worker.job is not None
+            raise RuntimeError(f"a checking worker cannot import {worker.job.function!r} or its arguments: {value}")
+        if kind in ("value", "exception"):
+            if used - worker.used > self._limit(worker):  # it came back before the parent looked
+                kind, value = "timeout", "took too long"
+            self._answer(worker, value if kind == "value" else Unscored(kind, value))
+        self._failed_starts = 0
+        worker.state = "running" if worker.items else "idle"
+        limit = self._limit(worker)
+        worker.deadline, worker.last = time.monotonic() + limit, time.monotonic() + 10 * limit
+        worker.used = used
+
+    def _give_up(self, worker: _Worker, reason: str, error: str) -> None:
+        """End the worker; the item it was at is lost, the rest of its chunk goes back to the queue."""
+        self._kill(worker)
+        if worker.state == "running":
+            self._answer(worker, Unscored(reason, error))
+        else:
+            self._failed_starts += 1
+            if self._failed_starts >= self.START_ATTEMPTS * self.num_workers:
+                raise RuntimeError(f"checking workers do not start: the last one {error} while {worker.state}")
+        if worker.items:
+            assert worker.job is not None
+            self._todo.appendleft((worker.job, worker.items))
+
+    @staticmethod
+    def _answer(worker: _Worker, value: Any) -> None:
+        assert worker.job is not None
+        worker.job.results[worker.items.popleft()] = value
+        worker.job.missing -= 1
+
+    @staticmethod
+    def _limit(worker: _Worker) -> float:
+        """Seconds for the item at hand."""
+        return worker.job.limits[worker.items[0]] if worker.job is not None and worker.items else float("inf")
 
     def close(self) -> None:
-        """Kill the workers; `map` starts new ones."""
+        """Kill the workers, drop what they were at; the next call starts new ones."""
+        self._todo.clear()
         for worker in list(self._workers):
             self._kill(worker)
 

@@ -17,7 +17,7 @@ the sampler's distribution is not the one that a trainer scores.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 ENGINES = ("vllm", "torch")
+ASLEEP = "the engine sleeps: load weights before sampling from it"
 INITIAL_VERSION = -1  # the weights that an engine was started with, or that a failed load left behind: never trained on
 
 
@@ -58,6 +59,7 @@ class Engine(Protocol):
         greedy: bool = False,
         ignore_stop: bool = False,
         top_p: float = 1.0,
+        finished: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """Sample `n` completions of every prompt; sample i of prompt p draws from seed `seeds[p] + i`.
 
@@ -65,6 +67,8 @@ class Engine(Protocol):
         `temperature` says. `top_p` below 1 samples from the fewest most likely tokens whose probabilities reach it;
         log-probs are those among them. `ignore_stop` samples all `max_tokens`. Only `stop_ids` end a completion: the
         model folder's own EOS and generation_config.json count for nothing here.
+
+        `finished(p, completions)` is called as soon as prompt p has all its completions, while others are sampled.
 
         Raises ValueError for a request that cannot be served (see `check_request`).
         """
@@ -76,6 +80,11 @@ class Engine(Protocol):
         Returns name -> checksum (gen/sync.py) of the bytes that the loader consumed. `version` is set last, when all
         went well; while loading and after a failure it is -1. Callers want `gen.sync.sync_weights`, which checks.
         """
+        ...
+
+    def sleep(self) -> None:
+        """Give the memory of weights and cache back until the next `load_weights`; the version is -1 until then, and
+        `sample` raises RuntimeError."""
         ...
 
     def close(self) -> None:
@@ -146,6 +155,7 @@ def make_engine(
     tensor_parallel_size: int = 1,
     gpu_memory_utilization: float = 0.3,
     enforce_eager: bool = False,
+    sleep_mode: bool = False,
 ) -> Engine:
     """Start the engine `name` on a local Hugging Face model folder (or Hub id).
 
@@ -154,6 +164,7 @@ def make_engine(
     tensor_parallel_size    vLLM: neighbouring ranks that share one copy of the model
     gpu_memory_utilization  vLLM on a GPU: the engine's share of the whole memory (weights, KV cache, work space)
     enforce_eager           vLLM on a GPU: no graph capture and no compilation (always so on the CPU)
+    sleep_mode              vLLM on a GPU: `sleep` will be called (vLLM on the CPU cannot)
     """
     check_engine_available(name)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -169,6 +180,7 @@ def make_engine(
             tensor_parallel_size=tensor_parallel_size,
             gpu_memory_utilization=gpu_memory_utilization,
             enforce_eager=enforce_eager,
+            sleep_mode=sleep_mode,
         )
     from gen.torch_engine import TorchEngine
 

@@ -15,13 +15,13 @@ Left out on purpose: paging, continuous batching, tensor parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from gen.engine import INITIAL_VERSION, Completion, check_request
+from gen.engine import ASLEEP, INITIAL_VERSION, Completion, check_request
 from gen.sync import checksum
 
 
@@ -71,6 +71,7 @@ class TorchEngine:
         self.max_model_len = max_model_len
         self.max_batch = max_batch
         self.version = INITIAL_VERSION
+        self.asleep: dict[str, torch.Size] = {}  # shapes of the weights that were given back
 
     def sample(
         self,
@@ -84,8 +85,11 @@ class TorchEngine:
         greedy: bool = False,
         ignore_stop: bool = False,
         top_p: float = 1.0,
+        finished: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """See `gen.engine.Engine.sample`."""
+        if self.asleep:
+            raise RuntimeError(ASLEEP)
         check_request(
             prompts,
             n=n,
@@ -105,6 +109,8 @@ class TorchEngine:
             done = self._run_batch(prompts, [p for p, _ in batch], draws, temperature, max_tokens, stop, top_p)
             for (p, _), completion in zip(batch, done, strict=True):
                 completions[p].append(completion)
+                if finished is not None and len(completions[p]) == n:
+                    finished(p, completions[p])
         return completions
 
     @torch.inference_mode()
@@ -180,6 +186,9 @@ class TorchEngine:
         """See `gen.engine.Engine.load_weights`. Raises RuntimeError for unknown or missing names and wrong shapes."""
         self.version = INITIAL_VERSION
         parameters = dict(self.model.named_parameters())  # tied weights appear once
+        for name, shape in self.asleep.items():
+            parameters[name].data = parameters[name].new_full(shape, float("nan"))
+        self.asleep = {}
         consumed: dict[str, int] = {}
         for name, tensor in weights:
             if name not in parameters:
@@ -195,6 +204,13 @@ class TorchEngine:
             raise RuntimeError(f"{len(missing)} of the engine's weights were not sent, the first is {missing[0]!r}")
         self.version = version
         return consumed
+
+    def sleep(self) -> None:
+        """See `gen.engine.Engine.sleep`."""
+        self.version = INITIAL_VERSION
+        for name, parameter in self.model.named_parameters() if not self.asleep else ():
+            self.asleep[name] = parameter.shape
+            parameter.data = parameter.new_empty(0)
 
     def close(self) -> None:
         """Drop the model."""

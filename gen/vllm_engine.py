@@ -16,8 +16,11 @@ from __future__ import annotations
 import gc
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import copy
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig
 
-from gen.engine import INITIAL_VERSION, Completion, check_request, kv_cache_bytes
+from gen.engine import ASLEEP, INITIAL_VERSION, Completion, check_request, kv_cache_bytes
 from gen.sync import checksum
 
 GIB = 1 << 30
@@ -99,11 +102,14 @@ class VLLMEngine:
         tensor_parallel_size: int = 1,
         gpu_memory_utilization: float = 0.3,
         enforce_eager: bool = False,
+        sleep_mode: bool = False,
     ):
         self.on_cpu = not torch.cuda.is_available()
         self.tensor_parallel_size = tensor_parallel_size
         self.max_model_len = max_model_len
         self.version = INITIAL_VERSION
+        self.asleep = False
+        self.request_numbers = count()
         self.joined_group = dist.is_initialized()
         ranks = dist.get_world_size() if self.joined_group else 1
         if ranks % tensor_parallel_size:
@@ -147,6 +153,7 @@ class VLLMEngine:
                 generation_config="vllm",  # the folder's generation_config.json would change the sampling
                 logprobs_mode="processed_logprobs",  # after the temperature, as the trainer computes them
                 enable_prefix_caching=True,
+                enable_sleep_mode=sleep_mode and not self.on_cpu,
                 disable_log_stats=True,
                 **options,
             )
@@ -163,8 +170,11 @@ class VLLMEngine:
         greedy: bool = False,
         ignore_stop: bool = False,
         top_p: float = 1.0,
+        finished: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """See `gen.engine.Engine.sample`. With tensor parallelism all ranks of a group call together."""
+        if self.asleep:
+            raise RuntimeError(ASLEEP)
         check_request(
             prompts,
             n=n,
@@ -178,32 +188,75 @@ class VLLMEngine:
         # Else rounding would depend on which prefixes earlier calls left in the cache.
         self.llm.reset_prefix_cache()
         everyone, own = self._gather(prompts, seeds)
-        stop = [] if ignore_stop else sorted(stop_ids)
-        params = [
-            self.vllm.SamplingParams(
-                n=n,
-                temperature=0.0 if greedy else temperature,
-                top_p=1.0 if greedy else top_p,
-                max_tokens=max_tokens,
-                seed=seed,
-                logprobs=0,  # the sampled token's only
-                detokenize=False,
-                ignore_eos=True,  # the model's own EOS does not count, our stop ids do
-                stop_token_ids=stop,
-            )
-            for _, seed in everyone
-        ]
-        requests = [{"prompt_token_ids": ids} for ids, _ in everyone]
+        params = self.vllm.SamplingParams(
+            temperature=0.0 if greedy else temperature,
+            top_p=1.0 if greedy else top_p,
+            max_tokens=max_tokens,
+            seed=0,  # each request gets its own
+            logprobs=0,  # the sampled token's only
+            detokenize=False,
+            ignore_eos=True,  # the model's own EOS does not count, our stop ids do
+            stop_token_ids=[] if ignore_stop else sorted(stop_ids),
+        )
+
+        def ended(prompt: int, group: list[Completion]) -> None:
+            if finished is not None and own.start <= prompt < own.stop:
+                finished(prompt - own.start, group)
+
         # vLLM compiles one helper of the sampler at first use: seconds, and a C++ compiler, for microseconds on a CPU.
         with torch.compiler.set_stance("force_eager") if self.on_cpu else nullcontext():
-            outputs = self.llm.generate(requests, params, use_tqdm=False) if requests else []
-        return [[_completion(sample) for sample in output.outputs] for output in outputs[own]]
+            return self._run(everyone, n, params, ended)[own]
+
+    def _run(
+        self, requests: list[tuple[list[int], int]], n: int, params: Any, ended: Callable[[int, list[Completion]], None]
+    ) -> list[list[Completion]]:
+        """Sample n completions of each (prompt, seed); `ended` is called with each prompt that has all of them.
+
+        The loop of `LLM.generate`, but tokens and log-probs are taken as the core gives them: vLLM's own outputs, a few
+        Python objects a token, take longer than a small model's pass on a GPU (`python -m gen.bench_engine`).
+        """
+        front = self.llm.llm_engine
+        core, tasks = front.engine_core, front.get_supported_tasks()
+        places: dict[str, tuple[int, int]] = {}  # of the open requests
+        samples = [[Completion([], [], "length") for _ in range(n)] for _ in requests]
+        waiting = [n] * len(requests)
+        try:
+            for prompt, (ids, seed) in enumerate(requests):
+                tokens = self.vllm.inputs.tokens_input(prompt_token_ids=ids)
+                first = front.input_processor.process_inputs("", tokens, params, tasks)
+                for i in range(n):
+                    request = copy(first)
+                    request.request_id = str(next(self.request_numbers))
+                    request.sampling_params = copy(first.sampling_params)
+                    request.sampling_params.seed = seed + i
+                    core.add_request(request)
+                    places[request.request_id] = (prompt, i)
+            while places:
+                for output in core.get_output().outputs:
+                    prompt, i = places[output.request_id]
+                    sample = samples[prompt][i]
+                    sample.token_ids.extend(output.new_token_ids)
+                    if output.new_logprobs is not None:
+                        sample.logps.extend(output.new_logprobs.logprobs[:, 0].tolist())
+                    if output.finish_reason is not None:
+                        reason = str(output.finish_reason)
+                        assert reason in ("stop", "length") and len(sample.logps) == len(sample.token_ids), reason
+                        samples[prompt][i] = replace(sample, finish_reason=reason)
+                        del places[output.request_id]
+                        waiting[prompt] -= 1
+                        if not waiting[prompt]:
+                            ended(prompt, samples[prompt])
+        finally:
+            core.abort_requests(list(places))
+        while core.engine_core.scheduler.has_requests() or core.engine_core.batch_queue:
+            core.get_output()  # of steps that were scheduled ahead: nothing is in flight when weights change
+        return samples
 
     def _gather(self, prompts: list[list[int]], seeds: list[int]) -> tuple[list[tuple[list[int], int]], slice]:
         """The (prompt, seed) pairs of all ranks that share this copy of the model, and which of them are ours."""
         mine = list(zip(prompts, seeds, strict=True))
         if self.tensor_parallel_size == 1:
-            return mine, slice(None)
+            return mine, slice(0, len(mine))
         from vllm.distributed.parallel_state import get_tp_group
 
         group = get_tp_group()
@@ -222,12 +275,25 @@ class VLLMEngine:
                 consumed[name] = checksum(tensor)
                 yield name, tensor
 
+        if self.asleep:
+            torch.cuda.empty_cache()  # the trainer's, which vLLM's own allocator cannot see
+            self.llm.wake_up(["weights"])  # as memory only: nothing is in it but what is loaded now
         # Without a separate engine process vLLM calls the function directly, so an iterator may be an argument.
         self.llm.collective_rpc(_reload_on_cpu if self.on_cpu else _load_on_gpu, args=(read(),))
+        if self.asleep:
+            self.llm.wake_up(["kv_cache"])
+            self.asleep = False
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: requests were still running during the weight sync")
         self.version = version
         return consumed
+
+    def sleep(self) -> None:
+        """See `gen.engine.Engine.sleep`; on the CPU, where vLLM cannot sleep, the memory stays."""
+        self.version = INITIAL_VERSION
+        if not self.on_cpu and not self.asleep:
+            self.llm.sleep(level=2)  # 1 would keep a copy of the old weights on the host
+            self.asleep = True
 
     def close(self) -> None:
         """Shut the engine down and free its memory. Call it before the trainer destroys its process group."""
@@ -255,11 +321,3 @@ def _reload_on_cpu(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
     for layer in worker.get_model().modules():
         if isinstance(layer, ParallelLMHead):
             layer.quant_method.process_weights_after_loading(layer)
-
-
-def _completion(sample: Any) -> Completion:
-    """vLLM's CompletionOutput as ours."""
-    ids = list(sample.token_ids)
-    logps = [step[token].logprob for step, token in zip(sample.logprobs, ids, strict=True)]
-    assert sample.finish_reason in ("stop", "length"), sample.finish_reason
-    return Completion(ids, logps, sample.finish_reason)

@@ -25,7 +25,7 @@ from gen.engine import check_engine_available
 from grpo_core.advantage import group_advantages
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.rewards import accuracy_reward, get_reward_funcs, reward_name
-from grpo_core.rollout import GOLD_REWARDS, Prompt, Rollout, load_prompts, sample, score
+from grpo_core.rollout import GOLD_REWARDS, Prompt, Rollout, Scorer, load_prompts, sample
 from grpo_core.scoring import gold_column, score_completions, unparseable_golds
 from grpo_core.setup import Run, start_engine
 from sft_core import guards
@@ -271,9 +271,10 @@ def audit_samples(run: Run, usable: list[Prompt], pool: WorkerPool, report: Repo
     config, chosen = run.config, dict(enumerate(usable))
     engine = start_engine(run)
     assert engine is not None, "set-up has no recorded rollouts in its place"
-    rollouts = sample(engine, chosen, config.num_generations, config, 0, run.stop_ids)
+    scorer = Scorer(chosen, run.reward_funcs, config, run.tokenizer, pool)
+    rollouts = sample(engine, chosen, config.num_generations, config, 0, run.stop_ids, scorer.begin)
     engine.close()
-    result = score(rollouts, chosen, run.reward_funcs, config, run.tokenizer, pool)
+    errors = scorer.finish()
     lengths, limit = [len(r.completion_ids) for r in rollouts], config.max_completion_length
     cut = mean(r.finish_reason == "length" for r in rollouts)
     tell("sampled", f"{len(rollouts)} completions, {config.num_generations} a prompt")
@@ -284,16 +285,18 @@ def audit_samples(run: Run, usable: list[Prompt], pool: WorkerPool, report: Repo
     advantages = group_advantages([r.reward for r in rollouts], [r.group for r in rollouts], "none").tolist()
     effective = len({r.group for r, advantage in zip(rollouts, advantages, strict=True) if advantage})
     tell("groups with spread", f"{effective} of {len(chosen)} ({effective / len(chosen):.0%}): those with a gradient")
-    reasons = [f"{count} checks failed: {error}." for error, count in result.errors.items()]
-    for name, function in zip(run.reward_names, result.per_function.values(), strict=True):
-        values = [value for value in function if value is not None]
+    reasons = [f"{count} checks failed: {error}." for error, count in errors.items()]
+    for j, name in enumerate(run.reward_names):
+        values = [r.rewards[j] for r in rollouts if not math.isnan(r.rewards[j])]
         told = f"{mean(values):.3g} on average, {min(values):.3g} to {max(values):.3g}" if values else "no value at all"
         tell(name, told)
         if values and min(values) == max(values):
             reasons.append(f"{name} gives {values[0]:.3g} to every completion: it tells none from another.")
     if any({"solution", "answer"} & set(prompt.columns) for prompt in usable):
         copies, plain = [replace(rollout) for rollout in rollouts], replace(config, reward_weights=None)
-        score(copies, chosen, [accuracy_reward], plain, run.tokenizer, pool)
+        scorer = Scorer(chosen, [accuracy_reward], plain, run.tokenizer, pool)
+        scorer.begin(copies)
+        scorer.finish()
         reasons += pass_rate(copies, cut)
     if effective == 0:
         report.no_signal += [f"no group of {len(chosen)} has spread in its rewards.", *reasons]

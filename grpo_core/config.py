@@ -106,6 +106,9 @@ class GRPOConfig(TrainingConfig):
         "colocate", "The engine lives in the ranks; server is taken for colocate, with a warning."
     )
     vllm_gpu_memory_utilization: float = option(0.3, "Share of GPU memory for the engine.")
+    vllm_enable_sleep_mode: bool = option(
+        False, "The engine gives its GPU memory back during the update, and gets weights anew before it samples."
+    )
     vllm_tensor_parallel_size: int = option(1, "Ranks that share one engine; must divide the number of ranks.")
     max_logp_difference: float = option(
         0.1, "The run stops when engine and policy log-probs differ by more on average."

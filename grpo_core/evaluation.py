@@ -7,7 +7,7 @@ from tqdm import tqdm
 from eval.workers import WorkerPool
 from gen.engine import Engine
 from grpo_core.report import rollout_metrics
-from grpo_core.rollout import Rollout, gather_summaries, sample, score
+from grpo_core.rollout import Rollout, Scorer, gather_summaries, sample
 from grpo_core.setup import Run
 
 STEP = -1  # whose seeds evaluation draws from: the same every time, so that two evaluations differ by the policy alone
@@ -24,9 +24,9 @@ def evaluate_policy(engine: Engine | None, run: Run, pool: WorkerPool) -> dict[s
     for start in tqdm(range(0, len(run.test_prompts), at_once), desc="evaluate", disable=None, leave=False):
         groups = range(start + run.rank, min(start + at_once, len(run.test_prompts)), run.world_size)
         chosen = {group: run.test_prompts[group] for group in groups}
-        part = sample(engine, chosen, n, run.config, STEP, run.stop_ids)
-        score(part, chosen, run.reward_funcs, run.config, run.tokenizer, pool)
-        rollouts += part
+        scorer = Scorer(chosen, run.reward_funcs, run.config, run.tokenizer, pool)
+        rollouts += sample(engine, chosen, n, run.config, STEP, run.stop_ids, scorer.begin)
+        scorer.finish()
     summaries = [summary for part in gather_summaries(rollouts) for summary in part]
     figures = {f"eval_{name}": value for name, value in rollout_metrics(summaries, run.reward_names).items()}
     known = {name: value for name, value in figures.items() if not math.isnan(value)}

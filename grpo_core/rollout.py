@@ -7,12 +7,12 @@ import dataclasses
 import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch.distributed as dist
@@ -21,10 +21,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from eval.workers import WorkerPool
-from gen.engine import Engine
+from gen.engine import Completion, Engine
 from grpo_core.advantage import group_advantages
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
-from grpo_core.scoring import ScoreResult, score_completions
+from grpo_core.scoring import ScoreResult, start_scoring
 from sft_core.chat import render_prompt
 from sft_core.files import flush_to_disk
 
@@ -105,54 +105,89 @@ def sample_seed(seed: int, step: int, group: int) -> int:
 
 
 def sample(
-    engine: Engine, prompts: dict[int, Prompt], n: int, config: GRPOConfig, step: int, stop_ids: frozenset[int]
+    engine: Engine,
+    prompts: dict[int, Prompt],
+    n: int,
+    config: GRPOConfig,
+    step: int,
+    stop_ids: frozenset[int],
+    on_group: Callable[[list[Rollout]], None] | None = None,
 ) -> list[Rollout]:
-    """`n` completions of each prompt (keyed by its group), from the engine's current weights."""
+    """`n` completions of each prompt (keyed by its group), from the engine's current weights.
+
+    `on_group` is called with each group as soon as it is whole, while others are still sampled.
+    """
     groups = list(prompts)
-    completions = engine.sample(
+    rollouts: dict[int, list[Rollout]] = {}
+
+    def finished(index: int, completions: list[Completion]) -> None:
+        group = groups[index]
+        rollouts[group] = [
+            Rollout(group, prompts[group].ids, c.token_ids, c.logps, c.finish_reason, engine.version)
+            for c in completions
+        ]
+        if on_group is not None:
+            on_group(rollouts[group])
+
+    engine.sample(
         [prompts[group].ids for group in groups],
         n=n,
         temperature=config.temperature,
         max_tokens=config.max_completion_length,
         seeds=[sample_seed(config.seed, step, group) for group in groups],
         stop_ids=stop_ids,
+        finished=finished,
     )
-    return [
-        Rollout(group, prompts[group].ids, c.token_ids, c.logps, c.finish_reason, engine.version)
-        for group, samples in zip(groups, completions, strict=True)
-        for c in samples
-    ]
+    return [rollout for group in groups for rollout in rollouts[group]]
 
 
-def score(
-    rollouts: list[Rollout],
-    prompts: dict[int, Prompt],
-    reward_funcs: list[Callable],
-    config: GRPOConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    pool: WorkerPool,
-) -> ScoreResult:
-    """Give every rollout its reward, in the pool's worker processes; the result also says what could not be scored."""
-    if not rollouts:
-        return ScoreResult(np.empty(0), {}, 0)
-    owners = [prompts[r.group] for r in rollouts]
-    names = sorted({name for prompt in owners for name in prompt.columns})
-    result = score_completions(
-        reward_funcs,
-        config.reward_weights,
-        completions=tokenizer.batch_decode([r.completion_ids for r in rollouts], skip_special_tokens=True),
-        prompts=[prompt.messages for prompt in owners],
-        prompt_texts=tokenizer.batch_decode([prompt.ids[-16:] for prompt in owners]),  # their ends, as rendered
-        group_ids=[r.group for r in rollouts],
-        completion_ids=[r.completion_ids for r in rollouts],
-        columns={name: [prompt.columns.get(name) for prompt in owners] for name in names},
-        pool=pool,
-    )
-    for i, rollout in enumerate(rollouts):
-        rollout.reward = float(result.rewards[i])
-        values = [function_values[i] for function_values in result.per_function.values()]
-        rollout.rewards = [math.nan if value is None else float(value) for value in values]
-    return result
+class Scorer:
+    """Gives rollouts their rewards, in the pool's worker processes; group by group while others are sampled.
+
+    scorer = Scorer(...); scorer.begin(group); ...; errors = scorer.finish()
+    """
+
+    def __init__(
+        self,
+        prompts: dict[int, Prompt],
+        reward_funcs: list[Callable],
+        config: GRPOConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        pool: WorkerPool,
+    ) -> None:
+        self.prompts, self.reward_funcs, self.weights = prompts, reward_funcs, config.reward_weights
+        self.tokenizer, self.pool = tokenizer, pool
+        self.columns = sorted({name for prompt in prompts.values() for name in prompt.columns})
+        self.begun: list[tuple[list[Rollout], Callable[[], ScoreResult]]] = []
+
+    def begin(self, rollouts: list[Rollout]) -> None:
+        """`rollouts`: whole groups."""
+        owners = [self.prompts[r.group] for r in rollouts]
+        decode = self.tokenizer.batch_decode
+        result = start_scoring(
+            self.reward_funcs,
+            self.weights,
+            completions=decode([r.completion_ids for r in rollouts], skip_special_tokens=True),
+            prompts=[prompt.messages for prompt in owners],
+            prompt_texts=decode([prompt.ids[-16:] for prompt in owners]),  # their ends, as rendered
+            group_ids=[r.group for r in rollouts],
+            completion_ids=[r.completion_ids for r in rollouts],
+            columns={name: [prompt.columns.get(name) for prompt in owners] for name in self.columns},
+            pool=self.pool,
+        )
+        self.begun.append((rollouts, result))
+
+    def finish(self) -> dict[str, int]:
+        """Wait for the rewards; returns how many checks failed and left their completions unscored, by cause."""
+        errors: Counter[str] = Counter()
+        for rollouts, wait in self.begun:
+            result = wait()
+            errors.update(result.errors)
+            for i, rollout in enumerate(rollouts):
+                rollout.reward = float(result.rewards[i])
+                values = [function_values[i] for function_values in result.per_function.values()]
+                rollout.rewards = [math.nan if value is None else float(value) for value in values]
+        return dict(errors)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ What a reward function is, says `grpo_core/rewards.py`; what happens to a check 
 import inspect
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,12 @@ def _call(task: tuple[RewardFunction, dict[str, list]]) -> list[float | None]:
     return rewards
 
 
-def score_completions(
+def score_completions(*arguments: Any, **named: Any) -> ScoreResult:
+    """The result of `start_scoring`, waited for."""
+    return start_scoring(*arguments, **named)()
+
+
+def start_scoring(
     reward_funcs: Sequence[RewardFunction],
     reward_weights: Sequence[float] | None,
     *,
@@ -75,8 +80,9 @@ def score_completions(
     columns: dict[str, list],
     pool: WorkerPool,
     prompt_texts: list[str] | None = None,
-) -> ScoreResult:
-    """R = sum over functions of weight * value, in float64.
+) -> Callable[[], ScoreResult]:
+    """Have the pool's workers begin; the function returned waits for the result:
+    R = sum over functions of weight * value, in float64.
 
     completions: [n] texts; prompts [n], group_ids [n], completion_ids [n] and every column [n] go with them.
     prompt_texts: [n] the prompts as the chat template renders them, or the last 100 characters of each: the only
@@ -113,11 +119,16 @@ def score_completions(
     def task(j: int, rows: list[int]) -> tuple[RewardFunction, dict[str, list]]:
         return reward_funcs[j], {name: [values[row] for row in rows] for name, values in inputs[j].items()}
 
-    answers = pool.map(_call, [task(*call) for call in calls], timeouts=[pool.timeout * len(rows) for _, rows in calls])
-
+    job = pool.submit(_call, [task(*call) for call in calls], [pool.timeout * len(rows) for _, rows in calls])
     names = [reward_name(function) for function in reward_funcs]
     assert len(set(names)) == len(names), f"reward functions of the same name: {names}"
-    values_of: list[list[float | None]] = [[None] * n for _ in reward_funcs]
+    return lambda: _add_up(names, weights, calls, pool.wait(job), n)
+
+
+def _add_up(
+    names: list[str], weights: list[float], calls: list[tuple[int, list[int]]], answers: list, n: int
+) -> ScoreResult:
+    values_of: list[list[float | None]] = [[None] * n for _ in names]
     failed: set[int] = set()
     errors: Counter[str] = Counter()
     for (j, rows), answer in zip(calls, answers, strict=True):

@@ -70,6 +70,8 @@ def prepare(argv: list[str]) -> Run:
     base = join("grpo", model, data, config)
     world_size, dtype = base.world_size, base.dtype
     tensor_parallel = config.vllm_tensor_parallel_size
+    require(not config.vllm_enable_sleep_mode or config.engine == "torch" or base.device.type == "cuda",
+            "vLLM cannot sleep on the CPU: leave out --vllm_enable_sleep_mode.")  # fmt: skip
     require(world_size % tensor_parallel == 0,
             f"vllm_tensor_parallel_size {tensor_parallel} does not divide {world_size} ranks.")  # fmt: skip
     check_positions(base.model_info, config.max_prompt_length + config.max_completion_length, "prompt and completion",
@@ -97,6 +99,7 @@ def prepare(argv: list[str]) -> Run:
         rows=math.ceil(prompts_per_rollout * config.num_generations / world_size), longest=max_model_len,
         itemsize=dtype.itemsize, reference=config.beta > 0, engine_ranks=tensor_parallel,
         engine_share=config.vllm_gpu_memory_utilization if on_gpu else 0, engine_kv_bytes=kv_bytes,
+        engine_sleeps=config.vllm_enable_sleep_mode,
     )  # fmt: skip
     batch = f"{prompts_per_rollout} prompts x {config.num_generations} completions"
     if config.prompts_per_step is None:
@@ -131,6 +134,7 @@ def plan_only(model: ModelConfig, config: GRPOConfig) -> NoReturn:
         info, model, config, rows=rows, longest=longest, reference=config.beta > 0,
         engine_share=config.vllm_gpu_memory_utilization if engine and config.engine == "vllm" else 0.0,
         engine_kv_bytes=cache if engine else -1, engine_ranks=config.vllm_tensor_parallel_size,
+        engine_sleeps=config.vllm_enable_sleep_mode,
     )  # fmt: skip
 
 
@@ -175,4 +179,5 @@ def start_engine(run: Run) -> Engine | None:
         max_batch=run.max_batch,
         tensor_parallel_size=config.vllm_tensor_parallel_size,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        sleep_mode=config.vllm_enable_sleep_mode,
     )

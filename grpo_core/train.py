@@ -44,15 +44,7 @@ from grpo_core.report import (
     rollout_metrics,
     spread,
 )
-from grpo_core.rollout import (
-    Rollout,
-    check_version,
-    read_rollouts,
-    sample,
-    score,
-    set_advantages,
-    write_rollouts,
-)
+from grpo_core.rollout import Rollout, Scorer, check_version, read_rollouts, sample, set_advantages, write_rollouts
 from grpo_core.setup import Run, prepare, start_engine
 from sft_core import guards
 from sft_core.adapters import without_adapters
@@ -148,14 +140,15 @@ def train(run: Run) -> Errands:
         if first_use and engine is not None:
             # 1 sync: weights into the engine, and the proof that they arrived
             sync()
-            # 2 sample and score: this rank's share of the rollout's prompts
+            # 2 sample and score: this rank's share of the rollout's prompts; a group is scored while others are sampled
             order = row_order(len(run.prompts), config.seed, progress["prompts"], run.prompts_per_rollout)
             own = range(rank, run.prompts_per_rollout, world_size)
             chosen = {group: run.prompts[order[group]] for group in own}
+            scorer = Scorer(chosen, run.reward_funcs, config, run.tokenizer, pool)
             with phases("sample"):
-                rollouts = sample(engine, chosen, config.num_generations, config, step, run.stop_ids)
+                rollouts = sample(engine, chosen, config.num_generations, config, step, run.stop_ids, scorer.begin)
             with phases("score"):
-                errors = score(rollouts, chosen, run.reward_funcs, config, run.tokenizer, pool).errors
+                errors = scorer.finish()
             for text, count in errors.items():
                 tqdm.write(f"step {step}: {count} checks failed and left their completions unscored: {text}")
         elif first_use:
@@ -178,6 +171,8 @@ def train(run: Run) -> Errands:
             counts = step_counts([batch.sequences for batch in micro_batches], device)
             micro_batches += [idle_micro_batch(device) for _ in range(counts.micro_batches - len(micro_batches))]
         # 6 update
+        if engine is not None and config.vllm_enable_sleep_mode:
+            engine.sleep()  # the next sync wakes it
         with phases("train"):
             shares = update(policy, reference, micro_batches, counts, config, first_use)
             grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)

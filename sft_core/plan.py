@@ -76,6 +76,7 @@ class Plan:
     engine_share: float = 0.0  # of the device's whole memory; at 0 the engine's weights and
     engine_kv_bytes: int = -1  # this much for its cache (-1: there is no engine)
     engine_ranks: int = 1  # that share one copy of the engine's weights
+    engine_sleeps: bool = False  # during the update
 
     @property
     def tokens(self) -> int:
@@ -141,11 +142,13 @@ def memory(plan: Plan, device_bytes: float = 0.0) -> dict[str, float]:
         parts = {"parameters": 4 * trained, "gradients": 4 * trained, "optimizer": 8 * trained}
         parts["reference model" if whole else "frozen model"] = frozen(plan) / plan.gpus  # without adapters: reference
     parts["quantised weights"] = quantised(plan)
+    engine: dict[str, float] = {}
     if plan.engine_share > 0 or plan.engine_kv_bytes >= 0:
         weights = item * plan.parameters / plan.engine_ranks
-        parts["engine weights"] = weights
         share = max(0.0, plan.engine_share * device_bytes - weights)
-        parts["engine KV cache"] = share if plan.engine_share > 0 else plan.engine_kv_bytes
+        cache = share if plan.engine_share > 0 else plan.engine_kv_bytes
+        engine = {"engine weights": weights, "engine KV cache": cache}
+    parts |= {} if plan.engine_sleeps else engine
     # The root unit (embedding and head) stays gathered during a pass; two blocks are while the next is prefetched.
     # Gradients are whole in the compute dtype, and in float32 while they are reduced, a block's beside the next one's.
     root = s.vocab * s.hidden * (1 if s.tied else 2)
@@ -167,6 +170,7 @@ def memory(plan: Plan, device_bytes: float = 0.0) -> dict[str, float]:
             "gradients in flight": whole * ((item + 8) * block + item * s.vocab * s.hidden),
         },
         {"gathered units": item * root, "gradients in flight": whole * (item + 4) * root},  # the root's reduction
+        engine if plan.engine_sleeps else {},  # sampling
     ]
     fullest = max(moments, key=lambda moment: sum(moment.values()))
     return {name: size for name, size in (parts | fullest).items() if size}

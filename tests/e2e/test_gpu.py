@@ -15,12 +15,13 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("engine", ["vllm", "torch"])
-def test_four_steps(tiny_model, problems, tmp_path, engine):
+@pytest.mark.parametrize(("engine", "sleeps"), [("vllm", False), ("vllm", True), ("torch", False)])
+def test_four_steps(tiny_model, problems, tmp_path, engine, sleeps):
     """Two updates a rollout against a reference model, on as many ranks as there are GPUs."""
     argv = options(
         tiny_model, problems, tmp_path / "out", engine=engine, max_steps=4, num_iterations=2, beta=0.04,
         prompts_per_step=8, max_tokens_per_micro_batch=1000, gradient_checkpointing="true",
+        vllm_enable_sleep_mode=str(sleeps).lower(),
     )  # fmt: skip
     ranks = str(torch.cuda.device_count())
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks, "-m", "grpo_core.train", *argv]

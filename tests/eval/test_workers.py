@@ -62,6 +62,21 @@ def test_an_item_may_have_its_own_limit(pool):
     assert slept == "slept" and cut.reason == "timeout"
 
 
+def test_jobs_go_on_while_the_caller_does(pool):
+    """Several at once; a hanging item of one costs the others nothing; a check over its limit is no success because
+    nobody looked when it came back."""
+    pool.map(run, ["0", "0"])
+    slow = "exec('import time; end = time.process_time() + 0.3\\nwhile time.process_time() < end: pass')"
+    jobs = [pool.submit(run, ["1"]), pool.submit(run, [slow, "2"], [0.1, 2.0]), pool.submit(run, ["3", "1 / 0", "4"])]
+    time.sleep(3)
+    assert pool.wait(jobs[2])[::2] == [3, 4] and pool.wait(jobs[0]) == [1]
+    late, fine = pool.wait(jobs[1])
+    assert late.reason == "timeout" and fine == 2
+    with pytest.raises(ValueError, match="define it in a module"):
+        pool.submit(lambda x: x, [1])
+    assert pool.map(run, ["5"]) == [5]
+
+
 def test_a_crowded_machine_is_not_the_fault_of_a_check():
     """Half a second of work among eight others on one core takes longer than the limit; that is no time-out."""
     pin = f"import os, time\nos.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})\n"

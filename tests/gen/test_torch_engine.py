@@ -54,6 +54,28 @@ def test_a_sample_does_not_depend_on_its_batch(engine):
             assert ids[i] == alone.token_ids
 
 
+def test_each_prompt_is_told_when_it_is_finished(engine):
+    for max_batch in (256, 5):
+        told, (engine.max_batch, kept) = {}, (max_batch, engine.max_batch)
+        groups = sample(engine, finished=lambda p, completions, told=told: told.setdefault(p, list(completions)))
+        engine.max_batch = kept
+        assert told == dict(enumerate(groups))
+
+
+def test_asleep_it_holds_no_weights_and_wakes_with_the_fresh_ones(engine):
+    expected = sample(engine)
+    weights = {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
+    engine.sleep()
+    engine.sleep()
+    assert engine.version == -1 and sum(p.numel() for p in engine.model.parameters()) == 0
+    with pytest.raises(RuntimeError, match="load weights before sampling"):
+        sample(engine)
+    with pytest.raises(RuntimeError, match="were not sent"):
+        engine.load_weights(list(weights.items())[1:], 1)
+    engine.load_weights(weights.items(), 2)
+    assert engine.version == 2 and sample(engine) == expected
+
+
 def test_stopping(engine):
     stop = frozenset(range(20, 28))
     completions = [completion for group in sample(engine, n=8, stop_ids=stop) for completion in group]

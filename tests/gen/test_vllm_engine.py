@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 CHECKS = str(Path(__file__).parent / "vllm_checks.py")
 
-pytestmark = pytest.mark.skipif(
+on_cpu = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None or torch.cuda.is_available(), reason="needs vLLM for the CPU"
 )
 
@@ -27,15 +27,24 @@ def torchrun(*arguments: str) -> None:
     run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", CHECKS, *arguments)
 
 
+@on_cpu
 def test_one_process(tied_llama, untied_qwen):
     run(CHECKS, "single", tied_llama, untied_qwen)
 
 
+@on_cpu
 @pytest.mark.slow
 def test_two_ranks_with_an_engine_each(tied_llama):
     torchrun("ranks", "1", tied_llama)
 
 
+@on_cpu
 @pytest.mark.slow
 def test_two_ranks_share_one_engine(tied_llama):
     torchrun("ranks", "2", tied_llama)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sleep(tied_llama):
+    run(CHECKS, "sleep", tied_llama)

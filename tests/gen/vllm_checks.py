@@ -1,6 +1,7 @@
 """What tests/gen/test_vllm_engine.py runs in processes of its own: vLLM changes too much of the process it lives in.
 
 python vllm_checks.py single MODEL_FOLDER ...      one process, an engine on each folder in turn
+python vllm_checks.py sleep MODEL_FOLDER           on a GPU, where vLLM can sleep
 torchrun ... vllm_checks.py ranks TP MODEL_FOLDER  one engine a rank, TP ranks to a copy of the model
 """
 
@@ -111,7 +112,9 @@ def check_single(folder: str) -> None:
     assert after == host, (host, after)
     assert engine.version == -1
 
-    first = sample(engine)
+    told: dict = {}
+    first = sample(engine, finished=told.setdefault)
+    assert told == dict(enumerate(first))
     assert worst_difference(model, first) < 1e-3
     completions = [completion for group in first for completion in group]
     assert {completion.finish_reason for completion in completions} == {"stop", "length"}
@@ -149,6 +152,28 @@ def check_single(folder: str) -> None:
     engine.close()
 
 
+def check_sleep(folder: str) -> None:
+    """On a GPU: weights and cache are given back, and what is sampled after is of the weights that came then."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    engine = make_engine("vllm", folder, dtype="float32", max_model_len=128, max_batch=64, enforce_eager=True,
+                         gpu_memory_utilization=0.2, sleep_mode=True)  # fmt: skip
+    free, total = torch.cuda.mem_get_info()
+    for version in (1, 2):
+        sample(engine)
+        engine.sleep()
+        assert torch.cuda.mem_get_info()[0] - free > 0.1 * total and engine.version == -1
+        try:
+            sample(engine)
+        except RuntimeError as error:
+            assert "load weights" in str(error)
+        else:
+            raise AssertionError("it sampled in its sleep")
+        perturb(model, version)
+        sync_weights(engine, model.named_parameters(), names(model), version)
+        assert worst_difference(model, sample(engine)) < 1e-2
+    engine.close()
+
+
 def check_ranks(tensor_parallel_size: int, folder: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -176,6 +201,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "single":
         for path in sys.argv[2:]:
             check_single(path)
+    elif sys.argv[1] == "sleep":
+        check_sleep(sys.argv[2])
     else:
         check_ranks(int(sys.argv[2]), sys.argv[3])
     print("all checks passed")

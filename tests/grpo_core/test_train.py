@@ -51,6 +51,22 @@ def test_logged_learning_rate_is_the_one_used(tiny_model, problems, tmp_path):
     assert all((before[name] == after[name]).all() for name in before)
 
 
+def test_an_engine_that_sleeps_wakes_with_fresh_weights(tiny_model, problems, tmp_path):
+    """The same run to the bit, with an evaluation between two updates on one rollout."""
+    more = dict(max_steps=4, num_iterations=2, eval_strategy="steps", eval_steps=1, dataset_test_split=problems)
+    steps = []
+    for name, sleeps in (("awake", "false"), ("asleep", "true")):
+        argv = options(tiny_model, problems, tmp_path / name, vllm_enable_sleep_mode=sleeps, **more)
+        code, output = run(TRAIN, argv, tmp_path / f"{name}.log")
+        assert code == 0, output
+        keys = ("loss", "grad_norm", "kl", "eval_rewards/digits/mean", "sampling/sampling_logp_difference/max")
+        steps.append([{key: row[key] for key in keys if key in row} for row in metrics(tmp_path / name)])
+    assert steps[0] == steps[1] and any("eval_rewards/digits/mean" in row for row in steps[0])
+    argv = options(tiny_model, problems, tmp_path / "stale", vllm_enable_sleep_mode="true")
+    code, output = run(TRAIN, argv, tmp_path / "stale.log", fault=faults.wake_with_the_old_weights)
+    assert code == 1 and "tensors did not arrive" in output, output
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

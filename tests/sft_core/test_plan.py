@@ -206,6 +206,9 @@ def test_the_line_of_a_real_start():
 def test_a_real_start_is_refused_where_a_gpu_is_too_small(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 12 * GIB))
     assert "engine KV cache 1.00" in start(engine_share=0.25)
+    # Asleep during the update, it takes room beside parameters and optimizer alone: 4 GiB of 10 are left for it.
+    assert "engine KV cache 3.00" in (line := start(engine_share=5 / 12, engine_sleeps=True)), line
+    assert "activations" not in line
     with pytest.raises(ValueError, match=r"lower vllm_gpu_memory_utilization from 0.80 to at most 0.\d\d \(memory on"):
         start(engine_share=0.8)
     with pytest.raises(ValueError, match="cannot hold its weights, 2.0 GiB: raise vllm_gpu_memory_utilization"):
