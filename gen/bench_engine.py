@@ -1,0 +1,95 @@
+"""What sampling costs beyond the model: this package's vLLM engine beside `LLM.generate` on the same engine, in turns.
+
+    python -m gen.bench_engine [--model FOLDER] [--prompts 32] [--n 8] [--tokens 256] [--rounds 3]
+
+All completions have exactly `--tokens` tokens, nothing is detokenised, each sample has its seed. Without `--model` it
+is a random one: of SmolLM2-135M's shape on a GPU, tiny on the CPU, where little but vLLM's Python work remains. A step
+samples a token for every sequence. On a GPU also: seconds to sleep, and to wake with the weights of a state dict.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from gen.sync import sync_weights
+from gen.vllm_engine import VLLMEngine
+
+SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+               num_key_value_heads=3, tie_word_embeddings=True)  # fmt: skip
+TINY = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2)  # fmt: skip
+
+
+def generate(engine: VLLMEngine, prompts: list[list[int]], n: int, tokens: int, logprobs: int | None) -> None:
+    """The same request in vLLM's usual way."""
+    engine.llm.reset_prefix_cache()
+    params = [
+        engine.vllm.SamplingParams(n=n, max_tokens=tokens, seed=n * i, logprobs=logprobs, detokenize=False,
+                                   ignore_eos=True)
+        for i in range(len(prompts))
+    ]  # fmt: skip
+    with torch.compiler.set_stance("force_eager") if engine.on_cpu else nullcontext():  # as the engine does
+        engine.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+
+def seconds(call: Callable[[], Any]) -> tuple[float, float]:
+    """By the clock, and of the processor."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="gen.bench_engine", description=__doc__.split("\n")[0])
+    parser.add_argument("--model")
+    for name, default in (("prompts", 32), ("n", 8), ("tokens", 256), ("rounds", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args(argv)
+    on_gpu, n, tokens = torch.cuda.is_available(), options.n, options.tokens
+    with tempfile.TemporaryDirectory() as folder:
+        if options.model is None:
+            config = LlamaConfig(**(SMOLLM2 if on_gpu else TINY), max_position_embeddings=tokens + 128)
+            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        model = options.model or folder
+        engine = VLLMEngine(model, dtype=torch.bfloat16 if on_gpu else torch.float32, max_model_len=tokens + 128,
+                            max_batch=options.prompts * n, sleep_mode=True)  # fmt: skip
+        prompts = [[1 + (i * j) % 500 for j in range(1, 101)] for i in range(options.prompts)]
+        seeds = [n * i for i in range(options.prompts)]
+        ways = {
+            "LLM.generate": lambda: generate(engine, prompts, n, tokens, 0),
+            "LLM.generate without log-probs": lambda: generate(engine, prompts, n, tokens, None),
+            "gen.vllm_engine": lambda: engine.sample(prompts, n=n, temperature=1.0, max_tokens=tokens, seeds=seeds,
+                                                     stop_ids=(), ignore_stop=True),
+        }  # fmt: skip
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        for i in range(1 + options.rounds):
+            for name, way in ways.items():
+                figures = seconds(way)
+                if i:
+                    taken[name].append(figures)
+        where = torch.cuda.get_device_name() if on_gpu else "CPU"
+        print(f"{where}, vllm {engine.vllm.__version__}, torch {torch.__version__}; median of {options.rounds} rounds")
+        print(f"\n| {len(prompts)} x {n} x {tokens} tokens | s | CPU s | tokens/s | ms a step |\n|---|---|---|---|---|")
+        for name, found in taken.items():
+            wall, cpu = (statistics.median(column) for column in zip(*found, strict=True))
+            rate = len(prompts) * n * tokens / wall
+            print(f"| {name} | {wall:.2f} | {cpu:.2f} | {rate:,.0f} | {1e3 * wall / tokens:.2f} |")
+        if on_gpu:
+            weights = {k: v.cuda() for k, v in AutoModelForCausalLM.from_pretrained(model).named_parameters()}
+            free = torch.cuda.mem_get_info()[0]
+            asleep = seconds(engine.sleep)[0]
+            freed = (torch.cuda.mem_get_info()[0] - free) / 2**30
+            awake = seconds(lambda: sync_weights(engine, weights.items(), set(weights), 1))[0]
+            print(f"\nsleep {asleep:.2f} s, {freed:.1f} GiB given back; awake with fresh weights {awake:.2f} s")
+        engine.close()
+
+
+if __name__ == "__main__":
+    main()
