@@ -4,13 +4,18 @@ import math
 import os
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from eval.workers import WorkerPool
+from gen.engine import Completion
+from grpo_core.config import GRPOConfig
 from grpo_core.rewards import accuracy_reward, format_reward, get_reward_funcs, len_reward, tag_count_reward
+from grpo_core.rollout import Prompt, Scorer, sample
 from grpo_core.scoring import gold_column, score_completions, unparseable_golds
 
 USER_REWARDS = """
@@ -33,6 +38,8 @@ def rank_in_group(completions, **kwargs):
     texts = [c[0]["content"] for c in completions]
     return [float(sorted(texts).index(t)) for t in texts]
 rank_in_group.batch = True
+def clock(completions, **kwargs): return [time.time()]
+def level_or_zero(completions, level, **kwargs): return [float(level[0] or 0)]
 """
 
 
@@ -152,3 +159,27 @@ def test_threads_and_forks_can_check():
     if child == 0:
         os._exit(0 if accuracy_reward(texts, golds) == [1.0, 0.0] else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_group_is_scored_while_others_are_sampled(pool, user, tiny_model):
+    """With the rewards that scoring all at once gives; columns that only some prompts have are None for the others."""
+    prompts = {3: Prompt([], [5], {"solution": "1"}), 8: Prompt([], [6], {"solution": "2", "level": 7})}
+    config = GRPOConfig("none", num_generations=2, reward_weights=[1.0, 0.0, 0.0])
+    tokenizer, told = AutoTokenizer.from_pretrained(tiny_model), {}
+
+    def slow_sample(ids, *, finished, **options):
+        finished(1, [Completion([7, 8], [-1.0, -1.0], "length")] * 2)
+        while pool._todo or any(worker.items for worker in pool._workers):
+            pool._turn(0.1)  # as other groups would make it
+        told["scored by"] = time.time()
+        finished(0, [Completion([9], [-1.0], "stop")] * 2)
+
+    pool.map(user.clock, [[0]])
+    engine = SimpleNamespace(version=4, sample=slow_sample)
+    scorer = Scorer(prompts, [user.clock, user.length, user.level_or_zero], config, tokenizer, pool)
+    rollouts = sample(engine, prompts, 2, config, 1, frozenset(), scorer.begin)
+    assert [r.group for r in rollouts] == [3, 3, 8, 8] and scorer.finish() == {}
+    assert max(r.reward for r in rollouts[2:]) <= told["scored by"] <= min(r.reward for r in rollouts[:2])
+    assert [r.rewards[2] for r in rollouts] == [0.0, 0.0, 7.0, 7.0]
+    begun, texts = [r.rewards[1] for r in rollouts], tokenizer.batch_decode([[9], [7, 8]])
+    assert begun == [float(len(text)) for text in texts for _ in range(2)]
