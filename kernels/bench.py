@@ -1,263 +1,315 @@
 """The head's loss, forward and backward, beside its peers in one run: time, TFLOP/s, memory, error against float64.
 
-    python -m kernels.bench [--shape 0.5b 1.5b 7b] [--tokens 8192] [--rounds 20] [--only NAME ...]
+    python -m kernels.bench [--shape 0.5b 1.5b 7b] [--tokens 8192 65536] [--rounds 20] [--only NAME ...]
+    python -m kernels.bench --sweep          # chunks, blocks and warps of the one sweep, beside the bare products
+    python -m kernels.bench --profile        # what the one sweep launches, and how long that takes
 
 Everybody computes GRPO's clipped loss of the same tokens and its gradient by hidden states and weight, bf16 on a GPU.
 The states are mixed with the rows of their targets, so that the softmax is peaked as a trained model's is: on plain
 noise a peer that skips small gradients would skip them all. Rounds take the candidates in turn, with the L2 cache
-cleared in between; shown is the median. TFLOP/s counts three products, 6 T D V, whoever makes more. Memory is what is
-allocated beyond inputs at the peak, gradients [T, D] and [V, D] included. Errors are of the first 512 rows, relative
-(Frobenius) for the gradients. Peers that are not installed are named and left out:
+cleared in between; shown is the median. TFLOP/s counts three products, 6 T D V, whoever makes more. `peak` is what is
+allocated beyond inputs, at the worst moment, both gradients included; `workspace` is that less dX [T, D] in the
+states' dtype and less dW [V, D] in float32, also of a peer that keeps dW in half precision (its may be negative).
+Errors are of the first 512 rows: the largest of a log-prob, the relative (Frobenius) of the gradients. `repeats`:
+loss and both gradients are the same bits in a second run. Of all --tokens but the first only our memory is taken.
+Peers that are not installed are named and left out:
 
     pip install liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0      (in an environment of their own)
 """
 
 import argparse
 import importlib.metadata
+import itertools
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels import linear_logprob as head
 from kernels import reference
-from kernels.linear_logprob import linear_logprob
-from kernels.linear_loss import linear_loss
+from kernels.bench_peers import CANDIDATES, FLOOR, NAIVE, OURS, SEQUENCE, Case, make_case, one_sweep, products
 
-SHAPES = {"tiny": (64, 1003), "0.5b": (896, 151936), "1.5b": (1536, 151936), "7b": (3584, 152064)}  # hidden, vocabulary
+SHAPES = {"tiny": (64, 1003), "0.5b": (896, 151936), "1.5b": (1536, 151936), "7b": (3584, 151936)}  # hidden, vocabulary
 PEERS = {"liger": "liger-kernel", "cce": "cut-cross-entropy", "trl": "trl"}
-ERROR_ROWS, SEQUENCE = 512, 256
-LOW, HIGH = 0.2, 0.28
+ERROR_ROWS = 512
+AIMS = {"0.5b": 1.45, "1.5b": 1.25, "7b": 1.15}  # time over bare products, at 8,192 tokens on an H100
+FASTER = {"Liger GRPO": 12.0, "cut cross entropy, unfiltered": 2.5, NAIVE: 1.35}
 
 
 @dataclass
-class Case:
-    hidden: Tensor  # [T, D]
-    weight: Tensor  # [V, D]
-    targets: Tensor  # [T]
-    old_logps: Tensor  # [T]
-    advantages: Tensor  # [T], the same for a sequence's tokens
+class Figures:
+    """Of one candidate at one shape; NaN: there is none."""
 
-    def first(self, rows: int) -> "Case":
-        cut = [t[:rows].detach() for t in (self.hidden, self.targets, self.old_logps, self.advantages)]
-        return Case(cut[0].clone().requires_grad_(), self.weight.detach().clone().requires_grad_(), *cut[1:])
-
-    def loss(self, logps: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Clipped, weighted by 1 / T. [C] -> [C]"""
-        ratio, advantages = (logps - self.old_logps[rows]).exp(), self.advantages[rows]
-        clipped = torch.minimum(ratio * advantages, ratio.clamp(1 - LOW, 1 + HIGH) * advantages)
-        return -clipped / self.targets.shape[0]
+    ms: float = math.nan
+    peak: float = math.nan  # GiB
+    workspace: float = math.nan  # GiB
+    errors: tuple[float, float, float] = (math.nan,) * 3  # of log-probs, dX, dW
+    repeats: bool | None = None
+    note: str = ""
 
 
-def make_case(hidden: int, vocab: int, tokens: int, device: torch.device) -> Case:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    weight = noise(vocab, hidden) * hidden**-0.5
-    targets = torch.randint(vocab, (tokens,), generator=generator, device=device)
-    states = weight[targets] * (12 + 3 * noise(tokens, 1)) + noise(tokens, hidden)
-    states, weight = states.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
-    with torch.no_grad():
-        logps = linear_logprob(states, weight, targets)[0]
-    advantages = noise(-(-tokens // SEQUENCE)).repeat_interleave(SEQUENCE)[:tokens]
-    return Case(states, weight, targets, logps + 0.15 * noise(tokens), advantages)
-
-
-# ------------------------------------------------------------------------- candidates: Case -> the loss [], or None
-
-
-def products(case: Case) -> None:
-    """The three products alone, on one gradient of the logits [C, V] that is there already: the floor."""
-    chunk = min(4096, len(case.targets))
-    hidden, weight = case.hidden.detach(), case.weight.detach()
-    gradient = torch.empty(chunk, weight.shape[0], dtype=weight.dtype, device=weight.device).normal_()
-    for start in range(0, len(hidden), chunk):
-        part = hidden[start : start + chunk]
-        torch.mm(part, weight.T)
-        torch.mm(gradient[: len(part)], weight)
-        torch.mm(gradient[: len(part)].T, part)
-
-
-def one_sweep(case: Case) -> Tensor:
-    return linear_loss(case.hidden, case.weight, case.targets, lambda logps, _, rows: case.loss(logps, rows))[0]
-
-
-def log_probs(case: Case) -> Tensor:
-    return case.loss(linear_logprob(case.hidden, case.weight, case.targets)[0]).sum()
-
-
-def naive(case: Case) -> Tensor:
-    logits = (case.hidden @ case.weight.T).float()
-    return case.loss(logits.log_softmax(-1).gather(1, case.targets[:, None])[:, 0]).sum()
-
-
-def compiled() -> Callable[[Case], Tensor]:
-    @torch.compile
-    def logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-    return lambda case: case.loss(logps(case.hidden, case.weight, case.targets)).sum()
-
-
-def liger_cross_entropy() -> Callable[[Case], Tensor]:
-    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
-
-    nll = LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=torch.float32)
-    return lambda case: case.loss(-nll(case.weight, case.hidden, case.targets)).sum()
-
-
-def liger_grpo() -> Callable[[Case], Tensor]:
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    fused = LigerFusedLinearGRPOLoss(
-        beta=0.0, use_ref_model=False, epsilon_low=LOW, epsilon_high=HIGH, loss_type="dapo", temperature=1.0
-    )
-
-    def loss(case: Case) -> Tensor:
-        rows = (-1, SEQUENCE)
-        hidden = case.hidden.view(*rows, case.hidden.shape[-1])
-        mask = torch.ones_like(case.targets.view(rows))
-        advantages = case.advantages.view(rows)[:, 0]
-        return fused(hidden, case.weight, case.targets.view(rows), mask, advantages,
-                     old_per_token_logps=case.old_logps.view(rows))[0]  # fmt: skip
-
-    return loss
-
-
-def cut_cross_entropy() -> Callable[[Case], Tensor]:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return lambda case: case.loss(
-        -linear_cross_entropy(case.hidden, case.weight, case.targets, reduction="none", filter_eps=None)
-    ).sum()
-
-
-def trl_chunked() -> Callable[[Case], Tensor]:
-    from trl.trainer.utils import _ChunkedLogProbFunction
-
-    return lambda case: case.loss(
-        _ChunkedLogProbFunction.apply(case.hidden, case.weight, case.targets, 1.0, 8192)[0]
-    ).sum()
-
-
-CANDIDATES: dict[str, tuple[str | None, Callable]] = {  # name -> package it needs, and itself or what makes it
-    "bare products": (None, lambda: products),
-    "linear_loss (here)": (None, lambda: one_sweep),
-    "linear_logprob (here)": (None, lambda: log_probs),
-    "plain torch": (None, lambda: naive),
-    "torch.compile": (None, compiled),
-    "Liger cross entropy": ("liger", liger_cross_entropy),
-    "Liger GRPO": ("liger", liger_grpo),
-    "cut cross entropy, unfiltered": ("cce", cut_cross_entropy),
-    "TRL chunked": ("trl", trl_chunked),
-}
-
-# ----------------------------------------------------------------------------------------------------------- measuring
-
-
-def step(candidate: Callable[[Case], Tensor | None], case: Case) -> Tensor | None:
+def step(candidate: Callable[[Case], Tensor | None], case: Case, tf32: bool = False) -> Tensor | None:
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     case.hidden.grad = case.weight.grad = None
+    case.seen.clear()
     loss = candidate(case)
     if loss is not None:
         loss.backward()
     return loss
 
 
-def milliseconds(candidate: Callable, case: Case, cache: Tensor | None) -> float:
+def milliseconds(run: Callable, case: Case, cache: Tensor | None) -> float:
     if cache is None:
         start = time.perf_counter()
-        step(candidate, case)
+        run(case)
         return 1e3 * (time.perf_counter() - start)
     cache.zero_()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
-    step(candidate, case)
+    run(case)
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)
 
 
-def extra_memory(candidate: Callable, case: Case) -> float:
-    """GiB."""
+def extra_memory(run: Callable, case: Case) -> tuple[float, float]:
+    """GiB at the peak, and what of it is neither dX nor a float32 dW."""
     case.hidden.grad = case.weight.grad = None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    step(candidate, case)
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
+    run(case)
+    peak = torch.cuda.max_memory_allocated() - before
+    return peak / 2**30, (peak - case.hidden.nbytes - 4 * case.weight.numel()) / 2**30
 
 
-def errors(candidate: Callable, case: Case) -> str:
-    """Of loss (absolute), dX and dW (relative) against float64."""
-    part = case.first(ERROR_ROWS)
+def exactly(part: Case) -> Case:
+    """The same in float64, with log-probs in `seen`, and gradients."""
     exact = Case(part.hidden.detach().double().requires_grad_(), part.weight.detach().double().requires_grad_(),
                  part.targets, part.old_logps.double(), part.advantages.double())  # fmt: skip
-    want = exact.loss(reference.linear_logprob(exact.hidden, exact.weight, exact.targets)[0]).sum()
-    want.backward()
-    loss = step(candidate, part)
-    if loss is None:
-        return "| | |"
+    exact.loss(reference.linear_logprob(exact.hidden, exact.weight, exact.targets)[0]).sum().backward()
+    return exact
+
+
+def errors(run: Callable, part: Case, exact: Case) -> tuple[float, float, float]:
+    """Largest of a log-prob (NaN where the candidate shows none), relative of dX and dW."""
+    if run(part) is None:
+        return (math.nan,) * 3
+    logps = (torch.cat(part.seen) - exact.seen[0]).abs().max().item() if part.seen else math.nan
     pairs = ((part.hidden.grad, exact.hidden.grad), (part.weight.grad, exact.weight.grad))
-    relative = [f"{((got.double() - right).norm() / right.norm()).item():.1e}" for got, right in pairs]  # type: ignore
-    return f"{abs(loss.item() - want.item()):.1e} | {' | '.join(relative)} |"
+    dx, dw = (((got.double() - want).norm() / want.norm()).item() for got, want in pairs)  # type: ignore[union-attr]
+    return logps, dx, dw
 
 
-def bench(shape: str, tokens: int, rounds: int, only: list[str], device: torch.device) -> None:
-    hidden, vocab = SHAPES[shape]
-    case = make_case(hidden, vocab, tokens, device)
+def repeats(run: Callable, case: Case) -> bool | None:
+    """Whether two runs end in the same bits."""
+    results = []
+    for _ in range(2):
+        if (loss := run(case)) is None:
+            return None
+        results.append((loss.detach(), case.hidden.grad, case.weight.grad))
+    return all(torch.equal(a, b) for a, b in zip(*results, strict=True))  # type: ignore[arg-type]
+
+
+def bench(shape: str, tokens: int, rounds: int, only: list[str], device: torch.device) -> dict[str, Figures]:
+    case = make_case(*SHAPES[shape], tokens, device)
+    part = case.first(ERROR_ROWS)
+    exact = exactly(part)
     cache = torch.empty(2**26, device=device) if device.type == "cuda" else None
-    lines, made, taken = {}, {}, dict[str, list[float]]()
+    found, runs, taken = {}, {}, dict[str, list[float]]()
     for name, (package, make) in CANDIDATES.items():
         if only and name not in only:
             continue
+        figures = found[name] = Figures()
         try:
-            made[name] = make()
-            lines[name] = errors(made[name], case)
-            memory = f"{extra_memory(made[name], case):.1f}" if cache is not None else "-"
-            lines[name] = f"{memory} | {lines[name]}"
-            for _ in range(2):
-                step(made[name], case)
-            taken[name] = []
+            run = partial(step, make(), tf32="TF32" in name)
+            figures.errors = errors(run, part, exact)
+            if cache is not None:
+                figures.peak, figures.workspace = extra_memory(run, case)
+            figures.repeats = repeats(run, case)
+            runs[name], taken[name] = run, []
         except ImportError:
-            lines[name] = f"{PEERS[package or '']} is not installed | | | |"
+            figures.note = f"{PEERS[package or '']} is not installed"
         except torch.cuda.OutOfMemoryError:
-            lines[name] = "out of memory | | | |"
+            figures.note = "out of memory"
+        except Exception as error:
+            if package is None:
+                raise
+            figures.note = f"failed: {str(error).splitlines()[0][:60]}"  # a peer's trouble is no reason to end
+    del part, exact
     for _ in range(rounds):
         for name in taken:
-            taken[name].append(milliseconds(made[name], case, cache))
-    print(f"\n| {shape}: T={tokens}, D={hidden}, V={vocab} | ms | TFLOP/s | x products | GiB | error loss | dX | dW |")
-    print("|---|---|---|---|---|---|---|---|")
-    floor = statistics.median(taken["bare products"]) if "bare products" in taken else float("nan")
-    for name, rest in lines.items():
-        figures = " | | "
-        if name in taken:
-            median = statistics.median(taken[name])
-            figures = f"{median:.2f} | {6e-9 * tokens * hidden * vocab / median:.0f} | {median / floor:.2f}"
-        print(f"| {name} | {figures} | {rest}")
+            taken[name].append(milliseconds(runs[name], case, cache))
+    for name, times in taken.items():
+        found[name].ms = statistics.median(times)
+    return found
+
+
+def table(shape: str, tokens: int, found: dict[str, Figures]) -> str:
+    hidden, vocab = SHAPES[shape]
+    lines = [
+        f"\n| {shape}: T={tokens}, D={hidden}, V={vocab} | ms | TFLOP/s | x products | GiB peak | workspace | "
+        "log-prob | dX | dW | repeats |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    floor = found[FLOOR].ms if FLOOR in found else math.nan
+    for name, f in found.items():
+        cells = [f"{f.ms:.2f}", f"{6e-9 * tokens * hidden * vocab / f.ms:.0f}", f"{f.ms / floor:.2f}",
+                 f"{f.peak:.2f}", f"{f.workspace:.2f}", *(f"{error:.1e}" for error in f.errors),
+                 {True: "yes", False: "no", None: "-"}[f.repeats]]  # fmt: skip
+        lines.append(f"| {name} | " + " | ".join([f.note or cells[0], *cells[1:]]).replace("nan", "-") + " |")
+    return "\n".join(lines)
+
+
+def verdict(what: str, figures: Sequence[float], aims: Sequence[float], at_least: bool = False) -> str:
+    """A line for `make gpu-check` to gather: met only if every figure is; NaN is a figure that was not taken."""
+    met = all((figure >= aim) if at_least else (figure <= aim) for figure, aim in zip(figures, aims, strict=True))
+    shown = "not measured" if any(map(math.isnan, figures)) else "met" if met else "missed"
+    columns = [" / ".join(f"{x:.3g}".replace("nan", "-") for x in values) for values in (figures, aims)]
+    return f"| {shown} | {what} | {columns[0]} | {'>=' if at_least else '<='} {columns[1]} |"
+
+
+def verdicts(full: dict[str, dict[str, Figures]], growth: dict[str, float]) -> list[str]:
+    """Of the shapes that have aims. `growth`: GiB of our workspace at the last --tokens less that at the first."""
+    shapes, none = [shape for shape in full if shape in AIMS], Figures()
+    if not shapes:
+        return []
+
+    def figures(shape: str) -> list[float]:
+        ours, floor, naive = (full[shape].get(name, none) for name in (OURS, FLOOR, NAIVE))
+        worst = max(mine / theirs for mine, theirs in zip(ours.errors[1:], naive.errors[1:], strict=True))
+        repeats = math.nan if ours.repeats is None else float(ours.repeats)
+        faster = [full[shape].get(name, none).ms / ours.ms for name in FASTER]
+        return [
+            ours.ms / floor.ms,
+            ours.workspace,
+            growth.get(shape, math.nan),
+            worst,
+            ours.errors[0],
+            repeats,
+            *faster,
+        ]
+
+    at = f", D = {' / '.join(str(SHAPES[shape][0]) for shape in shapes)}"
+    same = {"GiB beyond dX and the float32 dW": 1.5, "GiB more of that at the most tokens": 0.01,
+            "error of dX and dW over plain torch's": 1.1, "largest error of a log-prob": 1e-4}  # fmt: skip
+    rows = [("one sweep, time over three bare products" + at, [AIMS[shape] for shape in shapes], False)]
+    rows += [(what + at, [aim] * len(shapes), False) for what, aim in same.items()]
+    rows += [("same bits when repeated (1: yes)" + at, [1.0] * len(shapes), True)]
+    rows += [(f"times faster than {name}" + at, [aim] * len(shapes), True) for name, aim in FASTER.items()]
+    columns = zip(*map(figures, shapes), strict=True)
+    return [verdict(what, found, aims, up) for (what, aims, up), found in zip(rows, columns, strict=True)]
+
+
+# -------------------------------------------------------------------------------------------------------------- tuning
+
+
+@contextmanager
+def tuned(device: torch.device, elements: int, block: int = 0, warps: int = 0) -> Iterator[None]:
+    """`elements` in a chunk; on a GPU the row kernels' `block` and `warps`."""
+    kept = head.CHUNK_ELEMENTS[device.type]
+    head.CHUNK_ELEMENTS[device.type] = elements
+    if warps:
+        from kernels import rows_triton as rows
+
+        constants = rows.BLOCK, rows._stats_kernel, rows._gradient_kernel
+        rows.BLOCK = block
+        rows._stats_kernel, rows._gradient_kernel = (Warps(kernel, warps) for kernel in constants[1:])
+    try:
+        yield
+    finally:
+        head.CHUNK_ELEMENTS[device.type] = kept
+        if warps:
+            rows.BLOCK, rows._stats_kernel, rows._gradient_kernel = constants
+
+
+@dataclass
+class Warps:
+    """A Triton kernel that is launched with so many warps, whatever its caller says."""
+
+    kernel: Any
+    warps: int
+
+    def __getitem__(self, grid: Any) -> Callable:
+        return lambda *arguments, **options: self.kernel[grid](*arguments, **options | {"num_warps": self.warps})
+
+
+def sweep(shape: str, tokens: int, rounds: int, device: torch.device) -> None:
+    case, on_gpu = make_case(*SHAPES[shape], tokens, device), device.type == "cuda"
+    cache = torch.empty(2**26, device=device) if on_gpu else None
+    print(f"\n| {shape}: rows a chunk | block | warps | ms | x products | workspace |\n|---|---|---|---|---|---|")
+    tries = itertools.product(
+        (1024, 1536, 2048, 2560, 4096, 8192) if on_gpu else (128, 512),
+        (4096, 8192, 16384) if on_gpu else (0,),
+        (8, 16, 32) if on_gpu else (0,),
+    )
+    for chunk, block, warps in tries:
+        times: tuple[list[float], list[float]] = ([], [])
+        with tuned(device, chunk * case.weight.shape[0], block, warps):
+            step(one_sweep, case)
+            workspace = extra_memory(partial(step, one_sweep), case)[1] if on_gpu else math.nan
+            for _ in range(rounds):
+                for candidate, into in zip((products, one_sweep), times, strict=True):
+                    into.append(milliseconds(partial(step, candidate), case, cache))
+        floor, ours = map(statistics.median, times)
+        print(f"| {chunk} | {block} | {warps} | {ours:.2f} | {ours / floor:.3f} | {workspace:.2f} |")
+
+
+def profiled(run: Callable[[], Any], device: torch.device) -> str:
+    """What a second run takes, by kernel (on a CPU by operation)."""
+    run()
+    with torch.profiler.profile() as profile:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    by = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
+    return profile.key_averages().table(sort_by=by, row_limit=16, max_name_column_width=80)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="kernels.bench", description=__doc__.split("\n")[0])
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["0.5b", "1.5b", "7b"] if on_gpu else ["tiny"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[8192] if on_gpu else [1024])
+    device = torch.device("cuda" if on_gpu else "cpu")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(AIMS) if on_gpu else ["tiny"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 65536] if on_gpu else [1024])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=[])
+    parser.add_argument("--chunk_elements", type=int, default=head.CHUNK_ELEMENTS[device.type])
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     options = parser.parse_args(argv)
     if any(tokens < ERROR_ROWS or tokens % SEQUENCE for tokens in options.tokens) or options.rounds < 1:
         parser.error(f"--tokens must be multiples of {SEQUENCE} and at least {ERROR_ROWS}, --rounds at least 1")
-    device = torch.device("cuda" if on_gpu else "cpu")
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "triton", *PEERS.values()) if name in found)
-    print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {versions}; median of {options.rounds} rounds")
+    print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {versions}; median of {options.rounds} rounds, "
+          f"chunks of {options.chunk_elements} logits")  # fmt: skip
+    first, *more = options.tokens
+    full, growth = {}, {}
     for shape in options.shape:
-        for tokens in options.tokens:
-            bench(shape, tokens, options.rounds, options.only, device)
+        if options.sweep:
+            sweep(shape, first, options.rounds, device)
+            continue
+        with tuned(device, options.chunk_elements):
+            if options.profile:
+                case = make_case(*SHAPES[shape], first, device)
+                print(f"\n{shape}, {first} tokens\n{profiled(partial(step, one_sweep, case), device)}")
+                continue
+            full[shape] = bench(shape, first, options.rounds, options.only, device)
+            print(table(shape, first, full[shape]))
+            for tokens in more if on_gpu else []:
+                case = make_case(*SHAPES[shape], tokens, device)
+                peak, workspace = extra_memory(partial(step, one_sweep), case)
+                growth[shape] = workspace - full[shape].get(OURS, Figures()).workspace
+                print(f"{OURS} at T={tokens}: {peak:.2f} GiB at the peak, workspace {workspace:.2f}")
+    print("\n".join(["", *verdicts(full, growth)]))
 
 
 if __name__ == "__main__":
