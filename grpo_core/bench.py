@@ -1,23 +1,28 @@
 """How fast the update is: packed random rollouts through `grpo_core.train.update`, clipping and AdamW.
 
     python -m grpo_core.bench [--shape 0.5b 1.5b] [--tokens 16384] [--steps 5] [--gradient_checkpointing] [--peer]
+    python -m grpo_core.bench --shape 1.5b --profile         # what a step launches, and how long that takes
     torchrun --nproc_per_node 8 -m grpo_core.bench           # sharded over all GPUs, as in training; without a peer
 
-Random weights in the shapes of Qwen2.5 and groups of 8 random completions, each with a prompt of 128 tokens, that fill
-the given number of tokens on every GPU in one micro-batch. The old log-probs are the policy's own (one update a
-rollout), no group is without spread. `--peer` does the same step in the way of TRL's trainer, with functions of TRL's
-where it has them: padded rows, logits of the completions in bf16, float32 weights under autocast. `--shape tiny` is for
-the CPU. Left out on purpose: sampling, scoring and the weights' way into the engine (`train.py` logs what they take).
+Random weights in the shapes of Qwen2.5 and groups of 8 random rows of 2,048 tokens (fewer where --tokens has no room)
+that fill the given number of tokens on every GPU in one micro-batch. Prompts are 16 tokens of a row: nearly all tokens
+reach the head, as TFLOP/s counts them. The old log-probs are the policy's own (one update a rollout), no group is
+without spread. `--peer` does the same step in the way of TRL's trainer, with functions of TRL's where it has them: rows
+in a rectangle (there is nothing to pad here), logits of the completions in bf16, float32 weights under autocast.
+`--shape tiny` is for the CPU. Left out on purpose: sampling, scoring and the weights' way into the engine (`train.py`
+logs what they take); the 7B shape, whose float32 masters, gradients and moments take 16 bytes a parameter, 113 GiB.
 """
 
 import argparse
 import importlib.util
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from grpo_core.batch import make_micro_batches
@@ -25,6 +30,7 @@ from grpo_core.config import GRPOConfig
 from grpo_core.loss import policy_loss
 from grpo_core.rollout import Rollout
 from grpo_core.train import update
+from kernels.bench import profiled, verdict
 from sft_core import guards
 from sft_core.bench import SHAPES, WARM_UP, now, random_policy, shape_config, with_fresh_memory
 from sft_core.config import require
@@ -32,41 +38,40 @@ from sft_core.flops import peak_flops, training_flops
 from sft_core.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
 from sft_core.packing import step_counts
 
-PROMPT, GROUP, LONGEST = 128, 8, 1024
+PROMPT, GROUP, LONGEST = 16, 8, 2048
+AIMS = {  # (shape, checkpointing) -> TFLOP/s of the pass and of the whole step, 16,384 tokens on one H100
+    ("0.5b", False): (400.0,), ("1.5b", False): (500.0, 460.0), ("1.5b", True): (400.0,),
+}  # fmt: skip
 TIMED = (
     "Timed, the device synchronised before and after each phase: packing (of the peer: padding), forward and backward "
-    "with the objective and its metrics, clipping, the check that all is finite, AdamW. TFLOP/s: 6 N T + 6 L D T S, no "
-    "recomputation, prompts included as tokens, none of the padding."
+    "with the objective and its metrics (the pass), clipping, the check that all is finite, AdamW. TFLOP/s a GPU: "
+    "6 N T + 6 L D T S, N with the head once, no recomputation; of the pass alone and of the whole step."
 )
 Phases = dict[str, float]
 
 
 def make_rollouts(tokens: int, vocab: int, seed: int) -> list[Rollout]:
-    """Whole groups with completions of random lengths, `tokens` in all or less by up to one group; lengths do not
-    depend on the seed."""
-    lengths, generator = list[int](), torch.Generator().manual_seed(0)
-    longest = min(LONGEST, tokens // GROUP - PROMPT)
-    while True:
-        group = torch.randint(longest // 4, longest + 1, (GROUP,), generator=generator).tolist()
-        if sum(lengths + group) + (len(lengths) + GROUP) * PROMPT > tokens:
-            break
-        lengths += group
-    generator.manual_seed(seed)
+    """Whole groups of equally long rows, as many as `tokens` have room for."""
+    length, generator = min(LONGEST, tokens // GROUP), torch.Generator().manual_seed(seed)
     rollouts = []
-    for i, length in enumerate(lengths):
-        ids = torch.randint(vocab, (PROMPT + length,), generator=generator).tolist()
+    for i in range(tokens // (GROUP * length) * GROUP):
+        ids = torch.randint(vocab, (length,), generator=generator).tolist()
         advantage = (i % GROUP - (GROUP - 1) / 2) / GROUP
-        rollouts.append(
-            Rollout(i // GROUP, ids[:PROMPT], ids[PROMPT:], [-5.0] * length, "stop", 0, advantage=advantage)
-        )
+        sampled = [-5.0] * (length - PROMPT)
+        rollouts.append(Rollout(i // GROUP, ids[:PROMPT], ids[PROMPT:], sampled, "stop", 0, advantage=advantage))
     return rollouts
 
 
-def this_trainer(info: Qwen2Config, tokens: int, config: GRPOConfig, steps: int, device: torch.device) -> list[Phases]:
-    """Seconds of each phase of each timed step."""
+def this_trainer(info: Qwen2Config, config: GRPOConfig, device: torch.device) -> Callable:
+    """A step of `grpo_core.train` on given rollouts."""
     policy = random_policy(info, config.gradient_checkpointing, device)
     optimizer = make_optimizer(policy, config)
-    scheduler = make_scheduler(optimizer, config, WARM_UP + steps)
+    scheduler = make_scheduler(optimizer, config, 1000)
+    units = sum(isinstance(module, FSDPModule) for module in policy.modules())
+    masters = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in policy.parameters()}))
+    if torch.distributed.get_rank() == 0:
+        ranks, compute = torch.distributed.get_world_size(), "bfloat16" if device.type == "cuda" else "float32"
+        print(f"{masters} masters in {units} FSDP2 units over {ranks} ranks, computing in {compute}, fused AdamW")
 
     def step(rollouts: list[Rollout], clock: "Clock") -> None:
         batches = make_micro_batches(rollouts, config.max_tokens_per_micro_batch, device)
@@ -78,7 +83,7 @@ def this_trainer(info: Qwen2Config, tokens: int, config: GRPOConfig, steps: int,
         guarded_step(optimizer, scheduler, shares["loss"].item(), norm.item())
         clock("clip, step")
 
-    return timed(step, info, tokens, steps, device)
+    return step
 
 
 class Clock:
@@ -89,8 +94,11 @@ class Clock:
         self.phases[phase], self.last = now(self.device) - self.last, now(self.device)
 
 
-def timed(step: Callable, info: Qwen2Config, tokens: int, steps: int, device: torch.device) -> list[Phases]:
+def timed(make: Callable, info: Qwen2Config, tokens: int, config: GRPOConfig, steps: int,
+          device: torch.device) -> list[Phases]:  # fmt: skip
+    """Seconds of each phase of each step after the warm-up."""
     rank, world_size, taken = torch.distributed.get_rank(), torch.distributed.get_world_size(), []
+    step = make(info, config, device)
     for i in range(WARM_UP + steps):
         rollouts = make_rollouts(tokens, info.vocab_size, seed=1 + i * world_size + rank)
         clock = Clock(device)
@@ -99,7 +107,7 @@ def timed(step: Callable, info: Qwen2Config, tokens: int, steps: int, device: to
     return taken[WARM_UP:]
 
 
-def in_trls_way(info: Qwen2Config, tokens: int, config: GRPOConfig, steps: int, device: torch.device) -> list[Phases]:
+def in_trls_way(info: Qwen2Config, config: GRPOConfig, device: torch.device) -> Callable:
     """The same step on padded rows: a group of 8 at a time, as TRL takes per_device_train_batch_size=8."""
     from trl.trainer.utils import selective_log_softmax
 
@@ -136,22 +144,34 @@ def in_trls_way(info: Qwen2Config, tokens: int, config: GRPOConfig, steps: int, 
         optimizer.zero_grad()
         clock("clip, step")
 
-    return timed(step, info, tokens, steps, device)
+    return step
 
 
 def measure(make: Any, name: str, info: Qwen2Config, tokens: int, config: GRPOConfig, steps: int,
-            device: torch.device) -> str:  # fmt: skip
-    """A line of the table."""
-    taken = with_fresh_memory(make, info, tokens, config, steps, device)
+            device: torch.device) -> tuple[str, float, float]:  # fmt: skip
+    """A line of the table; TFLOP/s a GPU of forward and backward alone and of the whole step."""
+    taken = with_fresh_memory(timed, make, info, tokens, config, steps, device)
     if taken is None:
-        return f"| {name} | {tokens} | out of memory | | | | | |"
+        return f"| {name} | {tokens} | out of memory | | | | | | |", math.nan, math.nan
     phases = [sum(step[phase] for step in taken) / steps for phase in taken[0]]
     lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in make_rollouts(tokens, info.vocab_size, 0)]
-    rate, peak = training_flops(info, lengths) / sum(phases), peak_flops(device)
-    mfu = f"{rate / peak:.1%}" if peak else "-"
+    flops, peak = training_flops(info, lengths) / 1e12, peak_flops(device)
+    alone, whole = flops / phases[1], flops / sum(phases)
+    mfu = f"{1e12 * whole / peak:.1%}" if peak else "-"
     seconds = " + ".join(f"{phase:.3f}" for phase in phases)
-    speed = f"{sum(lengths) / sum(phases):,.0f} | {rate / 1e12:.1f} | {mfu} | {guards.peak_memory_gib(device):.1f}"
-    return f"| {name} | {sum(lengths)} | {sum(phases):.3f} | {seconds} | {speed} |"
+    speed = f"{sum(lengths) / sum(phases):,.0f} | {alone:.1f} | {whole:.1f} | {mfu}"
+    gib = guards.peak_memory_gib(device)
+    return f"| {name} | {sum(lengths)} | {sum(phases):.3f} | {seconds} | {speed} | {gib:.1f} |", alone, whole
+
+
+def verdicts(rates: dict[tuple[str, bool], tuple[float, float]]) -> list[str]:
+    """Of the shapes that have aims. `rates`: (shape, checkpointing) -> what `measure` found."""
+    lines = []
+    for case, found in rates.items():
+        name = f"{case[0]} shape{', checkpointed' if case[1] else ''}, 16k packed tokens, TFLOP/s: "
+        for what, rate, aim in zip(("the pass", "with clipping and AdamW"), found, AIMS.get(case, ()), strict=False):
+            lines.append(verdict(name + what, [rate], [aim], at_least=True))
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -161,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--peer", action="store_true", help="the same step in TRL's way beside it")
+    parser.add_argument("--profile", action="store_true")
     options = parser.parse_args(argv)
     with guards.usage_errors():
         require(
@@ -171,24 +192,34 @@ def main(argv: list[str] | None = None) -> None:
     has_trl = importlib.util.find_spec("trl") is not None
     if options.peer and world_size == 1 and has_trl:
         trainers["TRL's way"] = in_trls_way
-    lines = []
+    lines, rates = [], {}
     for shape in options.shape:
         for tokens in options.tokens:
             config = GRPOConfig("none", max_tokens_per_micro_batch=tokens, beta=0.0,
                                 gradient_checkpointing=options.gradient_checkpointing)  # fmt: skip
+            info = shape_config(shape)
+            if options.profile:
+                step, rollouts = this_trainer(info, config, device), make_rollouts(tokens, info.vocab_size, 1)
+                print(profiled(partial(step, rollouts, Clock(device)), device))
+                continue
             for name, make in trainers.items():
-                arguments = shape_config(shape), tokens, config, options.steps, device
-                lines.append(measure(make, f"{shape} {name}", *arguments))
+                line, *found = measure(make, f"{shape} {name}", info, tokens, config, options.steps, device)
+                lines.append(line)
+                if (make, tokens, device.type, world_size) == (this_trainer, 16384, "cuda", 1):
+                    rates[shape, options.gradient_checkpointing] = (found[0], found[1])
     guards.shutdown()
-    if rank == 0:
+    if rank == 0 and lines:
         card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         checkpointing = "on" if options.gradient_checkpointing else "off"
         print(f"{world_size} x {card}, torch {torch.__version__}; mean of {options.steps} steps")
         print(f"gradient checkpointing {checkpointing}. {TIMED}")
         if options.peer and len(trainers) == 1:
             print("No TRL: it is not installed." if not has_trl else "No TRL: it gets one GPU only.")
-        print("\n| trainer | tokens | s a step | pack + pass + step | tokens/s | TFLOP/s | MFU | peak GiB |")
-        print("\n".join(["|---|---|---|---|---|---|---|---|", *lines]))
+        heads = (
+            "| trainer | tokens | s a step | pack + pass + step | tokens/s | TFLOP/s: pass | step | MFU | peak GiB |"
+        )
+        print(f"\n{heads}")
+        print("\n".join(["|---|---|---|---|---|---|---|---|---|", *lines, "", *verdicts(rates)]))
 
 
 if __name__ == "__main__":
