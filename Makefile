@@ -1,7 +1,7 @@
 # make setup        a virtual environment in .venv with everything, for this machine's GPU or CPU
 # make quickstart   watch GRPO teach arithmetic to a small model (10 minutes on 2 CPU cores)
 # make test         linter, types and the quick tests; make test-all: every test that needs no GPU
-# make gpu-check    the tests that need a GPU, then how fast the head and both trainers are on it
+# make gpu-check    the tests that need a GPU, then the benches, one table of aims and figures last: build/gpu-check.md
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -55,11 +55,11 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest -m "not gpu"
 
-gpu-check: setup
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m kernels.bench
-	$(BIN)/python -m sft_core.bench --peer
-	$(BIN)/python -m grpo_core.bench --peer
+# make gpu-check [PARTS="kernels step"] [MODEL=folder or Hub id of the whole step] [SYSTEM_PYTHON=python3]
+# Peers, where wanted: $(PIP) trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1. SYSTEM_PYTHON is for a machine
+# whose own Python has everything (vLLM and peers on its PYTHONPATH, say): no environment is made then, no network used.
+gpu-check: $(if $(SYSTEM_PYTHON),,setup)
+	$(or $(SYSTEM_PYTHON),$(BIN)/python) -m tests.gpu_check $(PARTS) $(if $(MODEL),--model '$(MODEL)')
 
 clean:
 	rm -rf $(VENV) build *.egg-info

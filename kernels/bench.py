@@ -7,12 +7,12 @@
 Everybody computes GRPO's clipped loss of the same tokens and its gradient by hidden states and weight, bf16 on a GPU.
 The states are mixed with the rows of their targets, so that the softmax is peaked as a trained model's is: on plain
 noise a peer that skips small gradients would skip them all. Rounds take the candidates in turn, with the L2 cache
-cleared in between; shown is the median. TFLOP/s counts three products, 6 T D V, whoever makes more. `peak` is what is
-allocated beyond inputs, at the worst moment, both gradients included; `workspace` is that less dX [T, D] in the
-states' dtype and less dW [V, D] in float32, also of a peer that keeps dW in half precision (its may be negative).
-Errors are of the first 512 rows: the largest of a log-prob, the relative (Frobenius) of the gradients. `repeats`:
-loss and both gradients are the same bits in a second run. Of all --tokens but the first only our memory is taken.
-Peers that are not installed are named and left out:
+cleared in between; one that has used two seconds leaves. Shown is the median. TFLOP/s counts three products, 6 T D V,
+whoever makes more. `peak` is what is allocated beyond the inputs at the worst moment, both gradients included;
+`workspace` is that less dX [T, D] in the states' dtype and less dW [V, D] in float32, also of a peer that keeps dW in
+half precision (its may be negative). Errors, against float64, are of the first 512 rows: the largest of a log-prob, the
+relative (Frobenius) of the gradients. `repeats`: loss and gradients are the same bits in a second run. Of all --tokens
+but the first only our memory is taken. Peers that are not installed are named and left out:
 
     pip install liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0      (in an environment of their own)
 """
@@ -38,7 +38,7 @@ from kernels.bench_peers import CANDIDATES, FLOOR, NAIVE, OURS, SEQUENCE, Case, 
 
 SHAPES = {"tiny": (64, 1003), "0.5b": (896, 151936), "1.5b": (1536, 151936), "7b": (3584, 151936)}  # hidden, vocabulary
 PEERS = {"liger": "liger-kernel", "cce": "cut-cross-entropy", "trl": "trl"}
-ERROR_ROWS = 512
+ERROR_ROWS, PATIENCE = 512, 2000.0  # ms
 AIMS = {"0.5b": 1.45, "1.5b": 1.25, "7b": 1.15}  # time over bare products, at 8,192 tokens on an H100
 FASTER = {"Liger GRPO": 12.0, "cut cross entropy, unfiltered": 2.5, NAIVE: 1.35}
 
@@ -145,8 +145,9 @@ def bench(shape: str, tokens: int, rounds: int, only: list[str], device: torch.d
             figures.note = f"failed: {str(error).splitlines()[0][:60]}"  # a peer's trouble is no reason to end
     del part, exact
     for _ in range(rounds):
-        for name in taken:
-            taken[name].append(milliseconds(runs[name], case, cache))
+        for name, times in taken.items():
+            if sum(times) < PATIENCE:
+                times.append(milliseconds(runs[name], case, cache))
     for name, times in taken.items():
         found[name].ms = statistics.median(times)
     return found
@@ -287,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if any(tokens < ERROR_ROWS or tokens % SEQUENCE for tokens in options.tokens) or options.rounds < 1:
         parser.error(f"--tokens must be multiples of {SEQUENCE} and at least {ERROR_ROWS}, --rounds at least 1")
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    found = {d.metadata["Name"].replace("_", "-"): d.version for d in importlib.metadata.distributions()}
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "triton", *PEERS.values()) if name in found)
     print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {versions}; median of {options.rounds} rounds, "
           f"chunks of {options.chunk_elements} logits")  # fmt: skip
