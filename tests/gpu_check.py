@@ -18,16 +18,16 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# python -m ..., and seconds it should take on one H100, reckoned from rates measured there; its limit is the double.
+# python -m ..., and the seconds it should take on one H100: reckoned, not measured; three times that is its limit.
 PARTS = {
-    "tests": (["pytest", "-m", "gpu", "-k", "not vllm", "-n", "4", "--dist", "load"], 95),  # five short SFT runs
+    "tests": (["pytest", "-m", "gpu", "-k", "not vllm", "-n", "4", "--dist", "load"], 70),  # five short SFT runs
     # Alone: vLLM, while it measures free memory, does not bear that others give some back.
-    "vllm": (["pytest", "-m", "gpu", "-k", "vllm"], 50),  # a start of vLLM
-    "kernels": (["kernels.bench"], 140),  # 40 of rounds, 20 of warm-up and errors, the rest compilation of the peers
-    "update": (["grpo_core.bench", "--peer", "--steps", "4"], 55),  # two shapes, two ways, 7 steps below 1 s each
-    "checkpointed": (["grpo_core.bench", "--shape", "1.5b", "--steps", "4", "--gradient_checkpointing"], 25),
-    "step": (["tests.e2e.beside_trl", "MODEL", "--steps", "4"], 190),  # two vLLM starts, 6 steps of 2 and of 5
-    "sft": (["sft_core.bench", "--shape", "1.5b", "--tokens", "16384", "--steps", "3", "--peer"], 45),
+    "vllm": (["pytest", "-m", "gpu", "-k", "vllm"], 100),  # three starts of a tiny model
+    "kernels": (["kernels.bench"], 130),  # 40 of rounds, 20 of errors and memory, the rest compilation of the peers
+    "update": (["grpo_core.bench", "--peer", "--steps", "4"], 45),  # two shapes, two ways, 7 steps below 1 s each
+    "checkpointed": (["grpo_core.bench", "--shape", "1.5b", "--steps", "4", "--gradient_checkpointing"], 20),
+    "step": (["tests.e2e.beside_trl", "MODEL", "--steps", "4"], 180),  # two starts of vLLM, 6 steps of 2 and of 5 s
+    "sft": (["sft_core.bench", "--shape", "1.5b", "--tokens", "16384", "--steps", "3", "--peer"], 40),
 }
 PACKAGES = ("torch", "triton", "transformers", "vllm", "trl", "liger-kernel", "cut-cross-entropy")
 
@@ -71,7 +71,7 @@ def check(parts: dict[str, tuple[list[str], int]], head: str, output: Path) -> i
     for name, (command, expected) in parts.items():
         print(f"\n=== {name}: python -m {' '.join(command)}", flush=True)
         start = time.perf_counter()
-        code, lines = run(command, 2 * expected, log)
+        code, lines = run(command, 3 * expected, log)
         ran[name] = command, code, time.perf_counter() - start, lines
         output.write_text(table(head, ran))
     print(f"\n{output.read_text()}")
