@@ -7,8 +7,8 @@
 Random weights in the shapes of Qwen2.5 and groups of 8 random rows of 2,048 tokens (fewer where --tokens has no room)
 that fill the given number of tokens on every GPU in one micro-batch. Prompts are 16 tokens of a row: nearly all tokens
 reach the head, as TFLOP/s counts them. The old log-probs are the policy's own (one update a rollout), no group is
-without spread. `--peer` does the same step in the way of TRL's trainer, with functions of TRL's where it has them: rows
-in a rectangle (there is nothing to pad here), logits of the completions in bf16, float32 weights under autocast.
+without spread. `--peer` does the same step in the way of TRL 1.16's trainer: rows in a rectangle (there is nothing to
+pad here), its fused head, float32 weights under autocast, this project's objective.
 `--shape tiny` is for the CPU. Left out on purpose: sampling, scoring and the weights' way into the engine (`train.py`
 logs what they take); the 7B shape, whose float32 masters, gradients and moments take 16 bytes a parameter, 113 GiB.
 """
@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -108,33 +107,31 @@ def timed(make: Callable, info: Qwen2Config, tokens: int, config: GRPOConfig, st
 
 
 def in_trls_way(info: Qwen2Config, config: GRPOConfig, device: torch.device) -> Callable:
-    """The same step on padded rows: a group of 8 at a time, as TRL takes per_device_train_batch_size=8."""
-    from trl.trainer.utils import selective_log_softmax
+    """The same step, a group of 8 at a time, as TRL takes per_device_train_batch_size=8."""
+    from trl.trainer.utils import add_fused_lm_head
 
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(info, attn_implementation="sdpa", dtype=torch.float32)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=device.type == "cuda")
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     def step(rollouts: list[Rollout], clock: Clock) -> None:
-        longest = max(len(r.completion_ids) for r in rollouts)  # of the whole generation batch
-        padded = torch.stack([F.pad(torch.tensor(r.prompt_ids + r.completion_ids), (0, longest - len(r.completion_ids)))
-                              for r in rollouts]).to(device)  # fmt: skip
-        lengths = torch.tensor([len(r.completion_ids) for r in rollouts], device=device)
-        mask = torch.arange(longest, device=device) < lengths[:, None]  # [B, L]
-        attended = torch.cat([torch.ones_like(padded[:, :PROMPT]), mask.long()], 1)
+        ids = torch.tensor([r.prompt_ids + r.completion_ids for r in rollouts], device=device)  # [B, L]
+        labels = ids.clone()
+        labels[:, :PROMPT] = -100
         clock("pack")
         for start in range(0, len(rollouts), GROUP):
-            rows = slice(start, start + GROUP)
+            rows, mask = slice(start, start + GROUP), torch.ones_like(ids[:GROUP])
             with autocast():
-                logits = model(padded[rows], attention_mask=attended[rows], logits_to_keep=longest + 1).logits[:, :-1]
-            logps = selective_log_softmax(logits, padded[rows, PROMPT:])[mask[rows]]  # [N]
+                logps = model(ids[rows], attention_mask=mask, labels=labels[rows], fused_lm_head=True).log_probs
+            logps = logps[:, PROMPT - 1 :].flatten()  # [N]
             loss, _ = policy_loss(
                 logps, logps.detach(), torch.tensor([r.advantage for r in rollouts[rows]], device=device),
-                mask[rows].nonzero()[:, 0], num_tokens=int(lengths.sum()), num_sequences=len(rollouts),
+                (labels[rows] >= 0).nonzero()[:, 0], num_tokens=int((labels >= 0).sum()), num_sequences=len(rollouts),
                 **config.objective(),
             )  # fmt: skip
             loss.backward()

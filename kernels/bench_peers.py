@@ -122,10 +122,12 @@ def cut_cross_entropy() -> Callable[[Case], Tensor]:
 
 
 def trl_chunked() -> Callable[[Case], Tensor]:
-    from trl.trainer.utils import _ChunkedLogProbFunction
+    """As the GRPOTrainer of 1.16 calls it, the entropies for its log included."""
+    from trl.kernels import ChunkedLogProbFunction
 
+    how = (1.0, 32768, None, 1.0, ("log_probs", "entropy"))
     return lambda case: case.loss(
-        _ChunkedLogProbFunction.apply(case.hidden, case.weight, case.targets, 1.0, 8192)[0]
+        ChunkedLogProbFunction.apply(case.hidden, case.weight, None, case.targets, *how)[0]
     ).sum()
 
 
