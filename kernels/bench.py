@@ -1,7 +1,7 @@
 """The head's loss, forward and backward, beside its peers in one run: time, TFLOP/s, memory, error against float64.
 
     python -m kernels.bench [--shape 0.5b 1.5b 7b] [--tokens 8192 65536] [--rounds 20] [--only NAME ...]
-    python -m kernels.bench --sweep          # chunks, blocks and warps of the one sweep, beside the bare products
+    python -m kernels.bench --sweep          # the one sweep with other constants, beside the bare products
     python -m kernels.bench --profile        # what the one sweep launches, and how long that takes
 
 Everybody computes GRPO's clipped loss of the same tokens and its gradient by hidden states and weight, bf16 on a GPU.
@@ -24,10 +24,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -209,58 +210,37 @@ def verdicts(full: dict[str, dict[str, Figures]], growth: dict[str, float]) -> l
     return [verdict(what, found, aims, up) for (what, aims, up), found in zip(rows, columns, strict=True)]
 
 
-# -------------------------------------------------------------------------------------------------------------- tuning
-
-
 @contextmanager
-def tuned(device: torch.device, elements: int, block: int = 0, warps: int = 0) -> Iterator[None]:
-    """`elements` in a chunk; on a GPU the row kernels' `block` and `warps`."""
-    kept = head.CHUNK_ELEMENTS[device.type]
-    head.CHUNK_ELEMENTS[device.type] = elements
-    if warps:
-        from kernels import rows_triton as rows
-
-        constants = rows.BLOCK, rows._stats_kernel, rows._gradient_kernel
-        rows.BLOCK = block
-        rows._stats_kernel, rows._gradient_kernel = (Warps(kernel, warps) for kernel in constants[1:])
-    try:
+def tuned(device: torch.device, **constants: int) -> Iterator[None]:
+    """Other constants of `kernels.linear_logprob` (for this kind of device) and `kernels.rows_triton` meanwhile."""
+    with ExitStack() as stack:
+        for name, value in constants.items():
+            if by_device := getattr(head, name, None):
+                stack.enter_context(patch.dict(by_device, {device.type: value}))
+            else:
+                stack.enter_context(patch(f"kernels.rows_triton.{name}", value))
         yield
-    finally:
-        head.CHUNK_ELEMENTS[device.type] = kept
-        if warps:
-            rows.BLOCK, rows._stats_kernel, rows._gradient_kernel = constants
-
-
-@dataclass
-class Warps:
-    """A Triton kernel that is launched with so many warps, whatever its caller says."""
-
-    kernel: Any
-    warps: int
-
-    def __getitem__(self, grid: Any) -> Callable:
-        return lambda *arguments, **options: self.kernel[grid](*arguments, **options | {"num_warps": self.warps})
 
 
 def sweep(shape: str, tokens: int, rounds: int, device: torch.device) -> None:
+    """One line for each choice of constants."""
     case, on_gpu = make_case(*SHAPES[shape], tokens, device), device.type == "cuda"
     cache = torch.empty(2**26, device=device) if on_gpu else None
-    print(f"\n| {shape}: rows a chunk | block | warps | ms | x products | workspace |\n|---|---|---|---|---|---|")
-    tries = itertools.product(
-        (1024, 1536, 2048, 2560, 4096, 8192) if on_gpu else (128, 512),
-        (4096, 8192, 16384) if on_gpu else (0,),
-        (8, 16, 32) if on_gpu else (0,),
-    )
-    for chunk, block, warps in tries:
-        times: tuple[list[float], list[float]] = ([], [])
-        with tuned(device, chunk * case.weight.shape[0], block, warps):
+    vocab = SHAPES[shape][1]
+    grid = {"CHUNK_ELEMENTS": [rows * vocab for rows in ((256, 512, 1024) if on_gpu else (128, 512))]}
+    if on_gpu:
+        from kernels import rows_triton
+
+        grid |= {"CHUNKS_IN_BLOCK": [4, 8, 16], "BLOCK": [1024, 2048, 4096], "WARPS": [4, 8, 16]}
+        grid = {name: tries for name, tries in grid.items() if hasattr(head, name) or hasattr(rows_triton, name)}
+    floor = statistics.median(milliseconds(partial(step, products), case, cache) for _ in range(rounds))
+    print(f"\n| {shape}: {' | '.join(grid)} | ms | x products | workspace |\n|{'---|' * (len(grid) + 3)}")
+    for constants in itertools.product(*grid.values()):
+        with tuned(device, **dict(zip(grid, constants, strict=True))):
             step(one_sweep, case)
             workspace = extra_memory(partial(step, one_sweep), case)[1] if on_gpu else math.nan
-            for _ in range(rounds):
-                for candidate, into in zip((products, one_sweep), times, strict=True):
-                    into.append(milliseconds(partial(step, candidate), case, cache))
-        floor, ours = map(statistics.median, times)
-        print(f"| {chunk} | {block} | {warps} | {ours:.2f} | {ours / floor:.3f} | {workspace:.2f} |")
+            ours = statistics.median(milliseconds(partial(step, one_sweep), case, cache) for _ in range(rounds))
+        print(f"| {' | '.join(map(str, constants))} | {ours:.2f} | {ours / floor:.3f} | {workspace:.2f} |")
 
 
 def profiled(run: Callable[[], Any], device: torch.device) -> str:
@@ -298,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.sweep:
             sweep(shape, first, options.rounds, device)
             continue
-        with tuned(device, options.chunk_elements):
+        with tuned(device, CHUNK_ELEMENTS=options.chunk_elements):
             if options.profile:
                 case = make_case(*SHAPES[shape], first, device)
                 print(f"\n{shape}, {first} tokens\n{profiled(partial(step, one_sweep, case), device)}")
