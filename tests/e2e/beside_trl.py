@@ -29,7 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "vllm", "trl", "liger-kernel")
-SHARE, RATE, LONGEST_PROMPT = 0.3, 1e-6, 128
+SHARE, RATE, LONGEST_PROMPT, GIB = 0.3, 1e-6, 128, 2**30
 
 
 def share_of_e(completions: list[Any], **columns: Any) -> list[float]:
@@ -66,17 +66,12 @@ class Meter:
 
     def result(self, steps: int, **more: Any) -> dict[str, Any]:
         peak = self.cuda.max_memory_allocated() if self.cuda else 0
-        gib = {"outside": peak - self.engine, "engine": self.engine, "device": self.device}
+        gib = {"outside": (peak - self.engine) / GIB, "engine": self.engine / GIB, "device": self.device / GIB}
         seconds = [b - a for a, b in itertools.pairwise(self.ends)][-steps:]
         packages = {d.metadata["Name"].replace("_", "-"): d.version for d in importlib.metadata.distributions()}
         versions = ", ".join(f"{name} {packages[name]}" for name in PACKAGES if name in packages)
         card = self.cuda.get_device_name() if self.cuda else "CPU"
-        return {
-            "seconds": seconds,
-            "gib": {k: v / 2**30 for k, v in gib.items()},
-            "card": card,
-            "versions": versions,
-        } | more
+        return {"seconds": seconds, "gib": gib, "card": card, "versions": versions} | more
 
 
 def ours(options: argparse.Namespace, folder: Path, more: list[str]) -> dict[str, Any]:
@@ -179,25 +174,20 @@ def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
     first = found["ours"][0]
     phases = ", ".join(f"{name.removeprefix('time/')} {seconds:.3f}" for name, seconds in first["phases"].items())
     versions = "; ".join(f"{side}: {results[0]['versions']}" for side, results in found.items())
-    ratio = medians["ours"] / medians.get("TRL", nan)
-    head = (
-        f"{first['card']}; {versions}\n{options.prompts} x {options.completions} completions of {options.tokens} tokens"
-    )
-    head += "" if on_gpu else "; no vLLM on either side: no GPU"
-    lines += [
-        "",
-        f"our phases, s: {phases}; log-probs of sampler and policy differ by {first['mismatch']:.4f} on average",
-    ]
+    ratio, outside = medians["ours"] / medians.get("TRL", nan), max(r["gib"]["outside"] for r in found["ours"])
+    shape = f"{options.prompts} x {options.completions} completions of {options.tokens} tokens"
+    head = [f"{first['card']}; {versions}", shape + ("" if on_gpu else "; no vLLM on either side: no GPU"), ""]
+    lines += ["", f"our phases, s: {phases}; sampler and policy differ by {first['mismatch']:.4f} in a log-prob (mean)"]
     lines.append(f"our time over TRL's: {ratio:.3f}" + ("" if "TRL" in found else " (there is no TRL)"))
     if on_gpu:
         lines.append(verdict("whole step, our time over TRL's", [ratio], [0.4]))
-        lines.append(verdict("whole step, GiB outside vLLM's share", [first["gib"]["outside"]], [12.0]))
-    return "\n".join([head, "", *lines])
+        lines.append(verdict("whole step, GiB outside vLLM's share", [outside], [12.0]))
+    return "\n".join([*head, *lines])
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("model", help="folder or Hub id of a chat model")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--completions", type=int, default=8)
