@@ -58,13 +58,15 @@ class _LinearLoss(torch.autograd.Function):
         logps, entropies, best_logps = chunks.outputs()
         scales = torch.empty_like(logps)
         loss = torch.zeros((), dtype=chunks.dtype, device=hidden.device)
-        late = any(needed) and _can_wait(chunks, token_loss)
+        late: bool | None = None
         with torch.autocast(hidden.device.type, enabled=False):
             for block, learns in _parts(hidden, active, chunks.block, any(needed)):
                 states = hidden[block].to(chunks.operand)  # [B, D]
                 for part in row_slices(len(states), chunk_size):
                     rows = subset(block, part)
                     logits, out = chunks.logits(states[part], part)
+                    if late is None:  # asked while the device is at work
+                        late = learns and _can_wait(chunks, token_loss)
                     slopes = out if late and learns else None
                     stats = softmax_stats(logits, targets[rows], temperature, out, slopes=slopes)
                     logps[rows], entropies[rows], best_logps[rows] = stats.logps, stats.entropies, stats.best_logps

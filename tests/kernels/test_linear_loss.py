@@ -113,6 +113,18 @@ def test_without_gradient_and_twice():
     assert hidden.grad.shape == (0, 8) and torch.equal(weight.grad, torch.zeros_like(weight))
 
 
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_gradient_only_where_needed(as_on_cuda, wanted):
+    """A frozen head beside adapters; hidden states without gradient. In inference mode none at all."""
+    args = inputs()
+    args[1 - wanted].requires_grad_(False)
+    loss, *figures = linear_loss(*args, alone, chunk_size=4)
+    twin = reference.linear_loss(*args, alone)[0]
+    torch.testing.assert_close(*(torch.autograd.grad(value, args[wanted])[0] for value in (loss, twin)))
+    with torch.inference_mode():
+        assert torch.equal(linear_loss(*args, alone, chunk_size=4)[1], figures[0])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu():

@@ -58,6 +58,31 @@ def test_triton_in_the_interpreter():
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("vocab", ["odd", "a multiple of 16"])
+@pytest.mark.parametrize("kernel", ["_stats_kernel", "_gradient_kernel"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiles_for_an_h100(kernel, whole, vocab):
+    """Down to machine code, which needs no GPU: 16 bytes at once where the vocabulary allows it."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from kernels import rows_triton
+
+    function = getattr(rows_triton, kernel)
+    absent = None if whole else "slopes" if kernel == "_stats_kernel" else "grad_entropies"
+    types = dict.fromkeys(function.arg_names, "*fp32") | {"targets": "*i64", "slopes": "*bf16", "gradient": "*bf16"}
+    types |= dict.fromkeys(("stride", "slopes_stride", "gradient_stride", "vocab"), "i32")
+    types |= dict.fromkeys(("scale", "inverse_temperature"), "fp32") | dict.fromkeys((absent, "block"), "constexpr")
+    names = {name: (i,) for i, name in enumerate(function.arg_names)}
+    aligned = [name for name in names if types[name][0] == "*" or (types[name] == "i32" and vocab != "odd")]
+    constants = {names["block"]: 2048} | ({names[absent]: None} if absent else {})
+    aligned = {names[name]: [["tt.divisibility", 16]] for name in aligned}
+    source = triton.compiler.ASTSource(function, {name: types[name] for name in names}, constants, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": rows_triton.WARPS})
+    assert made.asm["cubin"] and ".local" not in made.asm["ptx"]
+    assert ("ld.global.v4" in made.asm["ptx"]) == (vocab != "odd")
+
+
 @pytest.mark.parametrize("entropies", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("name", CASES)
