@@ -27,12 +27,11 @@ from torch.distributed.tensor import DTensor
 
 from kernels.rows import logits_gradient, softmax_stats
 
-# Elements of a chunk of float32 logits [C, V], and how many chunks' gradients of the logits are kept, in the compute
-# dtype, for one pair of matrix products. On a GPU the two buffers together take at most 1.5 GiB in bfloat16: each pair
-# reads and writes the whole float32 gradient of the weight, so few long ones are wanted, while the logits are as well
-# computed in chunks of 512. 64 MiB each on a CPU.
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 3 * 2**28 // 10}
+# Chunks whose gradients of the logits are kept, in the compute dtype, for one pair of matrix products; elements of a
+# chunk of float32 logits [C, V]. On a GPU both buffers together take at most 1.5 GiB in bfloat16: a pair reads and
+# writes the whole float32 gradient of the weight, so few long ones are wanted; for logits 512 rows ought to be enough.
 CHUNKS_IN_BLOCK = {"cpu": 1, "cuda": 8}
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 3 * 2**29 // (4 + 2 * CHUNKS_IN_BLOCK["cuda"])}
 TILE = 128
 
 
