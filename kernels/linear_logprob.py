@@ -18,14 +18,12 @@ gathered again before the backward, and the gradient is returned to autograd, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from kernels.rows import logits_gradient, softmax_stats
+from kernels.rows import Stats, logits_gradient, softmax_stats
 
 # Chunks whose gradients of the logits are kept, in the compute dtype, for one pair of matrix products; elements of a
 # chunk of float32 logits [C, V]. On a GPU both buffers together take at most 1.5 GiB in bfloat16: a pair reads and
@@ -84,13 +82,12 @@ def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     chunks = LogitChunks(hidden, weight, chunk_size)
-    logps, entropies, best_logps = chunks.outputs()
+    stats = Stats.empty(len(hidden), chunks.buffer)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in row_slices(hidden.shape[0], chunk_size):
             logits, scratch = chunks.logits(hidden[rows].to(chunks.operand), slice(0, chunk_size))
-            stats = softmax_stats(logits, targets[rows], temperature, scratch)
-            logps[rows], entropies[rows], best_logps[rows] = stats.logps, stats.entropies, stats.best_logps
-    return logps, entropies, best_logps
+            softmax_stats(logits, targets[rows], temperature, scratch, into=stats[rows])
+    return stats.logps, stats.entropies, stats.best_logps
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -152,10 +149,6 @@ class LogitChunks:
         self.grad_hidden = torch.zeros_like(hidden) if needed[0] else None
         self.grad_weight = torch.empty_like(weight, dtype=self.dtype) if needed[1] else None
         self.empty = True  # grad_weight is not written yet
-
-    def outputs(self) -> Iterator[Tensor]:
-        """Three tensors [N] to be filled."""
-        return (torch.empty(self.size, dtype=self.dtype, device=self.device) for _ in range(3))
 
     def logits(self, states: Tensor, part: slice) -> tuple[Tensor, Tensor | None]:
         """states @ head.T [C, V], and where in the block their gradient goes."""

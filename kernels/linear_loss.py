@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.linear_logprob import LogitChunks, check, row_slices, subset
-from kernels.rows import logits_gradient, softmax_stats
+from kernels.rows import Stats, logits_gradient, softmax_stats
 
 # (log-probs [C], entropies [C], which rows: an index into [N]) -> losses [C], weights and all
 TokenLoss = Callable[[Tensor, Tensor, Tensor | slice], Tensor]
@@ -55,34 +55,33 @@ class _LinearLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, token_loss, temperature, active, chunk_size, wanted):
         needed = tuple(wanted and need for need in ctx.needs_input_grad[:2])
         chunks = LogitChunks(hidden, weight, chunk_size, needed)
-        logps, entropies, best_logps = chunks.outputs()
-        scales = torch.empty_like(logps)
+        logps, entropies, best_logps = outputs = [hidden.new_empty(len(hidden), dtype=chunks.dtype) for _ in range(3)]
         loss = torch.zeros((), dtype=chunks.dtype, device=hidden.device)
         late: bool | None = None
         with torch.autocast(hidden.device.type, enabled=False):
             for block, learns in _parts(hidden, active, chunks.block, any(needed)):
-                states = hidden[block].to(chunks.operand)  # [B, D]
-                for part in row_slices(len(states), chunk_size):
-                    rows = subset(block, part)
+                states, ids = hidden[block].to(chunks.operand), targets[block]  # [B, D], [B]
+                stats = Stats.empty(len(ids), loss)
+                for part in row_slices(len(ids), chunk_size):
                     logits, out = chunks.logits(states[part], part)
                     if late is None:  # asked while the device is at work
                         late = learns and _can_wait(chunks, token_loss)
-                    slopes = out if late and learns else None
-                    stats = softmax_stats(logits, targets[rows], temperature, out, slopes=slopes)
-                    logps[rows], entropies[rows], best_logps[rows] = stats.logps, stats.entropies, stats.best_logps
-                    scales[rows] = stats.scales
+                    slopes, own = out if late and learns else None, stats[part]
+                    softmax_stats(logits, ids[part], temperature, out, slopes=slopes, into=own)
                     if not late:
-                        value, *gradients = _differentiate(token_loss, stats.logps, stats.entropies, rows, learns)
+                        value, *gradients = _differentiate(token_loss, own, subset(block, part), learns)
                         loss += value
                         if learns:
-                            logits_gradient(logits, stats, targets[rows], temperature, *gradients, out=out)
+                            logits_gradient(logits, own, ids[part], temperature, *gradients, out=out)
                 factors = None
                 if late:
-                    value, slope, _ = _differentiate(token_loss, logps[block], entropies[block], block, learns)
+                    value, slope, _ = _differentiate(token_loss, stats, block, learns)
                     loss += value
-                    factors = slope * scales[block] / -temperature if learns else None
+                    factors = slope * stats.scales / -temperature if learns else None
                 if learns:
                     chunks.products(block, states, factors)
+                for output, found in zip(outputs, (stats.logps, stats.entropies, stats.best_logps), strict=True):
+                    output[block] = found
         ctx.gradients, ctx.dtypes = chunks.gradients(), (hidden.dtype, weight.dtype)
         ctx.mark_non_differentiable(logps, entropies, best_logps)
         return loss, logps, entropies, best_logps
@@ -112,8 +111,7 @@ def _can_wait(chunks: LogitChunks, token_loss: TokenLoss) -> bool:
     (the loss is asked with no rows at all), nor in float16, which slopes may overflow."""
     if chunks.device.type != "cuda" or chunks.operand == torch.float16:
         return False
-    nothing = torch.empty(0, dtype=chunks.dtype, device=chunks.device)
-    return _differentiate(token_loss, nothing, nothing, slice(0, 0), True)[2] is None
+    return _differentiate(token_loss, Stats.empty(0, chunks.buffer), slice(0, 0), True)[2] is None
 
 
 def _parts(hidden: Tensor, active: Tensor | None, size: int, wanted: bool) -> list[tuple[Tensor | slice, bool]]:
@@ -130,13 +128,13 @@ def _parts(hidden: Tensor, active: Tensor | None, size: int, wanted: bool) -> li
 
 
 def _differentiate(
-    token_loss: TokenLoss, logps: Tensor, entropies: Tensor, rows: Tensor | slice, learns: bool
+    token_loss: TokenLoss, stats: Stats, rows: Tensor | slice, learns: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The chunk's loss, and its gradient by log-prob and by entropy (None where entropies are not used)."""
+    """The rows' loss, and its gradient by log-prob and by entropy (None where entropies are not used)."""
     with torch.enable_grad():
-        leaves = logps.detach().requires_grad_(learns), entropies.detach().requires_grad_(learns)
+        leaves = stats.logps.detach().requires_grad_(learns), stats.entropies.detach().requires_grad_(learns)
         value = token_loss(*leaves, rows).sum()
     if not learns:
         return value.detach(), None, None
     grad_logps, grad_entropies = torch.autograd.grad(value, leaves, allow_unused=True)
-    return value.detach(), torch.zeros_like(logps) if grad_logps is None else grad_logps, grad_entropies
+    return value.detach(), torch.zeros_like(stats.logps) if grad_logps is None else grad_logps, grad_entropies

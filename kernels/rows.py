@@ -24,13 +24,20 @@ from torch import Tensor
 
 @dataclass
 class Stats:
-    """What a chunk of C rows says. `normalisers` are the kernels' own; `scales` belong to slopes."""
+    """What rows say. `scales` belong to slopes; `normalisers` are the kernels' own."""
 
     logps: Tensor  # [C] of the targets
     entropies: Tensor  # [C] nats
     best_logps: Tensor  # [C] of the likeliest tokens
     scales: Tensor  # [C]
-    normalisers: Tensor | None = None  # [C]
+    normalisers: Tensor  # [C]
+
+    @classmethod
+    def empty(cls, rows: int, like: Tensor) -> Stats:
+        return cls(*(torch.empty(rows, dtype=like.dtype, device=like.device) for _ in range(5)))
+
+    def __getitem__(self, part: slice) -> Stats:
+        return Stats(*(tensor[part] for tensor in vars(self).values()))
 
 
 def softmax_stats(
@@ -40,27 +47,32 @@ def softmax_stats(
     scratch: Tensor | None = None,  # [C, V]
     *,
     slopes: Tensor | None = None,  # [C, V], written
+    into: Stats | None = None,  # of C rows, written
 ) -> Stats:
     """Statistics of the rows. The logits are spent: only `logits_gradient` may read them now.
 
     `scratch` spares the plain path an allocation: a CPU pays for fresh pages more than for the sums.
     """
+    stats = Stats.empty(len(logits), logits) if into is None else into
     if _fused(logits):
         from kernels.rows_triton import softmax_stats as fused
 
-        return Stats(*fused(logits, targets, temperature, slopes))
+        fused(logits, targets, temperature, slopes, stats)
+        return stats
     log_probs = logits.div_(temperature)
     log_probs.sub_(log_probs.amax(-1, keepdim=True))
     probs = torch.exp(log_probs, out=scratch)
     log_total = probs.sum(-1, keepdim=True).log_()
+    torch.neg(log_total[:, 0], out=stats.best_logps)  # the largest was 0 before
     log_probs.sub_(log_total)
     torch.exp(log_probs, out=probs)
-    logps = log_probs.gather(-1, targets[:, None])[:, 0]
+    stats.logps.copy_(log_probs.gather(-1, targets[:, None])[:, 0])
+    stats.scales.fill_(1.0)
     if slopes is not None:
         slopes.copy_(probs).scatter_add_(1, targets[:, None], -torch.ones_like(log_total, dtype=slopes.dtype))
         probs = torch.exp(log_probs) if slopes.data_ptr() == probs.data_ptr() else probs
-    entropies = probs.mul_(log_probs).sum(-1).neg_()
-    return Stats(logps, entropies, -log_total[:, 0], torch.ones_like(logps))  # the largest was 0 before
+    stats.entropies.copy_(probs.mul_(log_probs).sum(-1).neg_())
+    return stats
 
 
 def logits_gradient(

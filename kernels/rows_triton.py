@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -111,16 +110,15 @@ def _gradient_kernel(
         tl.store(gradient + columns, value.to(gradient.dtype.element_ty), mask=columns < vocab)
 
 
-def softmax_stats(logits: Tensor, targets: Tensor, temperature: float, slopes: Tensor | None) -> list[Tensor]:
-    """Log-probs, entropies, best log-probs, scales and normalisers [C] of float32 logits [C, V]."""
+def softmax_stats(logits: Tensor, targets: Tensor, temperature: float, slopes: Tensor | None, stats: Stats) -> None:
+    """Of float32 logits [C, V], written to `stats`."""
     rows, vocab = logits.shape
-    found = list(torch.empty(5, rows, device=logits.device).unbind())
     if rows:
         _stats_kernel[(rows,)](
-            logits, slopes, targets, *found, logits.stride(0), 0 if slopes is None else slopes.stride(0), vocab,
-            LOG2E.value / temperature, block=_block(vocab), num_warps=WARPS,
+            logits, slopes, targets, stats.logps, stats.entropies, stats.best_logps, stats.scales, stats.normalisers,
+            logits.stride(0), 0 if slopes is None else slopes.stride(0), vocab, LOG2E.value / temperature,
+            block=_block(vocab), num_warps=WARPS,
         )  # fmt: skip
-    return found
 
 
 def logits_gradient(

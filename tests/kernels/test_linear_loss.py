@@ -58,17 +58,11 @@ def test_equals_the_twin_by_the_way_of_cuda(as_on_cuda, chunk_size, active):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_as_by_way_of_log_probs(dtype):
-    hidden, weight, targets = inputs(rows=29, dim=32, vocab=211, dtype=dtype)
-    loss, *figures = linear_loss(hidden, weight, targets, lambda logps, _, rows: -logps / 4, chunk_size=8)
-    loss.backward()
-    ours = hidden.grad, weight.grad
-    hidden.grad = weight.grad = None
-    logps, *others = linear_logprob(hidden, weight, targets, chunk_size=8)
-    (-logps / 4).sum().backward()
-    assert all(map(torch.equal, figures, (logps, *others)))
-    assert torch.equal(ours[0], hidden.grad) and torch.equal(ours[1], weight.grad)
+def test_same_bits_as_by_way_of_log_probs():
+    """Old log-probs may come from either: the ratio is 1, not nearly."""
+    args = inputs(rows=29, dim=32, vocab=211, dtype=torch.bfloat16)
+    figures = linear_loss(*args, lambda logps, _, rows: -logps, chunk_size=8)[1:]
+    assert all(map(torch.equal, figures, linear_logprob(*args, chunk_size=8)))
 
 
 def test_rows_that_are_not_active_count_but_do_not_learn():
