@@ -1,6 +1,7 @@
 """Causal attention over packed rows: sequences end to end in one row, none seeing another, no padding in the model.
 
-On CUDA in half precision it is `torch.nn.attention.varlen.varlen_attn` (flash attention by cumulative lengths).
+On CUDA in half precision it is `torch.nn.attention.varlen.varlen_attn` (flash attention by cumulative lengths; its
+backward is not bit-repeatable but under torch.use_deterministic_algorithms).
 Elsewhere sequences of like length are gathered into right-padded batches for `scaled_dot_product_attention`: padding
 at the right needs no mask under causal attention, for no real token looks right. Both take grouped queries and
 sliding windows, both differentiate. The plain twin is `kernels.reference.packed_attention`.
@@ -18,11 +19,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
+# Grouped queries, for which torch 2.11 has no flag.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 SHORTEST_IN_BATCH = 0.75  # of the batch's longest: bounds the padded work, costs one call per factor of 4/3 in length
 
 
@@ -63,7 +68,7 @@ def packed_layout(lengths: Sequence[int], device: torch.device | str = "cpu") ->
     if not lengths or min(lengths) < 1:
         raise ValueError(f"a packed row needs sequences of at least one token, got lengths {list(lengths)}")
     sizes = torch.tensor(list(lengths))
-    cu_seqlens = torch.cat([torch.zeros(1), sizes.cumsum(0)]).to(device, torch.int32)
+    cu_seqlens = F.pad(sizes.cumsum(0), (1, 0)).to(device, torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths])  # [T]
     return PackedLayout(cu_seqlens, max(lengths), positions.to(device), tuple(lengths))
 
@@ -110,31 +115,40 @@ def packed_attention(
         if kwargs.get(name) is not None:
             raise ValueError(f"packed attention has no {name}: use another attn_implementation for this model")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if query.is_cuda and flash_takes(query.dtype, query.shape[-1]):
         out = _varlen(q, k, v, packed, scaling, sliding_window)
     else:
         out = _padded(q, k, v, packed, scaling, sliding_window)
     return out[None], None
 
 
+def flash_takes(dtype: torch.dtype, head_dim: int) -> bool:
+    return dtype in (torch.bfloat16, torch.float16) and head_dim <= 256 and head_dim % 8 == 0
+
+
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedLayout, scaling: float | None, window: int | None
 ) -> Tensor:  # [T, H, D], [T, Hkv, D], [T, Hkv, D] -> [T, H, D]
-    from torch.nn.attention.varlen import varlen_attn  # torch >= 2.11
-
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # torch 2.11 has no grouped queries here; 2.13 has a flag for them
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if not GROUPED:
+        key, value = _repeat(query, key, value)
     left = -1 if window is None else window - 1  # it counts the tokens to the left, not the token itself
     cu_seqlens, longest = packed.cu_seqlens, packed.max_seqlen
     return varlen_attn(
-        query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(left, 0)
+        query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(left, 0), **GROUPED
     )
+
+
+def _repeat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value heads as many as query heads; [T, heads, D]."""
+    groups = query.shape[1] // key.shape[1]
+    return (key, value) if groups == 1 else (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
 
 
 def _padded(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedLayout, scaling: float | None, window: int | None
 ) -> Tensor:  # [T, H, D], [T, Hkv, D], [T, Hkv, D] -> [T, H, D]
+    if query.is_cuda:  # with grouped queries its kernels of linear memory would not be taken
+        key, value = _repeat(query, key, value)
     batches, unbatch = packed.batches
     outputs = []
     for tokens in batches:

@@ -1,9 +1,9 @@
 """Log-prob and entropy of given tokens (and the best token's log-prob), straight from hidden states and head weight.
 
 The logits [N, V] never exist: rows are taken in chunks, and the backward computes a chunk's logits again, so the extra
-memory is a float32 [chunk, V] buffer (two on a CPU) and one [V, D] accumulator, whatever N is. Logits are float32
-(float64 for float64 input) for every caller: bfloat16 logits move log-probs by 0.02 on average, which a ratio of
-policies feels. On CUDA bfloat16 operands keep their tensor cores (`torch.mm(..., out_dtype=torch.float32)`).
+memory is a buffer for a chunk's logits, one for their gradient and a [V, D] accumulator, whatever N is. Logits are
+float32 (float64 for float64 input) for every caller: bfloat16 logits move log-probs by 0.02 on average, which a ratio
+of policies feels. On CUDA bfloat16 operands keep their tensor cores (`torch.mm(..., out_dtype=torch.float32)`).
 
 Any gradient of both outputs can come back, at four matrix products in all. Where the loss is a sum over tokens,
 `kernels.linear_loss` takes three. The plain twin is `kernels.reference.linear_logprob`.
@@ -18,18 +18,19 @@ gathered again before the backward, and the gradient is returned to autograd, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from kernels.rows import logits_gradient, softmax_stats
+from kernels.rows import Stats, logits_gradient, softmax_stats
 
-# Elements of one [chunk, V] buffer: 64 MiB of float32 on a CPU; 1 GiB on a GPU, where short chunks would spend their
-# time reading the weight and adding to its gradient.
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+# Chunks whose gradients of the logits are kept, in the compute dtype, for one pair of matrix products; elements of a
+# chunk of float32 logits [C, V]. On a GPU both buffers together take at most 1.5 GiB in bfloat16: a pair reads and
+# writes the whole float32 gradient of the weight, so few long ones are wanted; for logits 512 rows ought to be enough.
+CHUNKS_IN_BLOCK = {"cpu": 1, "cuda": 8}
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 3 * 2**29 // (4 + 2 * CHUNKS_IN_BLOCK["cuda"])}
+TILE = 128
 
 
 def linear_logprob(
@@ -67,21 +68,26 @@ def check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, c
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if chunk_size is None:
-        chunk_size = CHUNK_ELEMENTS.get(hidden.device.type, 2**24) // weight.shape[0]
+        chunk_size = chunk_rows(weight.shape[0], hidden.device.type)
     return max(int(chunk_size), 1)
+
+
+def chunk_rows(vocab: int, device: str) -> int:
+    """Rows of a chunk by default; on a GPU whole tiles of matrix products."""
+    rows = CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]) // vocab
+    return max(1, rows - rows % TILE if device == "cuda" and rows > TILE else rows)
 
 
 def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     chunks = LogitChunks(hidden, weight, chunk_size)
-    logps, entropies, best_logps = chunks.outputs()
+    stats = Stats.empty(len(hidden), chunks.buffer)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in row_slices(hidden.shape[0], chunk_size):
-            logits, scratch = chunks.logits(hidden[rows].to(chunks.operand))
-            stats = softmax_stats(logits, targets[rows], temperature, scratch)
-            logps[rows], entropies[rows], best_logps[rows] = stats.logps, stats.entropies, stats.best_logps
-    return logps, entropies, best_logps
+            logits, scratch = chunks.logits(hidden[rows].to(chunks.operand), slice(0, chunk_size))
+            softmax_stats(logits, targets[rows], temperature, scratch, into=stats[rows])
+    return stats.logps, stats.entropies, stats.best_logps
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -98,65 +104,93 @@ class _LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logps, grad_entropies, _):
         hidden, weight, targets = ctx.saved_tensors
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        chunks = LogitChunks(hidden, weight, ctx.chunk_size)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=chunks.dtype) if need_weight else None
+        chunks = LogitChunks(hidden, weight, ctx.chunk_size, ctx.needs_input_grad[:2])
         if grad_logps is None:  # only the entropies were used
             grad_logps = torch.zeros_like(targets, dtype=chunks.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in row_slices(hidden.shape[0], ctx.chunk_size):
-                chunk = hidden[rows].to(chunks.operand)  # [C, D]
-                logits, scratch = chunks.logits(chunk)
-                stats = softmax_stats(logits, targets[rows], ctx.temperature, scratch)
-                grad_logits = logits_gradient(
-                    logits, stats, targets[rows], ctx.temperature, grad_logps[rows],
-                    None if grad_entropies is None else grad_entropies[rows], dtype=chunks.operand, scratch=scratch,
-                )  # fmt: skip
-                if grad_hidden is not None:
-                    grad_hidden[rows] = torch.mm(grad_logits, chunks.head)
-                if grad_weight is not None:
-                    add_mm(grad_weight, grad_logits.T, chunk)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None
+            for block in row_slices(hidden.shape[0], chunks.block):
+                states = hidden[block].to(chunks.operand)  # [B, D]
+                for part in row_slices(len(states), ctx.chunk_size):
+                    rows = subset(block, part)
+                    logits, out = chunks.logits(states[part], part)
+                    stats = softmax_stats(logits, targets[rows], ctx.temperature, out)
+                    logits_gradient(
+                        logits, stats, targets[rows], ctx.temperature, grad_logps[rows],
+                        None if grad_entropies is None else grad_entropies[rows], out=out,
+                    )  # fmt: skip
+                    del logits, out
+                chunks.products(block, states)
+        grad_hidden, grad_weight = chunks.gradients()
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 class LogitChunks:
-    """Logits of a few rows at a time, in buffers that are used again for the next ones."""
+    """Logits of a chunk of rows at a time and their gradient of a block of chunks, in buffers that are used again; and
+    the gradients of hidden states and weight that come of them."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, chunk_size: int) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, chunk_size: int, needed: tuple[bool, bool] = (False, False)
+    ) -> None:
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         half = hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
         # What the matrix products take: half precision only where the product can come out in float32.
         self.operand = hidden.dtype if half else self.dtype
         self.head = weight.detach().to(self.operand)  # [V, D]
         self.size, self.device = hidden.shape[0], hidden.device
-        shape = (min(chunk_size, self.size), weight.shape[0])
-        self.buffers = [
-            torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(1 + (not hidden.is_cuda))
-        ]
+        self.block = chunk_size * CHUNKS_IN_BLOCK.get(self.device.type, 1)
+        # Rows begin where matrix products can read 16 bytes at once, whatever the vocabulary.
+        vocab = weight.shape[0]
+        wide = -(-vocab // 64) * 64 if hidden.is_cuda else vocab
+        options = {"device": self.device}
+        self.buffer = torch.empty(min(chunk_size, self.size), wide, dtype=self.dtype, **options)[:, :vocab]
+        self.out: Tensor | None = None
+        if any(needed) or not hidden.is_cuda:  # scratch memory too on a CPU
+            self.out = torch.empty(min(self.block, self.size), wide, dtype=self.operand, **options)[:, :vocab]
+        self.grad_hidden = torch.zeros_like(hidden) if needed[0] else None
+        self.grad_weight = torch.empty_like(weight, dtype=self.dtype) if needed[1] else None
+        self.empty = True  # grad_weight is not written yet
 
-    def outputs(self) -> Iterator[Tensor]:
-        """Three tensors [N] to be filled."""
-        return (torch.empty(self.size, dtype=self.dtype, device=self.device) for _ in range(3))
-
-    def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """hidden @ head.T [C, V], and scratch memory of its shape for plain torch."""
-        logits, *scratch = (buffer[: hidden.shape[0]] for buffer in self.buffers)
-        if hidden.dtype == logits.dtype:
-            torch.mm(hidden, self.head.T, out=logits)
+    def logits(self, states: Tensor, part: slice) -> tuple[Tensor, Tensor | None]:
+        """states @ head.T [C, V], and where in the block their gradient goes."""
+        logits = self.buffer[: len(states)]
+        if states.dtype == logits.dtype:
+            torch.mm(states, self.head.T, out=logits)
         else:  # half precision in, float32 out: CUDA only
-            torch.mm(hidden, self.head.T, out_dtype=logits.dtype, out=logits)
-        return logits, scratch[0] if scratch else None
+            torch.mm(states, self.head.T, out_dtype=logits.dtype, out=logits)
+        return logits, None if self.out is None else self.out[part][: len(states)]
+
+    def products(self, rows: Tensor | slice, states: Tensor, factors: Tensor | None = None) -> None:
+        """From the block's gradient, each row times its factor: that of hidden[rows], and its part of the weight's."""
+        assert self.out is not None
+        gradient = self.out[: len(states)]  # [B, V]
+        if self.grad_hidden is not None:
+            product = torch.mm(gradient, self.head)
+            self.grad_hidden[rows] = product if factors is None else product.mul_(factors[:, None])
+            del product
+        if self.grad_weight is None:
+            return
+        if factors is not None:
+            states = torch.mul(states, factors[:, None], out=torch.empty_like(states))
+        total, half = self.grad_weight, gradient.dtype != self.dtype  # half precision in, float32 out: CUDA only
+        if self.empty:
+            torch.mm(gradient.T, states, out=total, **({"out_dtype": self.dtype} if half else {}))
+        elif half:
+            torch.addmm(total, gradient.T, states, out_dtype=self.dtype, out=total)
+        else:
+            total.addmm_(gradient.T, states)
+        self.empty = False
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of hidden states, and of the weight in float32; the buffers are let go."""
+        if self.grad_weight is not None and self.empty:
+            self.grad_weight.zero_()
+        del self.buffer, self.out
+        return self.grad_hidden, self.grad_weight
 
 
-def add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in the dtype of `total`."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:  # half precision in, float32 out: CUDA only
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+def subset(rows: Tensor | slice, part: slice) -> Tensor | slice:
+    """rows[part]."""
+    return rows[part] if isinstance(rows, Tensor) else slice(rows.start + part.start, rows.start + part.stop)
 
 
 def row_slices(rows: int, chunk_size: int) -> list[slice]:

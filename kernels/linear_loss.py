@@ -19,9 +19,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kernels.linear_logprob import LogitChunks, add_mm, check, row_slices
-from kernels.rows import logits_gradient, softmax_stats
+from kernels.linear_logprob import LogitChunks, check, row_slices, subset
+from kernels.rows import Stats, logits_gradient, softmax_stats
 
 # (log-probs [C], entropies [C], which rows: an index into [N]) -> losses [C], weights and all
 TokenLoss = Callable[[Tensor, Tensor, Tensor | slice], Tensor]
@@ -52,65 +53,88 @@ def linear_loss(
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, token_loss, temperature, active, chunk_size, wanted):
-        need_hidden, need_weight = (wanted and needed for needed in ctx.needs_input_grad[:2])
-        chunks = LogitChunks(hidden, weight, chunk_size)
-        logps, entropies, best_logps = chunks.outputs()
+        needed = tuple(wanted and need for need in ctx.needs_input_grad[:2])
+        chunks = LogitChunks(hidden, weight, chunk_size, needed)
+        logps, entropies, best_logps = outputs = [hidden.new_empty(len(hidden), dtype=chunks.dtype) for _ in range(3)]
         loss = torch.zeros((), dtype=chunks.dtype, device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=chunks.dtype) if need_weight else None
+        late: bool | None = None
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, learns in _parts(hidden, active, chunk_size, need_hidden or need_weight):
-                chunk = hidden[rows].to(chunks.operand)  # [C, D]
-                logits, scratch = chunks.logits(chunk)
-                stats = softmax_stats(logits, targets[rows], temperature, scratch)
-                logps[rows], entropies[rows], best_logps[rows] = stats.logps, stats.entropies, stats.best_logps
-                value, *gradients = _differentiate(token_loss, stats.logps, stats.entropies, rows, learns)
-                loss += value
+            for block, learns in _parts(hidden, active, chunks.block, any(needed)):
+                states, ids = hidden[block].to(chunks.operand), targets[block]  # [B, D], [B]
+                stats = Stats.empty(len(ids), loss)
+                for part in row_slices(len(ids), chunk_size):
+                    logits, out = chunks.logits(states[part], part)
+                    if late is None:  # asked while the device is at work
+                        late = learns and _can_wait(chunks, token_loss)
+                    slopes, own = out if late and learns else None, stats[part]
+                    softmax_stats(logits, ids[part], temperature, out, slopes=slopes, into=own)
+                    if not late:
+                        value, *gradients = _differentiate(token_loss, own, subset(block, part), learns)
+                        loss += value
+                        if learns:
+                            logits_gradient(logits, own, ids[part], temperature, *gradients, out=out)
+                factors = None
+                if late:
+                    value, slope, _ = _differentiate(token_loss, stats, block, learns)
+                    loss += value
+                    factors = slope * stats.scales / -temperature if learns else None
                 if learns:
-                    grad_logits = logits_gradient(
-                        logits, stats, targets[rows], temperature, *gradients, dtype=chunks.operand, scratch=scratch
-                    )
-                    if grad_hidden is not None:
-                        grad_hidden[rows] = torch.mm(grad_logits, chunks.head)
-                    if grad_weight is not None:
-                        add_mm(grad_weight, grad_logits.T, chunk)
-        ctx.gradients, ctx.dtypes = (grad_hidden, grad_weight), (hidden.dtype, weight.dtype)
+                    chunks.products(block, states, factors)
+                for output, found in zip(outputs, (stats.logps, stats.entropies, stats.best_logps), strict=True):
+                    output[block] = found
+        ctx.gradients, ctx.dtypes = chunks.gradients(), (hidden.dtype, weight.dtype)
         ctx.mark_non_differentiable(logps, entropies, best_logps)
         return loss, logps, entropies, best_logps
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss, *_):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("linear_loss can be differentiated once: its gradients are given away")
         scaled = [
-            None if gradient is None else gradient.mul_(grad_loss).to(dtype)
+            None if gradient is None else _times(gradient, grad_loss, dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None, None, None, None, None
 
 
-def _parts(hidden: Tensor, active: Tensor | None, chunk_size: int, wanted: bool) -> list[tuple[Tensor | slice, bool]]:
-    """Chunks of rows, and whether they get a gradient."""
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in `dtype`, in one pass; the gradient is spent."""
+    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, factor, out=out)
+
+
+def _can_wait(chunks: LogitChunks, token_loss: TokenLoss) -> bool:
+    """Whether the gradient of the logits can be written before that of the log-probs is known, less a factor a row: it
+    saves a read of the logits in four, and the loss is differentiated once a block. Not where entropies have gradients
+    (the loss is asked with no rows at all), nor in float16, which slopes may overflow."""
+    if chunks.device.type != "cuda" or chunks.operand == torch.float16:
+        return False
+    return _differentiate(token_loss, Stats.empty(0, chunks.buffer), slice(0, 0), True)[2] is None
+
+
+def _parts(hidden: Tensor, active: Tensor | None, size: int, wanted: bool) -> list[tuple[Tensor | slice, bool]]:
+    """Blocks of rows, and whether they get a gradient."""
     if active is None or not wanted or bool(active.all()):
-        return [(rows, wanted) for rows in row_slices(hidden.shape[0], chunk_size)]
-    parts: list[tuple[Tensor | slice, bool]] = []
-    for learns in (True, False):
-        indices = (active == learns).nonzero()[:, 0]
-        parts += [
-            (part.to(hidden.device, non_blocking=True), learns) for part in indices.split(chunk_size) if len(part)
-        ]
-    return parts
+        return [(rows, wanted) for rows in row_slices(hidden.shape[0], size)]
+    active = active.cpu()
+    order = torch.cat([active.nonzero(), (~active).nonzero()])[:, 0]
+    if hidden.is_cuda:
+        order = order.pin_memory()  # or the copy may wait for the device
+    order, count = order.to(hidden.device, non_blocking=True), int(active.sum())
+    parts = [(part, True) for part in order[:count].split(size)] + [(part, False) for part in order[count:].split(size)]
+    return [(part, learns) for part, learns in parts if len(part)]
 
 
 def _differentiate(
-    token_loss: TokenLoss, logps: Tensor, entropies: Tensor, rows: Tensor | slice, learns: bool
+    token_loss: TokenLoss, stats: Stats, rows: Tensor | slice, learns: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The chunk's loss, and its gradient by log-prob and by entropy (None where entropies are not used)."""
+    """The rows' loss, and its gradient by log-prob and by entropy (None where entropies are not used)."""
     with torch.enable_grad():
-        leaves = logps.detach().requires_grad_(learns), entropies.detach().requires_grad_(learns)
+        leaves = stats.logps.detach().requires_grad_(learns), stats.entropies.detach().requires_grad_(learns)
         value = token_loss(*leaves, rows).sum()
     if not learns:
         return value.detach(), None, None
     grad_logps, grad_entropies = torch.autograd.grad(value, leaves, allow_unused=True)
-    return value.detach(), torch.zeros_like(logps) if grad_logps is None else grad_logps, grad_entropies
+    return value.detach(), torch.zeros_like(stats.logps) if grad_logps is None else grad_logps, grad_entropies

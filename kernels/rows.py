@@ -1,14 +1,17 @@
 """The row pass over a chunk of logits: statistics of softmax(logits / temperature), and the gradient of the logits.
 
-    stats = softmax_stats(logits, targets, temperature)                      log-prob, entropy, best log-prob a row
-    grad = logits_gradient(logits, stats, targets, temperature, g, g_H)      written over the logits
+    stats = softmax_stats(logits, targets, temperature, scratch)             log-prob, entropy, best log-prob a row
+    logits_gradient(logits, stats, targets, temperature, g, g_H, out)        gradient of any function of the first two
 
 With p the softmax and H its entropy, dlogp/dz = 1_target - p and dH/dz = -p (log p + H), z = logits / temperature. All
-sums are float32 (float64 for float64 logits), and a sum of positive numbers: logsumexp - sum(p z) would cancel where
-logits are large, and the target's p - 1 is formed before it is rounded.
+sums are float32 (float64 for float64 logits), of differences to one logit of the row: logsumexp - sum(p z) would cancel
+where logits are large, and the target's p - 1 is formed before it is rounded.
 
-On CUDA a Triton kernel reads each row once for the statistics and once for the gradient (`kernels/rows_triton.py`); in
-plain torch, here, it takes a pass an operation, and the logits hold log p in between.
+A function of the log-probs alone needs one look at the logits: softmax_stats writes `slopes` as it sums, and
+-g / temperature * stats.scales * slopes is the gradient, a factor a row that can wait until g is known.
+
+On CUDA it is a Triton kernel for each of the two (`kernels/rows_triton.py`); in plain torch, here, it takes a pass an
+operation, and the logits hold log p in between.
 """
 
 from __future__ import annotations
@@ -21,31 +24,55 @@ from torch import Tensor
 
 @dataclass
 class Stats:
-    """What a chunk of C rows says. On CUDA `normalisers` are log sum exp(logits / temperature); else unused."""
+    """What rows say. `scales` belong to slopes; `normalisers` are the kernels' own."""
 
     logps: Tensor  # [C] of the targets
     entropies: Tensor  # [C] nats
     best_logps: Tensor  # [C] of the likeliest tokens
-    normalisers: Tensor | None = None  # [C]
+    scales: Tensor  # [C]
+    normalisers: Tensor  # [C]
+
+    @classmethod
+    def empty(cls, rows: int, like: Tensor) -> Stats:
+        return cls(*(torch.empty(rows, dtype=like.dtype, device=like.device) for _ in range(5)))
+
+    def __getitem__(self, part: slice) -> Stats:
+        return Stats(*(tensor[part] for tensor in vars(self).values()))
 
 
-def softmax_stats(logits: Tensor, targets: Tensor, temperature: float, scratch: Tensor | None = None) -> Stats:
-    """Statistics of logits [C, V] and targets [C]. The logits are spent: only `logits_gradient` may read them now.
+def softmax_stats(
+    logits: Tensor,  # [C, V]
+    targets: Tensor,  # [C]
+    temperature: float,
+    scratch: Tensor | None = None,  # [C, V]
+    *,
+    slopes: Tensor | None = None,  # [C, V], written
+    into: Stats | None = None,  # of C rows, written
+) -> Stats:
+    """Statistics of the rows. The logits are spent: only `logits_gradient` may read them now.
 
-    `scratch` [C, V] spares the plain path an allocation; a CPU pays for fresh pages more than for the sums.
+    `scratch` spares the plain path an allocation: a CPU pays for fresh pages more than for the sums.
     """
-    if logits.is_cuda:
+    stats = Stats.empty(len(logits), logits) if into is None else into
+    if _fused(logits):
         from kernels.rows_triton import softmax_stats as fused
 
-        return Stats(*fused(logits, targets, temperature))
+        fused(logits, targets, temperature, slopes, stats)
+        return stats
     log_probs = logits.div_(temperature)
     log_probs.sub_(log_probs.amax(-1, keepdim=True))
     probs = torch.exp(log_probs, out=scratch)
     log_total = probs.sum(-1, keepdim=True).log_()
+    torch.neg(log_total[:, 0], out=stats.best_logps)  # the largest was 0 before
     log_probs.sub_(log_total)
     torch.exp(log_probs, out=probs)
-    logps = log_probs.gather(-1, targets[:, None])[:, 0]
-    return Stats(logps, probs.mul_(log_probs).sum(-1).neg_(), -log_total[:, 0])  # the largest was 0 before
+    stats.logps.copy_(log_probs.gather(-1, targets[:, None])[:, 0])
+    stats.scales.fill_(1.0)
+    if slopes is not None:
+        slopes.copy_(probs).scatter_add_(1, targets[:, None], -torch.ones_like(log_total, dtype=slopes.dtype))
+        probs = torch.exp(log_probs) if slopes.data_ptr() == probs.data_ptr() else probs
+    stats.entropies.copy_(probs.mul_(log_probs).sum(-1).neg_())
+    return stats
 
 
 def logits_gradient(
@@ -56,20 +83,23 @@ def logits_gradient(
     grad_logps: Tensor,  # [C]
     grad_entropies: Tensor | None = None,  # [C]
     *,
-    dtype: torch.dtype,
-    scratch: Tensor | None = None,
-) -> Tensor:  # [C, V] in `dtype`
+    out: Tensor,  # [C, V], written
+) -> None:
     """The gradient of the logits of a function with these gradients of log-probs and entropies; spends the logits."""
-    if logits.is_cuda:
+    if _fused(logits):
         from kernels.rows_triton import logits_gradient as fused
 
-        return fused(logits, stats, targets, temperature, grad_logps, grad_entropies, dtype)
+        return fused(logits, stats, targets, temperature, grad_logps, grad_entropies, out)
     log_probs, grad_logp = logits, grad_logps[:, None] / temperature
-    probs = torch.exp(log_probs, out=scratch)
+    probs = torch.exp(log_probs, out=out)
     if grad_entropies is None:
-        gradient = probs.mul_(-grad_logp)
+        probs.mul_(-grad_logp)
     else:
         grad_entropy = grad_entropies[:, None] / temperature
         log_probs.add_(stats.entropies[:, None]).mul_(-grad_entropy).sub_(grad_logp)
-        gradient = probs.mul_(log_probs)
-    return gradient.scatter_add_(1, targets[:, None], grad_logp.to(gradient.dtype)).to(dtype)
+        probs.mul_(log_probs)
+    probs.scatter_add_(1, targets[:, None], grad_logp.to(probs.dtype))
+
+
+def _fused(logits: Tensor) -> bool:
+    return logits.is_cuda and logits.dtype == torch.float32

@@ -1,16 +1,13 @@
 """The row pass in Triton: one program a row, two kernels. `kernels/rows.py` says what they compute.
 
-Rows are taken by their 64-bit offset: rows x vocabulary passes 2^31 at 14,000 rows. Everything is float32 after the
-load (the interpreter computes bfloat16 wrongly). The gradient is written over the logits, in half precision into the
-first half of each row: a block of it overlaps only logits that are read already, but for the very first, where a
-barrier stands between load and store.
+Rows are taken by their 64-bit offset: rows x vocabulary passes 2^31 at 14,000 rows. Logits are float32, so are the
+sums, which are kept by lane and added up once a row.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,38 +15,71 @@ from torch import Tensor
 if TYPE_CHECKING:
     from kernels.rows import Stats
 
-BLOCK = 8192  # elements of a row at a time
+# Elements of a row at a time, and warps: 8 a thread, and few enough registers that all rows of a chunk run at once.
+BLOCK, WARPS = 2048, 8
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+FAR = tl.constexpr(32.0)  # in powers of two
 
 
 @triton.jit
-def _stats_kernel(logits, targets, logps, entropies, bests, normalisers, stride, vocab, scale, block: tl.constexpr):
-    """One row: running maximum m, s = sum 2^(y - m) and t = sum (m - y) 2^(y - m), y = logits * scale (base 2)."""
+def _sweep(logits, slopes, target, base, vocab, scale, block: tl.constexpr):
+    """The largest logit; s = sum w and t = sum d w of the others than the target, w = 2^d, d = (logit - base) scale.
+
+    w is written to `slopes`, 0 for the target.
+    """
+    best = tl.full((block,), -float("inf"), tl.float32)
+    total = tl.full((block,), 0.0, tl.float32)
+    spread = tl.full((block,), 0.0, tl.float32)
+    lanes = tl.arange(0, block)
+    following = tl.load(logits + lanes, mask=lanes < vocab, other=-float("inf"))
+    for start in range(0, vocab, block):
+        columns = start + lanes
+        z = following  # the next block is on its way while this one is summed
+        following = tl.load(logits + columns + block, mask=columns + block < vocab, other=-float("inf"))
+        best = tl.maximum(best, z)
+        distance = tl.where(columns == target, -float("inf"), (z - base) * scale)
+        weight = tl.exp2(distance)
+        total += weight
+        spread += tl.where(weight > 0.0, distance * weight, 0.0)
+        if slopes is not None:
+            tl.store(slopes + columns, weight.to(slopes.dtype.element_ty), mask=columns < vocab)
+    return tl.max(best, 0), tl.sum(total, 0), tl.sum(spread, 0)
+
+
+@triton.jit
+def _stats_kernel(
+    logits, slopes, targets, logps, entropies, bests, scales, normalisers,
+    stride, slopes_stride, vocab, scale, block: tl.constexpr,
+):  # fmt: skip
+    """One row, relative to the target's logit: read once, but for a target 2^-32 as likely as the likeliest token."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    best = tl.full((), -float("inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
-    spread = tl.full((), 0.0, tl.float32)
-    for start in range(0, vocab, block):
-        columns = start + tl.arange(0, block)
-        y = tl.load(logits + columns, mask=columns < vocab, other=-float("inf")).to(tl.float32) * scale
-        higher = tl.maximum(best, tl.max(y, 0))
-        # What was summed below the old maximum, below the new one. A row that begins with -inf has summed nothing.
-        shift = tl.where(total > 0.0, higher - best, 0.0)
-        base = tl.where(higher > -float("inf"), higher, 0.0)
-        below = base - y  # >= 0; inf where the logit is -inf, which has no probability
-        weight = tl.exp2(-below)
-        spread = (spread + shift * total) * tl.exp2(-shift) + tl.sum(tl.where(weight > 0.0, below * weight, 0.0), 0)
-        total = total * tl.exp2(-shift) + tl.sum(weight, 0)
-        best = higher
-    target = tl.load(targets + row)
-    at_target = tl.load(logits + target).to(tl.float32) * scale
+    if slopes is not None:
+        slopes += row * slopes_stride
+    target = tl.load(targets + row).to(tl.int32)
+    at_target = tl.load(logits + target)
+    base = at_target
+    best, others, spread = _sweep(logits, slopes, target, base, vocab, scale, block)
+    if (best - at_target) * scale > FAR:
+        base = best
+        tl.debug_barrier()  # what was written is written again, maybe by other threads
+        _, others, spread = _sweep(logits, slopes, target, base, vocab, scale, block)
+    distance = (at_target - base) * scale
+    weight = tl.exp2(distance)
+    total = others + weight
+    spread += tl.where(weight > 0.0, distance * weight, 0.0)
     log_total = tl.log2(total)
-    tl.store(logps + row, (at_target - best - log_total) * LN2)
-    tl.store(entropies + row, (log_total + spread / total) * LN2)
-    tl.store(bests + row, -log_total * LN2)
-    tl.store(normalisers + row, (best + log_total) * LN2)
+    logp = (distance - log_total) * LN2
+    tl.store(logps + row, logp)
+    tl.store(entropies + row, (log_total - spread / total) * LN2)
+    # Equal bits where the target is the likeliest: the difference is taken before anything is rounded.
+    tl.store(bests + row, tl.where(base == at_target, logp + (best - at_target) * scale * LN2, -log_total * LN2))
+    tl.store(scales + row, 1.0 / total)
+    tl.store(normalisers + row, base * scale + log_total)
+    if slopes is not None:
+        tl.debug_barrier()  # after the 0 that stands there
+        tl.store(slopes + target, (-others).to(slopes.dtype.element_ty))  # p - 1 without cancellation
 
 
 @triton.jit
@@ -57,12 +87,11 @@ def _gradient_kernel(
     logits, gradient, targets, normalisers, entropies, grad_logps, grad_entropies,
     stride, gradient_stride, vocab, scale, inverse_temperature, block: tl.constexpr,
 ):  # fmt: skip
-    """One row, in ascending blocks: `gradient` may be the same memory as `logits`."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     gradient += row * gradient_stride
-    target = tl.load(targets + row)
-    normaliser = tl.load(normalisers + row) * LOG2E
+    target = tl.load(targets + row).to(tl.int32)
+    normaliser = tl.load(normalisers + row)
     grad_logp = tl.load(grad_logps + row) * inverse_temperature
     grad_entropy = 0.0
     entropy = 0.0
@@ -71,43 +100,39 @@ def _gradient_kernel(
         entropy = tl.load(entropies + row)
     for start in range(0, vocab, block):
         columns = start + tl.arange(0, block)
-        y = tl.load(logits + columns, mask=columns < vocab, other=-float("inf")).to(tl.float32) * scale
-        log_prob = y - normaliser  # base 2
+        z = tl.load(logits + columns, mask=columns < vocab, other=-float("inf"))
+        log_prob = z * scale - normaliser  # base 2
         prob = tl.exp2(log_prob)
         pull = grad_logp
         if grad_entropies is not None:
             pull += grad_entropy * (tl.where(prob > 0.0, log_prob, 0.0) * LN2 + entropy)
         value = tl.where(columns == target, grad_logp, 0.0) - prob * pull
-        tl.debug_barrier()
         tl.store(gradient + columns, value.to(gradient.dtype.element_ty), mask=columns < vocab)
 
 
-def softmax_stats(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs, entropies, best log-probs and normalisers [C] of float32 logits [C, V]."""
+def softmax_stats(logits: Tensor, targets: Tensor, temperature: float, slopes: Tensor | None, stats: Stats) -> None:
+    """Of float32 logits [C, V], written to `stats`."""
     rows, vocab = logits.shape
-    logps, entropies, bests, normalisers = logits.new_empty(4, rows).unbind()
     if rows:
         _stats_kernel[(rows,)](
-            logits, targets, logps, entropies, bests, normalisers, logits.stride(0), vocab,
-            LOG2E.value / temperature, block=_block(vocab), num_warps=16,
+            logits, slopes, targets, stats.logps, stats.entropies, stats.best_logps, stats.scales, stats.normalisers,
+            logits.stride(0), 0 if slopes is None else slopes.stride(0), vocab, LOG2E.value / temperature,
+            block=_block(vocab), num_warps=WARPS,
         )  # fmt: skip
-    return logps, entropies, bests, normalisers
 
 
 def logits_gradient(
     logits: Tensor, stats: Stats, targets: Tensor, temperature: float, grad_logps: Tensor,
-    grad_entropies: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """The gradient [C, V] in `dtype`, in the logits' own memory."""
+    grad_entropies: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    """The gradient [C, V], written to `out`."""
     rows, vocab = logits.shape
-    gradient = logits.view(dtype)[:, :vocab]
     if rows:
         _gradient_kernel[(rows,)](
-            logits, gradient, targets, stats.normalisers, stats.entropies, grad_logps.contiguous(),
-            None if grad_entropies is None else grad_entropies.contiguous(), logits.stride(0), gradient.stride(0),
-            vocab, LOG2E.value / temperature, 1 / temperature, block=_block(vocab), num_warps=16,
+            logits, out, targets, stats.normalisers, stats.entropies, grad_logps.contiguous(),
+            None if grad_entropies is None else grad_entropies.contiguous(), logits.stride(0), out.stride(0), vocab,
+            LOG2E.value / temperature, 1 / temperature, block=_block(vocab), num_warps=WARPS,
         )  # fmt: skip
-    return gradient
 
 
 def _block(vocab: int) -> int:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
+from kernels.linear_logprob import CHUNKS_IN_BLOCK, chunk_rows
+
 # Dense bf16 FLOP/s of NVIDIA's data sheets by a word of torch.cuda.get_device_name; the first one found counts.
 PEAK_FLOPS = {
     "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
@@ -106,8 +108,12 @@ def tail_per_token(s: Shape, itemsize: int = 2) -> int:
     return (4 + 5 * itemsize) * s.hidden
 
 
-def head_workspace(s: Shape, tokens: int, itemsize: int, chunk_elements: int, trained: bool = True) -> int:
-    """Bytes of `kernels.linear_loss`: a chunk's float32 logits, over which their gradient is written; dW twice."""
-    chunk = min(tokens, max(1, chunk_elements // s.vocab)) * s.vocab
-    copy = itemsize if itemsize < 4 else 0  # in the compute dtype
-    return chunk * 4 + (4 + copy) * s.vocab * s.hidden * trained
+def head_workspace(s: Shape, tokens: int, itemsize: int, device: str = "cuda", trained: bool = True) -> int:
+    """Bytes of `kernels.linear_loss` beside the gradient of the hidden states: a chunk's float32 logits and a block's
+    gradients of them in the compute dtype, beside the weight's float32 gradient; then that and its copy in the compute
+    dtype."""
+    chunk = chunk_rows(s.vocab, device)
+    kept = chunk * CHUNKS_IN_BLOCK[device]
+    logits = (4 * min(tokens, chunk) + itemsize * min(tokens, kept)) * s.vocab
+    weight = s.vocab * s.hidden * trained
+    return 4 * weight + max(logits, itemsize * weight if itemsize < 4 else 0)

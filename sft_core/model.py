@@ -65,7 +65,7 @@ class Policy(nn.Module):
         ).last_hidden_state[0]  # [T, D]
         # Beside adapters the embedding may be trained as a copy, which a tied head then is too.
         head = self.model.get_input_embeddings() if self.tied else self.model.get_output_embeddings()
-        scored = hidden[batch.rows]
+        scored = hidden.index_select(0, batch.rows)  # unlike hidden[rows] its backward need not sort
         if token_loss is None:
             return linear_logprob(scored, head.weight, batch.targets, temperature=temperature)
         return linear_loss(scored, head.weight, batch.targets, token_loss, temperature=temperature, active=active)

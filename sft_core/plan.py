@@ -23,7 +23,6 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
-from kernels.linear_logprob import CHUNK_ELEMENTS
 from sft_core.config import ModelConfig, TrainingConfig, require
 from sft_core.flops import (
     PEAK_FLOPS,
@@ -51,8 +50,8 @@ NODE = 8  # GPUs
 HIDDEN_TRAFFIC, FFN_TRAFFIC, QUERY_TRAFFIC, KV_TRAFFIC = 300, 28, 91, 100  # a token, layer and element of each width
 FORWARD_SHARE = 0.3  # of that; the rest is the backward
 COMPILED_SHARE = 0.45  # of that where torch.compile fuses the blocks, as this trainer does not; fitted
-# A logit: 4 bytes written, 4 read for the statistics; 4 read and 2 written for the gradient, 2 read by each product.
-HEAD_TRAFFIC, HEAD_FORWARD_TRAFFIC = 18, 8
+# A logit: 4 bytes written, 4 read; 2 written for its gradient, 2 read by each product.
+HEAD_TRAFFIC, HEAD_FORWARD_TRAFFIC = 14, 8
 OPTIMIZER_TRAFFIC = 40  # a trained parameter: 28 AdamW, 12 the norm and the clipping
 HOST_MEMORY = 200 * GIB  # a GPU, that offloading may be proposed for; assumed (eight GPUs often come with 2 TB)
 SLACK = 1.1  # of free memory, before a real run is refused: the count is an upper bound, but rows are often shorter
@@ -71,7 +70,7 @@ class Plan:
     rows: int
     longest: int
     itemsize: int = 2  # of the compute dtype
-    chunk_elements: int = CHUNK_ELEMENTS["cuda"]
+    device: str = "cuda"
     reference: bool = False
     engine_share: float = 0.0  # of the device's whole memory; at 0 the engine's weights and
     engine_kv_bytes: int = -1  # this much for its cache (-1: there is no engine)
@@ -161,7 +160,7 @@ def memory(plan: Plan, device_bytes: float = 0.0) -> dict[str, float]:
         {  # the head's backward
             "activations": kept + plan.tokens * tail_per_token(s, item),
             "gathered units": item * root,
-            "logits workspace": head_workspace(s, plan.tokens, item, plan.chunk_elements, whole),
+            "logits workspace": head_workspace(s, plan.tokens, item, plan.device, whole),
         },
         {  # the last block's backward, with three gradients as wide as the MLP and a norm's three in float32
             "activations": kept,
@@ -272,7 +271,7 @@ def memory_plan(plan: Plan, device: torch.device) -> str:
     Raises:
         ValueError: on CUDA, more than is free by more than the count may be off; it names what to change.
     """
-    plan = replace(plan, chunk_elements=CHUNK_ELEMENTS[device.type])
+    plan = replace(plan, device=device.type)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
     else:

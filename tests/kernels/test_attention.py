@@ -46,12 +46,19 @@ def test_equals_the_block_diagonal_twin(window, kv_heads):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_varlen_call_means_the_same(monkeypatch, window):
-    """What the CUDA path asks of varlen_attn: flash attention's documented contract, here in plain torch."""
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_varlen_call_means_the_same(monkeypatch, window, grouped):
+    """What the CUDA path asks of varlen_attn: flash attention's documented contract, here in plain torch. torch 2.11
+    has no grouped queries, later ones have a flag."""
 
-    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-                    window_size=(-1, -1)):  # fmt: skip
+    def grouped_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1),
+                     enable_gqa=False):  # fmt: skip
+        assert enable_gqa
+        key, value = key.repeat_interleave(3, 1), value.repeat_interleave(3, 1)
+        return attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+    def attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
         assert query.shape == key.shape == value.shape and cu_seq_q.dtype == torch.int32 and max_q == max_k == 17
         left, right = window_size  # token i sees i - left .. i + right, both inclusive, -1 without bound
         out = []
@@ -62,7 +69,8 @@ def test_varlen_call_means_the_same(monkeypatch, window):
             out.append(((q @ k.mT * scale).masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1))
         return torch.cat(out)
 
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "varlen_attn", grouped_attn if grouped else attn)
+    monkeypatch.setattr(attention, "GROUPED", {"enable_gqa": True} if grouped else {})
     inputs = rows()
     out = attention._varlen(*(x[0].transpose(0, 1) for x in inputs), packed_layout(LENGTHS), 0.3, window)
     twin = reference.packed_attention(*inputs, LENGTHS, scaling=0.3, sliding_window=window)
@@ -72,11 +80,17 @@ def test_varlen_call_means_the_same(monkeypatch, window):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("window", [None, 1, 4])
-def test_varlen_on_a_gpu(window):
-    inputs = rows(dim=32, dtype=torch.bfloat16, device="cuda")
-    out, _ = packed_attention(None, *inputs, packed=packed_layout(LENGTHS, "cuda"), scaling=0.3, sliding_window=window)
+@pytest.mark.parametrize(
+    "dim, dtype", [(32, torch.bfloat16), (20, torch.bfloat16), (288, torch.bfloat16), (32, torch.float32)]
+)
+def test_on_a_gpu(window, dim, dtype):
+    """Flash attention, and what it does not take: other head sizes, float32."""
+    inputs = rows(dim=dim, dtype=dtype, device="cuda")
+    assert attention.flash_takes(dtype, dim) == (dim == 32 and dtype == torch.bfloat16)
+    options = {"scaling": 0.3 * (32 / dim) ** 0.5, "sliding_window": window}
+    out, _ = packed_attention(None, *inputs, packed=packed_layout(LENGTHS, "cuda"), **options)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    twin = reference.packed_attention(*exact, LENGTHS, scaling=0.3, sliding_window=window)
+    twin = reference.packed_attention(*exact, LENGTHS, **options)
     for got, want in zip(value_and_gradients(out, inputs), value_and_gradients(twin, exact), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-2)
 
