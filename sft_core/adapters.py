@@ -45,6 +45,8 @@ def check_adapters(config: ModelConfig, training: TrainingConfig, info: Pretrain
     for option, package in (("use_peft", "peft"), (quantised, "bitsandbytes")):
         require(not option or importlib.util.find_spec(package) is not None,
                 f"{option} needs {package}, which is not installed: pip install 'grpo_core[adapters]'.")  # fmt: skip
+    require(not (config.use_dora and training.torch_compile),
+            "peft's DoRA layers cannot be compiled: leave out one of use_dora and torch_compile.")  # fmt: skip
     require(training.merge_adapter or not training.benchmarks, "benchmarks measure a whole model: give --merge_adapter "
             "true beside use_peft, or leave them out.")  # fmt: skip
     with torch.device("meta"):

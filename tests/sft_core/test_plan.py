@@ -71,8 +71,8 @@ def test_the_prototype_measured_on_a_gpu(size):
 
     milliseconds = []
     for checkpointing, compile_blocks in ((False, False), (False, True), (True, True)):
-        step = plan(info, longest=2048, gpus=1, max_tokens_per_micro_batch=tokens, gradient_checkpointing=checkpointing)
-        parts = seconds(step, compile_blocks)
+        flags = {"gradient_checkpointing": checkpointing, "torch_compile": compile_blocks}
+        parts = seconds(plan(info, longest=2048, gpus=1, max_tokens_per_micro_batch=tokens, **flags))
         blocks = sum(parts[name] for name in ("matrix products of the blocks", "attention", "element-wise"))
         products = 6 * tokens * s.vocab * s.hidden / (costs.GEMM_EFFICIENCY * PEAK_FLOPS["H100"])
         milliseconds.append(1e3 * (blocks + products + 12 * tokens * s.vocab / costs.BANDWIDTH))
