@@ -107,6 +107,13 @@ def test_inductor_on_a_cpu(tiny_model, flags, graphs):
     check(found)
 
 
+@pytest.mark.slow
+def test_adapters_of_a_quantised_model(tiny_model):
+    pytest.importorskip("bitsandbytes")
+    [found] = run_ranks(1, passes, tiny_model, LORA | {"load_in_4bit": True}, {}, 4)
+    check(found)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("flags", [{}, {"gradient_checkpointing": True}])
@@ -201,9 +208,10 @@ def test_grpo_compiles_policy_and_reference(tiny_model, problems, tmp_path):
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch):
-    model, config = ModelConfig("m", use_peft=True, use_dora=True), SFTConfig("out", torch_compile=True)
-    with pytest.raises(ValueError, match="leave out one of use_dora and torch_compile"):
-        check_adapters(model, config, LlamaConfig())
+    config = SFTConfig("out", torch_compile=True)
+    for option in ("use_dora", "load_in_8bit"):
+        with pytest.raises(ValueError, match=f"leave out one of {option} and torch_compile"):
+            check_adapters(ModelConfig("m", use_peft=True, **{option: True}), config, LlamaConfig())
     monkeypatch.setenv("CXX", "no-such-compiler")
     check_compile(SFTConfig("out"), torch.device("cpu"))
     with pytest.raises(ValueError, match="finds no no-such-compiler: install it"):

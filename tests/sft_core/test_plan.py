@@ -151,6 +151,8 @@ def test_parts_follow_the_options():
     assert gib(memory(plan(info, gpus=16, gradient_checkpointing=True))) < gib(parts)
     half = memory(plan(info, gradient_checkpointing=True, gradient_checkpointing_every=2))
     assert half["activations"] == 8192 * (14 * 2 * 3584 + 14 * saved_per_token(shape(info)))
+    compiled = memory(plan(info, torch_compile=True))
+    assert compiled["activations"] == 8192 * 28 * saved_per_token(shape(info), compiled=True)
     quantised = memory(plan(info, gradient_checkpointing=True, model={"use_peft": True, "load_in_4bit": True}))
     assert quantised["quantised weights"] == block_weights(shape(info)) * (0.5 + 4 / 64)
     adapters = plan(info, model={"use_peft": True, "lora_r": 8, "lora_target_modules": ["q_proj", "down_proj"]})
