@@ -82,18 +82,18 @@ def check(found: dict, tolerance: float = 1e-5) -> None:
 
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.2}
-CASES = {  # ranks, options of the model, flags, graphs
-    "every second, offloaded": (
-        1, {}, {"gradient_checkpointing": True, "checkpointing_every": 2, "activation_offloading": True}, 5),
-    "on the host, two ranks": (2, {}, {"gradient_checkpointing": True, "cpu_offload": True}, 2),
-    "adapters": (1, LORA, {"gradient_checkpointing": True}, 4),
-}  # fmt: skip
+OFFLOADED = {"gradient_checkpointing": True, "checkpointing_every": 2, "activation_offloading": True}
+CASES = [  # ranks, options of the model, flags, graphs
+    pytest.param(2, {}, {"gradient_checkpointing": True, "cpu_offload": True}, 2, id="on the host, two ranks"),
+    pytest.param(1, LORA, {"gradient_checkpointing": True}, 4, id="adapters"),
+    pytest.param(1, LORA | {"load_in_4bit": True}, {}, 4, id="quantised", marks=pytest.mark.slow),
+    pytest.param(1, {}, OFFLOADED, 5, id="every second, offloaded", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_compiling_changes_no_gradient_and_makes_few_graphs(tiny_model, case):
-    ranks, *arguments = CASES[case]
-    for found in run_ranks(ranks, passes, tiny_model, *arguments):
+@pytest.mark.parametrize(("ranks", "model_options", "flags", "graphs"), CASES)
+def test_compiling_changes_no_gradient_and_makes_few_graphs(tiny_model, ranks, model_options, flags, graphs):
+    for found in run_ranks(ranks, passes, tiny_model, model_options, flags, graphs):
         check(found)
 
 
@@ -104,13 +104,6 @@ def test_compiling_changes_no_gradient_and_makes_few_graphs(tiny_model, case):
 )
 def test_inductor_on_a_cpu(tiny_model, flags, graphs):
     [found] = run_ranks(1, passes, tiny_model, {}, flags | {"compile_backend": "inductor"}, graphs)
-    check(found)
-
-
-@pytest.mark.slow
-def test_adapters_of_a_quantised_model(tiny_model):
-    pytest.importorskip("bitsandbytes")
-    [found] = run_ranks(1, passes, tiny_model, LORA | {"load_in_4bit": True}, {}, 4)
     check(found)
 
 
