@@ -1,6 +1,7 @@
 """How fast the update is: packed random rollouts through `grpo_core.train.update`, clipping and AdamW.
 
-    python -m grpo_core.bench [--shape 0.5b 1.5b] [--tokens 16384] [--steps 5] [--gradient_checkpointing] [--peer]
+    python -m grpo_core.bench [--shape 0.5b 1.5b] [--tokens 16384] [--steps 5] [--gradient_checkpointing] [--torch_compile]
+                              [--peer]
     python -m grpo_core.bench --shape 1.5b --profile         # what a step launches, and how long that takes
     torchrun --nproc_per_node 8 -m grpo_core.bench           # sharded over all GPUs, as in training; without a peer
 
@@ -63,7 +64,7 @@ def make_rollouts(tokens: int, vocab: int, seed: int) -> list[Rollout]:
 
 def this_trainer(info: Qwen2Config, config: GRPOConfig, device: torch.device) -> Callable:
     """A step of `grpo_core.train` on given rollouts."""
-    policy = random_policy(info, config.gradient_checkpointing, device)
+    policy = random_policy(info, config.gradient_checkpointing, device, config.torch_compile)
     optimizer = make_optimizer(policy, config)
     scheduler = make_scheduler(optimizer, config, 1000)
     units = sum(isinstance(module, FSDPModule) for module in policy.modules())
@@ -177,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[16384])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--torch_compile", action="store_true")
     parser.add_argument("--peer", action="store_true", help="the same step in TRL's way beside it")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args(argv)
@@ -193,7 +195,8 @@ def main(argv: list[str] | None = None) -> None:
     for shape in options.shape:
         for tokens in options.tokens:
             config = GRPOConfig("none", max_tokens_per_micro_batch=tokens, beta=0.0,
-                                gradient_checkpointing=options.gradient_checkpointing)  # fmt: skip
+                                gradient_checkpointing=options.gradient_checkpointing,
+                                torch_compile=options.torch_compile)  # fmt: skip
             info = shape_config(shape)
             if options.profile:
                 step, rollouts = this_trainer(info, config, device), make_rollouts(tokens, info.vocab_size, 1)
@@ -209,7 +212,8 @@ def main(argv: list[str] | None = None) -> None:
         card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         checkpointing = "on" if options.gradient_checkpointing else "off"
         print(f"{world_size} x {card}, torch {torch.__version__}; mean of {options.steps} steps")
-        print(f"gradient checkpointing {checkpointing}. {TIMED}")
+        compiled = "compiled" if options.torch_compile else "eager"
+        print(f"gradient checkpointing {checkpointing}, blocks {compiled}. {TIMED}")
         if options.peer and len(trainers) == 1:
             print("No TRL: it is not installed." if not has_trl else "No TRL: it gets one GPU only.")
         heads = (

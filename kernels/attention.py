@@ -4,7 +4,8 @@ On CUDA in half precision it is `torch.nn.attention.varlen.varlen_attn` (flash a
 backward is not bit-repeatable but under torch.use_deterministic_algorithms).
 Elsewhere sequences of like length are gathered into right-padded batches for `scaled_dot_product_attention`: padding
 at the right needs no mask under causal attention, for no real token looks right. Both take grouped queries and
-sliding windows, both differentiate. The plain twin is `kernels.reference.packed_attention`.
+sliding windows, both differentiate, and both are one node of a graph that torch.compile makes, whatever the lengths.
+The plain twin is `kernels.reference.packed_attention`.
 
 Left out on purpose: dropout, key-value caches, anything bidirectional.
 
@@ -18,8 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from inspect import signature
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +120,8 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if query.is_cuda and flash_takes(query.dtype, query.shape[-1]):
         out = _varlen(q, k, v, packed, scaling, sliding_window)
+    elif torch.compiler.is_compiling():
+        out = _opaque(q, k, v, packed.cu_seqlens, scaling, sliding_window)
     else:
         out = _padded(q, k, v, packed, scaling, sliding_window)
     return out[None], None
@@ -166,6 +171,50 @@ def _padded(
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B * L, H, D]
     return torch.cat(outputs).index_select(0, unbatch)
+
+
+# `_padded` for torch.compile, which would make a graph of its own for each number of batches. Its backward computes the
+# forward again.
+
+
+@torch.library.custom_op(
+    "kernels::padded_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, float? scaling, int? window) -> Tensor",
+)
+def _opaque(query, key, value, cu_seqlens, scaling, window):
+    return _padded(query, key, value, _layout(tuple(cu_seqlens.tolist()), query.device), scaling, window)
+
+
+@torch.library.custom_op(
+    "kernels::padded_attention_backward",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, float? scaling, int? window) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _opaque_backward(gradient, query, key, value, cu_seqlens, scaling, window):
+    layout = _layout(tuple(cu_seqlens.tolist()), query.device)
+    _, pull = torch.func.vjp(lambda q, k, v: _padded(q, k, v, layout, scaling, window), query, key, value)
+    return tuple(x.contiguous() for x in pull(gradient))
+
+
+@lru_cache(maxsize=2)  # all layers ask for the same
+def _layout(cu_seqlens: tuple[int, ...], device: torch.device) -> PackedLayout:
+    return packed_layout([end - start for start, end in pairwise(cu_seqlens)], device)
+
+
+def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.scaling, ctx.window = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple:
+    return *_opaque_backward(gradient, *ctx.saved_tensors, ctx.scaling, ctx.window), None, None, None
+
+
+_opaque.register_fake(lambda query, *_: query.new_empty(query.shape))
+_opaque_backward.register_fake(lambda gradient, *rest: tuple(x.new_empty(x.shape) for x in rest[:3]))
+_opaque.register_autograd(_differentiate, setup_context=_keep)
 
 
 def register() -> None:

@@ -1,6 +1,7 @@
 """How fast this trainer's update is on this machine, beside what the plan predicts and, if asked, beside TRL.
 
-    python -m sft_core.bench [--shape 0.5b 1.5b] [--tokens 8192 16384] [--steps 5] [--gradient_checkpointing] [--peer]
+    python -m sft_core.bench [--shape 0.5b 1.5b] [--tokens 8192 16384] [--steps 5] [--gradient_checkpointing]
+                             [--torch_compile] [--peer]
     torchrun --nproc_per_node 8 -m sft_core.bench            # sharded over all GPUs, as in training; without a peer
 
 Random weights in the shapes of Qwen2.5, random tokens in documents of random lengths up to 2,048 that fill the given
@@ -68,18 +69,21 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def random_policy(info: Qwen2Config, gradient_checkpointing: bool, device: torch.device) -> Policy:
+def random_policy(
+    info: Qwen2Config, gradient_checkpointing: bool, device: torch.device, torch_compile: bool = False
+) -> Policy:
     """Random weights of that shape, sharded as in training."""
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(info, attn_implementation="packed", dtype=torch.bfloat16)
     sharding = {"bf16": device.type == "cuda", "gradient_checkpointing": gradient_checkpointing}
-    return shard(Policy(model).eval(), make_mesh(device), **sharding)
+    backend = "inductor" if torch_compile else None
+    return shard(Policy(model).eval(), make_mesh(device), **sharding, compile_backend=backend)
 
 
 def this_trainer(info: Qwen2Config, tokens: int, config: SFTConfig, steps: int, device: torch.device) -> list[float]:
     """Seconds of each timed step of `sft_core.train`'s update."""
-    policy = random_policy(info, config.gradient_checkpointing, device)
+    policy = random_policy(info, config.gradient_checkpointing, device, config.torch_compile)
     optimizer = make_optimizer(policy, config)
     scheduler = make_scheduler(optimizer, config, WARM_UP + steps)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -141,6 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 16384])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--torch_compile", action="store_true")
     parser.add_argument("--peer", action="store_true", help="TRL with Liger's kernels beside it")
     options = parser.parse_args(argv)
     with guards.usage_errors():
@@ -156,7 +161,8 @@ def main(argv: list[str] | None = None) -> None:
         trainers.append(("TRL and Liger", trl))
     for name, make in trainers:
         for shape, tokens in cases:
-            info, more = shape_config(shape), {"gradient_checkpointing": options.gradient_checkpointing}
+            info, names = shape_config(shape), ("gradient_checkpointing", "torch_compile")
+            more = {name: getattr(options, name) for name in names}
             config = SFTConfig("none", max_tokens_per_micro_batch=tokens, **more)
             rows = table[shape, tokens]
             rows.append(measure(make, f"{shape} {name}", info, tokens, config, options.steps, device, world_size))
@@ -170,7 +176,8 @@ def main(argv: list[str] | None = None) -> None:
         card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
         print(f"{world_size} x {card}, {versions}; mean of {options.steps} steps, gradient checkpointing "
-              f"{'on' if options.gradient_checkpointing else 'off'}. {TIMED}")  # fmt: skip
+              f"{'on' if options.gradient_checkpointing else 'off'}, blocks "
+              f"{'compiled' if options.torch_compile else 'eager'}. {TIMED}")  # fmt: skip
         if options.peer and len(trainers) == 1:
             print(f"No TRL: {' and '.join(missing)} not installed." if missing else "No TRL: it gets one GPU only.")
         print("\n| trainer | tokens a GPU | s a step | tokens/s in all | TFLOP/s a GPU | MFU | peak GiB |")

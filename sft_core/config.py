@@ -157,6 +157,10 @@ class TrainingConfig:
         False, "Keep what checkpointed blocks save in host memory; needs gradient_checkpointing."
     )
     cpu_offload: bool = option(False, "Keep parameters, gradients and optimizer state in host memory (FSDP2's policy).")
+    torch_compile: bool = option(False, "Compile the decoder blocks (torch.compile); the first steps take longer.")
+    torch_compile_backend: Literal["inductor", "aot_eager"] = option(
+        "inductor", "Of torch.compile; aot_eager traces the blocks and generates no code, for tests."
+    )
     merge_adapter: bool = option(False, "Beside the adapter, write the merged model to output_dir/merged.")
     dry_run: bool = option(False, "Predict memory and time of a step, refuse what cannot fit, and end.")
     dry_run_gpus: int = option(8, "GPUs that dry_run plans for.")
@@ -237,6 +241,8 @@ class TrainingConfig:
             self.gradient_checkpointing or self.gradient_checkpointing_every == 1,
             "gradient_checkpointing_every says which blocks are checkpointed: give --gradient_checkpointing true too.",
         )
+        require(self.torch_compile or self.torch_compile_backend == "inductor",
+                "torch_compile_backend says how blocks are compiled: give --torch_compile true too.")  # fmt: skip
         require(self.max_steps > 0 or self.num_train_epochs > 0, "give --max_steps or --num_train_epochs above 0.")
 
     def total_steps(self, steps_per_epoch: float) -> int:

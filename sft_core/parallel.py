@@ -5,6 +5,8 @@ reduced in float32 and *summed*: the loss divides by the whole step's counts its
 gradient does not depend on how many ranks share the work. Tensor and pipeline parallelism are left out on purpose.
 """
 
+import os
+import shutil
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from sft_core.config import TrainingConfig
+from sft_core.config import TrainingConfig, require
 from sft_core.model import Policy
 
 
@@ -38,6 +40,7 @@ def shard(
     checkpointing_every: int = 1,
     activation_offloading: bool = False,
     cpu_offload: bool = False,
+    compile_backend: str | None = None,
 ) -> Policy:
     """Turn `policy`'s parameters into shards over `mesh`, in place; they move to the mesh's device.
 
@@ -47,6 +50,7 @@ def shard(
     gradient_checkpointing   recompute each block in the backward pass, or every `checkpointing_every`-th alone
     activation_offloading    keep the inputs that such a block saves in host memory (pinned on CUDA)
     cpu_offload              keep shards, their gradients and so the optimizer's state in host memory
+    compile_backend          compile each block by torch.compile with this backend
 
     Embedding, final norm and head stay in the root unit: it is gathered once a pass, the fused head runs inside the
     root's forward, and tied embeddings remain one parameter.
@@ -61,11 +65,16 @@ def shard(
     blocks = policy.blocks
     for i, block in enumerate(blocks):
         _cast(block, compute)  # one at a time: the float32 copy of a large model never stands whole on the host
+        # Checkpoints are part of the graph, but where inputs are offloaded: the graph's weights would be so too.
+        if compile_backend and activation_offloading:
+            _compile(block, compile_backend)
         if gradient_checkpointing and i % checkpointing_every == 0:
             drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
             blocks[i] = checkpoint_wrapper(block, preserve_rng_state=drops)
             if activation_offloading:  # outside of the checkpoint, whose inputs are all that it then sees
                 blocks[i] = offload_wrapper(blocks[i])
+        if compile_backend and not activation_offloading:
+            _compile(blocks[i], compile_backend)
         fully_shard(blocks[i], **options)
     _cast(policy, compute)
     fully_shard(policy, **options)
@@ -82,7 +91,28 @@ def memory_options(config: TrainingConfig) -> dict[str, Any]:
         "checkpointing_every": config.gradient_checkpointing_every,
         "activation_offloading": config.activation_offloading,
         "cpu_offload": config.cpu_offload,
+        "compile_backend": config.torch_compile_backend if config.torch_compile else None,
     }
+
+
+def check_compile(config: TrainingConfig, device: torch.device) -> None:
+    """Raise ValueError where blocks cannot be compiled on this machine."""
+    needed = config.torch_compile and config.torch_compile_backend == "inductor" and device.type == "cpu"
+    compiler = os.environ.get("CXX", "g++")
+    require(not needed or shutil.which(compiler) is not None,
+            f"torch_compile needs a C++ compiler on a CPU and finds no {compiler}: install it, or leave torch_compile "
+            "out.")  # fmt: skip
+
+
+def _compile(block: nn.Module, backend: str) -> None:
+    """In place, so that no name changes, and the forward alone: FSDP's hooks stay outside. Blocks share their graphs.
+
+    There is one for each combination of gradients on or off, adapters on or off, dropout on or off, and kind of block;
+    lengths are symbols in it. What cannot be one graph raises an error, and so would more graphs than the limit.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.skip_fsdp_guards = False  # else a graph might outlive the switches of adapters and dropout
+    block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=True)
 
 
 def _cast(module: nn.Module, compute: torch.dtype) -> None:

@@ -49,7 +49,7 @@ NODE = 8  # GPUs
 # Bytes that kernels other than matrix products read and write, counted op by op (tests/sft_core/test_plan.py).
 HIDDEN_TRAFFIC, FFN_TRAFFIC, QUERY_TRAFFIC, KV_TRAFFIC = 300, 28, 91, 100  # a token, layer and element of each width
 FORWARD_SHARE = 0.3  # of that; the rest is the backward
-COMPILED_SHARE = 0.45  # of that where torch.compile fuses the blocks, as this trainer does not; fitted
+COMPILED_SHARE = 0.45  # of that where torch.compile fuses the blocks; fitted
 # A logit: 4 bytes written, 4 read; 2 written for its gradient, 2 read by each product.
 HEAD_TRAFFIC, HEAD_FORWARD_TRAFFIC = 14, 8
 OPTIMIZER_TRAFFIC = 40  # a trained parameter: 28 AdamW, 12 the norm and the clipping
@@ -116,7 +116,7 @@ def saved(plan: Plan) -> int:
     if plan.model.use_peft:
         copy = (plan.itemsize + 1) * (plan.model.lora_dropout > 0)
         adapters = sum(copy * a + plan.itemsize * plan.model.lora_r for a, _ in adapted(plan).values())
-    return saved_per_token(shape(plan.info), plan.itemsize) + adapters
+    return saved_per_token(shape(plan.info), plan.itemsize, plan.config.torch_compile) + adapters
 
 
 def quantised(plan: Plan) -> float:
@@ -184,15 +184,15 @@ def host_memory(plan: Plan) -> float:
 # --- time --------------------------------------------------------------------------------------------------------
 
 
-def seconds(plan: Plan, compiled: bool = False) -> dict[str, float]:
-    """Seconds of an optimizer step by part, in bf16 on H100 SXM cards; `compiled` is for comparisons only."""
+def seconds(plan: Plan) -> dict[str, float]:
+    """Seconds of an optimizer step by part, in bf16 on H100 SXM cards."""
     s, whole, peak = shape(plan.info), not plan.model.use_peft, PEAK_FLOPS["H100"]
     tokens, lengths = plan.rows * plan.longest, [plan.longest] * plan.rows
     again = plan.checkpointed / s.layers
     linear = 2 * tokens * block_weights(s) / (GEMM_EFFICIENCY * peak)  # a forward pass
     attention = attention_flops(s, lengths) / (ATTENTION_EFFICIENCY * peak)
     widths = HIDDEN_TRAFFIC * s.hidden + FFN_TRAFFIC * s.ffn + QUERY_TRAFFIC * s.query + KV_TRAFFIC * s.kv
-    traffic = tokens * s.layers * widths * (COMPILED_SHARE if compiled else 1) / BANDWIDTH
+    traffic = tokens * s.layers * widths * (COMPILED_SHARE if plan.config.torch_compile else 1) / BANDWIDTH
     logits = 2 * tokens * s.vocab * s.hidden / (GEMM_EFFICIENCY * peak)
     parts = {
         "matrix products of the blocks": linear * (2 + whole + again),  # a frozen weight has no gradient

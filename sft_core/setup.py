@@ -37,6 +37,7 @@ from sft_core.model import (
 )
 from sft_core.optim import check_schedule
 from sft_core.order import Shuffled, Streamed
+from sft_core.parallel import check_compile
 from sft_core.plan import Plan, dry_run, memory_plan
 from sft_core.supervised import (
     Examples,
@@ -90,6 +91,7 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
     check_report_to(config.report_to)
     get_callbacks(config, model)  # refuses unknown names
     rank, world_size, _, device = guards.init_distributed(config.ddp_timeout)
+    check_compile(config, device)
     bf16 = compute_in_bf16(config.bf16, model.dtype, device)
     guards.on_first_rank(lambda: check_hub(config))
     guards.on_first_rank(lambda: check_benchmarks(config))

@@ -60,7 +60,7 @@ def test_flags_change_no_gradient(tiny_model, plain, name):
                     ).all()
 
 
-def offloaded(model: str) -> list[int]:
+def offloaded(model: str, compile_backend: str | None) -> list[int]:
     """Bytes that leave the device in a forward pass with offloading: each checkpointed block's input, and no weight."""
     import torch
 
@@ -79,14 +79,16 @@ def offloaded(model: str) -> list[int]:
 
     device = guards.init_distributed(60)[3]
     policy = load_policy(ModelConfig(model))
-    policy = shard(policy, make_mesh(device), bf16=False, gradient_checkpointing=True, activation_offloading=True)
+    flags = {"gradient_checkpointing": True, "activation_offloading": True, "compile_backend": compile_backend}
+    policy = shard(policy, make_mesh(device), bf16=False, **flags)
     torch.autograd.graph.save_on_cpu.__init__ = watched
     policy(pack_sequences(SEQUENCES, [[True] * len(sequence) for sequence in SEQUENCES], device))
     guards.shutdown()
     return moved
 
 
-def test_offloading_moves_the_inputs_of_blocks_and_no_weight(tiny_model):
-    [moved] = run_ranks(1, offloaded, tiny_model)
+@pytest.mark.parametrize("compile_backend", [None, "aot_eager"])
+def test_offloading_moves_the_inputs_of_blocks_and_no_weight(tiny_model, compile_backend):
+    [moved] = run_ranks(1, offloaded, tiny_model, compile_backend)
     inputs = [size for size in moved if size > 1]
     assert inputs == [64 * sum(map(len, SEQUENCES))] * 2, moved  # two blocks

@@ -70,8 +70,8 @@ def test_the_prototype_measured_on_a_gpu(size):
 
     milliseconds = []
     for checkpointing, compile_blocks in ((False, False), (False, True), (True, True)):
-        step = plan(info, longest=2048, gpus=1, max_tokens_per_micro_batch=tokens, gradient_checkpointing=checkpointing)
-        parts = seconds(step, compile_blocks)
+        flags = {"gradient_checkpointing": checkpointing, "torch_compile": compile_blocks}
+        parts = seconds(plan(info, longest=2048, gpus=1, max_tokens_per_micro_batch=tokens, **flags))
         blocks = sum(parts[name] for name in ("matrix products of the blocks", "attention", "element-wise"))
         products = 6 * tokens * s.vocab * s.hidden / (costs.GEMM_EFFICIENCY * PEAK_FLOPS["H100"])
         milliseconds.append(1e3 * (blocks + products + 12 * tokens * s.vocab / costs.BANDWIDTH))
@@ -150,6 +150,8 @@ def test_parts_follow_the_options():
     assert gib(memory(plan(info, gpus=16, gradient_checkpointing=True))) < gib(parts)
     half = memory(plan(info, gradient_checkpointing=True, gradient_checkpointing_every=2))
     assert half["activations"] == 8192 * (14 * 2 * 3584 + 14 * saved_per_token(shape(info)))
+    compiled = memory(plan(info, torch_compile=True))
+    assert compiled["activations"] == 8192 * 28 * saved_per_token(shape(info), compiled=True)
     quantised = memory(plan(info, gradient_checkpointing=True, model={"use_peft": True, "load_in_4bit": True}))
     assert quantised["quantised weights"] == block_weights(shape(info)) * (0.5 + 4 / 64)
     adapters = plan(info, model={"use_peft": True, "lora_r": 8, "lora_target_modules": ["q_proj", "down_proj"]})
