@@ -1,7 +1,7 @@
 """How fast the update is: packed random rollouts through `grpo_core.train.update`, clipping and AdamW.
 
-    python -m grpo_core.bench [--shape 0.5b 1.5b] [--tokens 16384] [--steps 5] [--gradient_checkpointing] [--torch_compile]
-                              [--peer]
+    python -m grpo_core.bench [--shape 0.5b 1.5b] [--tokens 16384] [--steps 5] [--gradient_checkpointing]
+                              [--torch_compile] [--peer]
     python -m grpo_core.bench --shape 1.5b --profile         # what a step launches, and how long that takes
     torchrun --nproc_per_node 8 -m grpo_core.bench           # sharded over all GPUs, as in training; without a peer
 

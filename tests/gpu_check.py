@@ -19,27 +19,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # python -m ..., and the seconds it should take on one H100: reckoned, not measured; three times that is its limit.
+COMPILED = ["--torch_compile", "--steps", "3"]
 PARTS = {
     "tests": (["pytest", "-m", "gpu", "-k", "not vllm", "-n", "4", "--dist", "load"], 70),  # five short SFT runs
     # Alone: vLLM, while it measures free memory, does not bear that others give some back.
     "vllm": (["pytest", "-m", "gpu", "-k", "vllm"], 100),  # three starts of a tiny model
     "kernels": (["kernels.bench"], 130),  # 40 of rounds, 20 of errors and memory, the rest compilation of the peers
-    "update": (
-        ["grpo_core.bench", "--torch_compile", "--peer", "--steps", "4"],
-        60,
-    ),  # two shapes, two ways, 7 steps below 1 s each
-    "checkpointed": (
-        ["grpo_core.bench", "--shape", "1.5b", "--steps", "4", "--torch_compile", "--gradient_checkpointing"],
-        35,
-    ),
-    "step": (
-        ["tests.e2e.beside_trl", "MODEL", "--steps", "4", "--torch_compile=true"],
-        190,
-    ),  # two starts of vLLM, 6 steps of 2 and of 5 s
-    "sft": (
-        ["sft_core.bench", "--shape", "1.5b", "--tokens", "16384", "--steps", "3", "--torch_compile", "--peer"],
-        50,
-    ),
+    "update": (["grpo_core.bench", "--peer", *COMPILED], 55),  # two shapes, two ways, 6 steps below 1 s each
+    "checkpointed": (["grpo_core.bench", "--shape", "1.5b", "--gradient_checkpointing", *COMPILED], 30),
+    "step": (["tests.e2e.beside_trl", "MODEL", "--steps", "3", "--torch_compile=true"], 175),  # two starts of vLLM
+    "sft": (["sft_core.bench", "--shape", "1.5b", "--tokens", "16384", "--peer", "--steps", "3"], 40),
 }
 PACKAGES = ("torch", "triton", "transformers", "vllm", "trl", "liger-kernel", "cut-cross-entropy")
 
