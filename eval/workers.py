@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
@@ -78,7 +78,7 @@ class WorkerPool:
             raise ValueError(f"a pool needs num_workers >= 1 and timeout > 0, got {num_workers} and {timeout}")
         self.num_workers, self.timeout, self.memory_limit = num_workers, timeout, memory_limit
         self._workers: list[_Worker] = []
-        self._todo: deque[tuple[Job, Iterable[int]]] = deque()
+        self._todo: deque[tuple[Job, Sequence[int]]] = deque()
         self._failed_starts = 0
         self._fill()  # workers import while the parent goes on
 
@@ -90,19 +90,24 @@ class WorkerPool:
         Raises ValueError for what cannot be pickled, RuntimeError when a worker cannot start or import the function;
         all that the pool was at is then given up.
         """
-        return self.wait(self.submit(function, items, timeouts))
+        return self.wait(self._queue(function, items, timeouts))
 
     def submit(self, function: Callable[[Any], Any], items: Sequence, timeouts: Sequence[float] | None = None) -> Job:
         """As `map`, but the workers go on while the caller does; `wait` gives the results. A worker gets its next items
         whenever the pool is called, so many small jobs keep it busier than one."""
+        job = self._queue(function, items, timeouts)
+        for _ in range(2):  # take in what is done, then hand out
+            self._turn(0.0)
+        return job
+
+    def _queue(self, function: Callable[[Any], Any], items: Sequence, timeouts: Sequence[float] | None) -> Job:
         limits = [self.timeout] * len(items) if timeouts is None else list(timeouts)
         job = Job(function, items, limits, [None] * len(items), len(items))
-        size = max(1, min(64, len(items) // (4 * self.num_workers)))
-        self._todo.extend((job, range(i, min(i + size, len(items)))) for i in range(0, len(items), size))
+        if len(items):
+            self._todo.append((job, range(len(items))))
         self._failed_starts = 0
         for worker in [w for w in self._workers if w.process.poll() is not None and not w.items]:
             self._kill(worker)  # something outside killed it since the last call
-        self._turn(0.0)
         return job
 
     def wait(self, job: Job) -> list:
@@ -116,16 +121,22 @@ class WorkerPool:
         """Hand out work, wait up to `patience` seconds for an answer or a deadline, take what has come in."""
         try:
             self._fill()
+            # A caller who waits gives out small shares, for balance; one who does not may look again much later.
+            shares = self.num_workers * (4 if patience else 1)
+            size = min(64, -(-sum(len(rest) for _, rest in self._todo) // shares))
             for worker in self._workers:
                 if worker.state == "idle" and self._todo:
-                    worker.job, chunk = self._todo.popleft()
-                    worker.items = deque(chunk)
+                    worker.job, rest = self._todo.popleft()
+                    worker.items = deque(rest[:size])
+                    if len(rest) > size:
+                        self._todo.appendleft((worker.job, rest[size:]))
                     self._send(worker, worker.job.function, [worker.job.items[i] for i in worker.items])
             soonest = min(w.deadline for w in self._workers)
             ready = wait([w.connection for w in self._workers], max(0.0, min(soonest - time.monotonic(), patience)))
             for worker in [w for w in self._workers if w.connection in ready]:
                 try:
-                    self._take(worker, *pickle.loads(worker.connection.recv_bytes()))
+                    while worker.connection.poll():
+                        self._take(worker, *pickle.loads(worker.connection.recv_bytes()))
                 except (EOFError, OSError):
                     with suppress(subprocess.TimeoutExpired):
                         worker.process.wait(1.0)
@@ -170,7 +181,7 @@ class WorkerPool:
                 raise RuntimeError(f"checking workers do not start: the last one {error} while {worker.state}")
         if worker.items:
             assert worker.job is not None
-            self._todo.appendleft((worker.job, worker.items))
+            self._todo.appendleft((worker.job, list(worker.items)))
 
     @staticmethod
     def _answer(worker: _Worker, value: Any) -> None:

@@ -276,12 +276,11 @@ class VLLMEngine:
                 yield name, tensor
 
         if self.asleep:
-            torch.cuda.empty_cache()  # the trainer's, which vLLM's own allocator cannot see
-            self.llm.wake_up(["weights"])  # as memory only: nothing is in it but what is loaded now
+            self._wake("weights")  # as memory only: nothing is in it but what is loaded now
         # Without a separate engine process vLLM calls the function directly, so an iterator may be an argument.
         self.llm.collective_rpc(_reload_on_cpu if self.on_cpu else _load_on_gpu, args=(read(),))
         if self.asleep:
-            self.llm.wake_up(["kv_cache"])
+            self._wake("kv_cache")
             self.asleep = False
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: requests were still running during the weight sync")
@@ -293,7 +292,12 @@ class VLLMEngine:
         self.version = INITIAL_VERSION
         if not self.on_cpu and not self.asleep:
             self.llm.sleep(level=2)  # 1 would keep a copy of the old weights on the host
-            self.asleep = True
+        self.asleep = True
+
+    def _wake(self, part: str) -> None:
+        if not self.on_cpu:
+            torch.cuda.empty_cache()  # the trainer's, or what was gathered to be loaded: vLLM's allocator cannot see it
+            self.llm.wake_up([part])
 
     def close(self) -> None:
         """Shut the engine down and free its memory. Call it before the trainer destroys its process group."""

@@ -100,13 +100,15 @@ def exactly(part: Case) -> Case:
 
 
 def errors(run: Callable, part: Case, exact: Case) -> tuple[float, float, float]:
-    """Largest of a log-prob (NaN where the candidate shows none), relative of dX and dW."""
+    """Largest of a log-prob (NaN where the candidate shows none), relative of dX and dW; infinite for a NaN found."""
     if run(part) is None:
         return (math.nan,) * 3
-    logps = (torch.cat(part.seen) - exact.seen[0]).abs().max().item() if part.seen else math.nan
     pairs = ((part.hidden.grad, exact.hidden.grad), (part.weight.grad, exact.weight.grad))
-    dx, dw = (((got.double() - want).norm() / want.norm()).item() for got, want in pairs)  # type: ignore[union-attr]
-    return logps, dx, dw
+    found = [(got.double() - want).norm() / want.norm() for got, want in pairs]  # type: ignore[union-attr]
+    if part.seen:
+        found.insert(0, (torch.cat(part.seen) - exact.seen[0]).abs().max())
+    *logps, dx, dw = [math.inf if error.isnan() else error.item() for error in found]
+    return logps[0] if logps else math.nan, dx, dw
 
 
 def repeats(run: Callable, case: Case) -> bool | None:

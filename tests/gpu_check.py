@@ -8,6 +8,7 @@ all that was printed to the same name with .log.
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import signal
@@ -18,12 +19,16 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# Their files alone, and on several processes only where pytest-xdist is: a machine may lack what the other tests need.
+GPU_TESTS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/**/test_*.py"))
+             if "pytest.mark.gpu" in path.read_text()]  # fmt: skip
+AT_ONCE = ["-n", "4", "--dist", "load"] if importlib.util.find_spec("xdist") else []
 # python -m ..., and the seconds it should take on one H100: reckoned, not measured; three times that is its limit.
 COMPILED = ["--torch_compile", "--steps", "3"]
 PARTS = {
-    "tests": (["pytest", "-m", "gpu", "-k", "not vllm", "-n", "4", "--dist", "load"], 70),  # five short SFT runs
+    "tests": (["pytest", "-m", "gpu", "-k", "not vllm", *AT_ONCE, *GPU_TESTS], 70),  # five short SFT runs
     # Alone: vLLM, while it measures free memory, does not bear that others give some back.
-    "vllm": (["pytest", "-m", "gpu", "-k", "vllm"], 100),  # three starts of a tiny model
+    "vllm": (["pytest", "-m", "gpu", "-k", "vllm", *GPU_TESTS], 100),  # three starts of a tiny model
     "kernels": (["kernels.bench"], 130),  # 40 of rounds, 20 of errors and memory, the rest compilation of the peers
     "update": (["grpo_core.bench", "--peer", *COMPILED], 55),  # two shapes, two ways, 6 steps below 1 s each
     "checkpointed": (["grpo_core.bench", "--shape", "1.5b", "--gradient_checkpointing", *COMPILED], 30),

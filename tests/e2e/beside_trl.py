@@ -154,7 +154,7 @@ def start(side: str, options: argparse.Namespace, argv: list[str]) -> dict[str, 
     return json.loads(found[-1].removeprefix("RESULT "))
 
 
-def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> str:
+def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace, more: list[str]) -> str:
     sys.path.insert(0, str(ROOT))
     from kernels.bench import verdict
 
@@ -176,7 +176,8 @@ def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
     versions = "; ".join(f"{side}: {results[0]['versions']}" for side, results in found.items())
     ratio, outside = medians["ours"] / medians.get("TRL", nan), max(r["gib"]["outside"] for r in found["ours"])
     shape = f"{options.prompts} x {options.completions} completions of {options.tokens} tokens"
-    head = [f"{first['card']}; {versions}", shape + ("" if on_gpu else "; no vLLM on either side: no GPU"), ""]
+    head = [f"{first['card']}; {versions}", shape + ("" if on_gpu else "; no vLLM on either side: no GPU"),
+            f"our own options: {' '.join(more) or 'none'}", ""]  # fmt: skip
     lines += ["", f"our phases, s: {phases}; sampler and policy differ by {first['mismatch']:.4f} in a log-prob (mean)"]
     lines.append(f"our time over TRL's: {ratio:.3f}" + ("" if "TRL" in found else " (there is no TRL)"))
     if on_gpu:
@@ -218,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 found |= {side: [*found.get(side, []), result]} if result else {}
         if "ours" in found:
-            print(report(found, options))
+            print(report(found, options, more))
         sys.exit(failed)
 
 

@@ -28,9 +28,10 @@ def test_the_report_compares_medians_and_names_what_is_missing():
         side: [{"seconds": [s, 9 * s, s], "gib": {"outside": gib, "engine": 20.0, "device": 60.0}} | more]
         for side, s, gib in (("ours", 1.5, 8.0), ("TRL", 4.5, 44.7))
     }
-    lines = report(found, options).splitlines()
+    lines = report(found, options, ["--torch_compile=true"]).splitlines()
+    assert "our own options: --torch_compile=true" in lines
     assert any(line.startswith("| TRL | 4.50 | 4.50 40.50 4.50 | 14,564 | 44.7 | 20.0 | 60.0 |") for line in lines)
     assert lines[-2:] == ["| met | whole step, our time over TRL's | 0.333 | <= 0.4 |",
                           "| met | whole step, GiB outside vLLM's share | 8 | <= 12 |"]  # fmt: skip
     del found["TRL"]
-    assert "| not measured | whole step, our time over TRL's | - | <= 0.4 |" in report(found, options)
+    assert "| not measured | whole step, our time over TRL's | - | <= 0.4 |" in report(found, options, [])

@@ -1,5 +1,6 @@
 """On a GPU: bf16 compute, NCCL, varlen attention, the head's float32 logits, vLLM with graphs. `make gpu-check`."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -49,7 +50,8 @@ def test_supervised_training_with_every_way_to_save_memory(tiny_model, tmp_path)
     answers = [{"prompt": f"Ben has {10 + i} pens.", "completion": f"{10 + i}" * (1 + i % 3)} for i in range(60)]
     rows.write_text("".join(json.dumps(row) + "\n" for row in answers))
     ranks, losses = str(torch.cuda.device_count()), {}
-    for name, more in SUPERVISED.items():
+    quantised = bool(importlib.util.find_spec("bitsandbytes"))
+    for name, more in SUPERVISED.items() if quantised else list(SUPERVISED.items())[:-2]:
         out = tmp_path / name
         argv = dict(model_name_or_path=tiny_model, dataset_name=rows, dataset_test_split=rows, output_dir=out,
                     packing="true", max_length=64, per_device_train_batch_size=4, max_steps=12, learning_rate=3e-3,
@@ -62,3 +64,5 @@ def test_supervised_training_with_every_way_to_save_memory(tiny_model, tmp_path)
         assert losses[name][-1] < losses[name][0], name
         assert (tmp_path / name / "merged").exists() == ("use_peft" in more)
     assert losses["on the host"] == pytest.approx(losses["packed"], rel=0.02)
+    if not quantised:
+        pytest.skip("bitsandbytes is not installed: 4 and 8 bits were not tried, the rest passes")

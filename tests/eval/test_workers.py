@@ -77,6 +77,16 @@ def test_jobs_go_on_while_the_caller_does(pool):
     assert pool.map(run, ["5"]) == [5]
 
 
+def test_small_jobs_are_done_while_their_caller_is_busy(pool):
+    pool.map(run, ["0", "0"])
+    jobs = []
+    for _ in range(10):
+        jobs.append(pool.submit(run, [str(i) for i in range(8)]))
+        time.sleep(0.2)
+    assert sum(job.missing for job in jobs) <= 2 * 8
+    assert [pool.wait(job) for job in jobs] == [list(range(8))] * 10
+
+
 def test_a_crowded_machine_is_not_the_fault_of_a_check():
     """Half a second of work among eight others on one core takes longer than the limit; that is no time-out."""
     pin = f"import os, time\nos.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})\n"

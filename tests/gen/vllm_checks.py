@@ -7,12 +7,13 @@ torchrun ... vllm_checks.py ranks TP MODEL_FOLDER  one engine a rank, TP ranks t
 
 import os
 import sys
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from gen.engine import Engine, make_engine
+from gen.engine import Engine, kv_cache_bytes, make_engine
 from gen.sync import sync_weights
 
 STOP = frozenset(range(20, 28))
@@ -149,6 +150,48 @@ def check_single(folder: str) -> None:
         assert worst_difference(model, sample(engine)) < 1e-3
         assert worst_difference(model, sample(engine, n=1, greedy=True), temperature=1.0) < 1e-3
     expect_refused_syncs(engine, model)
+    engine.sleep()
+    expect_asleep(engine)
+    sync_weights(engine, model.named_parameters(), names(model), 4)
+    assert worst_difference(model, sample(engine)) < 1e-3
+    engine.close()
+
+
+def expect_asleep(engine: Engine) -> None:
+    try:
+        sample(engine)
+    except RuntimeError as error:
+        assert "load weights" in str(error) and engine.version == -1
+    else:
+        raise AssertionError("it sampled in its sleep")
+
+
+def check_crowded(folder: str) -> None:
+    """A step scheduled ahead, as on a GPU, and few blocks: sequences that are preempted, and calls after one that
+    failed, lose and repeat nothing."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    settle = CpuPlatform.check_and_update_config
+
+    def ahead(config) -> None:
+        settle(config)
+        config.scheduler_config.async_scheduling = True
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    few = patch("gen.vllm_engine.cpu_kv_bytes", lambda config, dtype, *_: kv_cache_bytes(config, dtype, 16 * 32))
+    with few, patch.object(CpuPlatform, "check_and_update_config", staticmethod(ahead)):
+        engine = make_engine("vllm", folder, dtype="float32", max_model_len=128, max_batch=30)
+    core, options = engine.llm.llm_engine.engine_core.engine_core, {"n": 8, "max_tokens": 58}  # type: ignore[attr-defined]
+    with patch.object(core.scheduler, "_preempt_request", wraps=core.scheduler._preempt_request) as preempted:
+        groups = sample(engine, **options)
+    assert preempted.call_count > 0 and core.batch_queue is not None
+    assert worst_difference(model, groups) < 1e-3
+    assert {c.finish_reason for group in groups for c in group if len(c.token_ids) < 58} == {"stop"}
+    try:
+        sample(engine, finished=lambda *_: 1 / 0, **options)
+    except ZeroDivisionError:
+        assert core.batch_queue, "nothing was in flight"
+    assert sample(engine, **options) == groups
     engine.close()
 
 
@@ -162,12 +205,7 @@ def check_sleep(folder: str) -> None:
         sample(engine)
         engine.sleep()
         assert torch.cuda.mem_get_info()[0] - free > 0.1 * total and engine.version == -1
-        try:
-            sample(engine)
-        except RuntimeError as error:
-            assert "load weights" in str(error)
-        else:
-            raise AssertionError("it sampled in its sleep")
+        expect_asleep(engine)
         perturb(model, version)
         sync_weights(engine, model.named_parameters(), names(model), version)
         assert worst_difference(model, sample(engine)) < 1e-2
@@ -201,6 +239,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "single":
         for path in sys.argv[2:]:
             check_single(path)
+        check_crowded(sys.argv[2])
     elif sys.argv[1] == "sleep":
         check_sleep(sys.argv[2])
     else:

@@ -5,7 +5,7 @@ import torch
 
 from kernels import bench, rows_triton
 from kernels import linear_logprob as head
-from kernels.bench_peers import CANDIDATES, FLOOR, NAIVE, OURS
+from kernels.bench_peers import CANDIDATES, FLOOR, NAIVE, OURS, make_case, one_sweep
 from tests.launch import run
 
 
@@ -40,6 +40,19 @@ def test_the_aims_of_all_shapes():
     ]  # fmt: skip
     del full["1.5b"]["Liger GRPO"]
     assert sum("not measured" in line for line in bench.verdicts(full, {})) == 2
+
+
+def test_a_gradient_that_is_no_number_is_the_largest_error():
+    case = make_case(8, 50, 256, torch.device("cpu"))
+    broken = case.first(10)
+
+    def run(part):
+        bench.step(one_sweep, part)
+        part.weight.grad[3, 3] = math.nan
+        return part
+
+    logps, dx, dw = bench.errors(run, broken, bench.exactly(case.first(10)))
+    assert max(logps, dx) < 1e-5 and dw == math.inf
 
 
 def test_tuning_is_undone():
