@@ -270,7 +270,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if any(tokens < ERROR_ROWS or tokens % SEQUENCE for tokens in options.tokens) or options.rounds < 1:
         parser.error(f"--tokens must be multiples of {SEQUENCE} and at least {ERROR_ROWS}, --rounds at least 1")
-    found = {d.metadata["Name"].replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    every = list(importlib.metadata.distributions())[::-1]  # of a name the first on the path counts
+    found = {d.metadata["Name"].replace("_", "-"): d.version for d in every}
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "triton", *PEERS.values()) if name in found)
     print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {versions}; median of {options.rounds} rounds, "
           f"chunks of {options.chunk_elements} logits")  # fmt: skip

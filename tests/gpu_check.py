@@ -96,7 +96,8 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         parser.error("no GPU is found here")
-    found = {d.metadata["Name"].replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    every = list(importlib.metadata.distributions())[::-1]  # of a name the first on the path counts
+    found = {d.metadata["Name"].replace("_", "-"): d.version for d in every}
     versions = ", ".join(f"{name} {found[name]}" for name in PACKAGES if name in found)
     head = (
         f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, Python {platform.python_version()}, {versions}\n"

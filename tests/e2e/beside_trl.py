@@ -68,7 +68,8 @@ class Meter:
         peak = self.cuda.max_memory_allocated() if self.cuda else 0
         gib = {"outside": (peak - self.engine) / GIB, "engine": self.engine / GIB, "device": self.device / GIB}
         seconds = [b - a for a, b in itertools.pairwise(self.ends)][-steps:]
-        packages = {d.metadata["Name"].replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+        every = list(importlib.metadata.distributions())[::-1]  # of a name the first on the path counts
+        packages = {d.metadata["Name"].replace("_", "-"): d.version for d in every}
         versions = ", ".join(f"{name} {packages[name]}" for name in PACKAGES if name in packages)
         card = self.cuda.get_device_name() if self.cuda else "CPU"
         return {"seconds": seconds, "gib": gib, "card": card, "versions": versions} | more
