@@ -26,7 +26,7 @@ from grpo_core.advantage import group_advantages
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.rewards import accuracy_reward, get_reward_funcs, reward_name
 from grpo_core.rollout import GOLD_REWARDS, Prompt, Rollout, Scorer, load_prompts, sample
-from grpo_core.scoring import gold_column, score_completions, unparseable_golds
+from grpo_core.scoring import gold_column, start_scoring, unparseable_golds
 from grpo_core.setup import Run, start_engine
 from sft_core import guards
 from sft_core.cli import parse
@@ -222,12 +222,12 @@ def audit_rewards(run: Run, prompt: Prompt, answer: str, pool: WorkerPool, repor
     probes |= {name: notation.format(answer) for name, notation in NOTATIONS.items()}
     only_ids = {"add_special_tokens": False, "truncation": True, "max_length": limit}
     # One group: the rewards that compare a group's completions compare these.
-    result = score_completions(
+    result = start_scoring(
         run.reward_funcs, run.config.reward_weights, completions=list(probes.values()),
         completion_ids=run.tokenizer(list(probes.values()), **only_ids)["input_ids"], group_ids=[0] * len(probes),
         prompts=[prompt.messages] * len(probes), prompt_texts=[rendered] * len(probes),
         columns={name: [value] * len(probes) for name, value in prompt.columns.items()}, pool=pool,
-    )  # fmt: skip
+    )()  # fmt: skip
     prefilled = f"; the chat template itself begins the completion with {opened!r}" if opened else ""
     tell("the prompt asks for", (", ".join(named) or "no tags, no notation") + prefilled)
     full = {"accuracy": 1.0, "format": 1.0, "tag_count": 1.0, "reasoning_steps": 1.0, "repetition_penalty": 0.0,

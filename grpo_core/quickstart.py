@@ -120,7 +120,7 @@ def evaluate(folder: Path, engine_name: str, models: list[Path]) -> None:
     from eval.workers import WorkerPool
     from gen.engine import make_engine
     from grpo_core.rewards import accuracy_reward
-    from grpo_core.scoring import score_completions
+    from grpo_core.scoring import start_scoring
     from sft_core.chat import render_prompt
 
     rows = [json.loads(line) for line in (folder / "data" / "heldout.jsonl").read_text().splitlines()]
@@ -141,12 +141,12 @@ def evaluate(folder: Path, engine_name: str, models: list[Path]) -> None:
             )  # fmt: skip
             flat = [(i, sample.token_ids) for i, samples in enumerate(completions) for sample in samples]
             texts = tokenizer.batch_decode([ids for _, ids in flat], skip_special_tokens=True)
-            scores = score_completions(
+            scores = start_scoring(
                 [accuracy_reward], None, completions=texts,
                 prompts=[rows[i]["prompt"] for i, _ in flat], group_ids=[i for i, _ in flat],
                 completion_ids=[ids for _, ids in flat], columns={"solution": [rows[i]["solution"] for i, _ in flat]},
                 pool=pool,
-            ).rewards  # fmt: skip
+            )().rewards  # fmt: skip
             result[name] = interval(np.nan_to_num(scores).reshape(len(rows), n).mean(axis=1).tolist())
         result["problems"] = len(rows)
         write_atomically(model / "heldout.json", json.dumps(result))

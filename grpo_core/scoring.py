@@ -1,6 +1,6 @@
 """The step of the loop that scores completions: reward functions in killable worker processes, then their weighted sum.
 
-What a reward function is, says `grpo_core/rewards.py`; what happens to a check that fails, `score_completions`.
+What a reward function is, says `grpo_core/rewards.py`; what happens to a check that fails, `start_scoring`.
 """
 
 import inspect
@@ -62,11 +62,6 @@ def _call(task: tuple[RewardFunction, dict[str, list]]) -> list[float | None]:
     if any(reward is not None and not math.isfinite(reward) for reward in rewards):
         raise ValueError(f"{reward_name(function)} returned a reward that is not finite: {values!r:.100}")
     return rewards
-
-
-def score_completions(*arguments: Any, **named: Any) -> ScoreResult:
-    """The result of `start_scoring`, waited for."""
-    return start_scoring(*arguments, **named)()
 
 
 def start_scoring(

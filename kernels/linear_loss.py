@@ -1,9 +1,11 @@
 """A loss that is a sum over tokens, straight from hidden states and head weight, in one sweep: three matrix products.
 
-Chunk by chunk: the logits, each row's log-prob and entropy, the caller's own loss of these and its derivative by
-autograd (on [C] values: the objective stays one formula, in plain torch), from that the gradient of the logits, written
-over them, and the two products that end it. `kernels.linear_logprob`, which does not know the loss, has to compute the
-logits again. The result's backward only scales what is there.
+Chunk by chunk the logits, each row's log-prob and entropy, and the gradient of the logits in the compute dtype; block
+by block of chunks the two products that end it. Between them the caller's own loss of log-probs and entropies is
+differentiated by autograd, on a value a row: the objective stays one formula, in plain torch. On a GPU, and where
+entropies have no gradient, that comes last, as a factor a row, so that the logits are read once (`_can_wait`).
+`kernels.linear_logprob`, which does not know the loss, has to compute the logits again. The result's backward only
+scales what is there.
 
 Rows that cannot have a gradient (a zero advantage) are told by `active`: they are taken last, and cost their logits.
 
@@ -24,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from kernels.linear_logprob import LogitChunks, check, row_slices, subset
 from kernels.rows import Stats, logits_gradient, softmax_stats
 
-# (log-probs [C], entropies [C], which rows: an index into [N]) -> losses [C], weights and all
+# (log-probs [R], entropies [R], which rows: an index into [N]) -> losses [R], weights and all; R may be 0
 TokenLoss = Callable[[Tensor, Tensor, Tensor | slice], Tensor]
 
 

@@ -45,10 +45,7 @@ def check_adapters(config: ModelConfig, training: TrainingConfig, info: Pretrain
     for option, package in (("use_peft", "peft"), (quantised, "bitsandbytes")):
         require(not option or importlib.util.find_spec(package) is not None,
                 f"{option} needs {package}, which is not installed: pip install 'grpo_core[adapters]'.")  # fmt: skip
-    for option in (
-        "use_dora",
-        "load_in_8bit",
-    ):  # peft asks for a weight's type; bitsandbytes' layers change as they run
+    for option in ("use_dora", "load_in_8bit"):  # peft asks for a weight's type; bitsandbytes' layers change in use
         require(not (training.torch_compile and getattr(config, option)),
                 f"layers of {option} cannot be compiled: leave out one of {option} and torch_compile.")  # fmt: skip
     require(training.merge_adapter or not training.benchmarks, "benchmarks measure a whole model: give --merge_adapter "

@@ -16,7 +16,7 @@ from gen.engine import Completion
 from grpo_core.config import GRPOConfig
 from grpo_core.rewards import accuracy_reward, format_reward, get_reward_funcs, len_reward, tag_count_reward
 from grpo_core.rollout import Prompt, Scorer, sample
-from grpo_core.scoring import gold_column, score_completions, unparseable_golds
+from grpo_core.scoring import gold_column, start_scoring, unparseable_golds
 
 USER_REWARDS = """
 import os, time
@@ -62,10 +62,10 @@ def pool(user):
 
 def score(pool, functions, texts, weights=None, group_ids=None, prompt_texts=None, **columns):
     n = len(texts)
-    return score_completions(
+    return start_scoring(
         functions, weights, completions=texts, prompts=["p"] * n, group_ids=group_ids or [0] * n,
         completion_ids=[[7, 8]] * n, columns=columns, pool=pool, prompt_texts=prompt_texts,
-    )  # fmt: skip
+    )()  # fmt: skip
 
 
 def test_gold_column():

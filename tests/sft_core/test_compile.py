@@ -85,7 +85,7 @@ LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.2}
 OFFLOADED = {"gradient_checkpointing": True, "checkpointing_every": 2, "activation_offloading": True}
 CASES = [  # ranks, options of the model, flags, graphs
     pytest.param(2, {}, {"gradient_checkpointing": True, "cpu_offload": True}, 2, id="on the host, two ranks"),
-    pytest.param(1, LORA, {"gradient_checkpointing": True}, 4, id="adapters"),
+    pytest.param(1, LORA, {"gradient_checkpointing": True}, 4, id="adapters", marks=pytest.mark.slow),
     pytest.param(1, LORA | {"load_in_4bit": True}, {}, 4, id="quantised", marks=pytest.mark.slow),
     pytest.param(1, {}, OFFLOADED, 5, id="every second, offloaded", marks=pytest.mark.slow),
 ]
@@ -171,6 +171,7 @@ def test_the_path_of_a_gpu_is_one_graph_a_kind_of_block(monkeypatch):
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_flag_changed(tiny_model, rows, tmp_path):
     """Two compiled steps, then two eager ones from the checkpoint: those of a run that was eager all along."""
     evaluated = dict(do_eval="true", dataset_test_split=rows)
