@@ -26,8 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 from torch.nn.attention.varlen import varlen_attn
 
 # Grouped queries, for which torch 2.11 has no flag.
@@ -178,7 +177,7 @@ def _padded(
 # forward again.
 
 
-@custom_op(
+@library.custom_op(
     "kernels::padded_attention",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, float? scaling, int? window) -> Tensor",
@@ -187,7 +186,7 @@ def _opaque(query, key, value, cu_seqlens, scaling, window):
     return _padded(query, key, value, _layout(tuple(cu_seqlens.tolist()), query.device), scaling, window)
 
 
-@custom_op(
+@library.custom_op(
     "kernels::padded_attention_backward",
     mutates_args=(),
     schema="(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, float? scaling, int? window) "
