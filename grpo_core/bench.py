@@ -132,8 +132,8 @@ def in_trls_way(info: Qwen2Config, config: GRPOConfig, device: torch.device) -> 
             logps = logps[:, PROMPT - 1 :].flatten()  # [N]
             loss, _ = policy_loss(
                 logps, logps.detach(), torch.tensor([r.advantage for r in rollouts[rows]], device=device),
-                (labels[rows] >= 0).nonzero()[:, 0], num_tokens=int((labels >= 0).sum()), num_sequences=len(rollouts),
-                **config.objective(),
+                (labels[rows] >= 0).nonzero()[:, 0], config.objective(), num_tokens=int((labels >= 0).sum()),
+                num_sequences=len(rollouts),
             )  # fmt: skip
             loss.backward()
         clock("forward, backward")

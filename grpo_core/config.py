@@ -6,13 +6,13 @@ GSPO (2507.18071), CISPO (2506.13585).
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Literal
 
 from eval.config import DecontaminateConfig, EvalConfig, PassRateConfig
 from gen.config import GenerateConfig
 from gen.engine import ENGINES
-from grpo_core.loss import LOSS_TYPES, check_options
+from grpo_core.loss import LOSS_TYPES, Objective
 from sft_core.config import (
     ModelConfig,
     ScriptArguments,
@@ -125,7 +125,7 @@ class GRPOConfig(TrainingConfig):
                 "advantage compares the completions of a group.")  # fmt: skip
         require(self.num_generations_eval is None or self.num_generations_eval >= 1,
                 f"num_generations_eval must be at least 1, got {self.num_generations_eval}.")  # fmt: skip
-        check_options(**self.objective())
+        self.objective()  # checks its options
         require(self.engine != "torch" or self.vllm_tensor_parallel_size == 1,
                 "engine torch has no tensor parallelism: leave out --vllm_tensor_parallel_size.")  # fmt: skip
         require(self.reward_timeout > 0, f"reward_timeout must be above 0 seconds, got {self.reward_timeout}.")
@@ -157,11 +157,9 @@ class GRPOConfig(TrainingConfig):
         completions = self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
         return math.ceil(completions / self.num_generations)
 
-    def objective(self) -> dict[str, Any]:
-        """The keyword arguments of `loss.policy_loss` that are options of the run."""
-        names = ("loss_type", "epsilon", "epsilon_high", "delta", "beta", "importance_sampling_level",
-                 "max_completion_length", "sampler_ratio_cap")  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+    def objective(self) -> Objective:
+        """What `grpo_core.loss` is told of these options."""
+        return Objective(**{field.name: getattr(self, field.name) for field in fields(Objective)})
 
 
 def option_tables() -> str:

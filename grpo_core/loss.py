@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,66 +32,88 @@ LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo")
 Metrics = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Objective:
+    """Which objective, by the names of the command line. ValueError for options that contradict each other."""
+
+    loss_type: str = "grpo"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None  # epsilon; must be given for "cispo", which has no other bound
+    delta: float | None = None
+    beta: float = 0.0
+    importance_sampling_level: str = "token"
+    max_completion_length: int | None = None
+    sampler_ratio_cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        cispo, level, high = self.loss_type == "cispo", self.importance_sampling_level, self.epsilon_high
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
+        if level not in ("token", "sequence"):
+            raise ValueError(f"importance_sampling_level must be token or sequence, got {level!r}")
+        if not 0 <= self.epsilon < math.inf or (high is not None and not 0 <= high < math.inf):
+            raise ValueError(f"epsilon and epsilon_high must be finite and >= 0, got {self.epsilon} and {high}")
+        if not self.beta >= 0:
+            raise ValueError(f"beta must be >= 0, got {self.beta}")
+        if not self.sampler_ratio_cap > 0:
+            raise ValueError(f"sampler_ratio_cap must be > 0 (inf for no cap), got {self.sampler_ratio_cap}")
+        if cispo and high is None:
+            raise ValueError("loss_type=cispo needs epsilon_high, its cap on the ratio (the paper's is 5.0)")
+        if cispo and self.delta is not None:
+            raise ValueError("delta does not apply to loss_type=cispo, whose cap is epsilon_high: leave delta out")
+        if self.delta is not None and not self.delta > 1:
+            raise ValueError(f"delta caps the ratio and must be > 1 (best above 1 + epsilon_high), got {self.delta}")
+        if self.loss_type == "dr_grpo" and (self.max_completion_length is None or self.max_completion_length < 1):
+            raise ValueError("loss_type=dr_grpo needs max_completion_length >= 1: it divides by that constant length")
+
+    @property
+    def high(self) -> float:
+        """How far above 1 a ratio may go; of "cispo" the largest ratio itself."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def by_token(self) -> bool:
+        """Whether a token's loss is its own affair."""
+        return self.importance_sampling_level == "token"
+
+
 def policy_loss(
     logps: Tensor,  # [N] the policy's, with gradient: completion tokens of whole sequences, packed
     old_logps: Tensor,  # [N]
     advantages: Tensor,  # [S]
     sequence_ids: Tensor,  # [N] int64 in 0..S-1
+    objective: Objective,
     *,
     num_tokens: int | Tensor,
     num_sequences: int | Tensor,
     ref_logps: Tensor | None = None,  # [N]
     sampler_logps: Tensor | None = None,  # [N]
-    loss_type: str = "grpo",
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-    beta: float = 0.0,
-    importance_sampling_level: str = "token",
-    max_completion_length: int | None = None,
-    sampler_ratio_cap: float = 2.0,
 ) -> tuple[Tensor, Metrics]:  # [], name -> []
     """This micro-batch's share of the step's loss, and of its metrics.
 
     `num_tokens` and `num_sequences` are the optimizer step's totals over all ranks. `ref_logps` are needed with
-    beta > 0 and unused without; `sampler_logps` turn on the correction of the sampler's mismatch. `epsilon_high`
-    defaults to `epsilon`; for "cispo", which has no other bound, it must be given. Sequences may be empty.
-
-    Nothing here waits for the device. Raises ValueError for options that do not exist or contradict each other.
+    beta > 0 and unused without; `sampler_logps` turn on the correction of the sampler's mismatch. Sequences may be
+    empty. Nothing here waits for the device.
     """
-    check_options(
-        loss_type=loss_type, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta, beta=beta,
-        importance_sampling_level=importance_sampling_level, max_completion_length=max_completion_length,
-        sampler_ratio_cap=sampler_ratio_cap,
-    )  # fmt: skip
-    count = advantages.shape[0]
-    lengths = sequence_lengths(sequence_ids, count)
+    lengths = sequence_lengths(sequence_ids, advantages.shape[0])
     token_advantages = advantages.to(logps.dtype)[sequence_ids]  # [N]
     log_ratios = logps - old_logps.detach()
-    if importance_sampling_level == "sequence":
+    if not objective.by_token:
         log_ratios = sequence_mean(log_ratios, sequence_ids, lengths)[sequence_ids]
-    objective = token_objective(
-        logps, log_ratios, token_advantages, old_logps=old_logps, ref_logps=ref_logps, sampler_logps=sampler_logps,
-        loss_type=loss_type, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta, beta=beta,
-        sampler_ratio_cap=sampler_ratio_cap,
-    )  # fmt: skip
-    weights = aggregation_weights(
-        sequence_ids, lengths, loss_type=loss_type, num_tokens=num_tokens, num_sequences=num_sequences,
-        max_completion_length=max_completion_length,
-    )  # fmt: skip
-    loss = (weights.to(objective.dtype) * objective).sum()
+    others: dict[str, Any] = {"old_logps": old_logps, "ref_logps": ref_logps, "sampler_logps": sampler_logps}
+    totals = {"num_tokens": num_tokens, "num_sequences": num_sequences}
+    losses = token_objective(logps, log_ratios, token_advantages, objective, **others)
+    weights = aggregation_weights(sequence_ids, lengths, objective, **totals)
     metrics = loss_metrics(
-        logps, log_ratios, token_advantages, sequence_ids, lengths, old_logps=old_logps,
-        ref_logps=ref_logps if beta else None, sampler_logps=sampler_logps, num_tokens=num_tokens,
-        num_sequences=num_sequences, loss_type=loss_type, epsilon=epsilon, epsilon_high=epsilon_high,
-        importance_sampling_level=importance_sampling_level, sampler_ratio_cap=sampler_ratio_cap,
+        logps, log_ratios, token_advantages, sequence_ids, lengths, objective, **others, **totals
     )  # fmt: skip
-    return loss, metrics
+    return (weights.to(losses.dtype) * losses).sum(), metrics
 
 
 def token_loss(
     advantages: Tensor,  # [S]
     sequence_ids: Tensor,  # [N] int64 in 0..S-1
+    objective: Objective,  # by token
     *,
     num_tokens: int | Tensor,
     num_sequences: int | Tensor,
@@ -98,27 +121,26 @@ def token_loss(
     ref_logps: Tensor | None = None,  # [N]
     sampler_logps: Tensor | None = None,  # [N]
     entropy_coef: float = 0.0,
-    loss_type: str = "grpo",
-    max_completion_length: int | None = None,
-    **options: Any,
 ) -> Callable[[Tensor, Tensor, Tensor | slice], Tensor]:
     """(logps [C], entropies [C], which of the N) -> losses [C], whose sum over all N is `policy_loss` less its metrics,
-    plus `entropy_bonus`. Only for importance_sampling_level "token", where a token's loss is its own affair.
+    plus `entropy_bonus`.
     """
+    lengths = sequence_lengths(sequence_ids, advantages.shape[0])
     weights = aggregation_weights(
-        sequence_ids, sequence_lengths(sequence_ids, advantages.shape[0]), loss_type=loss_type, num_tokens=num_tokens,
-        num_sequences=num_sequences, max_completion_length=max_completion_length,
+        sequence_ids, lengths, objective, num_tokens=num_tokens, num_sequences=num_sequences
     )  # fmt: skip
     entropy_weight = entropy_coef / _at_least_one(num_tokens)
 
     def losses(logps: Tensor, entropies: Tensor, rows: Tensor | slice) -> Tensor:
+        def of_rows(given: Tensor | None) -> Tensor | None:
+            return None if given is None else given[rows]
+
         old = logps.detach() if old_logps is None else old_logps[rows].detach()
-        objective = token_objective(
-            logps, logps - old, advantages.to(logps.dtype)[sequence_ids[rows]], old_logps=old,
-            ref_logps=None if ref_logps is None else ref_logps[rows],
-            sampler_logps=None if sampler_logps is None else sampler_logps[rows], loss_type=loss_type, **options,
+        values = token_objective(
+            logps, logps - old, advantages.to(logps.dtype)[sequence_ids[rows]], objective, old_logps=old,
+            ref_logps=of_rows(ref_logps), sampler_logps=of_rows(sampler_logps),
         )  # fmt: skip
-        weighted = weights[rows].to(objective.dtype) * objective
+        weighted = weights[rows].to(values.dtype) * values
         return weighted - entropy_weight * entropies if entropy_coef else weighted
 
     return losses
@@ -128,16 +150,11 @@ def token_objective(
     logps: Tensor,  # [C] with gradient
     log_ratios: Tensor,  # [C] logps - old_logps, or the sequence's mean of it
     advantages: Tensor,  # [C] of each token's sequence
+    objective: Objective,
     *,
-    old_logps: Tensor | None = None,  # [C]
+    old_logps: Tensor,  # [C]
     ref_logps: Tensor | None = None,  # [C]
     sampler_logps: Tensor | None = None,  # [C]
-    loss_type: str = "grpo",
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-    beta: float = 0.0,
-    sampler_ratio_cap: float = 2.0,
 ) -> Tensor:  # [C]
     """What each token adds to the loss before its weight: rho * policy term + beta * KL. To be minimised.
 
@@ -147,32 +164,28 @@ def token_objective(
     KL             exp(ref - logp) - (ref - logp) - 1, never multiplied by rho
     """
     ratios = log_ratios.exp()
-    high = epsilon if epsilon_high is None else epsilon_high
-    if loss_type == "cispo":
-        objective = -ratios.detach().clamp(max=high) * advantages * logps
+    if objective.loss_type == "cispo":
+        losses = -ratios.detach().clamp(max=objective.high) * advantages * logps
     else:
-        clipped = ratios.clamp(1 - epsilon, 1 + high)
-        unclipped = ratios if delta is None else ratios.clamp(max=delta)
-        objective = -torch.min(unclipped * advantages, clipped * advantages)
+        clipped = ratios.clamp(1 - objective.epsilon, 1 + objective.high)
+        unclipped = ratios if objective.delta is None else ratios.clamp(max=objective.delta)
+        losses = -torch.min(unclipped * advantages, clipped * advantages)
     if sampler_logps is not None:
-        if old_logps is None:
-            raise ValueError("sampler_logps correct old_logps: pass both")
-        objective = objective * sampler_ratios(old_logps, sampler_logps, sampler_ratio_cap)
-    if beta:
+        losses = losses * sampler_ratios(old_logps, sampler_logps, objective.sampler_ratio_cap)
+    if objective.beta:
         if ref_logps is None:
-            raise ValueError(f"beta={beta} needs ref_logps, the reference model's log-probs")
-        objective = objective + beta * kl_divergence(logps, ref_logps)
-    return objective
+            raise ValueError(f"beta={objective.beta} needs ref_logps, the reference model's log-probs")
+        losses = losses + objective.beta * kl_divergence(logps, ref_logps)
+    return losses
 
 
 def aggregation_weights(
     sequence_ids: Tensor,  # [N]
     lengths: Tensor,  # [S] each sequence's whole length
+    objective: Objective,
     *,
-    loss_type: str,
     num_tokens: int | Tensor,
     num_sequences: int | Tensor,
-    max_completion_length: int | None = None,
 ) -> Tensor:  # [N] float64
     """What each token counts, from the totals of the whole optimizer step over all ranks.
 
@@ -180,11 +193,11 @@ def aggregation_weights(
     dapo, bnpo, cispo  1 / num_tokens
     dr_grpo            1 / (num_sequences * max_completion_length)
     """
-    if loss_type == "grpo":
+    if objective.loss_type == "grpo":
         return 1 / (_at_least_one(num_sequences) * lengths[sequence_ids].double())
-    if loss_type == "dr_grpo":
-        assert max_completion_length is not None
-        denominator = _at_least_one(num_sequences) * max_completion_length
+    if objective.loss_type == "dr_grpo":
+        assert objective.max_completion_length is not None
+        denominator = _at_least_one(num_sequences) * objective.max_completion_length
     else:
         denominator = _at_least_one(num_tokens)
     return torch.ones_like(sequence_ids, dtype=torch.float64) / denominator
@@ -226,17 +239,13 @@ def loss_metrics(
     advantages: Tensor,  # [N]
     sequence_ids: Tensor,  # [N]
     lengths: Tensor,  # [S]
+    objective: Objective,
     *,
     num_tokens: int | Tensor,
     num_sequences: int | Tensor,
-    old_logps: Tensor | None = None,
-    ref_logps: Tensor | None = None,
-    sampler_logps: Tensor | None = None,
-    loss_type: str = "grpo",
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    importance_sampling_level: str = "token",
-    sampler_ratio_cap: float = 2.0,
+    old_logps: Tensor,  # [N]
+    ref_logps: Tensor | None = None,  # [N]
+    sampler_logps: Tensor | None = None,  # [N]
 ) -> Metrics:
     """TRL's names and definitions, each already divided by the step's total, so that shares add up (`merge_metrics`).
 
@@ -245,32 +254,32 @@ def loss_metrics(
     high_max are the least and greatest such fraction within one sequence.
     """
     metrics: Metrics = {}
-    if ref_logps is not None:
+    if objective.beta and ref_logps is not None:
         metrics["kl"] = kl_divergence(logps, ref_logps).sum() / _at_least_one(num_tokens)
-    if sampler_logps is not None and old_logps is not None:
-        rho = sampler_ratios(old_logps, sampler_logps, sampler_ratio_cap)
+    if sampler_logps is not None:
+        cap = objective.sampler_ratio_cap
+        rho = sampler_ratios(old_logps, sampler_logps, cap)
         name = "sampling/importance_sampling_ratio"
         metrics[f"{name}/mean"] = rho.sum() / _at_least_one(num_tokens)
         # With a neutral element, for a micro-batch without tokens: rho lies in [0, cap].
-        metrics[f"{name}/min"] = torch.cat([rho, rho.new_full((1,), sampler_ratio_cap)]).min()
+        metrics[f"{name}/min"] = torch.cat([rho, rho.new_full((1,), cap)]).min()
         metrics[f"{name}/max"] = torch.cat([rho, rho.new_zeros(1)]).max()
 
     def per_sequence(flags: Tensor) -> Tensor:  # [N] bool -> [S]
         return sequence_mean(flags.to(logps.dtype), sequence_ids, lengths)
 
     def mean(flags: Tensor) -> Tensor:  # [N] bool -> []
-        if importance_sampling_level == "token":
+        if objective.by_token:
             return flags.to(logps.dtype).sum() / _at_least_one(num_tokens)
         # In float32 as TRL counts sequences, else its figures would not be met to 1e-10.
         return per_sequence(flags).float().sum() / _at_least_one(num_sequences)
 
     ratios = log_ratios.exp()
-    high_bound = epsilon if epsilon_high is None else epsilon_high
-    if loss_type == "cispo":
-        metrics["cispo_clip_ratio"] = mean((ratios > high_bound) & (advantages > 0))
+    if objective.loss_type == "cispo":
+        metrics["cispo_clip_ratio"] = mean((ratios > objective.high) & (advantages > 0))
         return metrics
-    low = (ratios < 1 - epsilon) & (advantages < 0)
-    high = (ratios > 1 + high_bound) & (advantages > 0)
+    low = (ratios < 1 - objective.epsilon) & (advantages < 0)
+    high = (ratios > 1 + objective.high) & (advantages > 0)
     metrics["clip_ratio/low_mean"] = mean(low)
     metrics["clip_ratio/high_mean"] = mean(high)
     metrics["clip_ratio/region_mean"] = mean(low | high)
@@ -290,38 +299,6 @@ def merge_metrics(parts: Sequence[Metrics]) -> Metrics:
         reduce = torch.amin if name.endswith("min") else torch.amax if name.endswith("max") else torch.sum
         merged[name] = reduce(values)
     return merged
-
-
-def check_options(
-    *,
-    loss_type: str = "grpo",
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-    beta: float = 0.0,
-    importance_sampling_level: str = "token",
-    max_completion_length: int | None = None,
-    sampler_ratio_cap: float = 2.0,
-) -> None:
-    """ValueError, with the remedy, for options of the objective that do not exist or contradict each other."""
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
-    if importance_sampling_level not in ("token", "sequence"):
-        raise ValueError(f"importance_sampling_level must be token or sequence, got {importance_sampling_level!r}")
-    if not 0 <= epsilon < math.inf or (epsilon_high is not None and not 0 <= epsilon_high < math.inf):
-        raise ValueError(f"epsilon and epsilon_high must be finite and >= 0, got {epsilon} and {epsilon_high}")
-    if not beta >= 0:
-        raise ValueError(f"beta must be >= 0, got {beta}")
-    if not sampler_ratio_cap > 0:
-        raise ValueError(f"sampler_ratio_cap must be > 0 (inf for no cap), got {sampler_ratio_cap}")
-    if loss_type == "cispo" and epsilon_high is None:
-        raise ValueError("loss_type=cispo needs epsilon_high, its cap on the ratio (the paper's is 5.0)")
-    if loss_type == "cispo" and delta is not None:
-        raise ValueError("delta does not apply to loss_type=cispo, whose cap is epsilon_high: leave delta out")
-    if delta is not None and not delta > 1:
-        raise ValueError(f"delta caps the ratio and must be > 1 (best above 1 + epsilon_high), got {delta}")
-    if loss_type == "dr_grpo" and (max_completion_length is None or max_completion_length < 1):
-        raise ValueError("loss_type=dr_grpo needs max_completion_length >= 1: it divides by that constant length")
 
 
 def _at_least_one(count: int | Tensor) -> int | Tensor:

@@ -244,25 +244,22 @@ def update(
     `old_logps` are the very log-probs that are trained, so the ratio is 1 and no extra pass is made. All ranks have as
     many micro-batches and make the same passes.
     """
+    objective, coef = config.objective(), config.entropy_coef
     parts: list[dict[str, Tensor]] = []
     for batch in micro_batches:
         n, ids = len(batch.positions), batch.sequences.sequence_ids[: len(batch.positions)]  # 0 in an idle pass
         if reference is not None and batch.ref_logps is None:
             with torch.no_grad():
                 batch.ref_logps = reference(batch.sequences, config.temperature)[0][:n]
-        options = config.objective() | {
+        given = {
             "num_tokens": counts.num_tokens, "num_sequences": counts.num_sequences, "ref_logps": batch.ref_logps,
             "sampler_logps": batch.sampler_logps if config.old_logps == "policy" else None,
         }  # fmt: skip
         if batch.old_logps is None and config.old_logps == "sampler":
             batch.old_logps = batch.sampler_logps
-        by_token = config.importance_sampling_level == "token"
-        if by_token:  # the head takes the loss with it, in one sweep
-            needed = None if config.beta or config.entropy_coef else batch.active
-            losses = token_loss(
-                batch.advantages, ids, old_logps=batch.old_logps, entropy_coef=config.entropy_coef,
-                **{name: value for name, value in options.items() if name != "importance_sampling_level"},
-            )  # fmt: skip
+        if objective.by_token:  # the head takes the loss with it, in one sweep
+            needed = None if config.beta or coef else batch.active
+            losses = token_loss(batch.advantages, ids, objective, old_logps=batch.old_logps, entropy_coef=coef, **given)
             loss, logps, entropies, _ = policy(
                 batch.sequences, config.temperature, losses if n else _nothing, active=needed
             )
@@ -274,9 +271,9 @@ def update(
             gap = {f"gap/{name}": value for name, value in stats.items()}
         if batch.old_logps is None:
             batch.old_logps = scored.detach()
-        whole, metrics = policy_loss(scored, batch.old_logps, batch.advantages, ids, **options)
-        if not by_token:
-            bonus = entropy_bonus(entropies[:n], counts.num_tokens, config.entropy_coef) if config.entropy_coef else 0.0
+        whole, metrics = policy_loss(scored, batch.old_logps, batch.advantages, ids, objective, **given)
+        if not objective.by_token:
+            bonus = entropy_bonus(entropies[:n], counts.num_tokens, coef) if coef else 0.0
             loss = whole + bonus + 0.0 * logps.sum()
         loss.backward()
         entropy = entropies.detach()[:n].sum() / max(1, counts.num_tokens)

@@ -1,17 +1,16 @@
 """grpo_core.loss: TRL's numbers, hand-computed cases, a loop-written NumPy transcription, gradcheck, additivity."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from grpo_core.loss import LOSS_TYPES, aggregation_weights, entropy_bonus, merge_metrics, policy_loss
+from grpo_core.loss import LOSS_TYPES, Objective, aggregation_weights, entropy_bonus, merge_metrics, policy_loss
 
 CASES = Path(__file__).parents[3] / "shared" / "reference" / "trl_grpo_losses.json"
 
@@ -37,16 +36,13 @@ def test_equals_trl(index):
         pack(inputs["old_logps"]),
         double(inputs["advantages"]),
         torch.repeat_interleave(torch.tensor(lengths)),
+        Objective(
+            epsilon=case["epsilon_low"],
+            **{name: case[name] for name in (field.name for field in fields(Objective)) if name in case},
+        ),
         num_tokens=sum(lengths),
         num_sequences=len(lengths),
         ref_logps=pack(inputs["ref_logps"]),
-        loss_type=case["loss_type"],
-        epsilon=case["epsilon_low"],
-        epsilon_high=case["epsilon_high"],
-        delta=case["delta"],
-        beta=case["beta"],
-        importance_sampling_level=case["importance_sampling_level"],
-        max_completion_length=case["max_completion_length"],
     )
     loss.backward()
     assert loss.item() == pytest.approx(recorded[index]["loss"], rel=0, abs=1e-10)
@@ -90,7 +86,7 @@ TOTALS = {"num_tokens": 3, "num_sequences": 2}
 )
 def test_by_hand(options, loss, grad):
     logps = (RATIOS.log() + OLD).requires_grad_()
-    got, _ = policy_loss(logps, OLD, ADVANTAGES, IDS, **TOTALS, **options)
+    got, _ = policy_loss(logps, OLD, ADVANTAGES, IDS, Objective(**options), **TOTALS)
     got.backward()
     assert got.item() == pytest.approx(loss, abs=1e-12)
     torch.testing.assert_close(logps.grad, double(grad), rtol=0, atol=1e-12)
@@ -100,8 +96,8 @@ def test_by_hand_delta_caps_bad_tokens():
     """A ratio of 3 on a bad token costs 3 without delta and 1.5, without gradient, with delta 1.5."""
     for delta, cost, slope in ((None, 3.0, 3.0), (1.5, 1.5, 0.0)):
         logps = double([math.log(3.0)]).requires_grad_()
-        loss, _ = policy_loss(logps, double([0.0]), double([-1.0]), torch.tensor([0]), num_tokens=1, num_sequences=1,
-                              delta=delta)  # fmt: skip
+        loss, _ = policy_loss(logps, double([0.0]), double([-1.0]), torch.tensor([0]), Objective(delta=delta),
+                              num_tokens=1, num_sequences=1)  # fmt: skip
         loss.backward()
         assert loss.item() == pytest.approx(cost) and logps.grad.item() == pytest.approx(slope)
 
@@ -110,7 +106,7 @@ def test_by_hand_sampler_ratio_and_kl():
     """rho = e^0.5 and (capped) 2 on the policy term; KL = e^d - d - 1 with d = ref - logp = -0.5, untouched by rho."""
     logps = double([-1.0, -1.0]).requires_grad_()
     loss, metrics = policy_loss(
-        logps, logps.detach(), double([1.0]), torch.tensor([0, 0]), num_tokens=2, num_sequences=1, beta=0.1,
+        logps, logps.detach(), double([1.0]), torch.tensor([0, 0]), Objective(beta=0.1), num_tokens=2, num_sequences=1,
         ref_logps=double([-1.5, -1.5]), sampler_logps=double([-1.5, -9.0]),
     )  # fmt: skip
     loss.backward()
@@ -125,7 +121,7 @@ def test_by_hand_sampler_ratio_and_kl():
 
 
 def test_by_hand_clip_metrics():
-    _, metrics = policy_loss(RATIOS.log() + OLD, OLD, ADVANTAGES, IDS, **TOTALS)
+    _, metrics = policy_loss(RATIOS.log() + OLD, OLD, ADVANTAGES, IDS, Objective(), **TOTALS)
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
         {
             "clip_ratio/low_mean": 1 / 3,  # token 2: r 0.5, A < 0; token 1 has r 0.5 too, but A > 0
@@ -135,7 +131,8 @@ def test_by_hand_clip_metrics():
             "clip_ratio/high_max": 0.5,
         }
     )
-    _, metrics = policy_loss(RATIOS.log() + OLD, OLD, ADVANTAGES, IDS, **TOTALS, loss_type="cispo", epsilon_high=1.4)
+    cispo = Objective(loss_type="cispo", epsilon_high=1.4)
+    _, metrics = policy_loss(RATIOS.log() + OLD, OLD, ADVANTAGES, IDS, cispo, **TOTALS)
     assert metrics["cispo_clip_ratio"].item() == pytest.approx(1 / 3)
 
 
@@ -194,16 +191,18 @@ def test_equals_the_loop_written_transcription(loss_type, level, delta, beta, co
     options = {
         "loss_type": loss_type, "importance_sampling_level": level, "delta": delta, "beta": beta, "epsilon": 0.2,
         "epsilon_high": high, "max_completion_length": 9, "sampler_ratio_cap": 1.3,
-        "ref_logps": logps + rng.normal(0, 0.3, len(ids)),
-        "sampler_logps": old + rng.normal(0, 0.4, len(ids)) if corrected else None,
     }  # fmt: skip
-    want_loss, want_grad = transcription(logps, old, advantages, ids, (31, 8), options)
+    others = {"ref_logps": logps + rng.normal(0, 0.3, len(ids)), "sampler_logps": None}
+    if corrected:
+        others["sampler_logps"] = old + rng.normal(0, 0.4, len(ids))
+    want_loss, want_grad = transcription(logps, old, advantages, ids, (31, 8), options | others)
 
     ours = torch.tensor(logps, requires_grad=True)
-    tensors = {name: torch.tensor(value) if isinstance(value, np.ndarray) else value for name, value in options.items()}
+    tensors = {name: None if value is None else torch.tensor(value) for name, value in others.items()}
     loss, _ = policy_loss(
-        ours, torch.tensor(old), torch.tensor(advantages), torch.tensor(ids), num_tokens=31, num_sequences=8, **tensors
-    )
+        ours, torch.tensor(old), torch.tensor(advantages), torch.tensor(ids), Objective(**options), num_tokens=31,
+        num_sequences=8, **tensors,
+    )  # fmt: skip
     loss.backward()
     assert loss.item() == pytest.approx(want_loss, rel=1e-12, abs=1e-12)
     np.testing.assert_allclose(ours.grad.numpy(), want_grad, rtol=1e-10, atol=1e-12)
@@ -229,10 +228,10 @@ def batch(seed=0, lengths=(3, 1, 4, 2, 5)):
 def test_gradcheck(loss_type, level):
     tensors = batch()
     logps = tensors.pop("logps").requires_grad_()
+    objective = Objective(loss_type, delta=1.6, beta=0.1, importance_sampling_level=level, max_completion_length=6)
 
     def loss(logps):
-        return policy_loss(logps, **tensors, num_tokens=15, num_sequences=5, loss_type=loss_type, beta=0.1,
-                           importance_sampling_level=level, max_completion_length=6, delta=1.6)[0]  # fmt: skip
+        return policy_loss(logps, **tensors, objective=objective, num_tokens=15, num_sequences=5)[0]
 
     assert torch.autograd.gradcheck(loss, logps)
 
@@ -242,11 +241,11 @@ def test_gradcheck(loss_type, level):
 def test_any_split_of_the_sequences_adds_up(loss_type, level):
     """Loss, gradient and metrics of {0, 3}, {} and {4, 1, 2} are those of the whole."""
     tensors = batch()
-    options = {
-        "num_tokens": torch.tensor(15), "num_sequences": torch.tensor(5), "loss_type": loss_type, "beta": 0.04,
-        "epsilon_high": 1.2 if loss_type == "cispo" else None, "importance_sampling_level": level,
-        "max_completion_length": 6,
-    }  # fmt: skip
+    high = 1.2 if loss_type == "cispo" else None
+    objective = Objective(
+        loss_type, epsilon_high=high, beta=0.04, importance_sampling_level=level, max_completion_length=6
+    )
+    options = {"objective": objective, "num_tokens": torch.tensor(15), "num_sequences": torch.tensor(5)}
     whole = tensors["logps"].clone().requires_grad_()
     loss, metrics = policy_loss(**{**tensors, "logps": whole}, **options)
     loss.backward()
@@ -276,17 +275,15 @@ def test_any_split_of_the_sequences_adds_up(loss_type, level):
 def test_on_policy_the_gradient_is_the_policy_gradient():
     """r = 1 by construction: nothing clips, and dloss/dlogp = -weight * A for every loss type."""
     tensors = batch()
+    advantages, ids = tensors["advantages"], tensors["sequence_ids"]
     for loss_type in LOSS_TYPES:
         logps = tensors["logps"].clone().requires_grad_()
-        options = {"loss_type": loss_type, "epsilon_high": 5.0, "max_completion_length": 6}
+        objective = Objective(loss_type, epsilon_high=5.0, max_completion_length=6)
         totals = {"num_tokens": 15, "num_sequences": 5}
-        loss, metrics = policy_loss(
-            logps, logps.detach(), tensors["advantages"], tensors["sequence_ids"], **totals, **options
-        )
+        loss, metrics = policy_loss(logps, logps.detach(), advantages, ids, objective, **totals)
         loss.backward()
-        ids = tensors["sequence_ids"]
-        weights = aggregation_weights(ids, torch.bincount(ids), loss_type=loss_type, max_completion_length=6, **totals)
-        torch.testing.assert_close(logps.grad, -weights * tensors["advantages"][ids])
+        weights = aggregation_weights(ids, torch.bincount(ids), objective, **totals)
+        torch.testing.assert_close(logps.grad, -weights * advantages[ids])
         assert not any(value.any() for value in metrics.values())
 
 
@@ -294,7 +291,7 @@ def test_metrics_are_detached_and_float32_in_gives_float32_out():
     tensors = {name: value.float() if value.is_floating_point() else value for name, value in batch().items()}
     tensors["advantages"] = tensors["advantages"].double()  # as group_advantages gives them
     tensors["logps"].requires_grad_()
-    loss, metrics = policy_loss(**tensors, num_tokens=15, num_sequences=5, beta=0.1)
+    loss, metrics = policy_loss(**tensors, objective=Objective(beta=0.1), num_tokens=15, num_sequences=5)
     assert loss.dtype == torch.float32 and loss.requires_grad
     assert not any(value.requires_grad for value in metrics.values())
 
@@ -305,8 +302,8 @@ def test_no_tokens_at_all(loss_type, sequences):
     """A pass made only to keep ranks in step: a loss of 0 that can be differentiated."""
     logps = torch.zeros(0, requires_grad=True)
     loss, _ = policy_loss(
-        logps, torch.zeros(0), torch.ones(sequences), torch.zeros(0, dtype=torch.int64), num_tokens=0,
-        num_sequences=sequences, loss_type=loss_type, epsilon_high=1.0, max_completion_length=4,
+        logps, torch.zeros(0), torch.ones(sequences), torch.zeros(0, dtype=torch.int64),
+        Objective(loss_type, epsilon_high=1.0, max_completion_length=4), num_tokens=0, num_sequences=sequences,
     )  # fmt: skip
     loss.backward()
     assert loss.item() == 0 and logps.grad.shape == (0,)
@@ -315,8 +312,9 @@ def test_no_tokens_at_all(loss_type, sequences):
 def test_an_empty_sequence_counts_only_in_num_sequences():
     tensors = batch()
     with_empty = {**tensors, "advantages": torch.cat([tensors["advantages"], double([3.0])])}
-    loss, metrics = policy_loss(**tensors, num_tokens=15, num_sequences=6)
-    loss_empty, metrics_empty = policy_loss(**with_empty, num_tokens=15, num_sequences=6)
+    options = {"objective": Objective(), "num_tokens": 15, "num_sequences": 6}
+    loss, metrics = policy_loss(**tensors, **options)
+    loss_empty, metrics_empty = policy_loss(**with_empty, **options)
     assert loss == loss_empty and metrics == metrics_empty
 
 
@@ -339,9 +337,13 @@ def test_entropy_bonus_is_additive():
         ({"epsilon": -0.1}, "epsilon"),
         ({"beta": -1.0}, "beta"),
         ({"sampler_ratio_cap": 0.0}, "sampler_ratio_cap"),
-        ({"beta": 0.1, "ref_logps": None}, "ref_logps"),
     ],
 )
 def test_refuses(options, names):
     with pytest.raises(ValueError, match=names):
-        policy_loss(**{**batch(), "num_tokens": 15, "num_sequences": 5, **options})
+        Objective(**options)
+
+
+def test_the_kl_needs_a_reference():
+    with pytest.raises(ValueError, match="ref_logps"):
+        policy_loss(**batch() | {"ref_logps": None}, objective=Objective(beta=0.1), num_tokens=15, num_sequences=5)

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels.linear_logprob
 import kernels.linear_loss
-from grpo_core.loss import entropy_bonus, policy_loss, token_loss
+from grpo_core.loss import Objective, entropy_bonus, policy_loss, token_loss
 from kernels import reference
 from kernels.linear_logprob import linear_logprob
 from kernels.linear_loss import linear_loss
@@ -179,12 +179,13 @@ def test_the_objective_chunk_by_chunk_is_policy_loss(name):
     totals = {"num_tokens": 40, "num_sequences": 6}
     entropy_coef, on_policy = options.pop("entropy_coef", 0.0), options.pop("on_policy", False)
     totals |= {"ref_logps": ref, "sampler_logps": sampler if options.pop("sampler", False) else None}
+    objective = Objective(**options)
     losses = token_loss(
-        advantages, ids, old_logps=None if on_policy else old, entropy_coef=entropy_coef, **totals, **options
+        advantages, ids, objective, old_logps=None if on_policy else old, entropy_coef=entropy_coef, **totals
     )
     ours = gradients(linear_loss, (hidden, weight, targets), losses, chunk_size=5)
     logps, entropies, _ = reference.linear_logprob(hidden, weight, targets)
-    loss, _ = policy_loss(logps, logps.detach() if on_policy else old, advantages, ids, **totals, **options)
+    loss, _ = policy_loss(logps, logps.detach() if on_policy else old, advantages, ids, objective, **totals)
     loss = loss + entropy_bonus(entropies, 40, entropy_coef)
     torch.testing.assert_close(ours[0], loss.detach(), rtol=1e-12, atol=1e-12)
     for got, want in zip(ours[1:3], torch.autograd.grad(3.0 * loss, (hidden, weight)), strict=True):
