@@ -15,6 +15,7 @@ from random import Random
 import pyarrow.parquet as pq
 import pytest
 
+import gen.client
 from gen.config import GenerateConfig, join_urls
 from gen.engine import make_engine
 from gen.generate import build_distilabel_pipeline
@@ -147,10 +148,14 @@ def test_a_dead_engine_behind_a_living_front_costs_few_prompts(server, data, tmp
     assert [row["generation"] for row in rows(tmp_path / "out")] == expected()
 
 
+def rest_shortly() -> None:
+    gen.client.LONGEST_WAIT = 1.0
+
+
 def test_prompts_that_keep_failing_are_asked_again_by_the_same_command(server, data, tmp_path):
     bad = {"Say 5.", "Say 6.", *(f"Say {i}." for i in range(16, 24))}
     server.behave = lambda number, request: 500 if request["messages"][0]["content"] in bad else "ok"
-    code, log = generate(server.url, data, tmp_path / "out", retries=1)
+    code, log = generate(server.url, data, tmp_path / "out", retries=1, fault=rest_shortly)
     assert code == 0 and "failed prompts          10" in log, log
     failed = [json.loads(line) for line in (tmp_path / "out" / "failed.jsonl").read_text().splitlines()]
     assert sorted(line["position"] for line in failed) == [5, 6, *range(16, 24)]

@@ -96,26 +96,36 @@ def test_a_loss_that_is_not_finite_stops_every_rank_before_the_step(tiny_model, 
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-1"]
 
 
-def test_a_rank_that_hangs_ends_the_job(tiny_model, problems, tmp_path):
+RECORDED = dict(max_steps=4, num_iterations=2, beta=0.1, prompts_per_step=4, epsilon=0.01)  # KL and clipping in play
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny_model, problems, tmp_path_factory):
+    """The folder of a run that kept its rollouts beside it."""
+    folder = tmp_path_factory.mktemp("recorded") / "out"
+    argv = options(tiny_model, problems, folder, save_rollouts=folder.with_name("rollouts"), **RECORDED)
+    code, output = run(TRAIN, argv, folder.with_name("log"))
+    assert code == 0, output
+    return folder
+
+
+def test_a_rank_that_hangs_ends_the_job(tiny_model, problems, recorded, tmp_path):
     """Invariant 7: the watchdog of each rank prints all stacks and ends it."""
-    # The limit also covers the first scoring, whose workers import sympy: seconds, and many on a busy machine.
-    argv = options(tiny_model, problems, tmp_path / "out", ddp_timeout=45, prompts_per_step=4)
+    # A replay: what samples and scores may take long at first, on a busy machine.
+    more = RECORDED | dict(rollouts_from=recorded.with_name("rollouts"), ddp_timeout=15)
+    argv = options(tiny_model, problems, tmp_path / "out", **more)
     code, output = run(TRAIN, argv, tmp_path / "log", ranks=2, fault=faults.hang_on_the_last_rank, timeout=240)
     assert code != 0 and "in hang" in output, output
 
 
-def test_replay_is_bitwise_the_recorded_run(tiny_model, problems, tmp_path):
-    """Two updates a rollout, KL and clipping in play; then the same from the record, on two ranks too."""
-    more = dict(max_steps=4, num_iterations=2, beta=0.1, prompts_per_step=4, epsilon=0.01)
-    argv = options(tiny_model, problems, tmp_path / "out", save_rollouts=tmp_path / "rollouts", **more)
-    code, output = run(TRAIN, argv, tmp_path / "log")
-    assert code == 0, output
-    replay = options(tiny_model, problems, tmp_path / "again", rollouts_from=tmp_path / "rollouts", **more)
+def test_replay_is_bitwise_the_recorded_run(tiny_model, problems, recorded, tmp_path):
+    """Two updates a rollout; on one rank as it was recorded, and on two."""
+    replay = options(tiny_model, problems, tmp_path / "again", rollouts_from=recorded.with_name("rollouts"), **RECORDED)
     code, output = run(TRAIN, replay, tmp_path / "log2")
     assert code == 0, output
-    first, second = weights(tmp_path / "out"), weights(tmp_path / "again")
+    first, second = weights(recorded), weights(tmp_path / "again")
     assert all((first[name] == second[name]).all() for name in first)
-    rows, again = metrics(tmp_path / "out"), metrics(tmp_path / "again")
+    rows, again = metrics(recorded), metrics(tmp_path / "again")
     assert [row["loss"] for row in rows] == [row["loss"] for row in again]
     assert rows[1]["clip_ratio/region_mean"] > 0 == rows[0]["clip_ratio/region_mean"]
     assert rows[1]["kl"] > 0 and not math.isnan(rows[1]["loss"])
