@@ -18,7 +18,9 @@ class EvalConfig:
     temperature: float = option(0.6, "Sampling temperature; 0 takes the most likely token.")
     top_p: float = option(0.95, "Sample from the most likely tokens that reach this probability together.")
     max_new_tokens: int | None = option(None, "Longest answer in tokens; without it what the task says (32768).")
-    fit_context: bool = option(False, "Where a prompt and the longest answer exceed the context, cut answers shorter.")
+    fit_context: bool = option(
+        False, "Let answers end where the context does, if a prompt and the longest answer exceed it."
+    )
     system_prompt: str | None = option(None, "System message before each problem.")
     limit: int | None = option(None, "Only the first so many problems of each task.")
     seed: int = option(0, "Seed of the sampling.")

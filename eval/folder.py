@@ -36,6 +36,7 @@ class Work:
     docs: list[Doc]
     prompts: list[Any]  # token ids, or conversations for a server
     max_tokens: int
+    context: int  # tokens of a prompt with its answer
     folder: Path
 
     def batches(self, config: EvalConfig) -> list[tuple[Path, range]]:

@@ -125,7 +125,7 @@ def check_column(config: PassRateConfig, task: LightevalTaskConfig, rows: Datase
                     texts = [found] if isinstance(found, str) else found or []
                     samples += [{"problem": i, "sample": k, "completion": text} for k, text in enumerate(texts)]
                 there = [sample for sample in samples if sample["completion"] is not None]
-                check(Work(task, docs, [], 0, folder), there, pool)
+                check(Work(task, docs, [], 0, 0, folder), there, pool)
                 missing = {"score": None, "extracted": None, "error": MISSING}
                 write_rows(path, [
                     {"task": NAME} | missing | sample | {"problem": part.start + sample["problem"],

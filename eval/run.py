@@ -123,14 +123,14 @@ def prepare(
         docs = load_docs(task, elsewhere.get(task.name, task.hf_repo), config.limit)
         prompts = [make_prompt(tokenizer, doc.query, config.system_prompt) for doc in docs]
         longest, wanted = max(map(len, prompts)), config.max_new_tokens or task.generation_size
-        fits = positions - longest
-        if wanted > fits:
+        context = min(positions, longest + wanted)
+        if context < longest + wanted:
             sizes = f"{task.name}: {wanted} new tokens and the longest prompt ({longest}) exceed the {positions} tokens"
-            remedy = f"add --fit_context to cut answers at {fits}, or give --max_new_tokens"
-            remedy = remedy if fits > 0 else "use a model with a longer context"
-            require(config.fit_context and fits > 0, f"{sizes} of the model's context: {remedy}.")
-            print(f"{sizes} of the model's context: answers are cut at {fits}.", file=sys.stderr)
-        works.append(Work(task, docs, prompts, min(wanted, fits), task_folder(config.output_dir, task)))
+            remedy = "add --fit_context to let answers end with it, or give --max_new_tokens"
+            remedy = remedy if longest < positions else "use a model with a longer context"
+            require(config.fit_context and longest < positions, f"{sizes} of the model's context: {remedy}.")
+            print(f"{sizes} of the model's context: answers end with it.", file=sys.stderr)
+        works.append(Work(task, docs, prompts, wanted, context, task_folder(config.output_dir, task)))
     return works, tokenizer, stop_ids
 
 
@@ -212,7 +212,7 @@ def start_engine(config: EvalConfig, works: list[Work]) -> Engine:
     auto = "bfloat16" if torch.cuda.is_available() else "float32"
     return make_engine(
         config.engine, config.model, dtype=auto if config.dtype == "auto" else config.dtype, seed=config.seed,
-        max_model_len=max(max(map(len, work.prompts)) + work.max_tokens for work in works),
+        max_model_len=max(work.context for work in works),
         max_batch=min(config.batch_size, 512), tensor_parallel_size=config.tensor_parallel_size,
         gpu_memory_utilization=config.gpu_memory_utilization,
     )  # fmt: skip

@@ -65,8 +65,9 @@ class Engine(Protocol):
 
         `greedy` takes the most likely token (n must be 1); its log-probs are those at temperature 1, whatever
         `temperature` says. `top_p` below 1 samples from the fewest most likely tokens whose probabilities reach it;
-        log-probs are those among them. `ignore_stop` samples all `max_tokens`. Only `stop_ids` end a completion: the
-        model folder's own EOS and generation_config.json count for nothing here.
+        log-probs are those among them. `ignore_stop` samples all `max_tokens`. Only `stop_ids` end a completion, or
+        the end of the context, `max_model_len` tokens of prompt and completion; the model folder's own EOS and
+        generation_config.json count for nothing here.
 
         `finished(p, completions)` is called as soon as prompt p has all its completions, while others are sampled.
 
@@ -129,10 +130,10 @@ def check_request(
     longest = max((len(ids) for ids in prompts), default=1)
     if min((len(ids) for ids in prompts), default=1) < 1:
         raise ValueError("a prompt without tokens cannot be continued: start it with the beginning-of-text token")
-    if longest + max_tokens > max_model_len:
+    if longest >= max_model_len:
         raise ValueError(
-            f"the longest prompt ({longest} tokens) plus max_tokens ({max_tokens}) exceeds the engine's max_model_len "
-            f"({max_model_len}): raise max_model_len, or lower the prompt or completion limit"
+            f"the longest prompt ({longest} tokens) leaves no room in the engine's max_model_len ({max_model_len}): "
+            "raise max_model_len, or leave out such prompts"
         )
 
 

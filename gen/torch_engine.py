@@ -142,6 +142,7 @@ class TorchEngine:
         cache.batch_select_indices(expand)
         logits, mask, position = logits[expand], mask[expand], positions[expand, -1:]
 
+        room = self.max_model_len - mask.sum(-1)  # [B] tokens that the context has left
         tokens_of: list[list[int]] = [[] for _ in prompt_of_row]
         logps_of: list[list[float]] = [[] for _ in prompt_of_row]
         stopped = [False] * len(prompt_of_row)
@@ -155,6 +156,7 @@ class TorchEngine:
                 tokens_of[row].append(token)
                 logps_of[row].append(logp)
                 stopped[row] = end
+            ended |= room[alive] == t + 1
             if t + 1 == max_tokens or bool(ended.all()):
                 break
             if bool(ended.any()):

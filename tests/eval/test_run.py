@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from eval.run import main
 from tests import launch
@@ -241,14 +242,19 @@ def test_short_context_and_custom_tasks(tiny_model, data, tmp_path):
         "    def compute(self, doc, predictions):\n"
         "        return float(max(map(len, predictions)) < int(doc.choices[0]))\n"
         "def ask(line, task_name=None):\n"
-        "    return Doc(query=line['problem'], choices=['100000'], gold_index=0)\n"
+        "    query = line['problem'] + ' Well?' * int(line['answer'])\n"
+        "    return Doc(query=query, choices=['100000'], gold_index=0)\n"
         f"TASKS_TABLE = [LightevalTaskConfig('short', ask, {str(data)!r}, metric=[Short()], stop_sequence=['e'])]\n"
     )
     options = {"tasks": "short", "fit_context": True, "custom_tasks": tmp_path / "my_tasks.py", "limit": 3}
     argv = arguments(tiny_model, data, tmp_path / "out", max_new_tokens=1000, **options)
     code, log = launch.run("eval.run", argv, tmp_path / "log.txt")
-    assert code == 0 and "answers are cut at" in log, log
+    assert code == 0 and "answers end with it" in log, log
     result = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["short"]
     assert result["pass@1"] == 1.0 and result["samples"] == 6 and 24 < result["mean_length"] < 256
     rows = [r for f in (tmp_path / "out" / "details" / "short").glob("*.parquet") for r in pq.read_table(f).to_pylist()]
     assert not any("e" in row["completion"] for row in rows)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    prompts = [len(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]) for row in rows]
+    cut = [(prompt, row["length"]) for prompt, row in zip(prompts, rows, strict=True) if row["finish_reason"] != "stop"]
+    assert {prompt + length for prompt, length in cut} == {256} and len({length for _, length in cut}) > 1

@@ -141,7 +141,7 @@ def test_a_draw_of_zero_never_takes_an_impossible_token():
     [
         ({"n": 2, "greedy": True}, "set n=1"),
         ({"temperature": 0.0}, "greedy=True"),
-        ({"max_tokens": 125}, "raise max_model_len"),
+        ({"prompts": [[1] * 128, [1], [2], [3]]}, "raise max_model_len"),
         ({"seeds": [1]}, "one seed per prompt"),
         ({"prompts": [[], [1], [2], [3]]}, "without tokens"),
         ({"n": 0}, "at least 1"),
@@ -151,6 +151,16 @@ def test_a_draw_of_zero_never_takes_an_impossible_token():
 def test_bad_requests_name_the_remedy(engine, options, message):
     with pytest.raises(ValueError, match=message):
         sample(engine, **options)
+
+
+def test_the_end_of_the_context_ends_a_completion(engine):
+    """That of its own prompt, and no other's."""
+    prompts = [[9] * 120, PROMPTS[0]]
+    found = sample(engine, prompts, SEEDS[:2], max_tokens=20, stop_ids=())
+    assert [[(len(c.token_ids), c.finish_reason) for c in group] for group in found] == [
+        [(8, "length")] * 3, [(20, "length")] * 3]  # fmt: skip
+    [alone] = sample(engine, prompts[1:], SEEDS[1:2], max_tokens=20, stop_ids=())
+    assert [c.token_ids for c in found[1]] == [c.token_ids for c in alone]
 
 
 def test_no_prompts_give_no_groups(engine):

@@ -137,7 +137,10 @@ def check_single(folder: str) -> None:
         assert greedy.token_ids == logits.argmax(-1).tolist()
     many = [[(i * j) % 150 + 4 for j in range(100)] for i in range(60)]  # more prompt tokens than one batch holds
     assert worst_difference(model, sample(engine, many, list(range(60)), n=1), many) < 1e-3
-    expect_value_error("max_model_len", lambda: sample(engine, max_tokens=120))
+    cut = sample(engine, max_tokens=80, stop_ids=())  # the context of the long prompt's ends first
+    assert [{len(c.token_ids) for c in group} for group in cut] == [{80}, {128 - len(LONG)}, {80}, {80}]
+    assert {c.finish_reason for c in cut[1]} == {"length"}
+    expect_value_error("max_model_len", lambda: sample(engine, [[5] * 128], [1]))
     expect_value_error("n=1", lambda: sample(engine, greedy=True))
     assert sample(engine, [], []) == []
 
