@@ -6,10 +6,10 @@
 On a GPU both sample with vLLM in the trainer's process, with the same share of memory, and compute in bfloat16; TRL
 keeps its defaults but for gradient checkpointing, which is off on both sides. Without a GPU neither samples with vLLM
 (ours does with `--engine vllm`), and all is float32: `--prompts 4 --completions 8 --tokens 64` takes six minutes on two
-cores. Stop ids are ignored: every completion has --tokens tokens. A step is timed from the end of one optimizer step to the end of the next, all that lies
-between included. `outside`: the peak of what torch has allocated since vLLM started, less what vLLM allocated then;
-`device`: the most that was in use on the card at the end of a step. Each side has a process of its own, one after the
-other, --turns times. Options not known here go to grpo_core.train.
+cores. Stop ids are ignored: every completion has --tokens tokens. A step is timed from the end of one optimizer step to
+the end of the next, all that lies between included. `outside`: the peak of what torch has allocated since vLLM started,
+less what vLLM allocated then; `device`: the most that was in use on the card at the end of a step. Each side has a
+process of its own, one after the other, --turns times. Options not known here go to grpo_core.train.
 """
 
 import argparse
