@@ -112,7 +112,7 @@ def recorded(tiny_model, problems, tmp_path_factory):
 def test_a_rank_that_hangs_ends_the_job(tiny_model, problems, recorded, tmp_path):
     """Invariant 7: the watchdog of each rank prints all stacks and ends it."""
     # A replay: what samples and scores may take long at first, on a busy machine.
-    more = RECORDED | dict(rollouts_from=recorded.with_name("rollouts"), ddp_timeout=15)
+    more = RECORDED | dict(rollouts_from=recorded.with_name("rollouts"), ddp_timeout=20)
     argv = options(tiny_model, problems, tmp_path / "out", **more)
     code, output = run(TRAIN, argv, tmp_path / "log", ranks=2, fault=faults.hang_on_the_last_rank, timeout=240)
     assert code != 0 and "in hang" in output, output
