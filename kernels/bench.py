@@ -165,7 +165,7 @@ def table(shape: str, tokens: int, found: dict[str, Figures]) -> str:
     ]
     floor = found[FLOOR].ms if FLOOR in found else math.nan
     for name, f in found.items():
-        cells = [f"{f.ms:.2f}", f"{6e-9 * tokens * hidden * vocab / f.ms:.0f}", f"{f.ms / floor:.2f}",
+        cells = [f"{f.ms:.2f}", f"{6e-9 * tokens * hidden * vocab / f.ms:.4g}", f"{f.ms / floor:.2f}",
                  f"{f.peak:.2f}", f"{f.workspace:.2f}", *(f"{error:.1e}" for error in f.errors),
                  {True: "yes", False: "no", None: "-"}[f.repeats]]  # fmt: skip
         lines.append(f"| {name} | " + " | ".join([f.note or cells[0], *cells[1:]]).replace("nan", "-") + " |")
@@ -293,7 +293,8 @@ def main(argv: list[str] | None = None) -> None:
                 peak, workspace = extra_memory(partial(step, one_sweep), case)
                 growth[shape] = workspace - full[shape].get(OURS, Figures()).workspace
                 print(f"{OURS} at T={tokens}: {peak:.2f} GiB at the peak, workspace {workspace:.2f}")
-    print("\n".join(["", *verdicts(full, growth)]))
+    if on_gpu:
+        print("\n".join(["", *verdicts(full, growth)]))
 
 
 if __name__ == "__main__":
