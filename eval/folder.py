@@ -75,11 +75,15 @@ def verdicts_by(config: EvalConfig, task: LightevalTaskConfig) -> str:
     return report.digest([type(metric).__qualname__, source, state, versions, config.check_timeout])
 
 
+def checkers(config: EvalConfig) -> WorkerPool:
+    return WorkerPool(min(8, os.cpu_count() or 1), timeout=config.check_timeout)
+
+
 def check_golds(config: EvalConfig, works: list[Work]) -> None:
     """Say of new tasks how many answers their metric finds nothing in; refuse one in which it finds none at all."""
     fresh = [work for work in works if not any(path.exists() for path, _ in work.batches(config))]
     asked = [(work.task.metric[0], doc) for work in fresh for doc in work.docs]
-    with WorkerPool(min(8, os.cpu_count() or 1), timeout=config.check_timeout) as pool:
+    with checkers(config) as pool:
         found = iter(pool.map(gold_is_read, asked) if asked else [])
     for work in fresh:
         unread = [i for i, _ in enumerate(work.docs) if next(found) is not True]
@@ -109,7 +113,7 @@ def refresh(config: EvalConfig, works: list[Work]) -> None:
                 stale.append((work, path))
     if stale:
         print(f"{len(stale)} batches were checked in another way: their answers are checked again.", file=sys.stderr)
-        with WorkerPool(min(8, os.cpu_count() or 1), timeout=config.check_timeout) as pool:
+        with checkers(config) as pool:
             for work, path in stale:
                 rows = report.read_rows([path])
                 check(work, rows, pool)

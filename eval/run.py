@@ -34,6 +34,7 @@ from eval.folder import (
     Work,
     check,
     check_golds,
+    checkers,
     refresh,
     remember,
     task_folder,
@@ -43,7 +44,6 @@ from eval.folder import (
 from eval.page import LIMIT, page
 from eval.server import Server
 from eval.tasks import Doc, LightevalTaskConfig, check_task, find_tasks, load_custom_tasks
-from eval.workers import WorkerPool
 from gen.client import RequestError, ServerError
 from gen.engine import Completion, Engine, check_engine_available, make_engine
 from gen.shards import ShardsFailed, start_shards
@@ -202,7 +202,7 @@ def generate(
     total = sum(len(problems) for _, _, problems in mine) * config.num_samples
     bar = tqdm(total=total, desc="evaluate", disable=None if first == rank == 0 else True)
     scores: list[float] = []
-    with WorkerPool(min(8, os.cpu_count() or 1), timeout=config.check_timeout) as pool:
+    with checkers(config) as pool:
         for work, path, problems in mine:
             asked = list(problems) if rank == 0 else []  # ranks that share a model call together; the first asks
             rows = sample(config, work, asked, engine, tokenizer, stop_ids)
