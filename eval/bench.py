@@ -92,12 +92,10 @@ def judge(path: Path, pool: WorkerPool, limit: int | None = None) -> Report:
         verdict, seconds = (None, 0.0) if isinstance(result, Unscored) else result
         report.cpu_seconds += seconds
         accepted = verdict == 1.0
-        if is_right:
-            report.right += 1
-            report.right_accepted += accepted
-        else:
-            report.wrong += 1
-            report.wrong_accepted += accepted
+        report.right += is_right
+        report.wrong += not is_right
+        report.right_accepted += is_right and accepted
+        report.wrong_accepted += accepted and not is_right
         report.unscored += verdict is None
         if verdict is None or accepted != is_right:
             what = str(result) if verdict is None else "right, refused" if is_right else "wrong, accepted"

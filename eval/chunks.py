@@ -52,13 +52,23 @@ def chunks(folder: Path, suffix: str, rows: Dataset, columns: list[str], size: i
 def claim(output_dir: str, settings: dict[str, Any]) -> None:
     """Lock the folder and write down what its results depend on; refuse one whose results are of something else."""
     guards.lock_output_dir(output_dir)
-    file = Path(output_dir) / "settings.json"
-    theirs = json.loads(file.read_text()) if file.exists() else settings
-    names = [name for name in theirs | settings if theirs.get(name) != settings.get(name)]
-    changed = "; ".join(f"{name} ({theirs.get(name)}, now {settings.get(name)})" for name in names)
-    require(not names, f"{output_dir} holds results of other settings: {changed}. Choose another --output_dir.")
-    if not file.exists():
-        write_atomically(file, json.dumps(settings))
+    folder = Path(output_dir)
+    keep_settings(folder, settings, used=(folder / "settings.json").exists())
+
+
+def keep_settings(folder: Path, settings: dict[str, Any], used: bool) -> None:
+    """Write down the settings of a folder's results; refuse one that is `used`, and for others."""
+    file = folder / "settings.json"
+    if not used:
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_atomically(file, json.dumps(settings))
+    remedy = "Choose another --output_dir."
+    try:
+        theirs = json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise ValueError(f"{file} cannot be read, so whose results these are is not known. {remedy}") from None
+    changed = [f"{name} ({theirs.get(name)}, now {now})" for name, now in settings.items() if theirs.get(name) != now]
+    require(not changed, f"{folder} holds results of other settings: {'; '.join(changed)}. {remedy}")
 
 
 def write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:

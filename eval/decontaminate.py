@@ -36,10 +36,9 @@ from tqdm import tqdm
 from eval.chunks import TEXT, chunks, claim, load, write_parquet
 from eval.config import DecontaminateConfig
 from eval.report import digest
-from eval.run import load_docs
+from eval.run import load_docs, places_of
 from eval.tasks import find_tasks, load_custom_tasks
 from sft_core.cli import parse
-from sft_core.config import require
 from sft_core.files import write_atomically
 from sft_core.guards import usage_errors
 from sft_core.hub import check_dataset_push, push_dataset
@@ -144,15 +143,11 @@ def main(argv: list[str] | None = None) -> None:
 def load_sets(config: DecontaminateConfig) -> dict[str, list[str]]:
     """{task: the questions it asks}."""
     tasks = find_tasks(config.tasks, load_custom_tasks(config.custom_tasks) if config.custom_tasks else ())
-    elsewhere = {}
-    for entry in config.eval_dataset:
-        name, _, place = entry.partition("=")
-        require(bool(place), f"--eval_dataset takes task=file or task=Hub id, got {entry!r}.")
-        elsewhere[find_tasks(name, tasks)[0].name] = place
+    places = places_of(tasks, config.eval_dataset, "--eval_dataset")
     sets = {}
     for task in tasks:
         try:
-            docs = load_docs(task, elsewhere.get(task.name, task.hf_repo), None)
+            docs = load_docs(task, places[task.name], None)
         except ValueError as error:
             remedy = f"give its rows as --eval_dataset {task.name}=FILE, or choose others with --tasks"
             raise ValueError(f"evaluation set {task.name}: {remedy}. {error}") from error

@@ -7,7 +7,6 @@ limit): a file says of which its own are, and where these have changed the same 
 
 import importlib.metadata
 import inspect
-import json
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -18,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eval import report
+from eval.chunks import keep_settings
 from eval.config import NOT_IDENTITY, EvalConfig
 from eval.metrics import gold_is_read, judge
 from eval.tasks import Doc, LightevalTaskConfig
 from eval.workers import Unscored, WorkerPool
 from sft_core.config import require
-from sft_core.files import whole_file, write_atomically
+from sft_core.files import whole_file
 
 CHECKERS = ("math-verify", "latex2sympy2_extended", "sympy")
 
@@ -58,22 +58,10 @@ def remember(config: EvalConfig, works: list[Work]) -> None:
     identity["engine"] = "server" if config.base_url else config.engine
     identity["weights"] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights]
     for work in works:
-        file, mine = work.folder / "settings.json", {**identity, "max_new_tokens": work.max_tokens}
-        mine |= {"stop_sequence": work.task.stop_sequence or [], "version": work.task.version}
-        mine["prompts"] = report.digest([work.prompts, [doc.get_golds() for doc in work.docs]])
-        if any(work.folder.glob("*.parquet")):
-            try:
-                theirs = json.loads(file.read_text())
-            except (OSError, ValueError):
-                raise ValueError(f"{file} cannot be read, so whose samples these are is not known: {_ELSE}") from None
-            changed = [f"{key} ({theirs.get(key)}, now {mine[key]})" for key in mine if theirs.get(key) != mine[key]]
-            require(not changed, f"{work.folder} holds samples of other settings: {'; '.join(changed)}: {_ELSE}")
-        else:
-            work.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(mine))
-
-
-_ELSE = "choose another --output_dir."
+        settings = identity | {"max_new_tokens": work.max_tokens, "version": work.task.version}
+        settings["stop_sequence"] = work.task.stop_sequence or []
+        settings["prompts"] = report.digest([work.prompts, [doc.get_golds() for doc in work.docs]])
+        keep_settings(work.folder, settings, used=any(work.folder.glob("*.parquet")))
 
 
 def verdicts_by(config: EvalConfig, task: LightevalTaskConfig) -> str:
@@ -88,11 +76,15 @@ def verdicts_by(config: EvalConfig, task: LightevalTaskConfig) -> str:
     return report.digest([type(metric).__qualname__, source, state, versions, config.check_timeout])
 
 
+def checkers(config: EvalConfig) -> WorkerPool:
+    return WorkerPool(min(8, os.cpu_count() or 1), timeout=config.check_timeout)
+
+
 def check_golds(config: EvalConfig, works: list[Work]) -> None:
     """Say of new tasks how many answers their metric finds nothing in; refuse one in which it finds none at all."""
     fresh = [work for work in works if not any(path.exists() for path, _ in work.batches(config))]
     asked = [(work.task.metric[0], doc) for work in fresh for doc in work.docs]
-    with WorkerPool(min(8, os.cpu_count() or 1), timeout=config.check_timeout) as pool:
+    with checkers(config) as pool:
         found = iter(pool.map(gold_is_read, asked) if asked else [])
     for work in fresh:
         unread = [i for i, _ in enumerate(work.docs) if next(found) is not True]
@@ -122,7 +114,7 @@ def refresh(config: EvalConfig, works: list[Work]) -> None:
                 stale.append((work, path))
     if stale:
         print(f"{len(stale)} batches were checked in another way: their answers are checked again.", file=sys.stderr)
-        with WorkerPool(min(8, os.cpu_count() or 1), timeout=config.check_timeout) as pool:
+        with checkers(config) as pool:
             for work, path in stale:
                 rows = report.read_rows([path])
                 check(work, rows, pool)

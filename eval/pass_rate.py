@@ -23,7 +23,6 @@ Left out on purpose: other rewards than right or wrong (open-r1's mean is that o
 
 import json
 import math
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -38,12 +37,11 @@ from tqdm import tqdm
 
 from eval.chunks import TEXT, TEXTS, chunks, claim, load, write_parquet
 from eval.config import PassRateConfig
-from eval.folder import Work, check, write_rows
+from eval.folder import Work, check, checkers, write_rows
 from eval.report import read_rows
 from eval.run import run
 from eval.tasks import Doc, LightevalTaskConfig
 from eval.verify import AnswerMetric
-from eval.workers import WorkerPool
 from sft_core.cli import parse
 from sft_core.config import require
 from sft_core.files import write_atomically
@@ -112,10 +110,7 @@ def check_column(config: PassRateConfig, task: LightevalTaskConfig, rows: Datase
     columns = [config.solution_column, config.generations_column]
     parts = chunks(folder, ".parquet", rows, columns, CHUNK)
     asked = rows.select_columns(columns)
-    with (
-        tqdm(total=len(rows), desc="check", disable=None) as bar,
-        WorkerPool(min(8, os.cpu_count() or 1), timeout=config.check_timeout) as pool,
-    ):
+    with tqdm(total=len(rows), desc="check", disable=None) as bar, checkers(config) as pool:
         for path, part in parts:
             if not path.exists():
                 chunk = asked[part.start : part.stop]

@@ -34,6 +34,7 @@ from eval.folder import (
     Work,
     check,
     check_golds,
+    checkers,
     refresh,
     remember,
     task_folder,
@@ -41,9 +42,9 @@ from eval.folder import (
     write_rows,
 )
 from eval.page import LIMIT, page
-from eval.server import Server, ServerError
+from eval.server import Server
 from eval.tasks import Doc, LightevalTaskConfig, check_task, find_tasks, load_custom_tasks
-from eval.workers import WorkerPool
+from gen.client import RequestError, ServerError
 from gen.engine import Completion, Engine, check_engine_available, make_engine
 from gen.shards import ShardsFailed, start_shards
 from sft_core import guards
@@ -90,7 +91,11 @@ def run(
             generate(config, works, tokenizer, stop_ids)
         elif missing:
             start_shards(module, argv, copies, config.tensor_parallel_size)
-    except (ServerError, ShardsFailed) as error:
+    except (RequestError, ServerError) as error:
+        print(f"error: {error}. See to the server (--base_url) or change what is asked (see --help); the same command "
+              "goes on with what is missing.", file=sys.stderr)  # fmt: skip
+        raise SystemExit(1) from None
+    except ShardsFailed as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     return works
@@ -104,11 +109,7 @@ def prepare(
 ) -> tuple[list[Work], PreTrainedTokenizerBase | None, frozenset[int]]:
     """Everything that can be refused before weights are loaded. A server keeps tokenizer and context to itself."""
     tasks = find_tasks(config.tasks, load_custom_tasks(config.custom_tasks) if config.custom_tasks else custom)
-    elsewhere = {}
-    for entry in config.dataset:
-        name, _, place = entry.partition("=")
-        require(bool(place), f"--dataset takes task=file or task=Hub id, got {entry!r}.")
-        elsewhere[find_tasks(name, tasks)[0].name] = place
+    places = places_of(tasks, config.dataset, "--dataset")
     tokenizer, stop_ids, positions = None, frozenset[int](), 1 << 30
     if not config.base_url:
         check_engine_available(config.engine)
@@ -120,7 +121,7 @@ def prepare(
     works = []
     for task in tasks:
         check_task(task)
-        docs = load_docs(task, elsewhere.get(task.name, task.hf_repo), config.limit)
+        docs = load_docs(task, places[task.name], config.limit)
         prompts = [make_prompt(tokenizer, doc.query, config.system_prompt) for doc in docs]
         longest, wanted = max(map(len, prompts)), config.max_new_tokens or task.generation_size
         context = min(positions, longest + wanted)
@@ -132,6 +133,16 @@ def prepare(
             print(f"{sizes} of the model's context: answers end with it.", file=sys.stderr)
         works.append(Work(task, docs, prompts, wanted, context, task_folder(config.output_dir, task)))
     return works, tokenizer, stop_ids
+
+
+def places_of(tasks: list[LightevalTaskConfig], entries: list[str], option: str) -> dict[str, str]:
+    """{task's name: where its rows are}: what `option` says in entries of task=place, else what the task says."""
+    places = {task.name: task.hf_repo for task in tasks}
+    for entry in entries:
+        name, _, place = entry.partition("=")
+        require(bool(place), f"{option} takes task=file or task=Hub id, got {entry!r}.")
+        places[find_tasks(name, tasks)[0].name] = place
+    return places
 
 
 def load_docs(task: LightevalTaskConfig, place: str, limit: int | None) -> list[Doc]:
@@ -191,7 +202,7 @@ def generate(
     total = sum(len(problems) for _, _, problems in mine) * config.num_samples
     bar = tqdm(total=total, desc="evaluate", disable=None if first == rank == 0 else True)
     scores: list[float] = []
-    with WorkerPool(min(8, os.cpu_count() or 1), timeout=config.check_timeout) as pool:
+    with checkers(config) as pool:
         for work, path, problems in mine:
             asked = list(problems) if rank == 0 else []  # ranks that share a model call together; the first asks
             rows = sample(config, work, asked, engine, tokenizer, stop_ids)

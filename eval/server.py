@@ -7,16 +7,11 @@ a request that fails five times ends it; a score over the rest would not be one.
 import asyncio
 from typing import Any
 
-from gen.client import Answer, Client, RequestError
-from gen.client import ServerError as Unusable
+from gen.client import Answer, Client
 
 TRIES = 5
 TIMEOUT, PATIENCE = 3600.0, 10.0  # seconds: a long answer takes long, a server that is not there does not come soon
 AT_ONCE = 256
-
-
-class ServerError(RuntimeError):
-    """The server cannot be reached, or refuses; the message is for the user."""
 
 
 class Server:
@@ -30,20 +25,14 @@ class Server:
     ) -> list[list[tuple[str, int, str]]]:
         """`n` answers to each conversation: (text, tokens, finish reason). `options` go into the request as they are.
 
-        Sample i of conversation p has the seed `seeds[p] + i`. Raises ServerError when one cannot be had.
+        Sample i of conversation p has the seed `seeds[p] + i`. Raises what `Client.ask` raises when one cannot be had.
         """
         asked = [
             {"model": self.model, "messages": messages, "seed": seed + i, **options}
             for messages, seed in zip(conversations, seeds, strict=True)
             for i in range(n)
         ]
-        try:
-            answers = asyncio.run(self._ask(asked))
-        except (RequestError, Unusable) as error:
-            raise ServerError(
-                f"{error}. See to the server (--base_url) or change what is asked (see --help); the same command goes "
-                "on with what is missing."
-            ) from error
+        answers = asyncio.run(self._ask(asked))
         triples = [(answer.text, answer.tokens, answer.finish_reason) for answer in answers]
         return [triples[i : i + n] for i in range(0, len(triples), n)]
 

@@ -8,6 +8,7 @@ import pytest
 
 from grpo_core.config import SYSTEM_PROMPT
 from grpo_core.rewards import accuracy_reward, format_reward, tag_count_reward
+from tests.eval import helpers
 
 SCRIPT = Path(__file__).parents[1] / "recipes" / "SmolLM2-135M-Instruct" / "prepare.py"
 GSM8K = [
@@ -34,8 +35,7 @@ def script():
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return str(helpers.write(path, rows))
 
 
 def read(folder, name):

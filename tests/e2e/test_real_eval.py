@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.eval.helpers import samples
 from tests.servers import vllm_serve
 
 ROOT = Path(__file__).parents[2]
@@ -33,8 +33,7 @@ def command(model: Path, shared: Path, output: Path, **options) -> list[str]:
 
 
 def rows_in(output: Path) -> list[dict]:
-    files = sorted(output.glob("details/gsm8k/*.parquet"))
-    return [row for file in files for row in pq.read_table(file).to_pylist()]
+    return samples(output, "gsm8k")
 
 
 def result(output: Path) -> dict:

@@ -12,6 +12,7 @@ from eval.decontaminate import Index, main, runs, words
 from eval.tasks import GPQA_QUERY
 from sft_core.data import load_rows
 from tests import launch
+from tests.eval.helpers import killed_after_a_file, refused, times, write
 from tests.hub_server import HubServer
 
 
@@ -83,8 +84,7 @@ def planted(shared, tmp_path):
     expected = {i: ("aime24", i % 30) if i % 100 == 0 else ("math_500", i // 2) for i in range(0, 1000, 20)}
     for i, (task, k) in expected.items():
         rows[i]["question"] = disguise((aime if task == "aime24" else math)[k], i)
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = write(tmp_path / "rows.jsonl", rows)
     seen = set().union(*(plain(text) for text in math + aime))
     print(f"\nopen-r1's words would find {sum(bool(plain(row['question']) & seen) for row in rows)} of {len(expected)}")
     return file, expected
@@ -132,12 +132,11 @@ def test_exactly_the_planted_rows_are_found(shared, planted, tmp_path, capsys):
 def test_a_row_that_changes_is_looked_at_again(tmp_path):
     """Also where a fingerprint of a large data set does not see it."""
     problem = "Find the number of red balls that must be left in the large urn at the end of the game."
-    exam, data = tmp_path / "exam.jsonl", tmp_path / "rows.jsonl"
-    exam.write_text(json.dumps({"problem": problem, "answer": "7"}) + "\n")
+    exam, data = write(tmp_path / "exam.jsonl", [{"problem": problem, "answer": "7"}]), tmp_path / "rows.jsonl"
     rows = [{"problem": f"Row {i} says nothing of interest.", "answer": "1"} for i in range(2500)]
     argv = ["--dataset", str(data), "--tasks", "aime24", "--eval_dataset", f"aime24={exam}", "--cleanup"]
     for flagged in (0, 1):
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write(data, rows)
         run([*argv, "--output_dir", str(tmp_path / "out")])
         assert json.loads((tmp_path / "out" / "report.json").read_text())["flagged"] == flagged
         rows[1]["problem"] = problem.upper()
@@ -146,19 +145,14 @@ def test_a_row_that_changes_is_looked_at_again(tmp_path):
 
 def test_killed_and_continued(shared, tmp_path):
     data = shared / "data" / "gsm8k_train.jsonl"
-    [process] = launch.start("eval.decontaminate", arguments(shared, data, tmp_path / "killed"), tmp_path / "log.txt")
-    while not list(tmp_path.glob("killed/verdicts/*.json")):
-        assert process.is_alive(), (tmp_path / "log.txt").read_text()
-        time.sleep(0.005)
-    process.kill()
-    process.join()
-    done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("killed/verdicts/*.json")}
+    argv, files = arguments(shared, data, tmp_path / "killed"), "killed/verdicts/*.json"
+    done = killed_after_a_file("eval.decontaminate", argv, tmp_path, files, tmp_path / "log.txt")
     assert 1 <= len(done) < 8 and not (tmp_path / "killed" / "report.json").exists()
     for name in ("killed", "whole"):
         run(arguments(shared, data, tmp_path / name))
     for name in ("matches.jsonl", "report.json", "rows.parquet"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert all(file.stat().st_mtime_ns == when for file, when in done.items())
+    assert done.items() <= times(tmp_path, files).items()
 
 
 def test_the_instructions_of_a_task_are_no_match(tmp_path):
@@ -171,10 +165,10 @@ def test_the_instructions_of_a_task_are_no_match(tmp_path):
     wrong = {f"Incorrect Answer {i}": f"{i} units" for i in (1, 2, 3)}
     asked = [f"Which of these describes best the {subject} when light falls on it?" for subject in subjects]
     gpqa = [{"Question": text, "Correct Answer": "none"} | wrong for text in asked]
-    (tmp_path / "gpqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gpqa))
+    write(tmp_path / "gpqa.jsonl", gpqa)
     form = GPQA_QUERY.replace("{question}", "{}").replace("{0}", "red").replace("{1}", "blue").replace("{2}", "a")
     texts = [form.replace("{3}", "b").format(text) for text in ("What is the colour of a clear sky?", asked[1])]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"problem": text}) + "\n" for text in texts))
+    write(tmp_path / "rows.jsonl", [{"problem": text} for text in texts])
     run(["--dataset", str(tmp_path / "rows.jsonl"), "--tasks", "gpqa:diamond", "--eval_dataset",
          f"gpqa={tmp_path}/gpqa.jsonl", "--output_dir", str(tmp_path / "out")])  # fmt: skip
     assert [(m["row"], m["problem"]) for m in matches(tmp_path / "out")] == [(1, 1)]
@@ -182,8 +176,8 @@ def test_the_instructions_of_a_task_are_no_match(tmp_path):
 
 def test_pushed(tmp_path, monkeypatch):
     rows = [{"problem": f"what is {i} and {i}?", "id": i} for i in range(5)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "aime.jsonl").write_text(json.dumps({"problem": "What is $3$ and 3", "answer": "6"}) + "\n")
+    write(tmp_path / "rows.jsonl", rows)
+    write(tmp_path / "aime.jsonl", [{"problem": "What is $3$ and 3", "answer": "6"}])
     argv = ["--dataset", str(tmp_path / "rows.jsonl"), "--tasks", "aime24", "--eval_dataset",
             f"aime24={tmp_path}/aime.jsonl", "--output_dir", str(tmp_path / "out"), "--cleanup",
             "--new_dataset_name", "me/clean", "--private"]  # fmt: skip
@@ -220,12 +214,9 @@ def test_pushed(tmp_path, monkeypatch):
     ],
 )
 def test_bad_input(more, says, shared, tmp_path, capfd):
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "How many?", "answer": "3"}) + "\n")
-    argv = arguments(shared, tmp_path / "rows.jsonl", tmp_path / "out", "--config=main")
+    data = write(tmp_path / "rows.jsonl", [{"question": "How many?", "answer": "3"}])
+    argv = arguments(shared, data, tmp_path / "out", "--config=main")
     if "9" in more[-1]:
         run(argv)
-    with pytest.raises(SystemExit) as stopped:
-        run([*argv, *more])
-    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert stopped.value.code == 2 and len(errors) == 1 and says in errors[0], errors
+    refused(run, [*argv, *more], capfd, says)
     assert (tmp_path / "out").exists() == ("9" in more[-1])

@@ -1,7 +1,6 @@
 """Pass rates from a model's samples and from generations that are there: verdicts, files, kills, bad input."""
 
 import json
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,6 +9,7 @@ import pytest
 from eval.pass_rate import main
 from sft_core.data import load_rows
 from tests import launch
+from tests.eval.helpers import killed_after_a_file, refused, stones, times, write
 
 HANGS = "\\boxed{" + "9^{" * 6 + "9" + "}" * 6 + "}"
 
@@ -17,11 +17,6 @@ HANGS = "\\boxed{" + "9^{" * 6 + "9" + "}" * 6 + "}"
 def run(*argv: str) -> None:
     with launch.locks_released():
         main([*argv])
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def rows_of(output: Path, name: str = "scored") -> list[dict]:
@@ -45,7 +40,7 @@ def test_generations_that_are_there(tmp_path, capsys):
         tmp_path / "rows.jsonl",
         [{"solution": gold, "generation": texts, "id": i} for i, (gold, texts, _, _) in enumerate(cases)],
     )
-    argv = ["--dataset", file, "--generations-column", "generation", "--check_timeout", "1", "--output_dir"]
+    argv = ["--dataset", str(file), "--generations-column", "generation", "--check_timeout", "1", "--output_dir"]
     run(*argv, str(tmp_path / "out"))
     found = rows_of(tmp_path / "out")
     assert [row["correct"] for row in found] == [correct for _, _, correct, _ in cases]
@@ -83,34 +78,28 @@ def test_killed_and_continued(shared, tmp_path):
     made = [
         {"q": row["question"], "solution": row["answer"], "generation": texts[i - i % 2]} for i, row in enumerate(rows)
     ]
-    argv = ["--dataset", write(tmp_path / "rows.jsonl", made), "--generations_column=generation", "--output_dir"]
-    [process] = launch.start("eval.pass_rate", [*argv, str(tmp_path / "killed")], tmp_path / "log.txt")
-    while not list(tmp_path.glob("killed/details/pass_rate/*.parquet")):
-        assert process.is_alive(), (tmp_path / "log.txt").read_text()
-        time.sleep(0.005)
-    process.kill()
-    process.join()
-    done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("killed/details/pass_rate/*.parquet")}
+    write(tmp_path / "rows.jsonl", made)
+    argv = ["--dataset", str(tmp_path / "rows.jsonl"), "--generations_column=generation", "--output_dir"]
+    killed, files = [*argv, str(tmp_path / "killed")], "killed/details/pass_rate/*.parquet"
+    done = killed_after_a_file("eval.pass_rate", killed, tmp_path, files, tmp_path / "log.txt")
     assert 1 <= len(done) < 3 and not (tmp_path / "killed" / "report.json").exists()
     for name in ("killed", "whole"):
         run(*argv, str(tmp_path / name))
     for name in ("scored.parquet", "filtered.parquet", "report.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert all(file.stat().st_mtime_ns == when for file, when in done.items())
+    assert done.items() <= times(tmp_path, files).items()
     assert [row["pass_rate"] for row in rows_of(tmp_path / "whole")][::2] == [1.0] * 300
     assert json.loads((tmp_path / "whole" / "report.json").read_text())["checks_given_up"] == 0
 
 
 @pytest.fixture
 def problems(tmp_path) -> list[dict]:
-    return [
-        {"problem": f"Ben has {10 + i} stones and finds {i} more.", "solution": "123456", "id": i} for i in range(12)
-    ]
+    return [row | {"id": i} for i, row in enumerate(stones(["123456"] * 12, "solution"))]
 
 
-def sampling(model: str, data: str, output: Path, **options) -> list[str]:
+def sampling(model: str, data: Path, output: Path, **options) -> list[str]:
     options = {"engine": "torch", "max_new_tokens": 24, "num_generations": 4, "batch_size": 16} | options
-    return ["--model", model, "--dataset", data, "--output_dir", str(output), *launch.flags(**options)]
+    return ["--model", model, "--dataset", str(data), "--output_dir", str(output), *launch.flags(**options)]
 
 
 def test_samples_of_a_model(tiny_model, problems, tmp_path, capfd):
@@ -127,17 +116,17 @@ def test_samples_of_a_model(tiny_model, problems, tmp_path, capfd):
     # a batch is lost: the same command makes it again
     expected = (tmp_path / "first" / "scored.parquet").read_bytes()
     (tmp_path / "first" / "details" / "pass_rate" / "00004.parquet").unlink()
-    run(*sampling(tiny_model, str(tmp_path / "rows.jsonl"), tmp_path / "first", max_new_tokens=100))
+    run(*sampling(tiny_model, tmp_path / "rows.jsonl", tmp_path / "first", max_new_tokens=100))
     assert (tmp_path / "first" / "scored.parquet").read_bytes() == expected
     # and the same samples, checked as a column
     again = ["--dataset", str(tmp_path / "first" / "scored.parquet"), "--generations_column", "generation"]
     run(*again, "--output_dir", str(tmp_path / "again"))
     keys = ("id", "generation", "correct", "pass_rate")
     assert [[row[k] for k in keys] for row in rows_of(tmp_path / "again")] == [[row[k] for k in keys] for row in first]
-    for argv in (again, sampling(tiny_model, str(tmp_path / "rows.jsonl"), tmp_path)):
-        with pytest.raises(SystemExit) as stopped:  # a folder of the one is no folder of the other
-            run(*argv, "--output_dir", str(tmp_path / ("first" if argv is again else "again")))
-        assert stopped.value.code == 2 and "results of another kind" in capfd.readouterr().err
+    for argv in (again, sampling(tiny_model, tmp_path / "rows.jsonl", tmp_path)):
+        # a folder of the one is no folder of the other
+        argv = [*argv, "--output_dir", str(tmp_path / ("first" if argv is again else "again"))]
+        refused(main, argv, capfd, "results of another kind")
 
 
 @pytest.mark.slow
@@ -167,11 +156,9 @@ def test_processes_side_by_side(tiny_model, problems, tmp_path):
 )
 def test_bad_input(options, says, problems, tmp_path, capfd):
     data = write(tmp_path / "rows.jsonl", [row | {"generation": ["\\boxed{1}"]} for row in problems[:1]])
-    start = ["--dataset", data, "--output_dir", str(tmp_path / "out")]
+    start = ["--dataset", str(data), "--output_dir", str(tmp_path / "out")]
     if "check_timeout" in options:
         run(*start, "--generations_column", "generation")
-    with pytest.raises(SystemExit) as stopped:
-        run(*start, *launch.flags(**options))
-    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert stopped.value.code == 2 and len(errors) == 1 and says in errors[0], errors
+    with launch.locks_released():
+        refused(main, [*start, *launch.flags(**options)], capfd, says)
     assert (tmp_path / "out").exists() == ("check_timeout" in options)

@@ -3,40 +3,30 @@
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from eval.run import main
 from tests import launch
+from tests.eval.helpers import killed_after_a_file, refused, samples, stones, times, write
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "rows.jsonl", {i: str(i) for i in range(20)})
-
-
-def write_data(path: Path, answers: dict[int, str]) -> Path:
-    rows = [{"problem": f"Ben has {10 + i} stones and finds {i} more.", "answer": answers[i]} for i in answers]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write(tmp_path_factory.mktemp("data") / "rows.jsonl", stones([str(i) for i in range(20)]))
 
 
 def arguments(model: str, data: Path, output: Path, **options) -> list[str]:
     options = {"tasks": "aime24", "engine": "torch", "max_new_tokens": 24, "num_samples": 2, "batch_size": 8} | options
     dataset = [f"{task}={data}" for task in ("aime24", "gsm8k")]
-    return ["--model", model, "--output_dir", str(output), "--dataset", *dataset] + [
-        f"--{name}={value}" for name, value in options.items()
-    ]
+    return ["--model", model, "--output_dir", str(output), "--dataset", *dataset, *launch.flags(**options)]
 
 
 def evaluate(tmp_path: Path, *args, **options) -> tuple[dict, list[dict]]:
@@ -44,15 +34,7 @@ def evaluate(tmp_path: Path, *args, **options) -> tuple[dict, list[dict]]:
     output = args[2]
     code, log = launch.run("eval.run", arguments(*args, **options), tmp_path / "log.txt")
     assert code == 0, log
-    return json.loads((output / "results.json").read_text()), rows_in(output)
-
-
-def rows_in(output: Path) -> list[dict]:
-    return [
-        row
-        for file in sorted((output / "details" / "aime24").glob("*.parquet"))
-        for row in pq.read_table(file).to_pylist()
-    ]
+    return json.loads((output / "results.json").read_text()), samples(output)
 
 
 def test_scores_are_of_the_models_answers(tiny_model, data, tmp_path):
@@ -65,7 +47,7 @@ def test_scores_are_of_the_models_answers(tiny_model, data, tmp_path):
     answered = [row for row in rows if row["extracted"] and row["extracted"].isdecimal()]
     right = {row["problem"]: row["extracted"] for row in answered[::2]}
     assert right
-    other = write_data(tmp_path / "other.jsonl", {i: right.get(i, "123456") for i in range(20)})
+    other = write(tmp_path / "other.jsonl", stones([right.get(i, "123456") for i in range(20)]))
     content, again = evaluate(tmp_path, tiny_model, other, tmp_path / "b", **greedy)
     assert [row["completion"] for row in again] == [row["completion"] for row in rows]
     assert {row["problem"] for row in again if row["score"] == 1.0} == set(right)
@@ -87,17 +69,12 @@ def test_seeds_and_processes(tiny_model, data, tmp_path):
 def test_killed_and_continued(tiny_model, data, tmp_path):
     expected, rows = evaluate(tmp_path, tiny_model, data, tmp_path / "whole", max_new_tokens=100)
     output = tmp_path / "killed"
-    [process] = launch.start("eval.run", arguments(tiny_model, data, output, max_new_tokens=100), tmp_path / "log.txt")
-    while not list(output.glob("details/aime24/*.parquet")):
-        assert process.is_alive()
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    done = {file: file.stat().st_mtime_ns for file in output.glob("details/aime24/*.parquet")}
+    argv, files = arguments(tiny_model, data, output, max_new_tokens=100), "details/aime24/*.parquet"
+    done = killed_after_a_file("eval.run", argv, output, files, tmp_path / "log.txt")
     assert 1 <= len(done) < 5 and not (output / "results.json").exists()
     content, again = evaluate(tmp_path, tiny_model, data, output, max_new_tokens=100)
     assert again == rows and content["results"] == expected["results"]
-    assert all(file.stat().st_mtime_ns == when for file, when in done.items())
+    assert done.items() <= times(output, files).items()
 
 
 @pytest.mark.slow
@@ -108,16 +85,16 @@ def test_vllm_repeats_a_missing_batch_and_splits_a_model(tiny_model, data, tmp_p
     command = [sys.executable, "-m", "eval.run", *arguments(tiny_model, data, tmp_path / "out", engine="vllm")]
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "8"}  # a trainer's rank that starts it
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    rows = rows_in(tmp_path / "out")
+    rows = samples(tmp_path / "out")
     (tmp_path / "out" / "details" / "aime24" / "00008.parquet").unlink()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert rows_in(tmp_path / "out") == rows and len(rows) == 40
+    assert samples(tmp_path / "out") == rows and len(rows) == 40
     greedy = {"engine": "vllm", "temperature": 0, "num_samples": 1, "limit": 6}
     for width in (1, 2):  # the model on one process, or its tensors split over two
         width_options = greedy | {"tensor_parallel_size": width, "data_parallel_size": 1}
         argv = arguments(tiny_model, data, tmp_path / str(width), **width_options)
         subprocess.run([sys.executable, "-m", "eval.run", *argv], cwd=ROOT, check=True, capture_output=True)
-    assert rows_in(tmp_path / "1") == rows_in(tmp_path / "2") != []
+    assert samples(tmp_path / "1") == samples(tmp_path / "2") != []
 
 
 def test_a_folder_holds_one_setting_and_several_tasks(tiny_model, data, tmp_path):
@@ -126,9 +103,8 @@ def test_a_folder_holds_one_setting_and_several_tasks(tiny_model, data, tmp_path
         "eval.run", arguments(tiny_model, data, tmp_path / "out", limit=2, seed=7), tmp_path / "log.txt"
     )
     assert code == 2 and "seed (0, now 7)" in log and "--output_dir" in log
-    rows = [{"question": "2 and 3?", "answer": "so 5 #### 5"}]
-    (tmp_path / "gsm.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    content, _ = evaluate(tmp_path, tiny_model, tmp_path / "gsm.jsonl", tmp_path / "out", limit=2, tasks="gsm8k")
+    gsm = write(tmp_path / "gsm.jsonl", [{"question": "2 and 3?", "answer": "so 5 #### 5"}])
+    content, _ = evaluate(tmp_path, tiny_model, gsm, tmp_path / "out", limit=2, tasks="gsm8k")
     assert set(content["results"]) == {"aime24", "gsm8k"} and content["results"]["gsm8k"]["problems"] == 1
 
 
@@ -150,10 +126,7 @@ def test_a_folder_holds_one_setting_and_several_tasks(tiny_model, data, tmp_path
 def test_bad_input(options, says, tiny_model, data, tmp_path, capfd):
     options = {name: str(value).format(data=data) for name, value in options.items()}
     model = options.pop("model", tiny_model)
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments(model, data, tmp_path / "out", **options))
-    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert stopped.value.code == 2 and len(errors) == 1 and says in errors[0], errors
+    refused(main, arguments(model, data, tmp_path / "out", **options), capfd, says)
     assert not (tmp_path / "out").exists()
 
 
@@ -163,16 +136,17 @@ class Mine:
     def compute(self, doc, predictions):
         return {score}
 def ask(line, task_name=None):
-    return Doc(query=line['problem'], choices={choices})
-TASKS_TABLE = [LightevalTaskConfig({name!r}, ask, {data!r}, metric={metric}, stop_sequence=[])]
+    return Doc(query={query}, choices={choices})
+TASKS_TABLE = [LightevalTaskConfig({name!r}, ask, {data!r}, metric={metric}, stop_sequence={stop})]
 """
 
 
 def custom_task(path: Path, data: Path, **changes) -> dict:
     """Write a file with one task; returns options to run it with."""
-    form = {"score": "0.25", "choices": "[line['answer']]", "name": "mine", "metric": "[Mine()]", "data": str(data)}
-    path.write_text(TASK.format(**(form | changes)))
-    return {"tasks": (form | changes)["name"], "custom_tasks": path, "limit": 6, "num_samples": 1, "batch_size": 3}
+    form = {"score": "0.25", "choices": "[line['answer']]", "name": "mine", "metric": "[Mine()]", "stop": "[]"}
+    form |= {"query": "line['problem']", "data": str(data)} | changes
+    path.write_text(TASK.format(**form))
+    return {"tasks": form["name"], "custom_tasks": path, "limit": 6, "num_samples": 1, "batch_size": 3}
 
 
 def test_another_metric_judges_the_answers_again(tiny_model, data, tmp_path):
@@ -181,9 +155,7 @@ def test_another_metric_judges_the_answers_again(tiny_model, data, tmp_path):
     for number, score in enumerate(("0.25", "float(len(predictions[0]) % 2)", "[][0]")):
         options = custom_task(tmp_path / f"task{number}.py", data, score=score)
         code, log = launch.run("eval.run", arguments(tiny_model, data, folder, **options), tmp_path / f"log{number}")
-        rows = [
-            r for f in sorted((folder / "details" / "mine").glob("*.parquet")) for r in pq.read_table(f).to_pylist()
-        ]
+        rows = samples(folder, "mine")
         scores.append([row["score"] for row in rows])
         completions.append([row["completion"] for row in rows])
         assert (code, "checked again" in log) == ((0, False), (0, True), (1, True))[number], log
@@ -216,43 +188,31 @@ def test_another_metric_judges_the_answers_again(tiny_model, data, tmp_path):
 def test_bad_custom_tasks(changes, says, tiny_model, data, tmp_path, capfd):
     name = f"bad_{abs(hash(says)) % 10**9}"
     options = custom_task(tmp_path / f"{name}.py", data, **changes)
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments(tiny_model, data, tmp_path / "out", **options))
-    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert stopped.value.code == 2 and len(errors) == 1 and says in errors[0], errors
+    refused(main, arguments(tiny_model, data, tmp_path / "out", **options), capfd, says)
 
 
 def test_right_answers_that_the_metric_cannot_read(tiny_model, tmp_path):
     rows = [{"problem": f"What is {i}?", "answer": answer} for i, answer in enumerate(["7", "seven", "9", "a fox"])]
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write(tmp_path / "rows.jsonl", rows)
     options = {"num_samples": 1, "max_new_tokens": 4}
     code, log = launch.run("eval.run", arguments(tiny_model, data, tmp_path / "a", **options), tmp_path / "log")
     assert code == 0 and "2 of 4 right answers (the first of problem 1) hold nothing" in log
     for bad, says in (("a fox", "4 of 4 right answers"), (None, "row 0 of")):
-        data.write_text("".join(json.dumps(row | {"answer": bad}) + "\n" for row in rows))
+        write(data, [row | {"answer": bad} for row in rows])
         code, log = launch.run("eval.run", arguments(tiny_model, data, tmp_path / "b", **options), tmp_path / f"{bad}")
         assert code == 2 and says in log and "Traceback" not in log, log
 
 
 def test_short_context_and_custom_tasks(tiny_model, data, tmp_path):
-    (tmp_path / "my_tasks.py").write_text(
-        "from eval.tasks import Doc, LightevalTaskConfig\n"
-        "class Short:\n"
-        "    def compute(self, doc, predictions):\n"
-        "        return float(max(map(len, predictions)) < int(doc.choices[0]))\n"
-        "def ask(line, task_name=None):\n"
-        "    query = line['problem'] + ' Well?' * int(line['answer'])\n"
-        "    return Doc(query=query, choices=['100000'], gold_index=0)\n"
-        f"TASKS_TABLE = [LightevalTaskConfig('short', ask, {str(data)!r}, metric=[Short()], stop_sequence=['e'])]\n"
-    )
-    options = {"tasks": "short", "fit_context": True, "custom_tasks": tmp_path / "my_tasks.py", "limit": 3}
-    argv = arguments(tiny_model, data, tmp_path / "out", max_new_tokens=1000, **options)
+    changes = {"name": "short", "score": "float(len(predictions[0]) < int(doc.choices[0]))", "choices": "['100000']"}
+    changes |= {"query": "line['problem'] + ' Well?' * int(line['answer'])", "stop": "['e']"}
+    options = custom_task(tmp_path / "short_task.py", data, **changes) | {"limit": 3, "num_samples": 2}
+    argv = arguments(tiny_model, data, tmp_path / "out", max_new_tokens=1000, fit_context=True, **options)
     code, log = launch.run("eval.run", argv, tmp_path / "log.txt")
     assert code == 0 and "answers end with it" in log, log
     result = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["short"]
     assert result["pass@1"] == 1.0 and result["samples"] == 6 and 24 < result["mean_length"] < 256
-    rows = [r for f in (tmp_path / "out" / "details" / "short").glob("*.parquet") for r in pq.read_table(f).to_pylist()]
+    rows = samples(tmp_path / "out", "short")
     assert not any("e" in row["completion"] for row in rows)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     prompts = [len(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]) for row in rows]

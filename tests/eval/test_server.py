@@ -8,11 +8,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
+from eval import server as eval_server
+from gen import client
 from tests import launch
+from tests.eval.helpers import samples, write
 from tests.fake_openai import FakeServer
 from tests.servers import vllm_serve
 
@@ -29,16 +31,19 @@ def server():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     rows = [{"problem": f"What is {i}?", "answer": str(i if i % 4 else 1000)} for i in range(12)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)
+
+
+def hurry() -> None:
+    """Wait less for a server that fails."""
+    client.FIRST_WAIT, eval_server.PATIENCE = 0.05, 3.0
 
 
 def evaluate(url: str, data: Path, output: Path, log: Path, **options) -> tuple[int, str]:
     options = {"model": "served", "tasks": "aime24", "batch_size": 8, "num_samples": 2} | options
     options |= {"dataset": f"aime24={data}", "output_dir": output, "base_url": url}
-    return launch.run("eval.run", [f"--{name}={value}" for name, value in options.items()], log)
+    return launch.run("eval.run", launch.flags(**options), log, fault=hurry)
 
 
 def test_answers_come_from_the_server_in_spite_of_some_errors(server, data, tmp_path):
@@ -97,8 +102,7 @@ def test_vllm_serve_says_what_vllm_in_process_says(tiny_model, data, tmp_path):
     said = [
         [
             (row["completion"].rstrip("\ufffd"), row["length"], row["finish_reason"])  # the server drops half a letter
-            for file in sorted(tmp_path.glob(f"{name}/details/aime24/*.parquet"))
-            for row in pq.read_table(file).to_pylist()
+            for row in samples(tmp_path / name)
         ]
         for name in ("http", "here")
     ]

@@ -1,0 +1,52 @@
+"""What the tests of eval's commands share: rows written and read, a refusal, a kill after the first file."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests import launch
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def stones(answers: list[str], column: str = "answer") -> list[dict]:
+    """A problem for each answer."""
+    return [
+        {"problem": f"Ben has {10 + i} stones and finds {i} more.", column: answer} for i, answer in enumerate(answers)
+    ]
+
+
+def samples(output: Path, task: str = "aime24") -> list[dict]:
+    """The rows of a task that a run leaves behind."""
+    return [row for file in sorted(output.glob(f"details/{task}/*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def refused(main: Callable[[list[str]], Any], argv: list[str], capfd: pytest.CaptureFixture[str], says: str) -> None:
+    """`main` says what is wrong with `argv` in one line, and exits with 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stopped.value.code == 2 and len(errors) == 1 and says in errors[0], errors
+
+
+def killed_after_a_file(module: str, argv: list[str], output: Path, files: str, log: Path) -> dict[Path, int]:
+    """Start a command, kill it when the first of its files is there; those it has written, and when."""
+    [process] = launch.start(module, argv, log)
+    while not list(output.glob(files)):
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    return times(output, files)
+
+
+def times(output: Path, files: str) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in output.glob(files)}
