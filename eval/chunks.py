@@ -19,7 +19,7 @@ from datasets import Dataset
 from sft_core import guards
 from sft_core.config import require
 from sft_core.data import load_rows
-from sft_core.files import whole_file, write_atomically
+from sft_core.files import keep_settings, whole_file
 
 TEXT = re.compile(r"(large_)?string")
 TEXTS = re.compile(r"(large_)?(string|list<\w+: (large_)?string>)")  # or a list of them
@@ -54,21 +54,6 @@ def claim(output_dir: str, settings: dict[str, Any]) -> None:
     guards.lock_output_dir(output_dir)
     folder = Path(output_dir)
     keep_settings(folder, settings, used=(folder / "settings.json").exists())
-
-
-def keep_settings(folder: Path, settings: dict[str, Any], used: bool) -> None:
-    """Write down the settings of a folder's results; refuse one that is `used`, and for others."""
-    file = folder / "settings.json"
-    if not used:
-        folder.mkdir(parents=True, exist_ok=True)
-        return write_atomically(file, json.dumps(settings))
-    remedy = "Choose another --output_dir."
-    try:
-        theirs = json.loads(file.read_text())
-    except (OSError, ValueError):
-        raise ValueError(f"{file} cannot be read, so whose results these are is not known. {remedy}") from None
-    changed = [f"{name} ({theirs.get(name)}, now {now})" for name, now in settings.items() if theirs.get(name) != now]
-    require(not changed, f"{folder} holds results of other settings: {'; '.join(changed)}. {remedy}")
 
 
 def write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:

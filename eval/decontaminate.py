@@ -39,7 +39,7 @@ from eval.report import digest
 from eval.run import load_docs, places_of
 from eval.tasks import find_tasks, load_custom_tasks
 from sft_core.cli import parse
-from sft_core.files import write_atomically
+from sft_core.files import whole_file, write_atomically
 from sft_core.guards import usage_errors
 from sft_core.hub import check_dataset_push, push_dataset
 
@@ -160,8 +160,8 @@ def report(config: DecontaminateConfig, paths: list[Path], rows: Dataset, sets: 
     flagged: dict[str, int] = Counter()
     shown: list[str] = []
     total = 0
-    temporary = Path(config.output_dir) / ".matches.jsonl.tmp"
-    with open(temporary, "w") as file:
+    folder = Path(config.output_dir)
+    with whole_file(folder / "matches.jsonl") as temporary, open(temporary, "w") as file:
         for path in paths:
             matches = json.loads(path.read_text())
             total += len({match["row"] for match in matches})
@@ -173,7 +173,6 @@ def report(config: DecontaminateConfig, paths: list[Path], rows: Dataset, sets: 
                 if len(shown) < SHOWN:
                     shown.append(f"row {match['row']}: {match['set']} {match['problem']}, {match['shared']} of "
                                  f"{match['of']} runs, \"{match['ngram']}\"")  # fmt: skip
-    temporary.replace(temporary.with_name("matches.jsonl"))
     lines = [f"{'evaluation set':16} {'problems':>9} {'rows flagged':>13}"]
     lines += [f"{task:16} {len(problems):9} {flagged[task]:13}" for task, problems in sets.items()]
     lines += [f"{total} of {len(rows)} rows flagged, {len(rows) - total} are left.", *shown]
@@ -182,8 +181,8 @@ def report(config: DecontaminateConfig, paths: list[Path], rows: Dataset, sets: 
     content = {"dataset": config.dataset, "rows": len(rows), "flagged": total, "ngram_size": config.ngram_size,
                "sets": {task: {"problems": len(problems), "rows_flagged": flagged[task]}
                         for task, problems in sets.items()}}  # fmt: skip
-    write_atomically(temporary.with_name("report.json"), json.dumps(content, indent=1))
-    write_atomically(temporary.with_name("report.txt"), "\n".join(lines) + "\n")
+    write_atomically(folder / "report.json", json.dumps(content, indent=1))
+    write_atomically(folder / "report.txt", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -17,13 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eval import report
-from eval.chunks import keep_settings
 from eval.config import NOT_IDENTITY, EvalConfig
 from eval.metrics import gold_is_read, judge
 from eval.tasks import Doc, LightevalTaskConfig
 from eval.workers import Unscored, WorkerPool
 from sft_core.config import require
-from sft_core.files import whole_file
+from sft_core.files import keep_settings, whole_file
 
 CHECKERS = ("math-verify", "latex2sympy2_extended", "sympy")
 

@@ -38,7 +38,7 @@ from gen.config import IDENTITY, GenerateConfig
 from sft_core import guards
 from sft_core.config import require
 from sft_core.data import fingerprint, load_rows
-from sft_core.files import whole_file, write_atomically
+from sft_core.files import keep_settings, whole_file
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 STATISTICS = pa.struct([("input_tokens", pa.int64()), ("output_tokens", pa.int64())])
@@ -106,17 +106,10 @@ class Store:
         if names:
             print(f"columns of these names are replaced: {', '.join(names)}.", file=sys.stderr)
         self._lock = guards.lock_output_dir(self.folder)
-        file = self.folder / "settings.json"
-        if file.exists():
-            theirs = json.loads(file.read_text())
-            changed = [f"{key} ({theirs.get(key)}, now {mine})" for key, mine in self.identity.items()
-                       if theirs.get(key) != mine]  # fmt: skip
-            require(not changed, f"{self.folder} holds generations of other settings: {'; '.join(changed)}. Choose "
-                    "another --output-dir.")  # fmt: skip
+        keep_settings(self.folder, self.identity, (self.folder / "settings.json").exists(), option="--output-dir")
         (self.folder / "batches").mkdir(exist_ok=True)
         for leftover in [*self.folder.glob(".train.parquet.*.tmp"), *(self.folder / "batches").glob(".*.tmp")]:
             leftover.unlink()
-        write_atomically(file, json.dumps(self.identity, indent=1))
         (self.folder / "failed.jsonl").unlink(missing_ok=True)  # all of them are asked again
 
     def close(self) -> None:

@@ -6,7 +6,6 @@ Tokens in, tokens out: what the engine sampled is what is trained on, never deco
 import dataclasses
 import hashlib
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from grpo_core.advantage import group_advantages
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
 from grpo_core.scoring import ScoreResult, start_scoring
 from sft_core.chat import render_prompt
-from sft_core.files import flush_to_disk
+from sft_core.files import whole_file
 
 GOLD_REWARDS = {"accuracy", "cosine", "length"}  # what compares with a gold answer
 
@@ -253,10 +252,8 @@ def write_rollouts(folder: Path, step: int, rollouts: Sequence[Rollout]) -> None
     schema = SCHEMA.with_metadata({"ranks": str(dist.get_world_size())})
     table = pa.Table.from_pylist([dataclasses.asdict(r) for r in rollouts], schema=schema)
     path = folder / f"step-{step:06d}-rank-{dist.get_rank():05d}.parquet"
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(table, temporary)
-    flush_to_disk(temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        pq.write_table(table, temporary)
 
 
 def read_rollouts(folder: Path, step: int) -> list[Rollout]:
@@ -267,9 +264,8 @@ def read_rollouts(folder: Path, step: int) -> list[Rollout]:
     """
     files = {file.name: file for file in folder.rglob(f"step-{step:06d}-rank-*.parquet")}
     names = [f"step-{step:06d}-rank-00000.parquet"]
-    if (
-        names[0] in files
-    ):  # it says how many ranks there were; what more ranks left from an earlier recording is ignored
+    if names[0] in files:
+        # It says how many ranks there were; what more ranks left from an earlier recording is ignored.
         ranks = int(pq.read_schema(files[names[0]]).metadata[b"ranks"])
         names = [f"step-{step:06d}-rank-{rank:05d}.parquet" for rank in range(ranks)]
     if missing := [name for name in names if name not in files]:

@@ -1,11 +1,15 @@
 """Files that survive kill -9: written whole, flushed to the disk, and known by size and checksum."""
 
+import json
 import os
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from sft_core.config import require
 
 MANIFEST = "manifest.json"
 
@@ -25,13 +29,26 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Old content or new content, never half of it, whenever the process or the machine dies."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    flush_to_disk(path.parent)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def keep_settings(folder: Path, settings: dict[str, Any], used: bool, option: str = "--output_dir") -> None:
+    """Write settings.json, on which a folder's results depend; a folder that is `used`, and for others, is refused.
+
+    `settings`: JSON-able. Raises ValueError, saying what differs; `option` is what the folder was named with.
+    """
+    file, remedy = folder / "settings.json", f"Choose another {option}."
+    if used:
+        try:
+            theirs = json.loads(file.read_text())
+        except (OSError, ValueError):
+            raise ValueError(f"{file} cannot be read, so whose results these are is not known. {remedy}") from None
+        found = [(name, theirs.get(name), now) for name, now in settings.items()]
+        changed = "; ".join(f"{name} ({there}, now {now})" for name, there, now in found if there != now)
+        require(not changed, f"{folder} holds results of other settings: {changed}. {remedy}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(settings, indent=1))
 
 
 def flush_to_disk(path: Path) -> None:
