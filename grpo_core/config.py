@@ -12,6 +12,7 @@ from typing import Literal
 from eval.config import DecontaminateConfig, EvalConfig, PassRateConfig
 from gen.config import GenerateConfig
 from gen.engine import ENGINES
+from grpo_core.advantage import SCALES
 from grpo_core.loss import LOSS_TYPES, Objective
 from sft_core.config import (
     ModelConfig,
@@ -142,7 +143,7 @@ class GRPOConfig(TrainingConfig):
     def _resolve(self) -> None:
         """One name for what several options or spellings say."""
         scale = {"true": "group", "false": "none"}.get(self.scale_rewards.lower(), self.scale_rewards)
-        require(scale in ("group", "batch", "none"), f"unknown scale_rewards {scale!r}: group, batch or none.")
+        require(scale in SCALES, f"unknown scale_rewards {scale!r}: group, batch or none.")
         chosen = "torch" if self.use_vllm is False else "vllm"
         require(self.use_vllm is None or self.engine in (None, chosen),
                 f"engine {self.engine} and use_vllm {self.use_vllm} contradict each other: leave one out, or "
@@ -156,6 +157,10 @@ class GRPOConfig(TrainingConfig):
             return self.prompts_per_step
         completions = self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
         return math.ceil(completions / self.num_generations)
+
+    def completions_a_rank(self, world_size: int) -> int:
+        """Of a rollout, on the rank that has most: a group is never split."""
+        return self.num_generations * math.ceil(self.prompts_a_rollout(world_size) / world_size)
 
     def objective(self) -> Objective:
         """What `grpo_core.loss` is told of these options."""

@@ -38,7 +38,7 @@ def rollout_metrics(summaries: Sequence[Summary], reward_names: Sequence[str]) -
         groups.setdefault(s.group, []).append(s.reward)
     spread = [len({r for r in values if not math.isnan(r)}) > 1 for values in groups.values()]
     metrics = {
-        **_moments("reward", rewards, mean="reward", std="reward_std"),
+        **_moments(rewards, mean="reward", std="reward_std"),
         "frac_reward_zero_std": 1 - sum(spread) / len(spread),
         "effective_groups": float(sum(spread)),
         "unscored": float(np.isnan(rewards).sum()),
@@ -52,11 +52,11 @@ def rollout_metrics(summaries: Sequence[Summary], reward_names: Sequence[str]) -
             metrics[f"completions/{name}_terminated_length"] = getattr(lengths[ended], name)()
     for i, name in enumerate(reward_names):
         values = np.array([s.rewards[i] for s in summaries])
-        metrics |= _moments(name, values, mean=f"rewards/{name}/mean", std=f"rewards/{name}/std")
+        metrics |= _moments(values, mean=f"rewards/{name}/mean", std=f"rewards/{name}/std")
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _moments(name: str, values: np.ndarray, mean: str, std: str) -> dict[str, float]:
+def _moments(values: np.ndarray, mean: str, std: str) -> dict[str, float]:
     known = values[~np.isnan(values)]
     if len(known) == 0:
         return {mean: math.nan, std: math.nan}

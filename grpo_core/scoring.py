@@ -80,8 +80,8 @@ def start_scoring(
     R = sum over functions of weight * value, in float64.
 
     completions: [n] texts; prompts [n], group_ids [n], completion_ids [n] and every column [n] go with them.
-    prompt_texts: [n] the prompts as the chat template renders them, or the last 100 characters of each: the only
-    place where a reward sees that the template has already opened `<think>`.
+    prompt_texts: [n] the prompts as the chat template renders them, or their ends: the only place where a reward sees
+    that the template has already opened `<think>`.
     reward_weights: one a function; None: all 1. A None value is left out of its row's sum. A row is unscored (NaN) if
     any of its checks failed (time-out, crash, exception) or every function gave None. A check may take `pool.timeout`
     seconds, one of a whole group as many times that as the group has completions.

@@ -1,6 +1,5 @@
 """All that a GRPO run needs to know before it loads a weight. What is wrong with the user's input is said here."""
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,7 +84,8 @@ def prepare(argv: list[str]) -> Run:
     prompts_per_rollout = config.prompts_a_rollout(world_size)
     total_steps = config.total_steps(config.num_iterations * len(prompts) / prompts_per_rollout)
     identity, checkpoint = claim(base, config, num_iterations=config.num_iterations, prompts=len(prompts))
-    max_batch = min(1024, config.num_generations * math.ceil(prompts_per_rollout / world_size) * tensor_parallel)
+    rows = config.completions_a_rank(world_size)
+    max_batch = min(1024, rows * tensor_parallel)
     max_model_len = config.max_prompt_length + config.max_completion_length
     if config.rollouts_from is not None:
         kv_bytes = -1  # no engine
@@ -96,9 +96,9 @@ def prepare(argv: list[str]) -> Run:
     on_gpu = base.device.type == "cuda" and config.engine == "vllm" and config.rollouts_from is None
     plan = Plan(
         base.model_info, model, config, base.num_parameters, world_size,
-        rows=math.ceil(prompts_per_rollout * config.num_generations / world_size), longest=max_model_len,
-        itemsize=dtype.itemsize, reference=config.beta > 0, engine_ranks=tensor_parallel,
-        engine_share=config.vllm_gpu_memory_utilization if on_gpu else 0, engine_kv_bytes=kv_bytes,
+        rows=rows, longest=max_model_len, itemsize=dtype.itemsize, reference=config.beta > 0,
+        engine_ranks=tensor_parallel, engine_kv_bytes=kv_bytes,
+        engine_share=config.vllm_gpu_memory_utilization if on_gpu else 0,
         engine_sleeps=config.vllm_enable_sleep_mode,
     )  # fmt: skip
     batch = f"{prompts_per_rollout} prompts x {config.num_generations} completions"
@@ -127,7 +127,7 @@ def plan_only(model: ModelConfig, config: GRPOConfig) -> NoReturn:
     info, longest = load_model_info(model), config.max_prompt_length + config.max_completion_length
     check_positions(info, longest, "prompt and completion", "lower --max_prompt_length or --max_completion_length")
     check_adapters(model, config, info)
-    rows = config.num_generations * math.ceil(config.prompts_a_rollout(config.dry_run_gpus) / config.dry_run_gpus)
+    rows = config.completions_a_rank(config.dry_run_gpus)
     engine = config.rollouts_from is None
     cache = min(1024, rows) * kv_cache_bytes(info, torch.bfloat16, longest)
     dry_run(

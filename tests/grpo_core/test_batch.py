@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from grpo_core.batch import keep_old_logps, make_micro_batches
+from grpo_core.config import GRPOConfig
 from grpo_core.rollout import Rollout
 
 CPU = torch.device("cpu")
@@ -49,3 +50,9 @@ def test_old_logps_survive_a_checkpoint():
     keep_old_logps(batches)
     [batch] = make_micro_batches(rollouts, 1000, CPU)
     assert torch.equal(batch.old_logps, batch.sampler_logps * 0.5)
+
+
+def test_the_largest_share_of_a_rollout():
+    """Groups are never split: of 5 on two ranks, one has 3."""
+    config = GRPOConfig("unused", prompts_per_step=5, num_generations=8)
+    assert [config.completions_a_rank(ranks) for ranks in (1, 2, 8)] == [40, 24, 8]
