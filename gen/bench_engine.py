@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             "LLM.generate": lambda: generate(engine, prompts, n, tokens, 0),
             "LLM.generate without log-probs": lambda: generate(engine, prompts, n, tokens, None),
             "gen.vllm_engine": lambda: engine.sample(prompts, n=n, temperature=1.0, max_tokens=tokens, seeds=seeds,
-                                                     stop_ids=(), ignore_stop=True),
+                                                     stop_ids=()),
         }  # fmt: skip
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for i in range(1 + options.rounds):

@@ -57,7 +57,6 @@ class Engine(Protocol):
         seeds: list[int],
         stop_ids: Collection[int],
         greedy: bool = False,
-        ignore_stop: bool = False,
         top_p: float = 1.0,
         finished: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
@@ -65,8 +64,8 @@ class Engine(Protocol):
 
         `greedy` takes the most likely token (n must be 1); its log-probs are those at temperature 1, whatever
         `temperature` says. `top_p` below 1 samples from the fewest most likely tokens whose probabilities reach it;
-        log-probs are those among them. `ignore_stop` samples all `max_tokens`. Only `stop_ids` end a completion, or
-        the end of the context, `max_model_len` tokens of prompt and completion; the model folder's own EOS and
+        log-probs are those among them. A completion ends with one of `stop_ids`, after `max_tokens`, or where the
+        context does, `max_model_len` tokens of prompt and completion; the model folder's own EOS and
         generation_config.json count for nothing here.
 
         `finished(p, completions)` is called as soon as prompt p has all its completions, while others are sampled.

@@ -127,8 +127,7 @@ class Store:
         self.paths[index] = path
         batch = Batch(start, path, table, prompts, None, [])
         if path.exists():
-            said = (pq.read_schema(path).metadata or {}).get(b"rows")
-            batch.kept_rows = json.loads(said) if said else list(range(len(prompts)))
+            batch.kept_rows = _rows_in(pq.read_schema(path), len(prompts))
         missing = set(range(min(len(prompts), self.num_rows - start))).difference(batch.kept_rows)
         if missing and batch.kept_rows:
             batch.kept = pq.read_table(path)
@@ -192,8 +191,7 @@ class Store:
                 file = self.paths.get(index) or self.batch(index).path
                 if file.exists():
                     table = pq.read_table(file)
-                    said_rows = (table.schema.metadata or {}).get(b"rows")
-                    places = json.loads(said_rows) if said_rows else range(len(table))
+                    places = _rows_in(table.schema, len(table))
                     room = self.num_rows - index * self.config.input_batch_size
                     table = table.take([i for i, place in enumerate(places) if place < room])  # the limit was higher
                     waiting.append(table.replace_schema_metadata())
@@ -208,6 +206,12 @@ class Store:
                     writer.write_table(pa.concat_tables(waiting))
                     waiting = []
         return figures | {f"finish reason {reason or 'none'}": count for reason, count in sorted(reasons.items())}
+
+
+def _rows_in(schema: pa.Schema, count: int) -> list[int]:
+    """Which rows of its batch a file holds; all `count`, if it says nothing."""
+    said = (schema.metadata or {}).get(b"rows")
+    return json.loads(said) if said else list(range(count))
 
 
 def _digest(content: Any) -> str:

@@ -100,7 +100,7 @@ def probe(
     """Sample one completion and compare the engine's log-probs with the policy's.
 
     policy_logps(prompt, completion) -> [L] log-probs of the completion's tokens at the training temperature. It may be
-    a collective call: then every rank has to probe with the same prompt, `max_tokens` (stop ids are ignored, so
+    a collective call: then every rank has to probe with the same prompt, `max_tokens` (there are no stop ids, so
     lengths are equal) and seed.
 
     Returns `mean_abs` and `max_abs` difference and the number of `tokens`. Raises RuntimeError when the mean exceeds
@@ -113,7 +113,6 @@ def probe(
         max_tokens=max_tokens,
         seeds=[seed],
         stop_ids=frozenset(),
-        ignore_stop=True,
     )
     ours = policy_logps(prompt_ids, completion.token_ids).detach().double().cpu()
     theirs = torch.tensor(completion.logps, dtype=torch.float64)

@@ -83,7 +83,6 @@ class TorchEngine:
         seeds: list[int],
         stop_ids: Collection[int],
         greedy: bool = False,
-        ignore_stop: bool = False,
         top_p: float = 1.0,
         finished: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
@@ -100,7 +99,7 @@ class TorchEngine:
             max_model_len=self.max_model_len,
             top_p=top_p,
         )
-        stop = torch.tensor(sorted(() if ignore_stop else stop_ids), dtype=torch.long, device=self.device)
+        stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=self.device)
         rows = [(p, i) for p in range(len(prompts)) for i in range(n)]
         completions: list[list[Completion]] = [[] for _ in prompts]
         for start in range(0, len(rows), self.max_batch):

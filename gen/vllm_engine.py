@@ -168,7 +168,6 @@ class VLLMEngine:
         seeds: list[int],
         stop_ids: Collection[int],
         greedy: bool = False,
-        ignore_stop: bool = False,
         top_p: float = 1.0,
         finished: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
@@ -196,7 +195,7 @@ class VLLMEngine:
             logprobs=0,  # the sampled token's only
             detokenize=False,
             ignore_eos=True,  # the model's own EOS does not count, our stop ids do
-            stop_token_ids=[] if ignore_stop else sorted(stop_ids),
+            stop_token_ids=sorted(stop_ids),
         )
 
         def ended(prompt: int, group: list[Completion]) -> None:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sft_core import guards
 
 _context = multiprocessing.get_context("forkserver")
@@ -40,6 +42,18 @@ def run(module: str, argv: list[str], log: Path, timeout: float = 300, **options
     """Run to the end; returns the largest exit code of a rank (a signal counts as 128 + its number) and the output."""
     processes = start(module, argv, log, **options)
     return wait(processes, timeout), log.read_text()
+
+
+def refusal(main: Callable[[list[str]], Any], argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What `main`, called here, says of bad input: one line, and exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err.splitlines()
+    bars = ("%|", "examples/s]")
+    lines = [line for line in printed if line.strip() and not any(mark in line for mark in bars)]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
 
 
 def wait(processes: list[Any], timeout: float = 300) -> int:

@@ -16,7 +16,7 @@ import grpo_core.train
 import sft_core
 import sft_core.train
 from tests.grpo_core.test_train import TRAIN, options, weights
-from tests.launch import flags, run
+from tests.launch import flags, refusal, run
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,18 +29,6 @@ def no_weights(monkeypatch):
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
-
-
-def refusal(main, argv, capsys) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(argv)
-    assert stopped.value.code == 2
-    printed = capsys.readouterr().err.splitlines()
-    lines = [
-        line for line in printed if line.strip() and "%|" not in line and "examples/s]" not in line
-    ]  # progress bars
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 import gen.client
 from gen.config import GenerateConfig, join_urls
 from gen.engine import make_engine
-from gen.generate import build_distilabel_pipeline
+from gen.generate import build_distilabel_pipeline, main
 from sft_core.cli import parse
 from tests import launch
 from tests.fake_openai import FakeServer, words
@@ -186,7 +186,7 @@ def test_a_full_disk_stops_it_cleanly(server, data, tmp_path):
     assert len(rows(tmp_path / "out")) == 100 and len(server.requests) - before == 2 * (100 - done)
 
 
-def test_bad_input_is_one_sentence(server, data, tmp_path):
+def test_bad_input_is_one_sentence(server, data, tmp_path, capsys):
     cases = {
         "serves served, other; give --model": {"model": "gone"},
         "cannot be reached": {"vllm_server_url": "http://127.0.0.1:9/v1"},
@@ -202,10 +202,8 @@ def test_bad_input_is_one_sentence(server, data, tmp_path):
     }
     server.models = ("served", "other")
     for i, (text, wrong) in enumerate(cases.items()):
-        began = time.monotonic()
-        code, log = generate(server.url, data, tmp_path / str(i), **wrong)
-        assert code == 2 and log.startswith("error: ") and log.count("\n") == 1 and text in log, log
-        assert time.monotonic() - began < 30 and not (tmp_path / str(i)).exists()
+        assert text in launch.refusal(main, options(server.url, data, tmp_path / str(i), **wrong), capsys)
+        assert not (tmp_path / str(i)).exists()
     assert generate(server.url, data, tmp_path / "out", limit=8)[0] == 0
     code, log = generate(server.url, data, tmp_path / "out", limit=8, temperature=0.8, num_generations=1)
     assert code == 2 and "temperature (0.7, now 0.8); num_generations (2, now 1). Choose another --output-dir" in log

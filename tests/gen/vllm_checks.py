@@ -128,7 +128,7 @@ def check_single(folder: str) -> None:
     assert ids(sample(engine, seeds=[1, 2, 3, 4])) != ids(first)
     [[alone]] = sample(engine, [LONG], [SEEDS[1] + 2], n=1)
     assert alone.token_ids == first[1][2].token_ids  # sample i draws from seed + i, whatever its batch
-    free = sample(engine, n=30, ignore_stop=True)
+    free = sample(engine, n=30, stop_ids=())
     assert all(len(c.token_ids) == 20 and c.finish_reason == "length" for group in free for c in group)
     assert any({2, 3} & set(c.token_ids[:-1]) for group in free for c in group), "the EOS of the folder stopped it"
     for prompt, [greedy] in zip(PROMPTS, sample(engine, n=1, greedy=True), strict=True):
