@@ -4,8 +4,8 @@
         server.behave = lambda number, request: 503 if number % 3 == 1 else "ok"
 
 What it says depends on question and seed alone, so runs can be compared. `behave` gets the number of the request (from
-1) and its body, and returns "ok", a status, or one of "hang", "cut" (no answer), "cut body", "garbage"; or a number of
-seconds (a float) after which all is well. As a process: `python -m tests.fake_openai PORT [LATENCY]`.
+1) and its body, and returns "ok", a status, or one of "hang", "cut" (no answer), "cut body", "garbage". As a
+process: `python -m tests.fake_openai PORT [LATENCY]`.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ def words(request: dict[str, Any]) -> str:
 class FakeServer:
     def __init__(self, port: int = 0, latency: float = 0.0, models: tuple[str, ...] = ("served",)) -> None:
         self.port, self.latency, self.models = port, latency, models
-        self.behave: Callable[[int, dict[str, Any]], str | int | float] = lambda number, request: "ok"
+        self.behave: Callable[[int, dict[str, Any]], str | int] = lambda number, request: "ok"
         self.say: Callable[[dict[str, Any]], str] = words
         self.stalled_until = 0.0  # until this time.monotonic() nothing is answered, /v1/models neither
         self.requests: list[dict[str, Any]] = []
@@ -82,11 +82,9 @@ class FakeServer:
         finally:
             self.at_once -= 1
 
-    async def _answer(self, request: web.Request, asked: dict[str, Any], how: str | int | float) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, asked: dict[str, Any], how: str | int) -> web.StreamResponse:
         await self._stall()
         await asyncio.sleep(self.latency)
-        if isinstance(how, float):
-            await asyncio.sleep(how)
         if how == "hang":
             await self.stopped.wait()
         if how == "cut":

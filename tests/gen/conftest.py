@@ -1,10 +1,14 @@
-"""Tiny random models, saved as ordinary Hugging Face folders, peaked enough that log-probs mean something."""
+"""A server that does what a test wants, and tiny random models in ordinary Hugging Face folders, peaked enough that
+log-probs mean something.
+"""
 
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from tests.fake_openai import FakeServer
 
 SHAPE = {
     "vocab_size": 160,
@@ -19,6 +23,12 @@ SHAPE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+
+@pytest.fixture
+def server():
+    with FakeServer() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

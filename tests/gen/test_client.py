@@ -22,12 +22,6 @@ def run(urls, count=1, **options):
     return asyncio.run(ask())
 
 
-@pytest.fixture
-def server():
-    with FakeServer() as server:
-        yield server
-
-
 @pytest.mark.parametrize("how", [429, 503])
 def test_what_the_server_is_to_blame_for_costs_nothing(server, how):
     server.behave = lambda number, request: how if number <= 3 else "ok"

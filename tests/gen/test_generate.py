@@ -24,12 +24,6 @@ from tests import launch
 from tests.fake_openai import FakeServer, words
 
 
-@pytest.fixture
-def server():
-    with FakeServer() as server:
-        yield server
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
