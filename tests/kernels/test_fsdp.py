@@ -1,14 +1,12 @@
-"""One rank of the FSDP2 test of linear_logprob: fsdp_worker.py FOLDER RANK."""
-
-import sys
-from datetime import timedelta
+"""linear_logprob under FSDP2, on two ranks."""
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from kernels.linear_logprob import linear_logprob
+from sft_core import guards
+from tests.processes import run_ranks
 
 VOCAB, DIM, ROWS = 51, 16, 20
 
@@ -66,14 +64,13 @@ def check(tied: bool, rank: int) -> None:
     torch.testing.assert_close(got, want)
 
 
-def main(folder: str, rank: int) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+def on_a_rank() -> None:
+    rank, *_ = guards.init_distributed(60)
     for tied in (True, False):
         check(tied, rank)
-    dist.destroy_process_group()
+    guards.shutdown()
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+def test_two_sharded_ranks_give_the_gradient_of_one_process():
+    """With the embedding tied to the head and not; FSDP2 frees the gathered weight between forward and backward."""
+    run_ranks(2, on_a_rank)
