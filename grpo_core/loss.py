@@ -38,7 +38,7 @@ class Objective:
 
     loss_type: str = "grpo"
     epsilon: float = 0.2
-    epsilon_high: float | None = None  # epsilon; must be given for "cispo", which has no other bound
+    epsilon_high: float | None = None  # None: epsilon; "cispo", which has no other bound, must be given one
     delta: float | None = None
     beta: float = 0.0
     importance_sampling_level: str = "token"
