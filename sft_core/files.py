@@ -42,9 +42,9 @@ def keep_settings(folder: Path, settings: dict[str, Any], used: bool, option: st
     if used:
         try:
             theirs = json.loads(file.read_text())
-        except (OSError, ValueError):
+            found = [(name, theirs.get(name), now) for name, now in settings.items()]
+        except (OSError, ValueError, AttributeError):  # not there, damaged, or something else
             raise ValueError(f"{file} cannot be read, so whose results these are is not known. {remedy}") from None
-        found = [(name, theirs.get(name), now) for name, now in settings.items()]
         changed = "; ".join(f"{name} ({there}, now {now})" for name, there, now in found if there != now)
         require(not changed, f"{folder} holds results of other settings: {changed}. {remedy}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ def test_a_folder_that_is_used_keeps_its_settings(tmp_path):
         keep_settings(folder, {"seed": 2}, used=True)
     keep_settings(folder, {"seed": 2}, used=False)  # nothing depends on the old ones
     keep_settings(folder, {"seed": 2}, used=True)
-    (folder / "settings.json").write_text('{"seed"')
-    with pytest.raises(ValueError, match="settings.json cannot be read.*Choose another --output-dir"):
-        keep_settings(folder, {"seed": 2}, used=True, option="--output-dir")
+    for damaged in ('{"seed"', "[2]"):
+        (folder / "settings.json").write_text(damaged)
+        with pytest.raises(ValueError, match="settings.json cannot be read.*Choose another --output-dir"):
+            keep_settings(folder, {"seed": 2}, used=True, option="--output-dir")
