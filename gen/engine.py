@@ -42,10 +42,39 @@ class Completion:
     finish_reason: str
 
 
+@dataclass(frozen=True)
+class Checksum:
+    """Of a tensor: `gen.sync.checksum`."""
+
+    kind: str  # dtype and shape
+    total: int  # of the bytes
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a `load_weights` did, for `gen.sync.sync_weights` to check.
+
+    Raises RuntimeError where the loader left a parameter of the engine as it was, which would stay old for ever.
+    """
+
+    consumed: dict[str, Checksum]  # of each tensor that the loader was given
+    written: frozenset[str]  # the engine's own parameters that the loader wrote
+    held: dict[str, Checksum | None]  # of each of the engine's own parameters, after; None: it cannot be read back
+    share: int = 0  # which part of the model this rank's engine holds (its tensor-parallel rank)
+
+    def __post_init__(self) -> None:
+        if unwritten := sorted(set(self.held) - self.written):
+            raise RuntimeError(
+                f"weight sync: nothing was written to {len(unwritten)} of the engine's parameters, the first is "
+                f"{unwritten[0]!r}: the policy has no such weight, or it was lost on the way"
+            )
+
+
 class Engine(Protocol):
     """What the trainer, the evaluation and the data generation need from a sampler."""
 
     version: int  # policy version of the loaded weights
+    loaded: Loaded | None  # of the last `load_weights` that went well
 
     def sample(
         self,
@@ -74,11 +103,12 @@ class Engine(Protocol):
         """
         ...
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, int]:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Loaded:
         """Replace the weights in place by (Hugging Face name, full tensor) pairs and forget cached prefixes.
 
-        Returns name -> checksum (gen/sync.py) of the bytes that the loader consumed. `version` is set last, when all
-        went well; while loading and after a failure it is -1. Callers want `gen.sync.sync_weights`, which checks.
+        Returns what was read and written, and what the engine then holds. `version` and `loaded` are set last, when
+        all went well; while loading and after a failure the version is -1. Callers want `gen.sync.sync_weights`, which
+        checks.
         """
         ...
 

@@ -1,9 +1,15 @@
 """Trainer weights into an engine, and the proof that they arrived.
 
 A sampler with stale, missing or mixed-up weights still writes plausible text, and training on it fails silently. So
-each sync is checked twice: by the bytes (`sync_weights` compares a checksum of every tensor sent with a checksum of
-what the engine's loader consumed) and by the meaning (`probe` samples one prompt and compares the engine's log-probs
-with the policy's own). During training `mismatch_stats` follows the difference that remains, which is numerics.
+each sync is checked three times (`sync_weights`, then `probe`):
+
+* the loader was given what was sent: the same names, the same bytes;
+* the engine holds it: every parameter of the engine was written, those that can be read back are what was sent or, if
+  the engine keeps them in another form, have changed with it, and engines that should be equal are;
+* it samples from it: the engine's log-probs of what it samples are the policy's own.
+
+vLLM on the CPU repacks linear weights and cannot give them back: there the first and the last must do. During training
+`mismatch_stats` follows the difference that remains, which is numerics.
 
 Left out on purpose: any transport. Engines live in the trainer's process and take tensors; for separate servers use
 vLLM's own weight-transfer engines.
@@ -15,81 +21,142 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from gen.engine import Engine
+from gen.engine import Checksum, Engine, Loaded
 
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}  # words at a time: what stays in a core's cache; few launches on a GPU
+PROBES = 8  # completions of a probe
 BUCKETS = (0, 32, 128, 512)  # first position of each bucket of `mismatch_stats`
 
 
-@torch.no_grad()
-def checksum(tensor: Tensor) -> int:
-    """A 64-bit checksum of a tensor's bytes, shape and dtype; the same on every device.
+class Checksums:
+    """Checksums of tensors by name, computed on their device and read all at once: one wait for the device.
 
-    sum_i (2 i + 1) * word_i modulo 2^64 over the bytes as 64-bit words: odd weights make any single changed word
-    visible, and different weights make two words that change places visible. Not cryptographic.
+    A checksum is sum_i (2 i + 1) * word_i modulo 2^64 over a tensor's bytes as 64-bit words, the same on every device,
+    beside its dtype and shape: odd weights make any single changed word visible, and different weights make two words
+    that change places visible. Not cryptographic.
     """
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if flat.numel() % 8:
-        flat = torch.nn.functional.pad(flat, (0, 8 - flat.numel() % 8))
-    if flat.storage_offset() % 8:
-        flat = flat.clone()
-    words = flat.view(torch.int64)  # [W]
-    size = min(CHUNK[words.device.type], max(len(words), 1))
-    odd = torch.arange(1, 2 * size, 2, device=words.device)
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for start in range(0, len(words), size):  # integer sums wrap, so their order does not matter
-        chunk = words[start : start + size]
-        total += (chunk * odd[: len(chunk)]).sum() + 2 * start * chunk.sum()
-    kind = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    return (int(total) + kind * 0x9E3779B97F4A7C15) % (1 << 64)
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, str] = {}
+        self.totals: list[Tensor] = []  # each []
+
+    @torch.no_grad()
+    def add(self, name: str, tensor: Tensor) -> None:
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        if flat.numel() % 8:
+            flat = torch.nn.functional.pad(flat, (0, 8 - flat.numel() % 8))
+        if flat.storage_offset() % 8:
+            flat = flat.clone()
+        words = flat.view(torch.int64)  # [W]
+        size = min(CHUNK[words.device.type], max(len(words), 1))
+        odd = torch.arange(1, 2 * size, 2, device=words.device)
+        total = torch.zeros((), dtype=torch.int64, device=words.device)
+        for start in range(0, len(words), size):  # integer sums wrap, so their order does not matter
+            chunk = words[start : start + size]
+            total += (chunk * odd[: len(chunk)]).sum() + 2 * start * chunk.sum()
+        self.kinds[name] = f"{tensor.dtype} {tuple(tensor.shape)}"
+        self.totals.append(total)
+
+    def read(self) -> dict[str, Checksum]:
+        if not self.totals:
+            return {}
+        totals = torch.stack([total.to(self.totals[0].device) for total in self.totals]).tolist()
+        return {name: Checksum(kind, total) for (name, kind), total in zip(self.kinds.items(), totals, strict=True)}
 
 
 def sync_weights(
-    engine: Engine,
-    weights: Iterable[tuple[str, Tensor]],
-    expected: Collection[str] | Mapping[str, int],
-    version: int,
+    engine: Engine, weights: Iterable[tuple[str, Tensor]], expected: Collection[str], version: int
 ) -> None:
-    """Load the policy's weights into the engine as `version` and check that all of them, and only they, arrived.
+    """Load the policy's weights into the engine as `version` and check that all of them, and only they, arrived. A
+    collective, where ranks have an engine each.
 
     weights   (Hugging Face name, full tensor) pairs; consumed one at a time
-    expected  the names of the policy's parameters; as a mapping, also the checksums known beforehand
+    expected  the names of the policy's parameters
 
-    Raises RuntimeError naming what differs: tensors missing, unexpected, sent twice, exchanged or changed on the way,
-    or the engine's version.
+    Raises RuntimeError naming what differs: tensors missing, unexpected, sent twice, exchanged or changed on the way;
+    parameters of the engine that were not written, are not what was sent, or did not change with it; engines that
+    differ between ranks; or the engine's version.
     """
-    sent: dict[str, int] = {}
+    sent, before = Checksums(), engine.loaded
 
     def watched() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
             if name not in expected:
                 raise RuntimeError(f"weight sync {version}: {name!r} is not a parameter of the policy")
-            if name in sent:
+            if name in sent.kinds:
                 raise RuntimeError(f"weight sync {version}: {name!r} was sent twice")
-            sent[name] = checksum(tensor)
+            sent.add(name, tensor)
             yield name, tensor
 
-    consumed = engine.load_weights(watched(), version)
-    known = expected if isinstance(expected, Mapping) else sent
-    missing = sorted(set(expected) - set(consumed))
-    extra = sorted(set(consumed) - set(expected))
-    changed = sorted(name for name in set(consumed) & set(sent) if not consumed[name] == sent[name] == known[name])
-    faults = {"did not arrive": missing, "were not asked for": extra, "differ from what was sent": changed}
+    now = engine.load_weights(watched(), version)
+    given = sent.read()
+    faults = {
+        "tensors did not arrive": set(expected) - set(now.consumed),
+        "tensors were not asked for": set(now.consumed) - set(expected),
+        "tensors differ from what was sent": {n for n in now.consumed if n in given and now.consumed[n] != given[n]},
+        "parameters of the engine are not what was sent": stale_parameters(before, now) if before else set(),
+    }
     for what, names in faults.items():
         if names:
-            raise RuntimeError(
-                f"weight sync {version}: {len(names)} tensors {what}: {', '.join(names[:5])}"
-                + (" ..." if len(names) > 5 else "")
-            )
+            shown = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
+            raise RuntimeError(f"weight sync {version}: {len(names)} {what}: {shown}")
     if engine.version != version:
         raise RuntimeError(f"weight sync {version}: the engine still says version {engine.version}")
+    _check_replicas(now, version)
+
+
+def stale_parameters(before: Loaded, now: Loaded) -> set[str]:
+    """The engine's own parameters that do not follow what was sent, as far as they can be read back.
+
+    One that was once held just as it was sent must be so again. One that is held in another form (several tensors in
+    one, another dtype, transposed) must have changed where all that it may be made of has.
+    """
+    changed = {name for name, checksum in now.consumed.items() if before.consumed.get(name) != checksum}
+    merged = set(now.consumed) - set(now.held)
+    stale = set()
+    for name, held in now.held.items():
+        old = before.held.get(name)
+        if held is None or old is None:
+            continue
+        if name in now.consumed and old == before.consumed.get(name):
+            follows = held == now.consumed[name]
+        else:
+            sources = _sources(name, now.consumed, merged)
+            follows = held != old or not sources or not sources <= changed
+        if not follows:
+            stale.add(name)
+    return stale
+
+
+def _sources(name: str, consumed: Mapping[str, Checksum], merged: set[str]) -> set[str]:
+    """What an engine's parameter may be made of: the tensor of its name, else the nearest of those, in the tree of
+    modules, that are no parameter of the engine by themselves (as q_proj, k_proj and v_proj are for qkv_proj)."""
+    if name in consumed:
+        return {name}
+    module, _, leaf = name.rpartition(".")
+    near = set[str]()
+    while module and not near:
+        module = module.rpartition(".")[0]
+        near = {source for source in merged if source.startswith(f"{module}." if module else "")}
+    return {source for source in near if source.endswith(f".{leaf}")} or near
+
+
+def _check_replicas(loaded: Loaded, version: int) -> None:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    mine = (loaded.share, zlib.crc32(repr(sorted(loaded.held.items())).encode()))
+    everyone: list[tuple[int, int]] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if len(set(everyone)) != len({share for share, _ in everyone}):
+        raise RuntimeError(f"weight sync {version}: engines that should hold the same weights differ between ranks")
 
 
 def probe(
     engine: Engine,
-    policy_logps: Callable[[list[int], list[int]], Tensor],
+    policy_logps: Callable[[list[int], list[list[int]]], Tensor],
     prompt_ids: list[int],
     *,
     temperature: float,
@@ -97,34 +164,40 @@ def probe(
     seed: int,
     tolerance: float,
 ) -> dict[str, float]:
-    """Sample one completion and compare the engine's log-probs with the policy's.
+    """Sample some completions of one prompt and compare the engine's log-probs with the policy's.
 
-    policy_logps(prompt, completion) -> [L] log-probs of the completion's tokens at the training temperature. It may be
-    a collective call: then every rank has to probe with the same prompt, `max_tokens` (there are no stop ids, so
-    lengths are equal) and seed.
+    Several, since a few tokens of one may all be likely ones, whatever the weights: over 8 x 8 tokens the mean tells
+    two neighbouring layers of SmolLM2-135M that changed places from the right order, over 8 alone it may not.
+
+    policy_logps(prompt, completions) -> [N] log-probs of all completions' tokens, one after the other, at the training
+    temperature. It may be a collective call: then every rank has to probe with the same prompt, `max_tokens` (there
+    are no stop ids, so lengths are equal) and seed.
 
     Returns `mean_abs` and `max_abs` difference and the number of `tokens`. Raises RuntimeError when the mean exceeds
     `tolerance` or is not a number: stale or mixed-up weights, another temperature, log-probs off by one token.
     """
-    [[completion]] = engine.sample(
+    [completions] = engine.sample(
         [prompt_ids],
-        n=1,
+        n=PROBES,
         temperature=temperature,
         max_tokens=max_tokens,
         seeds=[seed],
         stop_ids=frozenset(),
     )
-    ours = policy_logps(prompt_ids, completion.token_ids).detach().double().cpu()
-    theirs = torch.tensor(completion.logps, dtype=torch.float64)
+    ours = policy_logps(prompt_ids, [completion.token_ids for completion in completions]).detach().double().cpu()
+    theirs = torch.tensor([logp for completion in completions for logp in completion.logps], dtype=torch.float64)
     if ours.shape != theirs.shape:
         raise RuntimeError(f"probe: the policy scored {tuple(ours.shape)} tokens, the engine sampled {len(theirs)}")
+    for whose, logps in (("the engine's", theirs), ("the policy's", ours)):
+        if not logps.isfinite().all():
+            raise RuntimeError(f"probe: {whose} log-probs (weights version {engine.version}) are not finite")
     difference = (ours - theirs).abs()
     figures = {
         "mean_abs": difference.mean().item(),
         "max_abs": difference.max().item(),
         "tokens": float(len(difference)),
     }
-    if not figures["mean_abs"] <= tolerance:  # so written, NaN fails too
+    if figures["mean_abs"] > tolerance:
         raise RuntimeError(
             f"probe: the engine's log-probs (weights version {engine.version}) differ from the policy's by "
             f"{figures['mean_abs']:.4g} on average and {figures['max_abs']:.4g} at most over {len(difference)} tokens, "

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
+from gen import vllm_internals
 from gen.engine import Engine, kv_cache_bytes, make_engine
-from gen.sync import sync_weights
+from gen.sync import probe, sync_weights
 
 STOP = frozenset(range(20, 28))
 LONG = [(7 * i) % 150 + 4 for i in range(70)]  # more than two blocks of the prefix cache
@@ -94,7 +95,7 @@ def expect_refused_syncs(engine: Engine, model) -> None:
         pairs[a], pairs[b] = pairs[b], pairs[a]
         return load(pairs.items(), version)
 
-    for fault, says in ((lose_one, "did not arrive"), (exchange_two, "differ from what was sent")):
+    for fault, says in ((lose_one, "nothing was written to 1 of"), (exchange_two, "differ from what was sent")):
         engine.load_weights = fault  # type: ignore[method-assign]
         try:
             sync_weights(engine, model.named_parameters(), names(model), 3)
@@ -103,6 +104,58 @@ def expect_refused_syncs(engine: Engine, model) -> None:
         else:
             raise AssertionError(f"{fault.__name__} went unnoticed")
     engine.load_weights = load  # type: ignore[method-assign]
+
+
+def expect_faults_inside_the_loader(engine: Engine, model) -> None:
+    """What vLLM's loader was given is right: one parameter that it leaves out, and two layers that it exchanges. Of
+    the layers only what cannot be read back on the CPU: there it is the probe that finds them."""
+    [worker] = engine.llm.collective_rpc(lambda worker: worker)  # type: ignore[attr-defined]
+    vllm_model = worker.get_model()
+    load = type(vllm_model).load_weights
+    left_out, (a, b) = "model.layers.1.mlp.down_proj.weight", (f"model.layers.{i}." for i in (0, 1))
+
+    def leave_out(pairs):
+        return load(vllm_model, [pair for pair in pairs if pair[0] != left_out])
+
+    def exchange(pairs):
+        other = {a: b, b: a}
+        pairs = [(name, name[: len(a)], tensor) for name, tensor in pairs]
+        linear = ("mlp", "attn")
+        return load(vllm_model, [
+            (name.replace(layer, other[layer]) if layer in other and any(part in name for part in linear) else name, t)
+            for name, layer, t in pairs
+        ])  # fmt: skip
+
+    def policy_logps(prompt, completions):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + c for c in completions])).logits[:, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1).gather(2, torch.tensor(completions)[:, :, None]).flatten()
+
+    tries = ((5, leave_out, left_out), (6, exchange, "does not sample from the policy"), (7, None, ""))
+    for version, fault, says in tries:
+        if fault is not None:
+            vllm_model.load_weights = fault
+        try:
+            sync_weights(engine, model.named_parameters(), names(model), version)
+            probe(engine, policy_logps, PROMPTS[0], temperature=1.0, max_tokens=8, seed=1, tolerance=0.01)
+        except RuntimeError as error:
+            assert says and says in str(error), error
+        else:
+            assert not says, f"{fault} went unnoticed"
+
+
+def expect_another_vllm_refused(engine: Engine) -> None:
+    """In one sentence that names what is missing and the version."""
+    for table, entry, call in (
+        ("IMPORTED", {"vllm.inputs": ["gone"]}, lambda: vllm_internals.check_package(())),
+        ("IMPORTED", {"vllm.gone": ["it"]}, lambda: vllm_internals.check_package(())),
+        ("REACHED", ("llm_engine.gone",), lambda: vllm_internals.check_engine(engine.llm)),
+        ("INPUTS", ["prompt", "gone"], lambda: vllm_internals.check_engine(engine.llm)),
+    ):
+        with patch.object(vllm_internals, table, entry):
+            expect_value_error("gone", call)
+    expect_value_error("lacks the option gone, which", lambda: vllm_internals.check_package(["seed", "gone"]))
+    vllm_internals.check_engine(engine.llm)
 
 
 def check_single(folder: str) -> None:
@@ -157,6 +210,8 @@ def check_single(folder: str) -> None:
     expect_asleep(engine)
     sync_weights(engine, model.named_parameters(), names(model), 4)
     assert worst_difference(model, sample(engine)) < 1e-3
+    expect_faults_inside_the_loader(engine, model)
+    expect_another_vllm_refused(engine)
     engine.close()
 
 
