@@ -17,13 +17,14 @@ the sampler's distribution is not the one that a trainer scores.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+Checksum = tuple[str, int]  # of a tensor: dtype and shape, and a sum over its bytes (`gen.sync.Checksums`)
 ENGINES = ("vllm", "torch")
 ASLEEP = "the engine sleeps: load weights before sampling from it"
 INITIAL_VERSION = -1  # the weights that an engine was started with, or that a failed load left behind: never trained on
@@ -43,14 +44,6 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Checksum:
-    """Of a tensor: `gen.sync.checksum`."""
-
-    kind: str  # dtype and shape
-    total: int  # of the bytes
-
-
-@dataclass(frozen=True)
 class Loaded:
     """What a `load_weights` did, for `gen.sync.sync_weights` to check.
 
@@ -59,7 +52,7 @@ class Loaded:
 
     consumed: dict[str, Checksum]  # of each tensor that the loader was given
     written: frozenset[str]  # the engine's own parameters that the loader wrote
-    held: dict[str, Checksum | None]  # of each of the engine's own parameters, after; None: it cannot be read back
+    held: Mapping[str, Checksum | None]  # of each of the engine's own parameters, after; None: it cannot be read back
     share: int = 0  # which part of the model this rank's engine holds (its tensor-parallel rank)
 
     def __post_init__(self) -> None:

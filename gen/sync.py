@@ -17,8 +17,8 @@ vLLM's own weight-transfer engines.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,7 +64,7 @@ class Checksums:
         if not self.totals:
             return {}
         totals = torch.stack([total.to(self.totals[0].device) for total in self.totals]).tolist()
-        return {name: Checksum(kind, total) for (name, kind), total in zip(self.kinds.items(), totals, strict=True)}
+        return dict(zip(self.kinds, zip(self.kinds.values(), totals, strict=True), strict=True))
 
 
 def sync_weights(
@@ -98,6 +98,7 @@ def sync_weights(
         "tensors were not asked for": set(now.consumed) - set(expected),
         "tensors differ from what was sent": {n for n in now.consumed if n in given and now.consumed[n] != given[n]},
         "parameters of the engine are not what was sent": stale_parameters(before, now) if before else set(),
+        "parameters differ between the engines of several ranks": _unequal_parameters(now),
     }
     for what, names in faults.items():
         if names:
@@ -105,17 +106,16 @@ def sync_weights(
             raise RuntimeError(f"weight sync {version}: {len(names)} {what}: {shown}")
     if engine.version != version:
         raise RuntimeError(f"weight sync {version}: the engine still says version {engine.version}")
-    _check_replicas(now, version)
 
 
 def stale_parameters(before: Loaded, now: Loaded) -> set[str]:
     """The engine's own parameters that do not follow what was sent, as far as they can be read back.
 
     One that was once held just as it was sent must be so again. One that is held in another form (several tensors in
-    one, another dtype, transposed) must have changed where all that it may be made of has.
+    one, another dtype, transposed) must have changed where all that it may be made of has: the tensor of its name, else
+    its neighbours (q_proj, k_proj and v_proj for qkv_proj). Where there are none, it is left to the probe.
     """
     changed = {name for name, checksum in now.consumed.items() if before.consumed.get(name) != checksum}
-    merged = set(now.consumed) - set(now.held)
     stale = set()
     for name, held in now.held.items():
         old = before.held.get(name)
@@ -124,34 +124,22 @@ def stale_parameters(before: Loaded, now: Loaded) -> set[str]:
         if name in now.consumed and old == before.consumed.get(name):
             follows = held == now.consumed[name]
         else:
-            sources = _sources(name, now.consumed, merged)
+            *module, _, leaf = ["", *name.split(".")]
+            near = {n for n in now.consumed if f".{n}".startswith(".".join(module)) and n.endswith(f".{leaf}")}
+            sources = {name} & now.consumed.keys() or near
             follows = held != old or not sources or not sources <= changed
         if not follows:
             stale.add(name)
     return stale
 
 
-def _sources(name: str, consumed: Mapping[str, Checksum], merged: set[str]) -> set[str]:
-    """What an engine's parameter may be made of: the tensor of its name, else the nearest of those, in the tree of
-    modules, that are no parameter of the engine by themselves (as q_proj, k_proj and v_proj are for qkv_proj)."""
-    if name in consumed:
-        return {name}
-    module, _, leaf = name.rpartition(".")
-    near = set[str]()
-    while module and not near:
-        module = module.rpartition(".")[0]
-        near = {source for source in merged if source.startswith(f"{module}." if module else "")}
-    return {source for source in near if source.endswith(f".{leaf}")} or near
-
-
-def _check_replicas(loaded: Loaded, version: int) -> None:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    mine = (loaded.share, zlib.crc32(repr(sorted(loaded.held.items())).encode()))
-    everyone: list[tuple[int, int]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    if len(set(everyone)) != len({share for share, _ in everyone}):
-        raise RuntimeError(f"weight sync {version}: engines that should hold the same weights differ between ranks")
+def _unequal_parameters(now: Loaded) -> set[str]:
+    """Those that engines of other ranks, with the same share of the model, hold otherwise. A collective."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    everyone: list[Any] = [(now.share, now.held)] * ranks
+    if ranks > 1:
+        dist.all_gather_object(everyone, everyone[0])
+    return {name for share, held in everyone if share == now.share for name in held if held[name] != now.held[name]}
 
 
 def probe(

@@ -203,7 +203,7 @@ class TorchEngine:
             consumed.add(name, tensor)
         for name, parameter in self.model.named_parameters():
             held.add(name, parameter)
-        self.loaded = Loaded(consumed.read(), frozenset(consumed.kinds), dict(held.read()))
+        self.loaded = Loaded(consumed.read(), frozenset(consumed.kinds), held.read())
         self.version = version
         return self.loaded
 

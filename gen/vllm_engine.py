@@ -26,9 +26,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig
 
+from gen import vllm_internals
 from gen.engine import ASLEEP, INITIAL_VERSION, Completion, Loaded, check_request, kv_cache_bytes
 from gen.sync import Checksums
-from gen.vllm_internals import check_engine, check_package, replace_weights, run_requests, tensor_parallel_group
 
 GIB = 1 << 30
 CPU_KV_LIMIT = GIB  # above it vLLM queues sequences; VLLM_CPU_KVCACHE_SPACE (whole GiB) in the environment overrules
@@ -161,9 +161,8 @@ class VLLMEngine:
             import vllm
 
             self.vllm = vllm
-            check_package(options)
+            vllm_internals.check(options)
             self.llm = vllm.LLM(model_path, **options)
-        check_engine(self.llm)
 
     def sample(
         self,
@@ -211,14 +210,14 @@ class VLLMEngine:
 
         # vLLM compiles one helper of the sampler at first use: seconds, and a C++ compiler, for microseconds on a CPU.
         with torch.compiler.set_stance("force_eager") if self.on_cpu else nullcontext():
-            return run_requests(self.llm, everyone, n, params, self.request_numbers, ended)[own]
+            return vllm_internals.run_requests(self.llm, everyone, n, params, self.request_numbers, ended)[own]
 
     def _gather(self, prompts: list[list[int]], seeds: list[int]) -> tuple[list[tuple[list[int], int]], slice]:
         """The (prompt, seed) pairs of all ranks that share this copy of the model, and which of them are ours."""
         mine = list(zip(prompts, seeds, strict=True))
         if self.tensor_parallel_size == 1:
             return mine, slice(0, len(mine))
-        group = tensor_parallel_group()
+        group = vllm_internals.tensor_parallel_group()
         parts: list[Any] = [None] * group.world_size
         dist.all_gather_object(parts, mine, group=group.cpu_group)
         first = sum(len(part) for part in parts[: group.rank_in_group])
@@ -236,14 +235,14 @@ class VLLMEngine:
 
         if self.asleep:
             self._wake("weights")  # as memory only: nothing is in it but what is loaded now
-        written, held = replace_weights(self.llm, read())
+        written, held = vllm_internals.replace_weights(self.llm, read())
         if self.asleep:
             self._wake("kv_cache")
             self.asleep = False
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: requests were still running during the weight sync")
-        share = tensor_parallel_group().rank_in_group
-        self.loaded = Loaded(consumed.read(), written, dict(held), share)
+        share = vllm_internals.tensor_parallel_group().rank_in_group
+        self.loaded = Loaded(consumed.read(), written, held, share)
         self.version = version
         return self.loaded
 

@@ -1,82 +1,58 @@
 """All that this project touches of vLLM beyond `LLM` and `SamplingParams`, in one place.
 
-vLLM promises nothing about it from version to version: `check_package` and `check_engine` look when an engine starts,
-so that another vLLM is refused in one sentence and not by a traceback in the middle of a run. Read in the sources of
-0.26, 0.32 and 0.33; run with 0.26 and 0.32.
+vLLM promises nothing about it from version to version: `check` looks before an engine starts, so that another vLLM is
+refused in one sentence and not by a traceback in the middle of a run. Read in the sources of 0.26, 0.32 and 0.33; run
+with 0.26 and 0.32.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from copy import copy
 from dataclasses import replace
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gen.engine import Completion
+from gen.engine import Checksum, Completion
 from gen.sync import Checksums
 
-READ = "0.26 to 0.33"
-IMPORTED = {  # module -> names
-    "vllm.inputs": ["tokens_input"],
-    "vllm.engine.arg_utils": ["EngineArgs"],
-    "vllm.distributed.parallel_state": ["get_tp_group"],
-    "vllm.model_executor.layers.vocab_parallel_embedding": ["ParallelLMHead"],
-}
-REACHED = (  # from an `LLM`
-    "collective_rpc", "reset_prefix_cache", "sleep", "wake_up", "llm_engine.get_supported_tasks",
-    "llm_engine.input_processor.process_inputs", "llm_engine.engine_core.add_request",
-    "llm_engine.engine_core.get_output", "llm_engine.engine_core.abort_requests", "llm_engine.engine_core.shutdown",
-    "llm_engine.engine_core.engine_core.scheduler.has_requests", "llm_engine.engine_core.engine_core.batch_queue",
-)  # fmt: skip
-INPUTS = ["request_id", "prompt", "params", "supported_tasks"]  # the first parameters of process_inputs
+NEEDED = """
+    vllm.inputs:tokens_input
+    vllm.distributed.parallel_state:get_tp_group
+    vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead
+    vllm.v1.core.sched.scheduler:Scheduler.has_requests
+    vllm.v1.engine.core:EngineCore.step_with_batch_queue
+    vllm.v1.engine.core_client:InprocClient.add_request
+    vllm.v1.engine.core_client:InprocClient.get_output
+    vllm.v1.engine.core_client:InprocClient.abort_requests
+    vllm.v1.engine.core_client:InprocClient.shutdown
+    vllm.v1.engine.input_processor:InputProcessor.process_inputs
+    vllm.v1.engine.llm_engine:LLMEngine.get_supported_tasks
+    vllm.v1.worker.gpu_worker:Worker.get_model
+    vllm.v1.worker.gpu_worker:Worker.reload_weights
+    vllm:LLM.collective_rpc
+    vllm:LLM.reset_prefix_cache
+    vllm:LLM.sleep
+    vllm:LLM.wake_up
+""".split()
 
 
-def check_package(options: Collection[str]) -> None:
-    """Raise ValueError unless the installed vLLM has what is imported from it and the engine `options`."""
+def check(options: Collection[str]) -> None:
+    """Raise ValueError unless the installed vLLM has what is used of it, and all these `options` of an engine."""
     missing = []
-    for module, names in IMPORTED.items():
+    for path in [*NEEDED, *(f"vllm.engine.arg_utils:EngineArgs.{name}" for name in options)]:
         try:
-            found = importlib.import_module(module)
-        except ModuleNotFoundError:
-            missing.append(module)
-        else:
-            missing += [f"{module}.{name}" for name in names if not hasattr(found, name)]
-    if not missing:
-        from vllm.engine.arg_utils import EngineArgs
-
-        known = {field.name for field in dataclasses.fields(EngineArgs)}
-        missing = [f"the option {name}" for name in options if name not in known]
-    _refuse(missing)
-
-
-def check_engine(llm: Any) -> None:
-    """Raise ValueError unless the started engine has what is reached in it."""
-    _refuse([path for path in REACHED if not _has(llm, path)])
-    parameters = list(inspect.signature(llm.llm_engine.input_processor.process_inputs).parameters)
-    _refuse([] if parameters[:4] == INPUTS else [f"process_inputs({', '.join(INPUTS)})"])
-
-
-def _has(start: Any, path: str) -> bool:
-    for name in path.split("."):
-        if not hasattr(start, name):
-            return False
-        start = getattr(start, name)
-    return True
-
-
-def _refuse(missing: list[str]) -> None:
+            resolve_name(path)
+        except (ImportError, AttributeError):
+            missing.append(path)
     if missing:
-        import vllm
-
+        version = resolve_name("vllm:__version__")
         raise ValueError(
-            f"vLLM {vllm.__version__} lacks {', '.join(missing)}, which the engine needs: install another version "
-            f"({READ} have it), or use --engine torch."
+            f"vLLM {version} lacks {', '.join(missing)}: install another version (0.26 to 0.33 have it), or use "
+            "--engine torch."
         )
 
 
@@ -109,7 +85,8 @@ def run_requests(
     waiting = [n] * len(requests)
     try:
         for prompt, (ids, seed) in enumerate(requests):
-            first = front.input_processor.process_inputs("", tokens_input(prompt_token_ids=ids), params, tasks)
+            tokens = tokens_input(prompt_token_ids=ids)
+            first = front.input_processor.process_inputs("", tokens, params, tasks)
             for i in range(n):
                 request = copy(first)
                 request.request_id = str(next(numbers))
@@ -139,24 +116,24 @@ def run_requests(
     return samples
 
 
-def replace_weights(llm: Any, weights: Iterable[tuple[str, Tensor]]) -> tuple[frozenset[str], Mapping[str, Any]]:
+def replace_weights(
+    llm: Any, weights: Iterable[tuple[str, Tensor]]
+) -> tuple[frozenset[str], dict[str, Checksum | None]]:
     """Load (Hugging Face name, tensor) pairs in place.
 
     Returns the names of the engine's parameters that the loader says it wrote, and the checksum of each of the engine's
-    parameters that can be read back, None of the others.
+    parameters, None where it cannot be read back: the weights lie elsewhere then, repacked, and the parameter is empty.
     """
     # Without a separate engine process vLLM calls the function directly, so an iterator may be an argument.
-    [(written, model)] = llm.collective_rpc(
-        _load_on_gpu if torch.cuda.is_available() else _load_on_cpu, args=(weights,)
-    )
+    load = _load_on_gpu if torch.cuda.is_available() else _load_on_cpu
+    [(written, model)] = llm.collective_rpc(load, args=(weights,))
     if written is None:
         raise RuntimeError(f"vLLM's loader of {type(model).__name__} does not say what it wrote: use --engine torch.")
-    held, names = Checksums(), [name for name, _ in model.named_parameters()]
-    for name, parameter in model.named_parameters():
-        if parameter.numel():  # else the weights lie elsewhere, repacked
+    parameters, held = dict(model.named_parameters()), Checksums()
+    for name, parameter in parameters.items():
+        if parameter.numel():
             held.add(name, parameter)
-    found = held.read()
-    return frozenset(written), {name: found.get(name) for name in names}
+    return frozenset(written), dict.fromkeys(parameters) | held.read()
 
 
 def _load_on_gpu(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> tuple[set[str] | None, nn.Module]:

@@ -68,7 +68,7 @@ def with_layers_exchanged(load, engine, weights, version):
         one.data, other.data = other.data, one.data
     for name, parameter in engine.model.named_parameters():
         held.add(name, parameter)
-    engine.loaded = Loaded(loaded.consumed, loaded.written, dict(held.read()))
+    engine.loaded = Loaded(loaded.consumed, loaded.written, held.read())
     return engine.loaded
 
 

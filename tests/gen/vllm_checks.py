@@ -144,18 +144,13 @@ def expect_faults_inside_the_loader(engine: Engine, model) -> None:
             assert not says, f"{fault} went unnoticed"
 
 
-def expect_another_vllm_refused(engine: Engine) -> None:
-    """In one sentence that names what is missing and the version."""
-    for table, entry, call in (
-        ("IMPORTED", {"vllm.inputs": ["gone"]}, lambda: vllm_internals.check_package(())),
-        ("IMPORTED", {"vllm.gone": ["it"]}, lambda: vllm_internals.check_package(())),
-        ("REACHED", ("llm_engine.gone",), lambda: vllm_internals.check_engine(engine.llm)),
-        ("INPUTS", ["prompt", "gone"], lambda: vllm_internals.check_engine(engine.llm)),
-    ):
-        with patch.object(vllm_internals, table, entry):
-            expect_value_error("gone", call)
-    expect_value_error("lacks the option gone, which", lambda: vllm_internals.check_package(["seed", "gone"]))
-    vllm_internals.check_engine(engine.llm)
+def expect_another_vllm_refused() -> None:
+    """In one sentence that names what is missing."""
+    for gone in ("vllm.gone:it", "vllm.inputs:gone", "vllm:LLM.gone"):
+        with patch.object(vllm_internals, "NEEDED", [gone]):
+            expect_value_error(f"lacks {gone}: install another version", lambda: vllm_internals.check(()))
+    expect_value_error("EngineArgs.gone", lambda: vllm_internals.check(["seed", "gone"]))
+    vllm_internals.check(["seed"])
 
 
 def check_single(folder: str) -> None:
@@ -211,7 +206,7 @@ def check_single(folder: str) -> None:
     sync_weights(engine, model.named_parameters(), names(model), 4)
     assert worst_difference(model, sample(engine)) < 1e-3
     expect_faults_inside_the_loader(engine, model)
-    expect_another_vllm_refused(engine)
+    expect_another_vllm_refused()
     engine.close()
 
 
