@@ -50,24 +50,27 @@ class Loaded:
     Raises RuntimeError where the loader left a parameter of the engine as it was, which would stay old for ever.
     """
 
-    consumed: dict[str, Checksum]  # of each tensor that the loader was given
-    written: frozenset[str]  # the engine's own parameters that the loader wrote
+    written: Collection[str]  # the engine's own parameters that the loader wrote
     held: Mapping[str, Checksum | None]  # of each of the engine's own parameters, after; None: it cannot be read back
+    as_sent: bool = False  # each of them is held under the name and in the form in which it is sent
     share: int = 0  # which part of the model this rank's engine holds (its tensor-parallel rank)
 
     def __post_init__(self) -> None:
-        if unwritten := sorted(set(self.held) - self.written):
+        if unwritten := sorted(set(self.held).difference(self.written)):
             raise RuntimeError(
                 f"weight sync: nothing was written to {len(unwritten)} of the engine's parameters, the first is "
                 f"{unwritten[0]!r}: the policy has no such weight, or it was lost on the way"
             )
 
 
+Synced = tuple[dict[str, Checksum], Loaded]  # of the tensors that were sent, and what became of them
+
+
 class Engine(Protocol):
     """What the trainer, the evaluation and the data generation need from a sampler."""
 
     version: int  # policy version of the loaded weights
-    loaded: Loaded | None  # of the last `load_weights` that went well
+    synced: Synced | None  # the last `gen.sync.sync_weights` that went well
 
     def sample(
         self,
@@ -99,9 +102,8 @@ class Engine(Protocol):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Loaded:
         """Replace the weights in place by (Hugging Face name, full tensor) pairs and forget cached prefixes.
 
-        Returns what was read and written, and what the engine then holds. `version` and `loaded` are set last, when
-        all went well; while loading and after a failure the version is -1. Callers want `gen.sync.sync_weights`, which
-        checks.
+        Returns what was written, and what the engine then holds. `version` is set last, when all went well; while
+        loading and after a failure it is -1. Callers want `gen.sync.sync_weights`, which checks.
         """
         ...
 

@@ -3,8 +3,8 @@
 A sampler with stale, missing or mixed-up weights still writes plausible text, and training on it fails silently. So
 each sync is checked three times (`sync_weights`, then `probe`):
 
-* the loader was given what was sent: the same names, the same bytes;
-* the engine holds it: every parameter of the engine was written, those that can be read back are what was sent or, if
+* the loader took all tensors, and no others;
+* the engine holds them: every parameter of the engine was written, those that can be read back are what was sent or, if
   the engine keeps them in another form, have changed with it, and engines that should be equal are;
 * it samples from it: the engine's log-probs of what it samples are the policy's own.
 
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gen.engine import Checksum, Engine, Loaded
+from gen.engine import Checksum, Engine, Loaded, Synced
 
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}  # words at a time: what stays in a core's cache; few launches on a GPU
 PROBES = 8  # completions of a probe
@@ -67,6 +67,13 @@ class Checksums:
         return dict(zip(self.kinds, zip(self.kinds.values(), totals, strict=True), strict=True))
 
 
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, Checksum]:
+    found = Checksums()
+    for name, tensor in tensors.items():
+        found.add(name, tensor)
+    return found.read()
+
+
 def sync_weights(
     engine: Engine, weights: Iterable[tuple[str, Tensor]], expected: Collection[str], version: int
 ) -> None:
@@ -76,11 +83,11 @@ def sync_weights(
     weights   (Hugging Face name, full tensor) pairs; consumed one at a time
     expected  the names of the policy's parameters
 
-    Raises RuntimeError naming what differs: tensors missing, unexpected, sent twice, exchanged or changed on the way;
-    parameters of the engine that were not written, are not what was sent, or did not change with it; engines that
-    differ between ranks; or the engine's version.
+    Raises RuntimeError naming what differs: tensors missing, unexpected or sent twice; parameters of the engine that
+    were not written, are not what was sent, or did not change with it; engines that differ between ranks; or the
+    engine's version.
     """
-    sent, before = Checksums(), engine.loaded
+    sent = Checksums()
 
     def watched() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
@@ -91,14 +98,12 @@ def sync_weights(
             sent.add(name, tensor)
             yield name, tensor
 
-    now = engine.load_weights(watched(), version)
-    given = sent.read()
+    loaded = engine.load_weights(watched(), version)
+    now = (sent.read(), loaded)
     faults = {
-        "tensors did not arrive": set(expected) - set(now.consumed),
-        "tensors were not asked for": set(now.consumed) - set(expected),
-        "tensors differ from what was sent": {n for n in now.consumed if n in given and now.consumed[n] != given[n]},
-        "parameters of the engine are not what was sent": stale_parameters(before, now) if before else set(),
-        "parameters differ between the engines of several ranks": _unequal_parameters(now),
+        "tensors did not arrive": set(expected) - set(sent.kinds),
+        "parameters of the engine are not what was sent": stale_parameters(engine.synced, now),
+        "parameters differ between the engines of several ranks": _unequal_parameters(loaded),
     }
     for what, names in faults.items():
         if names:
@@ -106,28 +111,30 @@ def sync_weights(
             raise RuntimeError(f"weight sync {version}: {len(names)} {what}: {shown}")
     if engine.version != version:
         raise RuntimeError(f"weight sync {version}: the engine still says version {engine.version}")
+    engine.synced = now
 
 
-def stale_parameters(before: Loaded, now: Loaded) -> set[str]:
+def stale_parameters(before: Synced | None, now: Synced) -> set[str]:
     """The engine's own parameters that do not follow what was sent, as far as they can be read back.
 
-    One that was once held just as it was sent must be so again. One that is held in another form (several tensors in
-    one, another dtype, transposed) must have changed where all that it may be made of has: the tensor of its name, else
-    its neighbours (q_proj, k_proj and v_proj for qkv_proj). Where there are none, it is left to the probe.
+    One that is held as it is sent (the engine says so, or it once was) must be equal. One that is held in another form
+    (several tensors in one, another dtype, transposed) must have changed where all that it may be made of has: the
+    tensor of its name, else its neighbours (q_proj, k_proj and v_proj for qkv_proj). Where there are none, it is left
+    to the probe.
     """
-    changed = {name for name, checksum in now.consumed.items() if before.consumed.get(name) != checksum}
+    (sent, loaded), (old_sent, old) = now, before or ({}, now[1])
+    changed = {name for name in sent if old_sent.get(name) != sent[name]}
     stale = set()
-    for name, held in now.held.items():
-        old = before.held.get(name)
-        if held is None or old is None:
+    for name, held in loaded.held.items():
+        if held is None:
             continue
-        if name in now.consumed and old == before.consumed.get(name):
-            follows = held == now.consumed[name]
+        if name in sent and (loaded.as_sent or old.held[name] == old_sent.get(name)):
+            follows = held == sent[name]
         else:
             *module, _, leaf = ["", *name.split(".")]
-            near = {n for n in now.consumed if f".{n}".startswith(".".join(module)) and n.endswith(f".{leaf}")}
-            sources = {name} & now.consumed.keys() or near
-            follows = held != old or not sources or not sources <= changed
+            near = {n for n in sent if f".{n}".startswith(".".join(module)) and n.endswith(f".{leaf}")}
+            sources = {name} & sent.keys() or near
+            follows = before is None or held != old.held[name] or not sources or not sources <= changed
         if not follows:
             stale.add(name)
     return stale

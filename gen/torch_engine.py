@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from gen.engine import ASLEEP, INITIAL_VERSION, Completion, Loaded, check_request
-from gen.sync import Checksums
+from gen.engine import ASLEEP, INITIAL_VERSION, Completion, Loaded, Synced, check_request
+from gen.sync import checksums
 
 
 def uniforms(seed: int, count: int) -> Tensor:
@@ -71,7 +71,7 @@ class TorchEngine:
         self.max_model_len = max_model_len
         self.max_batch = max_batch
         self.version = INITIAL_VERSION
-        self.loaded: Loaded | None = None
+        self.synced: Synced | None = None
         self.asleep: dict[str, torch.Size] = {}  # shapes of the weights that were given back
 
     def sample(
@@ -191,7 +191,7 @@ class TorchEngine:
         for name, shape in self.asleep.items():
             parameters[name].data = parameters[name].new_full(shape, float("nan"))
         self.asleep = {}
-        consumed, held = Checksums(), Checksums()
+        written = set()
         for name, tensor in weights:
             if name not in parameters:
                 raise RuntimeError(f"the engine's model has no parameter {name!r}")
@@ -200,12 +200,10 @@ class TorchEngine:
                     f"{name} has shape {tuple(tensor.shape)}, the engine's has {tuple(parameters[name].shape)}"
                 )
             parameters[name].copy_(tensor)
-            consumed.add(name, tensor)
-        for name, parameter in self.model.named_parameters():
-            held.add(name, parameter)
-        self.loaded = Loaded(consumed.read(), frozenset(consumed.kinds), held.read())
+            written.add(name)
+        loaded = Loaded(written, checksums(parameters), as_sent=True)
         self.version = version
-        return self.loaded
+        return loaded
 
     def sleep(self) -> None:
         """See `gen.engine.Engine.sleep`."""

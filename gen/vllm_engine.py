@@ -27,8 +27,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from gen import vllm_internals
-from gen.engine import ASLEEP, INITIAL_VERSION, Completion, Loaded, check_request, kv_cache_bytes
-from gen.sync import Checksums
+from gen.engine import ASLEEP, INITIAL_VERSION, Completion, Loaded, Synced, check_request, kv_cache_bytes
 
 GIB = 1 << 30
 CPU_KV_LIMIT = GIB  # above it vLLM queues sequences; VLLM_CPU_KVCACHE_SPACE (whole GiB) in the environment overrules
@@ -109,7 +108,7 @@ class VLLMEngine:
         self.tensor_parallel_size = tensor_parallel_size
         self.max_model_len = max_model_len
         self.version = INITIAL_VERSION
-        self.loaded: Loaded | None = None
+        self.synced: Synced | None = None
         self.asleep = False
         self.request_numbers = count()
         self.joined_group = dist.is_initialized()
@@ -226,25 +225,17 @@ class VLLMEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Loaded:
         """See `gen.engine.Engine.load_weights`. With tensor parallelism every rank passes the full tensors."""
         self.version = INITIAL_VERSION
-        consumed = Checksums()
-
-        def read() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in weights:
-                consumed.add(name, tensor)
-                yield name, tensor
-
         if self.asleep:
             self._wake("weights")  # as memory only: nothing is in it but what is loaded now
-        written, held = vllm_internals.replace_weights(self.llm, read())
+        written, held = vllm_internals.replace_weights(self.llm, weights)
         if self.asleep:
             self._wake("kv_cache")
             self.asleep = False
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: requests were still running during the weight sync")
-        share = vllm_internals.tensor_parallel_group().rank_in_group
-        self.loaded = Loaded(consumed.read(), written, held, share)
+        loaded = Loaded(written, held, share=vllm_internals.tensor_parallel_group().rank_in_group)
         self.version = version
-        return self.loaded
+        return loaded
 
     def sleep(self) -> None:
         """See `gen.engine.Engine.sleep`; on the CPU, where vLLM cannot sleep, the memory stays."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gen.engine import Checksum, Completion
-from gen.sync import Checksums
+from gen.sync import checksums
 
 NEEDED = """
     vllm.inputs:tokens_input
@@ -43,12 +43,13 @@ NEEDED = """
 def check(options: Collection[str]) -> None:
     """Raise ValueError unless the installed vLLM has what is used of it, and all these `options` of an engine."""
     missing = []
-    for path in [*NEEDED, *(f"vllm.engine.arg_utils:EngineArgs.{name}" for name in options)]:
+    for path in NEEDED:
         try:
             resolve_name(path)
         except (ImportError, AttributeError):
             missing.append(path)
-    if missing:
+    known = resolve_name("vllm:EngineArgs").__dataclass_fields__
+    if missing := missing + [f"EngineArgs.{name}" for name in options if name not in known]:
         version = resolve_name("vllm:__version__")
         raise ValueError(
             f"vLLM {version} lacks {', '.join(missing)}: install another version (0.26 to 0.33 have it), or use "
@@ -116,9 +117,7 @@ def run_requests(
     return samples
 
 
-def replace_weights(
-    llm: Any, weights: Iterable[tuple[str, Tensor]]
-) -> tuple[frozenset[str], dict[str, Checksum | None]]:
+def replace_weights(llm: Any, weights: Iterable[tuple[str, Tensor]]) -> tuple[set[str], dict[str, Checksum | None]]:
     """Load (Hugging Face name, tensor) pairs in place.
 
     Returns the names of the engine's parameters that the loader says it wrote, and the checksum of each of the engine's
@@ -129,11 +128,9 @@ def replace_weights(
     [(written, model)] = llm.collective_rpc(load, args=(weights,))
     if written is None:
         raise RuntimeError(f"vLLM's loader of {type(model).__name__} does not say what it wrote: use --engine torch.")
-    parameters, held = dict(model.named_parameters()), Checksums()
-    for name, parameter in parameters.items():
-        if parameter.numel():
-            held.add(name, parameter)
-    return frozenset(written), dict.fromkeys(parameters) | held.read()
+    parameters = dict(model.named_parameters())
+    held = checksums({name: parameter for name, parameter in parameters.items() if parameter.numel()})
+    return written, dict.fromkeys(parameters) | held
 
 
 def _load_on_gpu(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> tuple[set[str] | None, nn.Module]:

@@ -13,7 +13,7 @@ import sft_core.order
 import sft_core.packing
 import sft_core.train
 from gen.engine import Loaded
-from gen.sync import Checksums
+from gen.sync import checksums
 from gen.torch_engine import TorchEngine
 
 
@@ -25,7 +25,7 @@ def wake_with_the_old_weights():
         if not slept:
             return load(self, weights, version)
         self.version = version
-        return Loaded({}, frozenset(), {})
+        return Loaded((), {})
 
     TorchEngine.load_weights, TorchEngine.sleep = load_weights, lambda self: slept.append(setattr(self, "version", -1))
 
@@ -35,7 +35,7 @@ def skip_sync():
 
     def load_weights(self, weights, version):
         self.version = version
-        return Loaded({}, frozenset(), {})
+        return Loaded((), {})
 
     TorchEngine.load_weights = load_weights
 
@@ -62,14 +62,11 @@ def write_nothing_to_the_head():
 
 def with_layers_exchanged(load, engine, weights, version):
     """What the loader is given is right; that it holds two layers in each other's place only the engine can tell."""
-    loaded, held = load(engine, weights, version), Checksums()
+    loaded = load(engine, weights, version)
     a, b = engine.model.model.layers[:2]
     for one, other in zip(a.parameters(), b.parameters(), strict=True):
         one.data, other.data = other.data, one.data
-    for name, parameter in engine.model.named_parameters():
-        held.add(name, parameter)
-    engine.loaded = Loaded(loaded.consumed, loaded.written, held.read())
-    return engine.loaded
+    return Loaded(loaded.written, checksums(dict(engine.model.named_parameters())), as_sent=True)
 
 
 def exchange_two_layers():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gen.engine import Loaded
-from gen.sync import Checksums, mismatch_stats, mismatch_summary, probe, stale_parameters, sync_weights
+from gen.sync import checksums, mismatch_stats, mismatch_summary, probe, stale_parameters, sync_weights
 from gen.torch_engine import TorchEngine
 from tests import faults
 from tests.processes import run_ranks
@@ -49,17 +49,6 @@ def probed(engine, logps, temperature=1.0):
     return probe(engine, logps, PROMPT, temperature=temperature, max_tokens=16, seed=1, tolerance=1e-3)
 
 
-def checksums(tensors):
-    found = Checksums()
-    for name, tensor in tensors:
-        found.add(name, tensor)
-    return found.read()
-
-
-def checksum(tensor):
-    return checksums([("", tensor)])[""]
-
-
 def test_a_healthy_sync_passes_and_the_probe_agrees(engine, policy):
     assert engine.version == -1
     sync_weights(engine, policy.named_parameters(), names(policy), 3)
@@ -72,7 +61,7 @@ def test_a_healthy_sync_passes_and_the_probe_agrees(engine, policy):
 def test_a_skipped_sync_fails_twice(engine, policy, monkeypatch):
     with pytest.raises(RuntimeError, match="weights version -1"):
         probed(engine, scorer(policy))
-    monkeypatch.setattr(engine, "load_weights", lambda weights, version: Loaded(checksums(weights), frozenset(), {}))
+    monkeypatch.setattr(engine, "load_weights", lambda weights, version: Loaded(dict(weights), {}))
     with pytest.raises(RuntimeError, match="still says version -1"):
         sync_weights(engine, policy.named_parameters(), names(policy), 1)
 
@@ -90,7 +79,7 @@ def test_swapped_tensors(engine, policy, monkeypatch):
         return tensors.items()
 
     faulty(engine, monkeypatch, swap)
-    with pytest.raises(RuntimeError, match="2 tensors differ from what was sent.*gate_proj"):
+    with pytest.raises(RuntimeError, match="2 parameters of the engine are not what was sent.*gate_proj"):
         sync_weights(engine, policy.named_parameters(), names(policy), 1)
 
 
@@ -102,7 +91,7 @@ def test_one_changed_element(engine, policy, monkeypatch):
         return [*weights[:4], (name, tensor), *weights[5:]]
 
     faulty(engine, monkeypatch, change)
-    with pytest.raises(RuntimeError, match="1 tensors differ"):
+    with pytest.raises(RuntimeError, match="1 parameters of the engine are not"):
         sync_weights(engine, policy.named_parameters(), names(policy), 1)
 
 
@@ -116,11 +105,11 @@ def test_a_dropped_tensor_on_the_way_in(engine, policy, monkeypatch):
 class Forgetful:
     """An engine, as vLLM's loader is, that does not mind what it is not given."""
 
-    version, loaded = 0, None
+    version, synced = 0, None
 
     def load_weights(self, weights, version):
         self.version = version
-        return Loaded(checksums(weights), frozenset(), {})
+        return Loaded(dict(weights), {})
 
 
 def test_names_missing_unknown_and_repeated(policy):
@@ -157,14 +146,13 @@ def changed(policy):
 
 def leave_one(engine):
     """The loader says that it wrote this one."""
-    load = engine.load_weights
+    name = "model.layers.0.mlp.up_proj.weight"
+    load, old = engine.load_weights, engine.model.get_parameter(name).clone()
 
     def load_weights(weights, version):
-        old = engine.model.model.layers[0].mlp.up_proj.weight.clone()
         loaded = load(weights, version)
-        engine.model.model.layers[0].mlp.up_proj.weight.data.copy_(old)
-        held = loaded.held | {"model.layers.0.mlp.up_proj.weight": checksum(old)}
-        return Loaded(loaded.consumed, loaded.written, held)
+        engine.model.get_parameter(name).copy_(old)
+        return Loaded(loaded.written, checksums(dict(engine.model.named_parameters())), as_sent=True)
 
     engine.load_weights = load_weights
 
@@ -192,12 +180,11 @@ def test_a_parameter_that_nothing_writes(engine, policy):
     assert engine.version == -1
 
 
-def loaded(consumed, held):
+def synced(sent, held):
     """Of numbers in place of checksums; None: it cannot be read back."""
-    consumed, held = (
-        {name: None if value is None else ("", value) for name, value in values.items()} for values in (consumed, held)
-    )
-    return Loaded(consumed, frozenset(held), held)
+    return {name: ("", value) for name, value in sent.items()}, Loaded(held, {
+        name: None if value is None else ("", value) for name, value in held.items()
+    })  # fmt: skip
 
 
 PARTS = {f"l.attn.{part}.weight": i for i, part in enumerate(["q_proj", "k_proj", "v_proj", "o_proj"])}
@@ -205,7 +192,7 @@ NEW = {name: value + 10 for name, value in PARTS.items()}
 
 
 @pytest.mark.parametrize(
-    ("consumed", "held", "stale"),
+    ("sent", "held", "stale"),
     [
         (NEW, {"l.attn.qkv_proj.weight": 51, "l.attn.o_proj.weight": 13}, set()),
         (NEW, {"l.attn.qkv_proj.weight": 50, "l.attn.o_proj.weight": 13}, {"l.attn.qkv_proj.weight"}),
@@ -216,16 +203,16 @@ NEW = {name: value + 10 for name, value in PARTS.items()}
         (NEW | {"l.attn.v_proj.weight": 2}, {"l.attn.qkv_proj.weight": 50, "l.attn.o_proj.weight": 13}, set()),
     ],
 )
-def test_parameters_follow_what_they_are_made_of(consumed, held, stale):
-    before = loaded(PARTS, {"l.attn.qkv_proj.weight": 50, "l.attn.o_proj.weight": 3})
-    assert stale_parameters(before, loaded(consumed, held)) == stale
+def test_parameters_follow_what_they_are_made_of(sent, held, stale):
+    before = synced(PARTS, {"l.attn.qkv_proj.weight": 50, "l.attn.o_proj.weight": 3})
+    assert stale_parameters(before, synced(sent, held)) == stale
 
 
 def test_a_parameter_held_in_another_form_must_change():
     """Transposed, say, so that its checksum was never that of what was sent."""
-    before = loaded({"h.c_attn.weight": 1}, {"h.c_attn.weight": 7})
-    assert stale_parameters(before, loaded({"h.c_attn.weight": 2}, {"h.c_attn.weight": 7})) == {"h.c_attn.weight"}
-    assert not stale_parameters(before, loaded({"h.c_attn.weight": 2}, {"h.c_attn.weight": 8}))
+    before = synced({"h.c_attn.weight": 1}, {"h.c_attn.weight": 7})
+    assert stale_parameters(before, synced({"h.c_attn.weight": 2}, {"h.c_attn.weight": 7})) == {"h.c_attn.weight"}
+    assert not stale_parameters(before, synced({"h.c_attn.weight": 2}, {"h.c_attn.weight": 8}))
 
 
 def _sync_on_a_rank(model, differs):
@@ -286,10 +273,13 @@ def test_checksum_against_plain_integers(dtype, size):
     data += b"\0" * (-len(data) % 8)
     words = [int.from_bytes(data[i : i + 8], "little", signed=True) for i in range(0, len(data), 8)]
     total = sum((2 * i + 1) * word for i, word in enumerate(words))
-    assert (checksum(tensor)[1] - total) % (1 << 64) == 0
+    assert (checksums({"": tensor})[""][1] - total) % (1 << 64) == 0
 
 
 def test_checksum_sees_order_dtype_shape_and_place():
+    def checksum(tensor):
+        return checksums({"": tensor})[""]
+
     a = torch.arange(24, dtype=torch.float32)
     swapped = a.clone()
     swapped[[3, 11]] = swapped[[11, 3]]
