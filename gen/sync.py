@@ -128,13 +128,13 @@ def stale_parameters(before: Synced | None, now: Synced) -> set[str]:
     for name, held in loaded.held.items():
         if held is None:
             continue
-        if name in sent and (loaded.as_sent or old.held[name] == old_sent.get(name)):
+        if name in sent and (loaded.as_sent or old.held.get(name) == old_sent.get(name)):
             follows = held == sent[name]
         else:
             *module, _, leaf = ["", *name.split(".")]
             near = {n for n in sent if f".{n}".startswith(".".join(module)) and n.endswith(f".{leaf}")}
             sources = {name} & sent.keys() or near
-            follows = before is None or held != old.held[name] or not sources or not sources <= changed
+            follows = before is None or held != old.held.get(name) or not sources or not sources <= changed
         if not follows:
             stale.add(name)
     return stale
@@ -161,8 +161,8 @@ def probe(
 ) -> dict[str, float]:
     """Sample some completions of one prompt and compare the engine's log-probs with the policy's.
 
-    Several, since a few tokens of one may all be likely ones, whatever the weights: over 8 x 8 tokens the mean tells
-    two neighbouring layers of SmolLM2-135M that changed places from the right order, over 8 alone it may not.
+    Several, since the tokens of one may all be likely ones, whatever the weights. Where two neighbouring layers of
+    SmolLM2-135M change places, the mean is 0.06 to 5 over 8 tokens of one completion, 0.21 or more over 16 of eight.
 
     policy_logps(prompt, completions) -> [N] log-probs of all completions' tokens, one after the other, at the training
     temperature. It may be a collective call: then every rank has to probe with the same prompt, `max_tokens` (there

@@ -105,7 +105,7 @@ def train(run: Run) -> Errands:
             sync_weights(engine, full_weights(policy, run.dtype), weight_names(policy), progress["step"])
             probe(
                 engine, partial(policy.score, temperature=config.temperature, device=device), run.prompts[0].ids,
-                temperature=config.temperature, max_tokens=min(8, config.max_completion_length),
+                temperature=config.temperature, max_tokens=min(16, config.max_completion_length),
                 seed=config.seed, tolerance=config.max_logp_difference,
             )  # fmt: skip
             reshard(policy)

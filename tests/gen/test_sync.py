@@ -1,7 +1,10 @@
 """Every fault that a weight sync can have must stop the run: faults are injected between the trainer and the engine."""
 
+from functools import partial
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gen.engine import Loaded
 from gen.sync import checksums, mismatch_stats, mismatch_summary, probe, stale_parameters, sync_weights
@@ -244,6 +247,25 @@ def test_the_probe_sees_two_layers_that_changed_places(engine, policy):
         layer.self_attn.layer_idx = i
     with pytest.raises(RuntimeError, match="does not sample from the policy"):
         probed(engine, scorer(policy))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [5, 13, 25])
+def test_the_probe_sees_swapped_layers_of_a_real_model(smollm2, layer):
+    """The three pairs that differ least, with the prompt and the limit of a run's defaults."""
+    policy = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    engine = TorchEngine(str(smollm2), max_model_len=128)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    question = [{"role": "user", "content": "Ben has 17 pens, buys 5 more and gives 3 away. How many are left?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    probed = partial(probe, engine, scorer(policy), prompt, temperature=1.0, max_tokens=16, seed=3, tolerance=0.1)
+    assert probed()["mean_abs"] < 1e-4
+    layers = engine.model.model.layers
+    layers[layer], layers[layer + 1] = layers[layer + 1], layers[layer]
+    for i, one in enumerate(layers):
+        one.self_attn.layer_idx = i
+    with pytest.raises(RuntimeError, match="does not sample from the policy"):
+        probed()
 
 
 @pytest.mark.parametrize("fault", [{"temperature": 0.9}, {"shift": -1}], ids=["temperature", "off by one"])

@@ -1,6 +1,7 @@
 """What tests/gen/test_vllm_engine.py runs in processes of its own: vLLM changes too much of the process it lives in.
 
 python vllm_checks.py single MODEL_FOLDER ...      one process, an engine on each folder in turn
+python vllm_checks.py bfloat16 MODEL_FOLDER        float32 logits of a bfloat16 model
 python vllm_checks.py sleep MODEL_FOLDER           on a GPU, where vLLM can sleep
 torchrun ... vllm_checks.py ranks TP MODEL_FOLDER  one engine a rank, TP ranks to a copy of the model
 """
@@ -251,6 +252,29 @@ def check_crowded(folder: str) -> None:
     engine.close()
 
 
+def check_bfloat16(folder: str) -> None:
+    """The head's logits are float32, as the trainer's are: half of what else would differ."""
+    body = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    engine = make_engine("vllm", folder, dtype="bfloat16", max_model_len=128, max_batch=64)
+
+    def mean_difference(dtype: torch.dtype) -> float:
+        head = body.lm_head.weight.detach().to(dtype)
+        differences = []
+        for prompt, group in zip(PROMPTS, sample(engine, temperature=1.0), strict=True):
+            for completion in group:
+                with torch.no_grad():
+                    hidden = body.model(torch.tensor([prompt + completion.token_ids])).last_hidden_state[0]
+                    logits = torch.nn.functional.linear(hidden[len(prompt) - 1 : -1].to(dtype), head).float()
+                tokens = torch.arange(len(completion.token_ids)), completion.token_ids
+                differences.append((logits.log_softmax(-1)[tokens] - torch.tensor(completion.logps)).abs())
+        return torch.cat(differences).mean().item()
+
+    rounded, exact = mean_difference(torch.bfloat16), mean_difference(torch.float32)
+    print(f"mean difference to a bfloat16 head {rounded:.4f}, to a float32 head {exact:.4f}")
+    assert exact < 0.8 * rounded
+    engine.close()
+
+
 def check_sleep(folder: str) -> None:
     """On a GPU: weights and cache are given back, and what is sampled after is of the weights that came then."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -296,8 +320,8 @@ if __name__ == "__main__":
         for path in sys.argv[2:]:
             check_single(path)
         check_crowded(sys.argv[2])
-    elif sys.argv[1] == "sleep":
-        check_sleep(sys.argv[2])
+    elif sys.argv[1] in ("bfloat16", "sleep"):
+        {"bfloat16": check_bfloat16, "sleep": check_sleep}[sys.argv[1]](sys.argv[2])
     else:
         check_ranks(int(sys.argv[2]), sys.argv[3])
     print("all checks passed")
