@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
                     figures = seconds(way)
                 except Exception as error:
                     failed.add(name)
-                    show(f"| {i} | {name} | {failure(error)[0]} | | | |")
+                    show(f"| {i or 'warm-up'} | {name} | {failure(error)[0]} | | | |")
                     continue
                 line(f"{i or 'warm-up'} | {name}", *figures)
                 taken[name] += [figures] * bool(i)
