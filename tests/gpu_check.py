@@ -89,6 +89,12 @@ def check(steps: list[Step], head: str, output: Path, on_gpu: bool = True) -> in
     log, failed = output.with_suffix(".log"), False
     log.write_text(head + "\n")
     aims, rows = list[str](), [[" ".join(step.command), "", "not run yet"] for step in steps]
+
+    def write() -> None:
+        whole = output.with_suffix(".new")  # there is a whole table at any moment
+        whole.write_text(table(head, aims, rows))
+        whole.replace(output)
+
     for row, (part, command, expected, *_) in zip(rows, steps, strict=True):
         last = [""]
 
@@ -96,10 +102,10 @@ def check(steps: list[Step], head: str, output: Path, on_gpu: bool = True) -> in
             last[:] = [line.strip("= ")]
             if line.startswith(("| met |", "| missed |", "| not measured |")):
                 aims.append(line)
-                output.write_text(table(head, aims, rows))
+                write()
 
         row[2] = "running"
-        output.write_text(table(head, aims, rows))
+        write()
         print(f"\n=== {part}: python -m {' '.join(command)}", flush=True)
         start = time.perf_counter()
         code = run(command, 3 * expected, log, see)
@@ -107,7 +113,7 @@ def check(steps: list[Step], head: str, output: Path, on_gpu: bool = True) -> in
         row[1], row[2] = f"{time.perf_counter() - start:.0f}", f"exit code {code}" if code else "ok"
         if not code and command[0] == "pytest":  # what it says last: how many passed, and were skipped
             row[2] = f"{'ok' if on_gpu else 'needs a GPU'}: {last[0]}"
-        output.write_text(table(head, aims, rows))
+        write()
     print(f"\n{output.read_text()}")
     return int(failed)
 
