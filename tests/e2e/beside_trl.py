@@ -240,7 +240,8 @@ def conclusions(side: str, found: dict[str, list[Result]]) -> list[str]:
         lines.append(verdict("whole step, GiB outside vLLM's share", outside, 12.0))
     if side == "TRL":
         ratio = median(results) / median(found["TRL"])
-        lines.append(f"our time over TRL's: {ratio:.3f}".replace("nan", f"- ({found['TRL'][0]['note']})"))
+        missing = results[0]["note"] or found["TRL"][0]["note"]
+        lines.append(f"our time over TRL's: {ratio:.3f}".replace("nan", f"- ({missing})"))
         if on_gpu(results):
             figure = ratio if sound("ours", "TRL") else math.nan
             lines.append(verdict("whole step, our time over TRL's", figure, 0.4))

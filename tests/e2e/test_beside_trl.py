@@ -67,7 +67,8 @@ CASES = {  # our side, TRL's, exit code, lines
         "our time over TRL's: 0.500", f"| not measured | {TIME} | - | <= 0.4 |"]),
     "we fail in the warm-up": ({"seconds": (9,), "code": 1}, {}, 1, [
         "| ours | - | - | - | 8.0 | 20.0 | 60.0 | float32 | failed: exit code 1; 0 of 2 steps |", TRL_ROW,
-        f"| not measured | {MEMORY} | - | <= 12 |", f"| not measured | {TIME} | - | <= 0.4 |"]),
+        "our time over TRL's: - (failed: exit code 1; 0 of 2 steps)", f"| not measured | {MEMORY} | - | <= 12 |",
+        f"| not measured | {TIME} | - | <= 0.4 |"]),
     "TRL fails at its exit": (GOOD, {"code": 134}, 1, [f"| met | {TIME} | 0.4 | <= 0.4 |", "the cause"]),
     "short completions": (GOOD | {"length": 7.5}, {}, 1, [
         TRL_ROW, "| ours | 1.00 | 1.00 1.00 | 64 | 8.0 | 20.0 | 60.0 | float32 | "
