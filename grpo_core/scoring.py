@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from eval.verify import gold_is_parseable
 from eval.workers import Unscored, WorkerPool
 from grpo_core.rewards import RewardFunction, reward_name
 
@@ -39,6 +38,8 @@ def unparseable_golds(golds: Sequence[str], pool: WorkerPool) -> list[int]:
     """Indices of the gold answers that no completion can be compared with, because they do not parse: rows of no
     signal, to be left out before training. Each distinct gold is parsed once. One that was not parsed in time counts as
     parseable, for what is left out must not depend on how busy a machine is."""
+    from eval.verify import gold_is_parseable  # loads math-verify, which only data with gold answers needs
+
     distinct = list(dict.fromkeys(golds))
     parseable = dict(zip(distinct, pool.map(gold_is_parseable, distinct), strict=True))
     return [i for i, gold in enumerate(golds) if parseable[gold] is False]
