@@ -33,7 +33,8 @@ from sft_core.config import ModelConfig, require
 from sft_core.packing import PackedSequences, pack_sequences
 
 kernels.attention.register()
-logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # `load_whole` says it in a sentence
+# What its warnings are about, `load_whole` says in a sentence.
+logging.getLogger("transformers.modeling_utils").addFilter(lambda record: record.levelno > logging.WARNING)
 logger = logging.getLogger(__name__)
 ADAPTER_FOLDER = "{} holds an adapter, not a model: train it with --merge_adapter true and give its folder `merged`."
 
