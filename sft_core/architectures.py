@@ -30,8 +30,9 @@ from sft_core.packing import pack_sequences
 LENGTHS = (7, 1, 24, 13, 20)  # 24 and 20 share a batch of `kernels.attention`
 SEQUENCES = [[2 + (7 * i * i + 3 * length) % 61 for i in range(length)] for length in LENGTHS]
 LARGEST_COPY = 200_000_000  # parameters
-# Root mean square of the log-probs' differences. Rounding gives 1e-5 in float32; what is wrong gives 0.01 and more.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
+# Of the log-probs' differences, in standard deviations (root mean square). Rounding gives 1e-5 in float32 and 0.01 in
+# bfloat16; in the small copy what is wrong gives 0.03 and more.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 # Numbers of a configuration, by name. A hidden size is often heads x head size, so those three are divided together.
 HEADS = r"heads$|n_head$|query_groups$"
@@ -113,8 +114,11 @@ def _logits(model: Any) -> Tensor:  # [N, V]: of each sequence alone, but for it
 def _compare(policy: Policy, logits: Tensor) -> None:
     batch = pack_sequences(SEQUENCES, [[True] * length for length in LENGTHS], torch.device("cpu"))
     expected = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
-    gap = float((policy(batch)[0] - expected).square().mean().sqrt())
-    require(gap < TOLERANCE[policy.model.dtype], f"packed, tokens have other log-probs than alone, by {gap:.2g}")
+    gap = float((policy(batch)[0] - expected).square().mean().sqrt() / expected.std())
+    require(
+        gap < TOLERANCE[policy.model.dtype],
+        f"packed, tokens have other log-probs than alone, {gap:.2g} standard deviations away",
+    )
 
 
 def _build(info: PretrainedConfig, config: ModelConfig, attention: str) -> Any:
@@ -156,6 +160,8 @@ def shrunken(info: PretrainedConfig) -> PretrainedConfig:
             return value[: len(value) // size] if name.endswith("_factor") else [smaller(name, v) for v in value]
         if type(value) not in (int, float) or value <= 0:
             return value
+        if "position" in name:  # the sequences fit, and stay below where rotary factors change
+            return max(value, 64)
         for pattern, largest in AT_MOST.items():
             if re.search(pattern, name):
                 return min(value, largest)
