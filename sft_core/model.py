@@ -120,8 +120,8 @@ def load_model_info(config: ModelConfig) -> PretrainedConfig:
     for attribute in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model_config.get_text_config(), attribute, None) not in (None, 1.0):
             raise ValueError(
-                f"{config.model_name_or_path} transforms its logits ({attribute}), which is not supported: choose "
-                "another model."
+                f"{config.model_name_or_path} caps or scales its scores or logits ({attribute}), which is not "
+                "supported: choose another model."
             )
     return model_config
 

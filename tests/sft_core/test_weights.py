@@ -140,6 +140,7 @@ CONFIGS = {  # what is changed in the tiny model's config.json, and what is said
     "lfm2": (AutoConfig.for_model("lfm2", **LFM2).to_dict(), "its architecture, lfm2, is"),
     "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised already"),
     "longrope": ({"rope_parameters": LONGROPE}, "longrope changes its factors after 10: lower"),
+    "softcap": ({"attn_logit_softcapping": 50.0}, "caps or scales its scores or logits (attn_logit_softcapping)"),
 }
 
 
