@@ -47,7 +47,7 @@ AT_MOST = {  # the first that matches
     r"window|chunk|block_size": 5,  # less than most sequences have
     r"groups?$": 1,
     r"per_tok|top_?k|moe_k$": 2,
-    r"soft_?cap": 1,
+    r"soft_?cap": 1.0,
     r"_token_(id|index)$": 0,
 }
 
@@ -178,5 +178,5 @@ def _entries(fields: dict) -> Iterator[tuple[dict, str, Any]]:
     for name, value in fields.items():
         if isinstance(value, dict | PretrainedConfig):
             yield from _entries(value if isinstance(value, dict) else vars(value))
-        else:
-            yield fields, str(name), value
+        elif isinstance(name, str):
+            yield fields, name, value

@@ -209,7 +209,7 @@ def load_whole(name: str, **options: Any) -> Any:
     require(not getattr(model, "_hf_peft_config_loaded", False), ADAPTER_FOLDER.format(name))
     missing, unexpected = found["missing_keys"], found["unexpected_keys"]
     shapes = {f"{key} {list(there)} for {list(here)}" for key, there, here in found["mismatched_keys"]}
-    tied = model.config.get_text_config().tie_word_embeddings and model.device.type != "meta"
+    tied = model.config.tie_word_embeddings and model.device.type != "meta"
     apart = {"embedding and head"} if tied and not is_tied(model) else set()  # then engines and others would tie them
     kinds = {"missing": missing, "of another shape": shapes, "without a place in the model": unexpected,
              "not equal, though tied": apart}  # fmt: skip
