@@ -26,7 +26,8 @@ CLASS = "not built of blocks that take a registered attention"
 HEAD = "a head with a bias, a scale or a cap"
 SENTENCES = {
     MIXES: "packed, tokens have other log-probs than alone",
-    ASKS: r"packed attention has no (softcap|s_aux|position_bias)|and no mask|NoneType' object is not subscriptable",
+    ASKS: r"packed attention has no (softcap|s_aux|position_bias)|and no mask|NoneType' object is not subscriptable"
+    "|packed, tokens have other log-probs than alone",  # XGLM's own attention is causal by its mask alone
     POSITIONS: "packed, tokens have other log-probs than alone",
     CLASS: r"has no list of blocks|KeyError\('packed'\)|needs packed=packed_layout",
     HEAD: "a head that is not one matrix|packed, tokens have other log-probs than alone",
@@ -113,7 +114,7 @@ CASES: dict[str, tuple[dict, str]] = {
     "stablelm": (FOUR, CLASS),
     "starcoder2": (FOUR | {"sliding_window": 4096}, RIGHT),
     "vaultgemma": (FOUR | {"final_logit_softcapping": None}, ASKS),
-    "xglm": ({"num_layers": 4}, POSITIONS),
+    "xglm": ({"num_layers": 4}, ASKS),
     "zamba2": ({"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}, MIXES),
 }
 
