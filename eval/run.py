@@ -221,12 +221,13 @@ def generate(
 
 def start_engine(config: EvalConfig, works: list[Work]) -> Engine:
     auto = "bfloat16" if torch.cuda.is_available() else "float32"
-    return make_engine(
-        config.engine, config.model, dtype=auto if config.dtype == "auto" else config.dtype, seed=config.seed,
-        max_model_len=max(work.context for work in works),
-        max_batch=min(config.batch_size, 512), tensor_parallel_size=config.tensor_parallel_size,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-    )  # fmt: skip
+    with guards.usage_errors():  # weights that are not the model's
+        return make_engine(
+            config.engine, config.model, dtype=auto if config.dtype == "auto" else config.dtype, seed=config.seed,
+            max_model_len=max(work.context for work in works),
+            max_batch=min(config.batch_size, 512), tensor_parallel_size=config.tensor_parallel_size,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+        )  # fmt: skip
 
 
 def sample(

@@ -23,6 +23,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+from sft_core.model import load_whole
 
 Checksum = tuple[str, int]  # of a tensor: dtype and shape, and a sum over its bytes (`gen.sync.Checksums`)
 ENGINES = ("vllm", "torch")
@@ -196,6 +199,9 @@ def make_engine(
     if name == "vllm":
         from gen.vllm_engine import VLLMEngine
 
+        info = AutoConfig.from_pretrained(model_path)
+        if type(info) in MODEL_FOR_CAUSAL_LM_MAPPING and getattr(info, "quantization_config", None) is None:
+            load_whole(model_path, device_map="meta")  # the names alone: vLLM starts with half of a fused weight, too
         return VLLMEngine(
             model_path,
             dtype=dtype,

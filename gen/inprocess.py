@@ -17,6 +17,7 @@ from gen.engine import Engine, check_engine_available, make_engine
 from gen.store import Batch, Store
 from sft_core.chat import render_prompt, set_up
 from sft_core.config import ModelConfig
+from sft_core.guards import usage_errors
 from sft_core.model import load_tokenizer, stop_token_ids
 
 
@@ -66,11 +67,12 @@ class Sampler:
 
     def start(self, longest: int) -> None:
         cuda = torch.cuda.is_available()
-        self.engine = make_engine(
-            self.config.engine, self.config.model, dtype="bfloat16" if cuda else "float32", seed=self.config.seed or 0,
-            max_model_len=longest + self.config.max_new_tokens, max_batch=min(self.config.at_once, 512),
-            gpu_memory_utilization=0.85,
-        )  # fmt: skip
+        with usage_errors():  # weights that are not the model's
+            self.engine = make_engine(
+                self.config.engine, self.config.model, dtype="bfloat16" if cuda else "float32",
+                seed=self.config.seed or 0, max_model_len=longest + self.config.max_new_tokens,
+                max_batch=min(self.config.at_once, 512), gpu_memory_utilization=0.85,
+            )  # fmt: skip
 
     def answer(self, batch: Batch) -> None:
         """Sample all that is missing of a batch."""

@@ -19,10 +19,11 @@ from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from gen.engine import ASLEEP, INITIAL_VERSION, Completion, Loaded, Synced, check_request
 from gen.sync import checksums
+from sft_core.model import load_whole
 
 
 def uniforms(seed: int, count: int) -> Tensor:
@@ -64,7 +65,7 @@ class TorchEngine:
         device: torch.device | str | None = None,
     ):
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa")
+            model = load_whole(model, dtype=dtype, attn_implementation="sdpa")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)

@@ -19,6 +19,7 @@ from grpo_core.rollout import GOLD_REWARDS, Prompt, load_prompts
 from grpo_core.scoring import gold_column, unparseable_golds
 from sft_core import guards
 from sft_core.adapters import check_adapters
+from sft_core.architectures import check_architecture
 from sft_core.cli import parse
 from sft_core.config import ModelConfig, require
 from sft_core.flow import start_logging
@@ -129,6 +130,7 @@ def prepare(argv: list[str]) -> Run:
 def plan_only(model: ModelConfig, config: GRPOConfig) -> NoReturn:
     """Predict memory and time of a step's training, the engine's memory beside it, and end."""
     info, longest = load_model_info(model), config.max_prompt_length + config.max_completion_length
+    check_architecture(info, model)
     check_positions(info, longest, "prompt and completion", "lower --max_prompt_length or --max_completion_length")
     check_adapters(model, config, info)
     rows = config.completions_a_rank(config.dry_run_gpus)

@@ -48,6 +48,7 @@ from grpo_core.rollout import Rollout, Scorer, check_version, read_rollouts, sam
 from grpo_core.setup import Run, prepare, start_engine
 from sft_core import guards
 from sft_core.adapters import without_adapters
+from sft_core.architectures import check_loaded
 from sft_core.checkpoint import load_checkpoint, save_checkpoint
 from sft_core.data import row_order
 from sft_core.errands import Errands
@@ -72,7 +73,10 @@ def train(run: Run) -> Errands:
     """The loop. Returns what the first rank has left to do when the weights are out of memory."""
     config, rank, world_size, device = run.config, run.rank, run.world_size, run.device
     sharding = {"mesh": make_mesh(device), "bf16": run.bf16} | memory_options(config)
-    policy = load_policy(run.local_model, dtype=run.dtype, seed=config.seed, known_as=run.model.model_name_or_path)
+    with guards.usage_errors():  # weights that are not the model's
+        policy = load_policy(run.local_model, dtype=run.dtype, seed=config.seed, known_as=run.model.model_name_or_path)
+        if not run.architecture_checked:
+            check_loaded(policy, run.model)
     policy = shard(policy, **sharding)
     reference: Callable[..., Any] | None = None
     if config.beta > 0:

@@ -91,34 +91,42 @@ def packed_attention(
     module: torch.nn.Module | None,
     query: Tensor,  # [1, H, T, D]
     key: Tensor,  # [1, Hkv, T, D]
-    value: Tensor,  # [1, Hkv, T, D]
+    value: Tensor,  # [1, Hkv, T, Dv]
     attention_mask: Tensor | None = None,
     *,
     packed: PackedLayout | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
     **kwargs,
-) -> tuple[Tensor, None]:  # [1, T, H, D]
+) -> tuple[Tensor, None]:  # [1, T, H, Dv]
     """Attention in the form transformers' `AttentionInterface` calls, `packed` having come through the model's kwargs.
 
     With a window of W a token sees itself and the W - 1 before it, as in transformers. Raises ValueError for what the
-    kernels cannot do: no layout, dropout, a batch of rows, a mask.
+    kernels cannot do: no layout, dropout, a batch of rows, a mask, anything but causal attention, and whatever else a
+    model asks for that would be dropped here (Gemma 2's `softcap`, gpt-oss's sinks `s_aux`). `position_ids` are the
+    layout's.
     """
     if packed is None:
         raise ValueError("attn_implementation='packed' needs packed=packed_layout(lengths, device) in the forward call")
     if dropout:
         raise ValueError(f"packed attention has no dropout: set attention_dropout to 0 (it is {dropout})")
-    if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != packed.position_ids.shape[0]:
+    tokens = packed.position_ids.shape[0]
+    if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != tokens or key.shape[2] != tokens:
         raise ValueError(
-            f"packed attention takes one row of the layout's {packed.position_ids.shape[0]} tokens and no mask, "
-            f"got query {tuple(query.shape)} and mask {None if attention_mask is None else tuple(attention_mask.shape)}"
+            f"packed attention takes one row of the layout's {tokens} tokens and no mask, got query "
+            f"{tuple(query.shape)}, key {tuple(key.shape)} and "
+            f"mask {None if attention_mask is None else tuple(attention_mask.shape)}"
         )
-    for name in ("softcap", "s_aux"):  # Gemma 2's capping, gpt-oss's sinks: silently wrong if dropped
-        if kwargs.get(name) is not None:
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise ValueError("packed attention is causal, and this model's is not")
+    for name, given in kwargs.items():
+        if given is not None and given is not False:
             raise ValueError(f"packed attention has no {name}: use another attn_implementation for this model")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    if query.is_cuda and flash_takes(query.dtype, query.shape[-1]):
+    if query.is_cuda and flash_takes(query.dtype, query.shape[-1]) and value.shape[-1] == query.shape[-1]:
         out = _varlen(q, k, v, packed, scaling, sliding_window)
     elif torch.compiler.is_compiling():
         out = _opaque(q, k, v, packed.cu_seqlens, scaling, sliding_window)
@@ -151,7 +159,7 @@ def _repeat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 def _padded(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedLayout, scaling: float | None, window: int | None
-) -> Tensor:  # [T, H, D], [T, Hkv, D], [T, Hkv, D] -> [T, H, D]
+) -> Tensor:  # [T, H, D], [T, Hkv, D], [T, Hkv, Dv] -> [T, H, Dv]
     if query.is_cuda:  # with grouped queries its kernels of linear memory would not be taken
         key, value = _repeat(query, key, value)
     batches, unbatch = packed.batches
@@ -169,7 +177,7 @@ def _padded(
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B * L, H, D]
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B * L, H, Dv]
     return torch.cat(outputs).index_select(0, unbatch)
 
 
@@ -212,7 +220,7 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple:
     return *_opaque_backward(gradient, *ctx.saved_tensors, ctx.scaling, ctx.window), None, None, None
 
 
-_opaque.register_fake(lambda query, *_: query.new_empty(query.shape))
+_opaque.register_fake(lambda query, key, value, *_: query.new_empty(*query.shape[:-1], value.shape[-1]))
 _opaque_backward.register_fake(lambda gradient, *rest: tuple(x.new_empty(x.shape) for x in rest[:3]))
 _opaque.register_autograd(_differentiate, setup_context=_keep)
 

@@ -7,11 +7,14 @@ since log-probs come straight from hidden states (`kernels/linear_logprob.py`).
 import dataclasses
 import hashlib
 import json
+import logging
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,17 +29,30 @@ import kernels.attention
 from kernels.linear_logprob import linear_logprob
 from kernels.linear_loss import TokenLoss, linear_loss
 from sft_core.adapters import add_adapters, is_tied, quantization
-from sft_core.config import ModelConfig
+from sft_core.config import ModelConfig, require
 from sft_core.packing import PackedSequences, pack_sequences
 
 kernels.attention.register()
+# What its warnings are about, `load_whole` says in a sentence.
+logging.getLogger("transformers.modeling_utils").addFilter(lambda record: record.levelno > logging.WARNING)
+logger = logging.getLogger(__name__)
+ADAPTER_FOLDER = "{} holds an adapter, not a model: train it with --merge_adapter true and give its folder `merged`."
 
 
 class Policy(nn.Module):
-    """A causal language model that gives the log-probs of given tokens, never a [T, V] tensor."""
+    """A causal language model that gives the log-probs of given tokens, never a [T, V] tensor.
 
-    def __init__(self, model: nn.Module) -> None:
+    Raises:
+        ValueError: the model has no list of blocks, or more than a matrix for its head.
+    """
+
+    def __init__(self, model: Any) -> None:
         super().__init__()
+        kind, head = type(model).__name__, model.get_output_embeddings()
+        require(isinstance(getattr(model.get_decoder(), "layers", None), nn.ModuleList),
+                f"{kind} has no list of blocks at get_decoder().layers")  # fmt: skip
+        require(getattr(head, "bias", None) is None and hasattr(head, "weight"),
+                f"{kind} has a head that is not one matrix, but has a bias, say")  # fmt: skip
         self.model = model
         self.tied = is_tied(model)
 
@@ -82,10 +98,20 @@ class Policy(nn.Module):
 
 
 def check_positions(config: PretrainedConfig, tokens: int, what: str, remedy: str) -> None:
-    """Raise ValueError where `tokens`, which `what` takes, are more than the model has positions for."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and tokens > positions:
-        raise ValueError(f"{what} may take {tokens} tokens, the model has {positions} positions: {remedy}.")
+    """Raise ValueError where `tokens`, which `what` takes, are more than the model has positions for, or more than its
+    rotary embedding takes without another factor, which a whole packed row would get with its longest sequence.
+
+    `remedy` may name the limit: {limit}.
+    """
+    text = config.get_text_config()
+    limits = {getattr(text, "max_position_embeddings", None): "the model has {limit} positions"}
+    rope = getattr(text, "rope_parameters", None) or {}
+    for entry in (rope, *rope.values()):  # some models have one for each type of layer
+        if isinstance(entry, dict) and entry.get("rope_type") == "longrope":
+            limits[entry["original_max_position_embeddings"]] = "the model's longrope changes its factors after {limit}"
+    for limit, says in limits.items():
+        if limit is not None and tokens > limit:
+            raise ValueError(f"{what} may take {tokens} tokens, {says}: {remedy}.".format(limit=limit))
 
 
 def load_model_info(config: ModelConfig) -> PretrainedConfig:
@@ -95,11 +121,11 @@ def load_model_info(config: ModelConfig) -> PretrainedConfig:
         ValueError: there is no such model, or it is of a kind that is refused.
     """
     model_config = _from_files(AutoConfig, config)
-    for attribute in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model_config, attribute, None) not in (None, 1.0):
+    for attribute in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model_config.get_text_config(), attribute, None) not in (None, 1.0):
             raise ValueError(
-                f"{config.model_name_or_path} transforms its logits ({attribute}), which is not supported: choose "
-                "another model."
+                f"{config.model_name_or_path} caps or scales its scores or logits ({attribute}), which is not "
+                "supported: choose another model."
             )
     return model_config
 
@@ -110,10 +136,7 @@ def _from_files(kind: Any, config: ModelConfig) -> Any:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
         raise ValueError(f"there is no model folder at {name}: check --model_name_or_path.")
-    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
-        raise ValueError(
-            f"{name} holds an adapter, not a model: train it with --merge_adapter true and give its folder `merged`."
-        )
+    require(not (Path(name) / "adapter_config.json").is_file(), ADAPTER_FOLDER.format(name))
     try:
         return kind.from_pretrained(name, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
     except OSError as error:
@@ -169,6 +192,44 @@ def local_copy(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, model_name_or_path=folder)
 
 
+def load_whole(name: str, **options: Any) -> Any:
+    """The model of a folder or Hub id, all of whose weights must be in its files: transformers would make up the rest.
+
+    What the files hold beside the model, a value head for one, is left out with a warning.
+
+    Raises:
+        ValueError: a weight is missing or has another shape, one within the model's body has no place there, or a file
+            cannot be read.
+    """
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(
+            f"the weights of {name} cannot be loaded: are its files whole? "
+            f"Cause: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    require(not getattr(model, "_hf_peft_config_loaded", False), ADAPTER_FOLDER.format(name))
+    missing, unexpected = found["missing_keys"], found["unexpected_keys"]
+    shapes = {f"{key} {list(there)} for {list(here)}" for key, there, here in found["mismatched_keys"]}
+    tied = model.config.tie_word_embeddings and model.device.type != "meta"
+    apart = {"embedding and head"} if tied and not is_tied(model) else set()  # then engines and others would tie them
+    kinds = {"missing": missing, "of another shape": shapes, "without a place in the model": unexpected,
+             "not equal, though tied": apart}  # fmt: skip
+    says = "; ".join(
+        f"{kind}: {', '.join(sorted(keys)[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+        for kind, keys in kinds.items()
+        if keys
+    )
+    inside = any(key.startswith(f"{model.base_model_prefix}.") for key in unexpected)
+    require(not (missing or shapes or apart or inside),
+            f"the weights of {name} are not those of its config.json ({says}): give one that they fit.")  # fmt: skip
+    if says:
+        logger.warning("weights of %s are left out, %s", name, says)
+    return model
+
+
 def load_policy(
     config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0, known_as: str = "", vocab_size: int = 0
 ) -> Policy:
@@ -183,7 +244,7 @@ def load_policy(
     (adapters' own is on in SFT's training passes: `sft_core.adapters.dropout`).
     """
     quantised = quantization(config, dtype)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = load_whole(
         config.model_name_or_path,
         revision=config.model_revision,
         trust_remote_code=config.trust_remote_code,
@@ -191,8 +252,6 @@ def load_policy(
         attn_implementation="packed",
         **({"quantization_config": quantised} if quantised else {}),
     ).eval()
-    if model.get_output_embeddings().bias is not None:
-        raise ValueError(f"{config.model_name_or_path} has a head with a bias, which is not supported.")
     known = model.get_input_embeddings().num_embeddings
     if vocab_size > known:
         model.resize_token_embeddings(vocab_size, mean_resizing=False)

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from sft_core import guards
 from sft_core.adapters import check_adapters, describe
+from sft_core.architectures import check_architecture
 from sft_core.callbacks import check_benchmarks, get_callbacks, init_wandb_training
 from sft_core.chat import check_template, set_up
 from sft_core.checkpoint import prepare_output_dir
@@ -68,6 +69,7 @@ class Base:
     bf16: bool
     model_info: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    architecture_checked: bool  # else the loaded model is to be checked
     stop_ids: frozenset[int]
     template: str  # what is to be said of the chat template
     rows: Dataset | IterableDataset
@@ -101,6 +103,7 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
     guards.on_first_rank(lambda: check_benchmarks(config))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes that tokenise are forks
     model_info, tokenizer = load_tokenizer(model, config.chat_template)
+    copied = check_architecture(model_info, model)
     check_adapters(model, config, model_info)
     supervised = config if isinstance(config, SFTConfig) else None
     rows, test_rows = load_splits(data, config.evaluates, supervised is not None and supervised.dataset_streaming)
@@ -110,6 +113,9 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
     require(not model.use_peft or len(tokenizer) <= model_info.get_text_config().vocab_size,
             f"{model.model_name_or_path} has no chat template, and the tokens of ChatML would be new to it, which an "
             "adapter cannot hold: give a --chat_template whose tokens it knows, or train the whole model.")  # fmt: skip
+    require(supervised is not None or len(tokenizer) <= model_info.get_text_config().vocab_size,
+            f"the tokenizer of {model.model_name_or_path} has {len(tokenizer)} tokens, more than the model's "
+            "embedding: train with sft_core.train first, which enlarges it.")  # fmt: skip
     require(supervised is None or tokenizer.is_fast, f"{model.model_name_or_path} has no fast tokenizer, which says "
             "where in the text a token is: save one beside it (AutoTokenizer with use_fast=True).")  # fmt: skip
     stop_ids = stop_token_ids(tokenizer, model)
@@ -117,8 +123,8 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
     return Base(
         algorithm=algorithm, model=model, data=data, options=asdict(model) | asdict(data) | asdict(config),
         recipe=as_yaml([model, data, config]), rank=rank, world_size=world_size, device=device, bf16=bf16,
-        model_info=model_info, tokenizer=tokenizer, stop_ids=stop_ids, template=template, rows=rows,
-        test_rows=test_rows,
+        model_info=model_info, architecture_checked=copied, tokenizer=tokenizer, stop_ids=stop_ids,
+        template=template, rows=rows, test_rows=test_rows,
     )  # fmt: skip
 
 
@@ -176,6 +182,7 @@ def prepare(argv: list[str]) -> Run:
     if config.dry_run:
         rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
         info = load_model_info(model)
+        check_architecture(info, model)
         check_lengths(info, config.max_length)
         check_adapters(model, config, info)
         dry_run(info, model, config, rows=rows, longest=config.max_length)
@@ -240,5 +247,4 @@ def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, s
 
 
 def check_lengths(info: PretrainedConfig, longest: int) -> None:
-    positions = getattr(info.get_text_config(), "max_position_embeddings", longest)
-    check_positions(info, longest, "a row", f"lower --max_length to {positions}")
+    check_positions(info, longest, "a row", "lower --max_length to {limit}")

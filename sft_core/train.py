@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from sft_core import guards
 from sft_core.adapters import dropout
+from sft_core.architectures import check_loaded
 from sft_core.checkpoint import load_checkpoint, save_checkpoint
 from sft_core.errands import Errands
 from sft_core.export import export_model
@@ -52,10 +53,13 @@ def main(argv: list[str] | None = None) -> None:
 def train(run: Run) -> Errands:
     """The loop. Returns what the first rank has left to do when the weights are out of memory."""
     config, device, total_steps = run.config, run.device, run.total_steps
-    policy = load_policy(
-        run.local_model, dtype=run.dtype, seed=config.seed, known_as=run.model.model_name_or_path,
-        vocab_size=len(run.tokenizer),
-    )  # fmt: skip
+    with guards.usage_errors():  # weights that are not the model's
+        policy = load_policy(
+            run.local_model, dtype=run.dtype, seed=config.seed, known_as=run.model.model_name_or_path,
+            vocab_size=len(run.tokenizer),
+        )  # fmt: skip
+        if not run.architecture_checked:
+            check_loaded(policy, run.model)
     policy = shard(policy, make_mesh(device), bf16=run.bf16, **memory_options(config))
     torch.manual_seed(config.seed + run.rank)  # the dropout of adapters, where there is one
     optimizer = make_optimizer(policy, config)

@@ -168,12 +168,38 @@ def test_layout_pads_little_and_places_every_token_once():
 
 @pytest.mark.parametrize(
     "change", [{"packed": None}, {"dropout": 0.1}, {"packed": packed_layout([3, 4])}, {"softcap": 30.0},
-               {"attention_mask": torch.ones(1, 1)}],
+               {"attention_mask": torch.ones(1, 1)}, {"s_aux": torch.zeros(6)}, {"position_bias": torch.zeros(1)},
+               {"is_causal": False}, {"output_attentions": True}, {"anything": 0.0}],
 )  # fmt: skip
 def test_refuses(change):
     arguments = {"packed": packed_layout(LENGTHS), "attention_mask": None, "scaling": 0.3, **change}
     with pytest.raises(ValueError):
         packed_attention(None, *rows(), **arguments)
+
+
+def test_refuses_what_is_not_the_rows_own_causal_attention():
+    query, key, value = rows()
+    encoder = torch.nn.Module()
+    encoder.is_causal = False
+    with pytest.raises(ValueError, match="causal"):
+        packed_attention(encoder, query, key, value, packed=packed_layout(LENGTHS))
+    with pytest.raises(ValueError, match="key"):
+        packed_attention(None, query, key[:, :, 1:], value[:, :, 1:], packed=packed_layout(LENGTHS))
+    harmless = {"position_ids": torch.arange(3), "use_cache": False, "output_attentions": False, "is_causal": True}
+    packed_attention(None, query, key, value, packed=packed_layout(LENGTHS), cache=None, **harmless)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_values_of_another_size_than_keys(compiled):
+    """As in DeepSeek-V3's latent attention."""
+    (query, key, _), (_, _, value) = rows(), rows(dim=12)
+    attend = torch.compile(packed_attention, backend="aot_eager") if compiled else packed_attention
+    out, _ = attend(None, query, key, value, packed=packed_layout(LENGTHS), scaling=0.3)
+    assert out.shape == (1, sum(LENGTHS), 6, 12)
+    twin = reference.packed_attention(query, key, value, LENGTHS, scaling=0.3)
+    inputs = [query, key, value]
+    for got, want in zip(value_and_gradients(out, inputs), value_and_gradients(twin, inputs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [[], [3, 0, 2]])
