@@ -121,7 +121,7 @@ def evaluate(folder: Path, engine_name: str, models: list[Path]) -> None:
     from gen.engine import make_engine
     from grpo_core.rewards import accuracy_reward
     from grpo_core.scoring import start_scoring
-    from sft_core.chat import render_prompt
+    from sft_core.conversation import render_prompt
 
     rows = [json.loads(line) for line in (folder / "data" / "heldout.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(models[0])

@@ -131,10 +131,11 @@ def prepare_output_dir(
 ) -> Path | None:
     """Claim `output_dir` for the run of this `identity`; returns the checkpoint to resume from, or None. A collective.
 
-    `identity`: what makes it this run (algorithm, model, data fingerprint, seed), as JSON-able values. Our own
-    checkpoints always resume. A folder that holds another run's results raises ValueError saying what differs, or with
-    `overwrite_output_dir` has everything in it moved to `previous-<n>/`. Nothing is ever deleted. `resume_from`: a
-    checkpoint of the same identity, of whatever folder, to go on from instead of the last one in this.
+    `identity`: what makes it this run (algorithm, model, data fingerprint, seed), as JSON-able values, and `options`,
+    which may differ. Our own checkpoints always resume. A folder that holds another run's results raises ValueError
+    saying what differs, or with `overwrite_output_dir` has everything in it moved to `previous-<n>/`. Nothing is ever
+    deleted. `resume_from`: a checkpoint of the same identity, of whatever folder, to go on from instead of the last one
+    in this.
     """
     folder = Path(output_dir)
     identity = json.loads(json.dumps(identity))
@@ -181,7 +182,7 @@ def prepare_output_dir(
 def _difference(recorded: str, identity: dict[str, Any]) -> str | None:
     """What tells the recorded identity (JSON) from this one, or None."""
     there = json.loads(recorded)
-    different = [key for key in {**identity, **there} if identity.get(key) != there.get(key)]
+    different = [key for key in {**identity, **there} if identity.get(key) != there.get(key) and key != "options"]
     if "algorithm" in different:
         different = ["algorithm"]
     return "; ".join(f"{key} is {there.get(key)!r} there, {identity.get(key)!r} here" for key in different) or None

@@ -4,6 +4,7 @@
 """
 
 import copy
+import json
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from sft_core import guards
 from sft_core.adapters import check_adapters, describe
 from sft_core.callbacks import check_benchmarks, get_callbacks, init_wandb_training
 from sft_core.chat import check_template, set_up
-from sft_core.checkpoint import prepare_output_dir
+from sft_core.checkpoint import STATE, prepare_output_dir
 from sft_core.cli import as_yaml, parse
 from sft_core.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig, require
 from sft_core.data import fingerprint, first_row, load_splits
@@ -47,6 +48,8 @@ from sft_core.supervised import (
     supervised_examples,
     what_is_trained,
 )
+
+OWN = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")  # of a start, not of the run
 
 
 @dataclass(frozen=True)
@@ -119,14 +122,22 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
 
 
 def claim(base: Base, config: TrainingConfig, **more: Any) -> tuple[dict[str, Any], Path | None]:
-    """Make output_dir this run's; returns what makes it this run, and the checkpoint to resume from. A collective."""
+    """Make output_dir this run's; returns what makes it this run, and the checkpoint to resume from. A collective.
+
+    Options that differ from the interrupted run's are listed in one line; those that must not differ are refused.
+    """
+    every = (base.rows, base.test_rows)
+    data, test_data = guards.on_first_rank(lambda: [rows and fingerprint(rows) for rows in every], patient=True)
+    options = base.options | {"chat_template": base.tokenizer.chat_template, "test_data": test_data}
+    options = json.loads(json.dumps({name: value for name, value in options.items() if name not in OWN}))
     identity = (
         {
             "algorithm": base.algorithm,
             "model": base.model.model_name_or_path,
             "architecture": architecture(base.model_info),
-            "data": fingerprint(base.rows),
+            "data": data,
             "seed": config.seed,
+            "options": options,
         }
         | describe(base.model)
         | more
@@ -135,6 +146,12 @@ def claim(base: Base, config: TrainingConfig, **more: Any) -> tuple[dict[str, An
     checkpoint = prepare_output_dir(
         config.output_dir, identity, config.overwrite_output_dir, config.resume_from_checkpoint
     )
+    if checkpoint is not None and base.rank == 0:
+        before = json.loads((checkpoint / STATE).read_text())["identity"].get("options", {})
+        pairs = [(name, before[name], now) for name, now in options.items() if before.get(name, now) != now]
+        changed = "; ".join(f"{name} {there!r:.60} -> {now!r:.60}" for name, there, now in pairs)
+        if changed:
+            print(f"warning: options differ from those of the interrupted run: {changed}", flush=True)
     return identity, checkpoint
 
 
