@@ -22,7 +22,6 @@ LINKS = ("role", "type", "id", "tool_call_id")
 EMPTY: tuple = (None, "", [], {})
 NAME = r"""["'](role|content|from|value)["']\s*:"""
 AS_TEXT = re.compile(rf"\s*\[?\s*\{{\s*{NAME}.*{NAME}", re.DOTALL)
-MARK = 86_420_135  # the first of the numbers that are looked for in a rendering
 
 
 def render(
@@ -55,17 +54,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], more: dict[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], more: dict[str, Any]
 ) -> list[int]:
     """Token ids of a conversation up to where the assistant's answer begins; all of it shows."""
-    check_shown(tokenizer, messages, more or {})
+    check_shown(tokenizer, messages, more)
     return encode(tokenizer, render(tokenizer, messages, more, prompt=True))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """The same, and for a base model, which has no chat template, the plain texts."""
     if tokenizer.chat_template is not None:
-        return render_prompt(tokenizer, messages)
+        return render_prompt(tokenizer, messages, {})
     return tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
 
 
@@ -121,7 +120,7 @@ def prompt_of(value: Any, column: str) -> list[dict[str, Any]]:
         ValueError: it is neither, or the answer is there already.
     """
     if isinstance(value, str) and value.strip():
-        return [{"role": "user", "content": text_of(value, column)}]
+        value = [{"role": "user", "content": text_of(value, column)}]
     messages = messages_of(value, column, "text or a list of messages")
     if messages[-1]["role"] == "assistant":
         raise ValueError(
@@ -152,36 +151,28 @@ def without_none(value: Any) -> Any:
 
 
 def check_shown(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], more: dict[str, Any]) -> None:
-    """Raise ValueError where a part of the conversation does not show in its rendering.
-
-    In one more rendering every text ends with a number of its own and every other value is one: all have to be there.
-    Of `more` each has to make a difference.
-    """
-    for name, value in more.items():
-        other = more | {name: not value if isinstance(value, bool) else None}
-        if render(tokenizer, messages, more, prompt=True) == render(tokenizer, messages, other, prompt=True):
+    """Raise ValueError where a part of the conversation does not show: with another value the rendering is the same."""
+    for name, value in more.items():  # some matter to the generation prompt alone
+        other = render(tokenizer, messages, more | {name: _other(value)}, prompt=True)
+        if other == render(tokenizer, messages, more, prompt=True):
             raise ValueError(f"the chat template knows no {name} and would leave them out: give a --chat_template that "
                              "shows them, or take them out of the data.")  # fmt: skip
-    marks: dict[str, str] = {}
-    text = render(tokenizer, [_mark(m, f"message {i} ({m['role']})", marks) for i, m in enumerate(messages, 1)], more)
-    for mark, place in marks.items():
-        if mark not in text:
-            raise ValueError(f"the chat template leaves out {place}: give a --chat_template that shows it, "
-                             "or take it out of the data.")  # fmt: skip
+    whole = render(tokenizer, messages, more)
+    for i, message in enumerate(messages):
+        for name, value in message.items():
+            changed = [*messages[:i], message | {name: _other(value)}, *messages[i + 1 :]]
+            if name not in LINKS and value != "" and render(tokenizer, changed, more) == whole:
+                raise ValueError(f"the chat template leaves out `{name}` of message {i + 1} (role {message['role']}): "
+                                 "give a --chat_template that shows it, or take it out.")  # fmt: skip
 
 
-def _mark(value: Any, place: str, marks: dict[str, str]) -> Any:
-    """`value` with a number of its own in every part, which goes into `marks`."""
+def _other(value: Any) -> Any:
+    """A value of the same form whose texts and numbers are others."""
     if isinstance(value, dict):
-        return {
-            key: part if key in LINKS or part == "" else _mark(part, f"{place} > {key}", marks)
-            for key, part in value.items()
-        }
+        return {key: part if key in LINKS else _other(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_mark(part, place, marks) for part in value]
-    mark = str(MARK + len(marks))
-    marks[mark] = place
-    return value + mark if isinstance(value, str) else int(mark)
+        return [_other(part) for part in value]
+    return f"{value}." if isinstance(value, str) else not value
 
 
 def shows_system(tokenizer: PreTrainedTokenizerBase) -> bool:

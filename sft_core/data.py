@@ -61,9 +61,13 @@ def _mix(mixture: dict[str, Any], test: bool) -> tuple[Dataset, Dataset | None]:
                 raise ValueError(f"{entry['id']} has no columns {sorted(missing)}; it has {rows.column_names}.")
             rows = rows.select_columns(columns)
         weight = entry.get("weight", 1.0)
-        if not 0 < weight <= 1:
-            raise ValueError(f"weight {weight} of {entry['id']} is a share of its rows: above 0 and at most 1.")
-        parts.append(rows.shuffle(seed=seed).select(range(int(len(rows) * weight))))
+        count = int(len(rows) * weight)
+        if not 0 < weight <= 1 or count == 0:
+            raise ValueError(
+                f"weight {weight} of {entry['id']}, a share of its {len(rows)} rows, must be above 0 and at most 1 and "
+                "leave a row."
+            )
+        parts.append(rows.shuffle(seed=seed).select(range(count)))
         if set(rows.column_names) != set(parts[0].column_names):
             raise ValueError(
                 f"the sets of a mixture must have the same columns: {entry['id']} has {sorted(rows.column_names)}, "
@@ -123,7 +127,9 @@ def _read_file(name: str, streaming: bool = False, option: str = "--dataset_name
         raise ValueError(f"there is no data file at {name}: check {option}.")
     kind = path.suffix[1:].replace("jsonl", "json")
     try:
-        return load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+        rows = load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+        first_row(rows)  # a stream is not read before
+        return rows
     except (DatasetGenerationError, StopIteration, ValueError) as error:
         cause = damaged_line(path) or " ".join(str(error.__cause__ or error).split())[:200]
         raise ValueError(f"{name} cannot be read as {path.suffix}: {cause or 'no rows'} (one row a line).") from error
@@ -150,11 +156,6 @@ def stream_rows(name: str, config: str | None = None, split: str = "train") -> I
     path = Path(name).expanduser()
     if path.suffix in FILES:
         rows = _read_file(name, streaming=True)
-        try:
-            first_row(rows)
-        except (DatasetGenerationError, ValueError) as error:
-            cause = damaged_line(path) or " ".join(str(error).split())
-            raise ValueError(f"{name} cannot be read as {path.suffix}: {cause} (one row a line).") from error
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         rows = load_rows(name, config, split).to_iterable_dataset()
     else:

@@ -19,7 +19,7 @@ from sft_core import guards
 from sft_core.adapters import check_adapters, describe
 from sft_core.callbacks import check_benchmarks, get_callbacks, init_wandb_training
 from sft_core.chat import check_template, set_up
-from sft_core.checkpoint import STATE, prepare_output_dir
+from sft_core.checkpoint import STATE, differences, prepare_output_dir
 from sft_core.cli import as_yaml, parse
 from sft_core.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig, require
 from sft_core.data import fingerprint, first_row, load_splits
@@ -48,8 +48,6 @@ from sft_core.supervised import (
     supervised_examples,
     what_is_trained,
 )
-
-OWN = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")  # of a start, not of the run
 
 
 @dataclass(frozen=True)
@@ -126,10 +124,10 @@ def claim(base: Base, config: TrainingConfig, **more: Any) -> tuple[dict[str, An
 
     Options that differ from the interrupted run's are listed in one line; those that must not differ are refused.
     """
-    every = (base.rows, base.test_rows)
-    data, test_data = guards.on_first_rank(lambda: [rows and fingerprint(rows) for rows in every], patient=True)
+    data, test_data = guards.on_first_rank(
+        lambda: [rows and fingerprint(rows) for rows in (base.rows, base.test_rows)], patient=True
+    )
     options = base.options | {"chat_template": base.tokenizer.chat_template, "test_data": test_data}
-    options = json.loads(json.dumps({name: value for name, value in options.items() if name not in OWN}))
     identity = (
         {
             "algorithm": base.algorithm,
@@ -147,11 +145,9 @@ def claim(base: Base, config: TrainingConfig, **more: Any) -> tuple[dict[str, An
         config.output_dir, identity, config.overwrite_output_dir, config.resume_from_checkpoint
     )
     if checkpoint is not None and base.rank == 0:
-        before = json.loads((checkpoint / STATE).read_text())["identity"].get("options", {})
-        pairs = [(name, before[name], now) for name, now in options.items() if before.get(name, now) != now]
-        changed = "; ".join(f"{name} {there!r:.60} -> {now!r:.60}" for name, there, now in pairs)
-        if changed:
-            print(f"warning: options differ from those of the interrupted run: {changed}", flush=True)
+        before = json.loads((checkpoint / STATE).read_text())["identity"].get("options", options)
+        if changed := differences(json.dumps(before), options):
+            print(f"warning: options are not those of the interrupted run: {changed}", flush=True)
     return identity, checkpoint
 
 
@@ -212,7 +208,8 @@ def prepare(argv: list[str]) -> Run:
     what = f"bins of at most {config.max_length} tokens" if config.packing else "rows"
     summary = [
         base.template,
-        rows_line + (f"; {len(test_examples.lengths)} rows to evaluate on" if test_examples is not None else ""),
+        rows_line
+        + (f"; {len(test_examples.lengths)} rows to evaluate on; {test_examples}" if test_examples is not None else ""),
         f"{total_steps} steps of {sequences_per_step} {what}",
         memory_plan(plan, base.device),
     ]
@@ -247,7 +244,9 @@ def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, s
     if bin_size is not None:
         fill = examples.lengths.sum() / (shuffled.sequences_per_pass * bin_size)
         line += f" in {shuffled.sequences_per_pass} bins, {100 * fill:.1f} % full"
-    return shuffled, line + f"; {', '.join(f'{number} {name}' for name, number in examples.counts.items())}"
+    if unused := check_columns(base.rows.column_names, config):
+        line += f"; columns not used: {', '.join(unused)}"
+    return shuffled, f"{line}; {examples}"
 
 
 def check_lengths(info: PretrainedConfig, longest: int) -> None:

@@ -25,7 +25,7 @@ import sft_core.chat
 import sft_core.conversation
 from sft_core.chat import adds_bos, has_markers, has_prompt
 from sft_core.config import SFTConfig
-from sft_core.conversation import check_shown, messages_of, options_of, render, text_of
+from sft_core.conversation import COLUMNS, check_shown, messages_of, options_of, render, text_of
 from sft_core.guards import on_first_rank
 
 Example = tuple[list[int], list[bool]]  # token ids and loss mask, of one length
@@ -33,13 +33,15 @@ KEPT, CUT, TOO_LONG, NOTHING = range(4)  # what became of a row
 ROWS_PER_PROCESS = 2_000  # fewer are not worth another process
 
 
-def check_columns(columns: list[str], config: SFTConfig) -> None:
-    """Raise ValueError where the columns fit no form that is known."""
-    if not ({"messages", config.dataset_text_field} & set(columns) or {"prompt", "completion"} <= set(columns)):
-        raise ValueError(
-            f"the data needs a column `messages`, or `prompt` and `completion`, or `{config.dataset_text_field}` "
-            f"(--dataset_text_field); it has {', '.join(columns)}."
-        )
+def check_columns(columns: list[str], config: SFTConfig) -> list[str]:
+    """The columns that are not used; raises ValueError where they fit no form that is known."""
+    for form in (("messages",), ("prompt", "completion"), (config.dataset_text_field,)):
+        if set(form) <= set(columns):
+            return [name for name in columns if name not in form + COLUMNS]
+    raise ValueError(
+        f"the data needs a column `messages`, or `prompt` and `completion`, or `{config.dataset_text_field}` "
+        f"(--dataset_text_field); it has {', '.join(columns)}."
+    )
 
 
 def needs_template(row: dict[str, Any]) -> bool:
@@ -229,6 +231,9 @@ class Examples:
     rows: Dataset  # columns input_ids, loss_mask
     lengths: np.ndarray  # [rows] in tokens
     counts: dict[str, int]  # rows that were cut or left out, by reason
+
+    def __str__(self) -> str:
+        return ", ".join(f"{number} {name}" for name, number in self.counts.items())
 
 
 def supervised_examples(
