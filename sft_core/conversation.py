@@ -45,7 +45,10 @@ def render(
         raise ValueError(f"the chat template is not valid Jinja ({error}): check --chat_template.") from error
     except Exception as error:  # Jinja's own errors and the templates' raise_exception
         roles = ", ".join(str(message.get("role")) for message in messages)
-        raise ValueError(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
+        raise ValueError(
+            f"the chat template refuses a conversation of the roles {roles}: {error}; give one that takes it, or "
+            "change the messages (--system_prompt '' is none)."
+        ) from error
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -132,14 +135,15 @@ def prompt_of(value: Any, column: str) -> list[dict[str, Any]]:
 
 def options_of(row: dict[str, Any]) -> dict[str, Any]:
     """What else the row gives to the chat template, by name."""
-    found = {}
+    found: dict = {}
     for name in COLUMNS:
         value = row.get(name)
         try:
             found[name] = json.loads(value) if isinstance(value, str) and value else value
         except ValueError as error:
             raise ValueError(f"`{name}` is neither a list nor one as JSON: {error}.") from error
-    found |= found.pop("chat_template_kwargs") or {}
+    if isinstance(found["chat_template_kwargs"], dict):
+        found |= found.pop("chat_template_kwargs")
     return {name: without_none(value) for name, value in found.items() if value not in EMPTY}
 
 

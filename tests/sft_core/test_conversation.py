@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from eval.run import make_prompt
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
 from grpo_core.rollout import load_prompts
 from sft_core.config import SFTConfig
@@ -96,6 +97,7 @@ def test_a_role_that_the_template_passes_over_is_refused(tokenizer, role):
         ("chat_template_kwargs", {"enable_thinking": False}, "enable_thinking"),
         ("chat_template_kwargs", {"enable_thinking": True, "other": None}, "enable_thinking"),
         ("chat_template_kwargs", {"effort": "high"}, "effort"),
+        ("chat_template_kwargs", 5, "chat_template_kwargs"),
         ("images", [{"path": "a.png"}], "images"),
         ("image", {"path": "a.png"}, "image"),
     ],
@@ -215,6 +217,9 @@ def test_templates_without_a_system_role(tokenizer, body):
     assert "Ben has 4" in prompt(tokenizer, {"prompt": "Ben has 4"})
     with pytest.raises(ValueError, match="row 1 of the data: the chat template (refuses|leaves out `content`)"):
         prompt(tokenizer, {"prompt": [{"role": "system", "content": "Add."}, USER]})
+    with pytest.raises(ValueError, match="^the chat template (refuses|leaves out `content`)"):
+        make_prompt(tokenizer, "Ben has 4", "Add.")  # of an evaluation; gen.generate's are made by the same function
+    assert make_prompt(tokenizer, "Ben has 4", None)
 
 
 def test_prompts_too_long_only_because_of_the_system_prompt_are_said_so(tokenizer):
