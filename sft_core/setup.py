@@ -227,16 +227,17 @@ def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, s
         ValueError: the data is not as its form says (streamed: its first rows), or a row is too long for the model.
     """
     bin_size = config.max_length if config.packing else None
+    unused = check_columns(list(first_row(base.rows)), config)
+    note = f"; columns not used: {', '.join(unused)}" if unused else ""
     if isinstance(base.rows, IterableDataset):
         own = copy.deepcopy(base.tokenizer)  # it is used by a thread
         encode = partial(encode_row, tokenizer=own, stop_ids=base.stop_ids, config=config)
         for i, row in enumerate(base.rows.take(8)):
-            check_columns(list(row), config)
             encode(row, i)
         check_lengths(base.model_info, config.max_length)
         return Streamed(
             base.rows, encode, bin_size, config.seed, base.data.dataset_name
-        ), "rows are streamed in the order of their files"
+        ), f"rows are streamed in the order of their files{note}"
     examples = supervised_examples(base.rows, base.tokenizer, base.stop_ids, config)
     check_lengths(base.model_info, int(examples.lengths.max()))
     shuffled = Shuffled(examples, bin_size, config.seed)
@@ -244,9 +245,7 @@ def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, s
     if bin_size is not None:
         fill = examples.lengths.sum() / (shuffled.sequences_per_pass * bin_size)
         line += f" in {shuffled.sequences_per_pass} bins, {100 * fill:.1f} % full"
-    if unused := check_columns(base.rows.column_names, config):
-        line += f"; columns not used: {', '.join(unused)}"
-    return shuffled, f"{line}; {examples}"
+    return shuffled, f"{line}; {examples}{note}"
 
 
 def check_lengths(info: PretrainedConfig, longest: int) -> None:

@@ -66,7 +66,7 @@ def supervised_example(
     column = "completion" if {"prompt", "completion"} <= row.keys() else config.dataset_text_field
     if more := options_of(row):
         raise ValueError(f"plain text has no place for `{next(iter(more))}`: make it messages, or take that out.")
-    prompt, text = text_of(row["prompt"], "prompt") if column == "completion" else "", text_of(row[column], column)
+    prompt, text = text_of(row["prompt"], "prompt") if column == "completion" else "", text_of(row.get(column), column)
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so the model would never learn to stop: give --eos_token.")
     trained = (0 if config.completion_only_loss is False else len(prompt), len(prompt) + len(text))

@@ -12,8 +12,11 @@ from transformers import AutoTokenizer
 from eval.run import make_prompt
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
 from grpo_core.rollout import load_prompts
+from sft_core import guards
 from sft_core.config import SFTConfig
+from sft_core.setup import prepare
 from sft_core.supervised import check_columns, supervised_example, supervised_examples
+from tests.launch import flags, locks_released
 
 USER, YES = {"role": "user", "content": "Ben has 4"}, {"role": "assistant", "content": "yes"}
 MORE = {"role": "user", "content": "more"}
@@ -234,3 +237,21 @@ def test_prompts_too_long_only_because_of_the_system_prompt_are_said_so(tokenize
     assert len(prompts) == 2 and said == "1 longer than 60 tokens"
     prompts, said = load(tokenizer, [own, {"prompt": [USER]}], max_prompt_length=60, **system)
     assert [p.messages for p in prompts] == [own["prompt"]] and "1 longer than 60 tokens (1 of them only with" in said
+
+
+def test_what_is_not_used_or_left_out_is_said_before_the_run(tiny_model, tmp_path):
+    row = {"messages": [USER, YES], "system": "Add.", "id": 7}
+    for name, count in (("train", 3), ("test", 1)):
+        rows = [row] * count + [row | {"messages": [USER | {"content": "Ben has 4 " * 50}, YES]}]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"dataset_name": tmp_path / "train.jsonl", "dataset_test_split": tmp_path / "test.jsonl"}
+    more = {"do_eval": "true", "max_length": 40, "truncation_mode": "drop", "max_steps": 1, "report_to": ["none"]}
+    said = []
+    for name, streams in (("whole", "false"), ("streamed", "true")):
+        more |= {"output_dir": tmp_path / name, "dataset_streaming": streams}
+        with locks_released():
+            said.append(prepare(flags(model_name_or_path=tiny_model, **files, **more)).summary)
+        guards.shutdown()
+    counts = "0 cut, 1 too long, 0 nothing to learn"
+    assert f"3 rows to train on; {counts}; columns not used: system, id; 1 rows to evaluate on; {counts}" in said[0]
+    assert "rows are streamed in the order of their files; columns not used: system, id; 1 rows to evaluate" in said[1]
