@@ -10,6 +10,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from eval.run import make_prompt
+from gen.config import GenerateConfig
+from gen.store import Store
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
 from grpo_core.rollout import load_prompts
 from sft_core import guards
@@ -176,9 +178,12 @@ def read_one(tokenizer, row):
 def test_what_is_no_prompt_is_refused_with_its_row(tokenizer, value, says):
     with pytest.raises(ValueError, match=f"row 1 of the data: {says}"):
         prompt(tokenizer, {"prompt": value})
-    if isinstance(value, str) and value.strip():  # nor is it one of supervised training
+    if isinstance(value, str) and value.strip():  # nor is it one of supervised training, nor to be generated for
         with pytest.raises(ValueError, match=says):
             supervised(tokenizer, {"prompt": value, "completion": "2"})
+        rows = Dataset.from_list([{"prompt": value}])
+        [found] = Store(GenerateConfig(hf_dataset="d", model="m"), rows).render(rows.data.table)
+        assert isinstance(found, str) and "is a conversation written as text" in found  # so it goes to failed.jsonl
 
 
 def test_the_number_is_that_of_the_row_and_later_rows_are_looked_at_too(tokenizer):
