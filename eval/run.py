@@ -48,9 +48,10 @@ from gen.client import RequestError, ServerError
 from gen.engine import Completion, Engine, check_engine_available, make_engine
 from gen.shards import ShardsFailed, start_shards
 from sft_core import guards
-from sft_core.chat import render_prompt, set_up
+from sft_core.chat import set_up
 from sft_core.cli import parse
 from sft_core.config import ModelConfig, require
+from sft_core.conversation import prompt_ids
 from sft_core.data import FILES, load_rows
 from sft_core.files import write_atomically
 from sft_core.model import load_tokenizer, stop_token_ids
@@ -177,11 +178,7 @@ def make_prompt(tokenizer: PreTrainedTokenizerBase | None, query: str, system_pr
     """By the chat template; a model without one gets the plain text. Without a tokenizer: the conversation."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages = [*system, {"role": "user", "content": query}]
-    if tokenizer is None:
-        return messages
-    if tokenizer.chat_template is not None:
-        return render_prompt(tokenizer, messages)
-    return tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
+    return messages if tokenizer is None else prompt_ids(tokenizer, messages)
 
 
 # -------------------------------------------------------------------------------------------------------- sampling

@@ -149,8 +149,8 @@ def check_task(task: LightevalTaskConfig) -> None:
         wrong = "a name is of letters, digits, and _ : . -"
     elif not isinstance(task.metric, list) or not task.metric or not hasattr(task.metric[0], "compute"):
         wrong = "metric must be a list whose first entry has compute(doc, predictions)"
-    elif not task.evaluation_splits:
-        wrong = "evaluation_splits names no split"
+    elif len(task.evaluation_splits) != 1:
+        wrong = f"evaluation_splits must name one split, not {task.evaluation_splits}"
     else:
         try:
             pickle.dumps(task.metric[0])

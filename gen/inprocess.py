@@ -15,8 +15,9 @@ from gen.client import Answer
 from gen.config import GenerateConfig
 from gen.engine import Engine, check_engine_available, make_engine
 from gen.store import Batch, Store
-from sft_core.chat import render_prompt, set_up
+from sft_core.chat import set_up
 from sft_core.config import ModelConfig
+from sft_core.conversation import prompt_ids
 from sft_core.guards import usage_errors
 from sft_core.model import load_tokenizer, stop_token_ids
 
@@ -41,11 +42,6 @@ class Sampler:
         self.config, self.stop_ids = config, stop_token_ids(self.tokenizer, model)
         self.positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
-    def encode(self, prompt: list[dict[str, str]]) -> list[int]:
-        if self.tokenizer.chat_template is not None:
-            return render_prompt(self.tokenizer, prompt)
-        return self.tokenizer("\n\n".join(message["content"] for message in prompt))["input_ids"]
-
     def longest(self, store: Store, indices: Iterable[int]) -> int:
         """Tokens of the longest missing prompt that fits the model's context; 0: there is none.
 
@@ -56,7 +52,7 @@ class Sampler:
             batch = store.batch(index)
             done += len(batch.kept_rows)
             for row in batch.answers:
-                length = len(self.encode(batch.prompts[row]))  # type: ignore[arg-type]
+                length = len(prompt_ids(self.tokenizer, batch.prompts[row]))  # type: ignore[arg-type]
                 longest, shortest = max(longest, length if length <= room else 0), min(shortest, length)
         if shortest < 1 << 30 and not longest and not done:
             raise ValueError(
@@ -78,7 +74,7 @@ class Sampler:
         """Sample all that is missing of a batch."""
         config = self.config
         n, room = config.num_generations, self.positions - config.max_new_tokens
-        ids = {row: self.encode(batch.prompts[row]) for row in batch.answers}  # type: ignore[arg-type]
+        ids = {row: prompt_ids(self.tokenizer, batch.prompts[row]) for row in batch.answers}  # type: ignore[arg-type]
         for row, prompt in ids.items():
             if len(prompt) > room:
                 batch.failed[row] = f"{len(prompt)} tokens, and only {room} fit before {config.max_new_tokens} new ones"

@@ -37,6 +37,7 @@ from gen.client import Answer
 from gen.config import IDENTITY, GenerateConfig
 from sft_core import guards
 from sft_core.config import require
+from sft_core.conversation import text_of
 from sft_core.data import fingerprint, load_rows
 from sft_core.files import keep_settings, whole_file
 
@@ -247,9 +248,10 @@ def _renderer(config: GenerateConfig, schema: pa.Schema) -> Callable[[pa.Table],
             return f"no text in {config.prompt_column}"
         values = {name: "" if value is None else value for name, value in values.items()}
         try:
+            text_of(values.get("instruction", ""), config.prompt_column)
             return [*system, {"role": "user", "content": template.render(values)}]
         except Exception as error:  # whatever a template's own expressions raise
-            return f"the template fails: {error}"
+            return f"no prompt can be made of it: {error}"
 
     def render(table: pa.Table) -> list[list[dict[str, str]] | str]:
         lists = {name: table.column(column).to_pylist() for name, column in sources.items()}

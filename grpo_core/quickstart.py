@@ -121,11 +121,11 @@ def evaluate(folder: Path, engine_name: str, models: list[Path]) -> None:
     from gen.engine import make_engine
     from grpo_core.rewards import accuracy_reward
     from grpo_core.scoring import start_scoring
-    from sft_core.chat import render_prompt
+    from sft_core.conversation import prompt_ids
 
     rows = [json.loads(line) for line in (folder / "data" / "heldout.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(models[0])
-    prompts = [render_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}]) for row in rows]
+    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": row["prompt"]}]) for row in rows]
     length = GRPO["max_completion_length"]
     engine = make_engine(
         engine_name, str(models[0]), dtype="float32", max_model_len=max(map(len, prompts)) + length, max_batch=512

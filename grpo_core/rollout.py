@@ -23,7 +23,8 @@ from gen.engine import Completion, Engine
 from grpo_core.advantage import group_advantages
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
 from grpo_core.scoring import ScoreResult, start_scoring
-from sft_core.chat import render_prompt
+from sft_core.config import require
+from sft_core.conversation import options_of, prompt_of, render_prompt, shows_system
 from sft_core.files import whole_file
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ GOLD_REWARDS = {"accuracy", "cosine", "length"}  # what compares with a gold ans
 
 @dataclass(frozen=True)
 class Prompt:
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     ids: list[int]
     columns: dict[str, Any]  # the data's other columns, for the rewards
 
@@ -58,11 +59,12 @@ class Rollout:
 
 def load_prompts(
     rows: Dataset, arguments: GRPOScriptArguments, config: GRPOConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Prompt], int]:
+) -> tuple[list[Prompt], str]:
     """Prompts as token ids, and how many were left out because they are longer than max_prompt_length.
 
     Raises:
-        ValueError: no prompt column, no column with the answer that a reward needs, or no prompt short enough.
+        ValueError: no prompt column, no column with the answer that a reward needs, a row that is no prompt or does not
+            show in the chat template, a system prompt that does not, or no prompt short enough.
     """
     column = prompt_column(rows, arguments)
     needy = [name for name in arguments.reward_funcs if name in GOLD_REWARDS]
@@ -71,23 +73,45 @@ def load_prompts(
             f"the {needy[0]} reward needs a column `solution` or `answer`; the data has {', '.join(rows.column_names)}."
         )
     system = SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
+    role = "system" if not system or shows_system(tokenizer) else "user"
+    require(role == "system" or config.system_prompt is None, "the chat template has no system role and would lose "
+            "--system_prompt: write it into the prompts and give --system_prompt '', or give a --chat_template with "
+            "that role.")  # fmt: skip
     prompts: list[Prompt] = []
-    for row in tqdm(rows, desc="prompts", disable=None, leave=False):
-        value = row.pop(column)
-        if not value:
-            raise ValueError(f"a row of the data has an empty {column!r}: leave such rows out.")
-        messages = value if isinstance(value, list) else [{"role": "user", "content": str(value)}]
-        if system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
+    fit_without = 0
+    for number, row in enumerate(tqdm(rows, desc="prompts", disable=None, leave=False), 1):
+        try:
+            messages, more = prompt_of(row.pop(column), column), options_of(row)
+            own = with_system(messages, system, role)
+            ids = render_prompt(tokenizer, own, more)
+            if len(ids) > config.max_prompt_length and own != messages:
+                fit_without += len(render_prompt(tokenizer, messages, more)) <= config.max_prompt_length
+        except ValueError as error:
+            raise ValueError(f"row {number} of the data: {error}") from error
         row.pop("messages", None)  # may hold the answer
-        ids = render_prompt(tokenizer, messages)
         if len(ids) <= config.max_prompt_length:
-            prompts.append(Prompt(messages, ids, row))
+            prompts.append(Prompt(own, ids, row))
     if not prompts:
         raise ValueError(
-            f"all {len(rows)} prompts are longer than max_prompt_length {config.max_prompt_length}: raise it."
+            f"all {len(rows)} prompts are longer than max_prompt_length {config.max_prompt_length}: raise it"
+            + (f", or give --system_prompt '', without which {fit_without} fit." if fit_without else ".")
         )
-    return prompts, len(rows) - len(prompts)
+    left_out = f"{len(rows) - len(prompts)} longer than {config.max_prompt_length} tokens"
+    if fit_without:
+        left_out += f" ({fit_without} of them only with the system prompt)"
+    if role == "user":
+        left_out += "; the template has no system role: the system prompt begins what the user says"
+    return prompts, left_out
+
+
+def with_system(messages: list[dict[str, Any]], system: str, role: str) -> list[dict[str, Any]]:
+    """The messages behind the system prompt, as a message of `role`; what the data says in its place stays."""
+    first, *rest = messages
+    if not system or first["role"] in ("system", "developer"):
+        return messages
+    if first["role"] == role:
+        return [first | {"content": f"{system}\n\n{first['content']}"}, *rest]
+    return [{"role": role, "content": system}, *messages]
 
 
 def prompt_column(rows: Dataset, arguments: GRPOScriptArguments) -> str:

@@ -85,7 +85,7 @@ def prepare(argv: list[str]) -> Run:
     if base.test_rows is not None:
         require(config.rollouts_from is None, "a replay of rollouts has no engine to evaluate with: leave out do_eval "
                 "and eval_strategy.")  # fmt: skip
-        test_prompts, _ = prompts_to_use(base, base.test_rows, config)
+        test_prompts, test_left_out = prompts_to_use(base, base.test_rows, config)
     prompts_per_rollout = config.prompts_a_rollout(world_size)
     total_steps = config.total_steps(config.num_iterations * len(prompts) / prompts_per_rollout)
     identity, checkpoint = claim(base, config, num_iterations=config.num_iterations, prompts=len(prompts))
@@ -115,7 +115,7 @@ def prepare(argv: list[str]) -> Run:
     summary = [
         base.template,
         f"{len(prompts)} prompts; left out: {left_out}"
-        + (f"; {len(test_prompts)} to evaluate on" if test_prompts else ""),
+        + (f"; {len(test_prompts)} to evaluate on; left out: {test_left_out}" if test_prompts else ""),
         f"{total_steps} optimizer steps, {config.num_iterations} on each rollout of {batch}",
         memory_plan(plan, base.device),
     ]
@@ -152,8 +152,7 @@ def prompts_to_use(base: Base, rows: Dataset, config: GRPOConfig) -> tuple[list[
     """
     data = base.data
     assert isinstance(data, GRPOScriptArguments)
-    prompts, too_long = load_prompts(rows, data, config, base.tokenizer)
-    reason = f"{too_long} longer than {config.max_prompt_length} tokens"
+    prompts, reason = load_prompts(rows, data, config, base.tokenizer)
     if not data.drop_unparseable_golds or not GOLD_REWARDS & set(data.reward_funcs):
         return prompts, reason
     names = {name for prompt in prompts for name in prompt.columns}

@@ -6,10 +6,10 @@ well, or what is not and the remedy. Left out on purpose: templates of our own f
 
 import re
 from collections.abc import Collection
-from typing import Any
 
-import jinja2
 from transformers import AddedToken, PreTrainedTokenizerBase
+
+from sft_core.conversation import encode, render
 
 # What base models get (as in open-r1); Qwen's own tokens, and Qwen's layout without its default system prompt.
 CHATML = (
@@ -21,37 +21,6 @@ CHATML = (
 )
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 PROBE = [{"role": "user", "content": "Is 12 + 30 = 42?\n  Ünïcode, too."}, {"role": "assistant", "content": "Yes!"}]
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list | None = None, prompt: bool = False
-) -> str:
-    """The conversation as text; `prompt`: up to where the assistant's answer begins.
-
-    Raises:
-        ValueError: there is no chat template, or it refuses these messages.
-    """
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "the tokenizer has no chat template: start from an instruct model, or give one with --chat_template."
-        )
-    try:
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template is not valid Jinja ({error}): check --chat_template.") from error
-    except Exception as error:  # Jinja's own errors and the templates' raise_exception
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        raise ValueError(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of rendered text, which holds its special tokens already."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation up to where the assistant's answer begins."""
-    return encode(tokenizer, render(tokenizer, messages, prompt=True))
 
 
 def set_up(

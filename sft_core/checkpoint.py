@@ -131,10 +131,11 @@ def prepare_output_dir(
 ) -> Path | None:
     """Claim `output_dir` for the run of this `identity`; returns the checkpoint to resume from, or None. A collective.
 
-    `identity`: what makes it this run (algorithm, model, data fingerprint, seed), as JSON-able values. Our own
-    checkpoints always resume. A folder that holds another run's results raises ValueError saying what differs, or with
-    `overwrite_output_dir` has everything in it moved to `previous-<n>/`. Nothing is ever deleted. `resume_from`: a
-    checkpoint of the same identity, of whatever folder, to go on from instead of the last one in this.
+    `identity`: what makes it this run (algorithm, model, data fingerprint, seed), as JSON-able values, and `options`,
+    which may differ. Our own checkpoints always resume. A folder that holds another run's results raises ValueError
+    saying what differs, or with `overwrite_output_dir` has everything in it moved to `previous-<n>/`. Nothing is ever
+    deleted. `resume_from`: a checkpoint of the same identity, of whatever folder, to go on from instead of the last one
+    in this.
     """
     folder = Path(output_dir)
     identity = json.loads(json.dumps(identity))
@@ -142,13 +143,13 @@ def prepare_output_dir(
     def claim() -> Path | None:
         if resume_from is not None:
             reason = unreadable_reason(Path(resume_from))
-            if reason is None and (difference := _difference(json.dumps(_saved(resume_from)["identity"]), identity)):
+            if reason is None and (difference := differences(json.dumps(_saved(resume_from)["identity"]), identity)):
                 reason = f"it is of another run: {difference}"
             if reason is not None:
                 raise ValueError(f"cannot resume from {resume_from}: {reason}. Check --resume_from_checkpoint.")
         folder.mkdir(parents=True, exist_ok=True)
         record = folder / RUN
-        difference = _difference(record.read_text(), identity) if record.is_file() else None
+        difference = differences(record.read_text(), identity) if record.is_file() else None
         checkpoint = None
         if difference is None:
             try:
@@ -158,7 +159,7 @@ def prepare_output_dir(
                     raise
                 difference = "none of its checkpoints is readable"
         if checkpoint is not None:
-            difference = _difference(json.dumps(_saved(checkpoint)["identity"]), identity)
+            difference = differences(json.dumps(_saved(checkpoint)["identity"]), identity)
         elif difference is None and any(folder.glob("*.safetensors")) and resume_from is None:
             difference = "a finished model without a checkpoint to go on from" if record.is_file() else f"no {RUN}"
         if difference is not None:
@@ -178,13 +179,15 @@ def prepare_output_dir(
     return on_first_rank(claim)
 
 
-def _difference(recorded: str, identity: dict[str, Any]) -> str | None:
+def differences(recorded: str, identity: dict[str, Any]) -> str | None:
     """What tells the recorded identity (JSON) from this one, or None."""
     there = json.loads(recorded)
-    different = [key for key in {**identity, **there} if identity.get(key) != there.get(key)]
+    different = [key for key in {**identity, **there} if identity.get(key) != there.get(key) and key != "options"]
     if "algorithm" in different:
         different = ["algorithm"]
-    return "; ".join(f"{key} is {there.get(key)!r} there, {identity.get(key)!r} here" for key in different) or None
+    return (
+        "; ".join(f"{key} is {there.get(key)!r:.99} there, {identity.get(key)!r:.99} here" for key in different) or None
+    )
 
 
 def _move_aside(folder: Path, why: str) -> None:

@@ -67,9 +67,13 @@ def _mix(mixture: dict[str, Any], test: bool) -> tuple[Dataset, Dataset | None]:
                 raise ValueError(f"{entry['id']} has no columns {sorted(missing)}; it has {rows.column_names}.")
             rows = rows.select_columns(columns)
         weight = entry.get("weight", 1.0)
-        if not 0 < weight <= 1:
-            raise ValueError(f"weight {weight} of {entry['id']} is a share of its rows: above 0 and at most 1.")
-        parts.append(rows.shuffle(seed=seed).select(range(int(len(rows) * weight))))
+        count = int(len(rows) * weight)
+        if not 0 < weight <= 1 or count == 0:
+            raise ValueError(
+                f"weight {weight} of {entry['id']}, a share of its {len(rows)} rows, must be above 0 and at most 1 and "
+                "leave a row."
+            )
+        parts.append(rows.shuffle(seed=seed).select(range(count)))
         if set(rows.column_names) != set(parts[0].column_names):
             raise ValueError(
                 f"the sets of a mixture must have the same columns: {entry['id']} has {sorted(rows.column_names)}, "
@@ -134,7 +138,9 @@ def _read_file(name: str, streaming: bool = False, option: str = "--dataset_name
         raise ValueError(f"there is no data file at {name}: check {option}.")
     kind = path.suffix[1:].replace("jsonl", "json")
     try:
-        return load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+        rows = load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+        first_row(rows)  # a stream is not read before
+        return rows
     except (DatasetGenerationError, StopIteration, ValueError) as error:
         cause = damaged_line(path) or " ".join(str(error.__cause__ or error).split())[:200]
         raise ValueError(f"{name} cannot be read as {path.suffix}: {cause or 'no rows'} (one row a line).") from error
@@ -159,16 +165,10 @@ def damaged_line(path: Path) -> str | None:
 def stream_rows(name: str, config: str | None = None, split: str = "train") -> IterableDataset:
     """The rows of `split`, read as they are needed, in the order of the files; see `load_rows`."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
 
     path = Path(name).expanduser()
     if path.suffix in FILES:
         rows = _read_file(name, streaming=True)
-        try:
-            first_row(rows)
-        except (DatasetGenerationError, ValueError) as error:
-            cause = damaged_line(path) or " ".join(str(error).split())
-            raise ValueError(f"{name} cannot be read as {path.suffix}: {cause} (one row a line).") from error
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         rows = load_rows(name, config, split).to_iterable_dataset()
     else:
@@ -193,16 +193,18 @@ def first_row(rows: Dataset | IterableDataset) -> dict[str, Any]:
 
 
 def fingerprint(rows: Dataset | IterableDataset) -> str:
-    """Identity of a data set: its columns, its size and up to 1,000 rows spread over it (streamed: its first 100)."""
+    """Identity of a data set: its columns and every value of every row, in order (streamed: of the first 100 rows)."""
     from datasets import IterableDataset
 
     if isinstance(rows, IterableDataset):
         text = json.dumps(list(rows.take(100)), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-    step = max(1, -(-len(rows) // 1000))
-    sample = rows.select(range(0, len(rows), step))
-    text = json.dumps([rows.column_names, len(rows), sample.to_list()], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(str(rows.features).encode())
+    for table in rows.with_format("arrow").iter(1000):
+        copy = table.take([*range(len(table))])  # without what lies around it in memory
+        for batch in copy.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()[:16]
 
 
 def row_order(num_rows: int, seed: int, start: int, count: int) -> list[int]:

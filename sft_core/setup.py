@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from sft_core.adapters import check_adapters, describe
 from sft_core.architectures import check_architecture
 from sft_core.callbacks import check_benchmarks, get_callbacks, init_wandb_training
 from sft_core.chat import check_template, set_up
-from sft_core.checkpoint import prepare_output_dir
+from sft_core.checkpoint import STATE, differences, prepare_output_dir
 from sft_core.cli import as_yaml, parse
 from sft_core.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig, require
 from sft_core.data import fingerprint, first_row, load_splits
@@ -129,14 +130,22 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
 
 
 def claim(base: Base, config: TrainingConfig, **more: Any) -> tuple[dict[str, Any], Path | None]:
-    """Make output_dir this run's; returns what makes it this run, and the checkpoint to resume from. A collective."""
+    """Make output_dir this run's; returns what makes it this run, and the checkpoint to resume from. A collective.
+
+    Options that differ from the interrupted run's are listed in one line; those that must not differ are refused.
+    """
+    data, test_data = guards.on_first_rank(
+        lambda: [rows and fingerprint(rows) for rows in (base.rows, base.test_rows)], patient=True
+    )
+    options = base.options | {"chat_template": base.tokenizer.chat_template, "test_data": test_data}
     identity = (
         {
             "algorithm": base.algorithm,
             "model": base.model.model_name_or_path,
             "architecture": architecture(base.model_info),
-            "data": fingerprint(base.rows),
+            "data": data,
             "seed": config.seed,
+            "options": options,
         }
         | describe(base.model)
         | more
@@ -145,6 +154,10 @@ def claim(base: Base, config: TrainingConfig, **more: Any) -> tuple[dict[str, An
     checkpoint = prepare_output_dir(
         config.output_dir, identity, config.overwrite_output_dir, config.resume_from_checkpoint
     )
+    if checkpoint is not None and base.rank == 0:
+        before = json.loads((checkpoint / STATE).read_text())["identity"].get("options", options)
+        if changed := differences(json.dumps(before), options):
+            print(f"warning: options are not those of the interrupted run: {changed}", flush=True)
     return identity, checkpoint
 
 
@@ -206,7 +219,8 @@ def prepare(argv: list[str]) -> Run:
     what = f"bins of at most {config.max_length} tokens" if config.packing else "rows"
     summary = [
         base.template,
-        rows_line + (f"; {len(test_examples.lengths)} rows to evaluate on" if test_examples is not None else ""),
+        rows_line
+        + (f"; {len(test_examples.lengths)} rows to evaluate on; {test_examples}" if test_examples is not None else ""),
         f"{total_steps} steps of {sequences_per_step} {what}",
         memory_plan(plan, base.device),
     ]
@@ -226,16 +240,17 @@ def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, s
     from datasets import IterableDataset
 
     bin_size = config.max_length if config.packing else None
+    unused = check_columns(list(first_row(base.rows)), config)
+    note = f"; columns not used: {', '.join(unused)}" if unused else ""
     if isinstance(base.rows, IterableDataset):
         own = copy.deepcopy(base.tokenizer)  # it is used by a thread
         encode = partial(encode_row, tokenizer=own, stop_ids=base.stop_ids, config=config)
         for i, row in enumerate(base.rows.take(8)):
-            check_columns(list(row), config)
             encode(row, i)
         check_lengths(base.model_info, config.max_length)
         return Streamed(
             base.rows, encode, bin_size, config.seed, base.data.dataset_name
-        ), "rows are streamed in the order of their files"
+        ), f"rows are streamed in the order of their files{note}"
     examples = supervised_examples(base.rows, base.tokenizer, base.stop_ids, config)
     check_lengths(base.model_info, int(examples.lengths.max()))
     shuffled = Shuffled(examples, bin_size, config.seed)
@@ -243,7 +258,7 @@ def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, s
     if bin_size is not None:
         fill = examples.lengths.sum() / (shuffled.sequences_per_pass * bin_size)
         line += f" in {shuffled.sequences_per_pass} bins, {100 * fill:.1f} % full"
-    return shuffled, line + f"; {', '.join(f'{number} {name}' for name, number in examples.counts.items())}"
+    return shuffled, f"{line}; {examples}{note}"
 
 
 def check_lengths(info: PretrainedConfig, longest: int) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 import os
 import re
 import sys
@@ -24,26 +23,29 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 import sft_core.chat
-from sft_core.chat import adds_bos, has_markers, has_prompt, render
+import sft_core.conversation
+from sft_core.chat import adds_bos, has_markers, has_prompt
 from sft_core.config import SFTConfig
+from sft_core.conversation import COLUMNS, check_shown, messages_of, options_of, render, text_of
 from sft_core.guards import on_first_rank
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Example = tuple[list[int], list[bool]]  # token ids and loss mask, of one length
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 KEPT, CUT, TOO_LONG, NOTHING = range(4)  # what became of a row
 ROWS_PER_PROCESS = 2_000  # fewer are not worth another process
 
 
-def check_columns(columns: list[str], config: SFTConfig) -> None:
-    """Raise ValueError where the columns fit no form that is known."""
-    if not ({"messages", config.dataset_text_field} & set(columns) or {"prompt", "completion"} <= set(columns)):
-        raise ValueError(
-            f"the data needs a column `messages`, or `prompt` and `completion`, or `{config.dataset_text_field}` "
-            f"(--dataset_text_field); it has {', '.join(columns)}."
-        )
+def check_columns(columns: list[str], config: SFTConfig) -> list[str]:
+    """The columns that are not used; raises ValueError where they fit no form that is known."""
+    for form in (("messages",), ("prompt", "completion"), (config.dataset_text_field,)):
+        if set(form) <= set(columns):
+            return [name for name in columns if name not in form + COLUMNS]
+    raise ValueError(
+        f"the data needs a column `messages`, or `prompt` and `completion`, or `{config.dataset_text_field}` "
+        f"(--dataset_text_field); it has {', '.join(columns)}."
+    )
 
 
 def needs_template(row: dict[str, Any]) -> bool:
@@ -60,16 +62,15 @@ def supervised_example(
         ValueError: the row has no text where it should, or what the assistant says cannot be told apart in it.
     """
     if "messages" in row:
-        return _conversation(tokenizer, _checked(row["messages"], "messages"), 0, row.get("tools"), stop_ids, config)
+        return _conversation(tokenizer, messages_of(row["messages"], "messages"), 0, options_of(row), stop_ids, config)
     if needs_template(row):
-        given, answer = _checked(row["prompt"], "prompt"), _checked(row["completion"], "completion")
+        given, answer = (messages_of(row[name], name) for name in ("prompt", "completion"))
         trained_from = 0 if config.completion_only_loss is False else len(given)
-        return _conversation(tokenizer, given + answer, trained_from, row.get("tools"), stop_ids, config)
+        return _conversation(tokenizer, given + answer, trained_from, options_of(row), stop_ids, config)
     column = "completion" if {"prompt", "completion"} <= row.keys() else config.dataset_text_field
-    prompt, text = row["prompt"] if column == "completion" else "", row[column]
-    for name, value in (("prompt", prompt), (column, text)):
-        if not isinstance(value, str):
-            raise ValueError(f"`{name}` must be text and is {type(value).__name__}.")
+    if more := options_of(row):
+        raise ValueError(f"plain text has no place for `{next(iter(more))}`: make it messages, or take that out.")
+    prompt, text = text_of(row["prompt"], "prompt") if column == "completion" else "", text_of(row.get(column), column)
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so the model would never learn to stop: give --eos_token.")
     trained = (0 if config.completion_only_loss is False else len(prompt), len(prompt) + len(text))
@@ -91,59 +92,19 @@ def _encode_spans(
     return encoded["input_ids"], tokens
 
 
-def _checked(messages: Any, column: str) -> list[dict[str, Any]]:
-    """The messages, once they are known to be messages."""
-    if not isinstance(messages, list) or not messages:
-        what = repr(messages)[:50] if messages else "empty"
-        raise ValueError(f"`{column}` must be a list of messages, and is {what}.")
-    for message in messages:
-        if not isinstance(message, dict):
-            raise ValueError(f"`{column}` must hold messages with role and content; it holds {message!r}.")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ValueError(
-                f"unknown role {role!r} in `{column}`: a message has `role`, one of {', '.join(ROLES)}, and `content`."
-            )
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise ValueError(f"a message of the {role} in `{column}` is not text but {type(content).__name__}: "
-                             "give every message one text.")  # fmt: skip
-    return [{"content": "", **without_none(message)} for message in messages]
-
-
-def without_none(value: Any) -> Any:
-    """`value` without the empty fields that Arrow adds, so that all rows have the same ones."""
-    if isinstance(value, dict):
-        return {key: without_none(part) for key, part in value.items() if part is not None}
-    return [without_none(part) for part in value] if isinstance(value, list) else value
-
-
-def _tools(tools: Any, messages: list[dict[str, Any]], template: str) -> list | None:
-    """The tools of a row as a list; refused where the template would leave them or their calls out."""
-    if isinstance(tools, str) and tools:
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise ValueError(f"`tools` is neither a list nor one as JSON: {error}.") from error
-    tools = without_none(tools) or None
-    for name, used in (("tools", tools), ("tool_calls", any("tool_calls" in message for message in messages))):
-        if used and name not in template:
-            raise ValueError(f"the chat template knows no {name} and would leave them out: give a --chat_template.")
-    return tools
-
-
 def _conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], trained_from: int, tools: Any,
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], trained_from: int, more: dict[str, Any],
     stop_ids: frozenset[int], config: SFTConfig,
 ) -> Example:  # fmt: skip
     """Ids and mask of a conversation; nothing before message `trained_from` is trained."""
-    tools = _tools(tools, messages, str(tokenizer.chat_template))
+    check_shown(tokenizer, messages, more)
     if not config.assistant_only_loss:
-        whole = render(tokenizer, messages, tools)
-        before = _before(tokenizer, messages, trained_from, tools, whole) if trained_from else ""
+        whole = render(tokenizer, messages, more)
+        before = _before(tokenizer, messages, trained_from, more, whole) if trained_from else ""
         ids, [(start, end)] = _encode_spans(tokenizer, whole, [(len(before), len(whole))])
         return ids, [start <= t < end for t in range(len(ids))]
     find = _marked_spans if has_markers(tokenizer) else _compared_spans
-    ids, spans = find(tokenizer, messages, trained_from, tools, stop_ids)
+    ids, spans = find(tokenizer, messages, trained_from, more, stop_ids)
     mask = [False] * len(ids)
     limits = [*(start for start, _ in spans[1:]), len(ids)]  # where the next turn begins
     for (start, said), limit in zip(spans, limits, strict=False):
@@ -162,12 +123,12 @@ Spans = list[tuple[int, int]]  # of each trained turn: its first token, and the 
 
 
 def _marked_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], trained_from: int, tools: list | None,
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], trained_from: int, more: dict[str, Any],
     stop_ids: frozenset[int],
 ) -> tuple[list[int], Spans]:  # fmt: skip
     """Token ids and trained turns by the template's generation markers, whether or not these hold the stop token."""
     encoded = tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        messages, **more, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     ids = encoded["input_ids"]
     edges = np.flatnonzero(np.diff([0, *encoded["assistant_masks"], 0])).tolist()
@@ -186,15 +147,15 @@ def _marked_spans(
 
 
 def _compared_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], trained_from: int, tools: list | None,
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], trained_from: int, more: dict[str, Any],
     stop_ids: frozenset[int],
 ) -> tuple[list[int], Spans]:  # fmt: skip
     """The same by rendering up to where each turn begins: what follows is the turn, from its first word to its last."""
-    whole = render(tokenizer, messages, tools)
+    whole = render(tokenizer, messages, more)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and i >= trained_from:
-            start = len(_before(tokenizer, messages, i, tools, whole))
+            start = len(_before(tokenizer, messages, i, more, whole))
             spans.append((start, start + _end_of_words(message["content"], whole[start:])))
             if not whole[start:].lstrip().startswith(message["content"].strip()) and not has_prompt(tokenizer):
                 raise ValueError(
@@ -206,16 +167,16 @@ def _compared_spans(
 
 
 def _before(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], turn: int, tools: list | None, whole: str
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], turn: int, more: dict[str, Any], whole: str
 ) -> str:
     """The text before message `turn`, up to where the assistant would begin to speak."""
     if turn == 0:
         raise ValueError("a conversation begins with the assistant: put a message of the user or the system before.")
-    before = render(tokenizer, messages[:turn], tools, prompt=True)
+    before = render(tokenizer, messages[:turn], more, prompt=True)
     if whole.startswith(before):
         return before
     why = "earlier turns are rendered otherwise once later ones follow"
-    if whole.startswith(render(tokenizer, messages[:turn], tools)):
+    if whole.startswith(render(tokenizer, messages[:turn], more)):
         why = "a finished turn does not begin as the generation prompt does"
     raise ValueError(
         f"in the chat template {why}, so the assistant's tokens cannot be told apart: give a --chat_template with "
@@ -275,6 +236,9 @@ class Examples:
     lengths: np.ndarray  # [rows] in tokens
     counts: dict[str, int]  # rows that were cut or left out, by reason
 
+    def __str__(self) -> str:
+        return ", ".join(f"{number} {name}" for name, number in self.counts.items())
+
 
 def supervised_examples(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], config: SFTConfig
@@ -286,7 +250,8 @@ def supervised_examples(
         ValueError: the columns fit no form, a row is not as its form says, or no row is left.
     """
     check_columns(rows.column_names, config)
-    code = [Path(module.__file__ or "").read_bytes() for module in (sft_core.chat, sys.modules[__name__])]
+    modules = (sft_core.chat, sft_core.conversation, sys.modules[__name__])
+    code = [Path(module.__file__ or "").read_bytes() for module in modules]
     template = str(tokenizer.chat_template)
     today = datetime.date.today() if "strftime_now" in template else None
     options = (code, today, what_is_trained(config), sorted(stop_ids), tokenizer.special_tokens_map, template,

@@ -103,7 +103,18 @@ def test_data_without_an_answer_names_its_columns(tiny_model, tmp_path, capsys):
     [
         ("{oops\n", "cannot be read as .jsonl"),
         ("", "rows.jsonl"),
-        ('{"prompt": null, "solution": "1"}\n', "empty 'prompt'"),
+        (
+            '{"prompt": null, "solution": "1"}\n',
+            "row 1 of the data: `prompt` must be text or a list of messages, and is empty",
+        ),
+        (
+            '{"prompt": "1+1?"}\n{"prompt": 2}\n',
+            "row 2 of the data: `prompt` must be text or a list of messages, and is 2",
+        ),
+        (
+            '{"prompt": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}\n',
+            "row 1 of the data: `prompt` ends with what the assistant says",
+        ),
     ],
 )
 def test_damaged_data(text, says, tiny_model, tmp_path, capsys):
@@ -193,15 +204,27 @@ def test_the_hubs_kernels_package_in_the_way(capsys, monkeypatch):
 
 
 def test_the_folder_of_another_run(tiny_model, problems, tmp_path):
-    """Refused, or moved aside whole; the run's own command resumes."""
+    """Refused, or moved aside whole; the run's own command resumes, and says what is not as before."""
     out = tmp_path / "out"
     argv = options(tiny_model, problems, out, max_steps=1, save_strategy="steps", save_steps=1)
     assert run(TRAIN, argv, tmp_path / "log")[0] == 0
     before = weights(out)
+    other = Path(problems).read_text().replace("and finds 23 more", "and finds 32 more")  # the last row
+    (tmp_path / "other.jsonl").write_text(other)
+    code, output = run(TRAIN, argv + flags(dataset_name=tmp_path / "other.jsonl"), tmp_path / "log0")
+    assert code == 2 and "(data is '" in output, output
+    code, output = run(TRAIN, argv + flags(max_steps=2, beta=0.5, system_prompt="Add."), tmp_path / "log2")
+    warning = [line for line in output.splitlines() if line.startswith("warning: options are not those")]
+    assert code == 0 and warning == [
+        "warning: options are not those of the interrupted run: max_steps is 1 there, 2 here; "
+        "system_prompt is '' there, 'Add.' here; beta is 0.04 there, 0.5 here"
+    ], output
+    before = weights(out)
     code, output = run(TRAIN, argv + flags(seed=7), tmp_path / "log1")
     assert code == 2 and "seed is 42 there, 7 here" in output and "--overwrite_output_dir" in output
+    assert "options" not in output
     assert all((weights(out)[name] == before[name]).all() for name in before)
-    code, output = run(TRAIN, argv + flags(seed=7, overwrite_output_dir="true"), tmp_path / "log2")
+    code, output = run(TRAIN, argv + flags(seed=7, overwrite_output_dir="true"), tmp_path / "log3")
     assert code == 0, output
     assert all((weights(out / "previous-1")[name] == before[name]).all() for name in before)
     assert (out / "previous-1" / "checkpoint-1" / "manifest.json").exists()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,10 @@ def test_names():
     for bad, says in (("math", "did you mean math_500"), ("custom|aime24|3|0", "write 0"), ("", "no task is named")):
         with pytest.raises(ValueError, match=says):
             find_tasks(bad)
+
+
+@pytest.mark.parametrize("splits", [[], ["validation", "test"]])
+def test_a_task_is_of_one_split(splits):
+    """A second one would not be evaluated on."""
+    with pytest.raises(ValueError, match="'math_500' cannot be run: evaluation_splits must name one split"):
+        tasks.check_task(replace(tasks.math_500, evaluation_splits=splits))

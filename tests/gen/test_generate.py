@@ -215,16 +215,17 @@ def test_what_may_differ_in_a_restart(server, data, tmp_path):
 
 
 def test_rows_that_change_where_the_prompt_does_not(server, tmp_path):
-    """Also beyond what a fingerprint of a large data set sees; and what a template may name."""
+    """One row of many is other data, and refused; and what a template may name."""
     lines = [{"prompt": f"Say {i}.", "range": "x", "hint": None if i % 2 else "!", "old": i} for i in range(1500)]
     file = tmp_path / "rows.jsonl"
     more = {"num_generations": 1, "input_batch_size": 500, "prompt_template": "{{ range }}{{ hint }} {{ instruction }}"}
-    for change in (1, 7):
+    for change, code in ((1, 0), (7, 2), (1, 0)):
         lines[1]["old"] = change
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        assert generate(server.url, file, tmp_path / "out", **more)[0] == 0
-        assert rows(tmp_path / "out")[1]["old"] == change and len(rows(tmp_path / "out")) == 1500
-    assert len(server.requests) == 2000  # the batch that holds it is asked again
+        found, log = generate(server.url, file, tmp_path / "out", **more)
+        assert found == code and (code == 0 or "holds results of other settings: rows" in log), log
+        assert rows(tmp_path / "out")[1]["old"] == 1 and len(rows(tmp_path / "out")) == 1500
+    assert len(server.requests) == 1500  # nothing is asked again
     assert [r["messages"][0]["content"] for r in server.requests[:2]] == ["x! Say 0.", "x Say 1."]
 
 

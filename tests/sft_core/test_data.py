@@ -6,12 +6,13 @@ from itertools import zip_longest
 import pytest
 import torch
 import yaml
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_core.cli import parse
 from sft_core.config import ModelConfig, ScriptArguments, SFTConfig
-from sft_core.data import load_splits, row_order
+from sft_core.data import fingerprint, load_splits, row_order
 from sft_core.optim import check_schedule, make_scheduler
 from sft_core.packing import balance, pack
 
@@ -148,6 +149,7 @@ def test_a_mixture_takes_its_shares_and_splits(tmp_path):
         ({"datasets": []}, "takes a list `datasets`"),
         ({"fraction": 1}, "got {.*'fraction': 1"),
         ({"datasets": [{"id": "A", "weight": 1.5}]}, "weight 1.5 of .* above 0 and at most 1"),
+        ({"datasets": [{"id": "A", "weight": 0.5}]}, "weight 0.5 of .*, a share of its 1 rows, must .* leave a row"),
         ({"datasets": [{"id": "A", "columns": ["answer"]}]}, r"has no columns \['answer'\]; it has"),
         ({"datasets": [{"id": "A"}, {"id": "B"}]}, "must have the same columns"),
         ({}, "give the mixture a test_split_size"),
@@ -168,3 +170,32 @@ def test_the_test_split_of_a_data_file(tmp_path):
         load_splits(ScriptArguments(dataset_name=train), test=True)
     both = load_splits(ScriptArguments(dataset_name=train, dataset_test_split=test), test=True)
     assert [len(rows) for rows in both] == [3, 2]
+
+
+def messy(count):
+    """Rows with empty fields, nested ones and texts of all lengths."""
+    calls = [{"name": "add", "arguments": {"a": 1, "b": None}}]
+    messages = [{"role": "user", "content": "é" * i, "tool_calls": calls if i % 3 else None} for i in range(5)]
+    return [{"messages": messages[: 1 + i % 5], "n": i if i % 4 else None, "ok": i % 2 == 0} for i in range(count)]
+
+
+def test_the_fingerprint_is_of_every_value_and_of_nothing_else(tmp_path):
+    rows = messy(2345)
+    data = Dataset.from_list(rows)
+    known = fingerprint(data)
+    data.save_to_disk(tmp_path / "saved", num_shards=3)
+    backwards = list(range(len(data)))[::-1]
+    same = [load_from_disk(tmp_path / "saved"), concatenate_datasets([data.select(range(77)), data.skip(77)]),
+            data.select(backwards).select(backwards), Dataset.from_list(rows)]  # fmt: skip
+    assert [fingerprint(other) for other in same] == [known] * 4  # however it lies in memory
+    changed = [
+        data.select(backwards),
+        data.select(range(2344)),
+        data.rename_column("n", "m"),
+        data.remove_columns("ok"),
+    ]
+    for row in (1, 1233, 2344):
+        for change in ({"n": 7}, {"ok": None}, {"messages": rows[row]["messages"] * 2}):
+            changed.append(Dataset.from_list([*rows[:row], rows[row] | change, *rows[row + 1 :]]))
+    found = [fingerprint(other) for other in changed]
+    assert len({known, *found}) == 1 + len(changed)

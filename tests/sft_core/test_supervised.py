@@ -105,7 +105,7 @@ def test_tools_reach_the_template(tokenizer):
     tokenizer.chat_template = plain
     with pytest.raises(ValueError, match="knows no tools and would leave them out"):
         trained(tokenizer, row)
-    with pytest.raises(ValueError, match="knows no tool_calls and would leave them out"):
+    with pytest.raises(ValueError, match="leaves out `tool_calls` of message 2"):
         trained(tokenizer, row | {"tools": None})
 
 
