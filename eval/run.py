@@ -45,7 +45,7 @@ from eval.page import LIMIT, page
 from eval.server import Server
 from eval.tasks import Doc, LightevalTaskConfig, check_task, find_tasks, load_custom_tasks
 from gen.client import RequestError, ServerError
-from gen.engine import Completion, Engine, check_engine_available, make_engine
+from gen.engine import Completion, Engine, Sampling, check_engine_available, make_engine
 from gen.shards import ShardsFailed, start_shards
 from sft_core import guards
 from sft_core.chat import set_up
@@ -234,14 +234,18 @@ def sample(
     """A row a sample of these problems."""
     seeds = [config.seed * 1_000_003 + p * config.num_samples for p in problems]
     prompts = [work.prompts[p] for p in problems]
-    shared: dict[str, Any] = {"n": config.num_samples, "max_tokens": work.max_tokens, "top_p": config.top_p}
     if isinstance(engine, Server):
         texts = [json.dumps(prompt, ensure_ascii=False) for prompt in prompts]
-        groups = engine.sample(prompts, seeds=seeds, temperature=config.temperature, **shared)
+        groups = engine.sample(
+            prompts, seeds=seeds, temperature=config.temperature, n=config.num_samples, max_tokens=work.max_tokens,
+            top_p=config.top_p,
+        )  # fmt: skip
     else:
         assert tokenizer is not None
-        shared |= {"stop_ids": stop_ids, "greedy": config.temperature == 0}
-        found = engine.sample(prompts, seeds=seeds, temperature=config.temperature or 1.0, **shared)
+        found = engine.sample(prompts, Sampling(
+            config.num_samples, work.max_tokens, config.temperature or 1.0, stop_ids, config.temperature == 0,
+            config.top_p,
+        ), seeds)  # fmt: skip
         texts = [tokenizer.decode(prompt) for prompt in prompts]
         groups = [[_read(completion, tokenizer) for completion in group] for group in found]
     rows = []

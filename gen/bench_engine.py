@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from gen.engine import Sampling
 from gen.sync import sync_weights
 from gen.vllm_engine import VLLMEngine
 from kernels.bench import failure, machine, show
@@ -70,8 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         ways = {
             "LLM.generate": lambda: generate(engine, prompts, n, tokens, 0),
             "LLM.generate without log-probs": lambda: generate(engine, prompts, n, tokens, None),
-            "gen.vllm_engine": lambda: engine.sample(prompts, n=n, temperature=1.0, max_tokens=tokens, seeds=seeds,
-                                                     stop_ids=()),
+            "gen.vllm_engine": lambda: engine.sample(prompts, Sampling(n, tokens), seeds),
         }  # fmt: skip
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
 

@@ -11,7 +11,7 @@ Left out on purpose: top-k, min-p and penalties, streaming, engines behind HTTP.
 the sampler's distribution is not the one that a trainer scores.
 
     engine = make_engine("vllm", "path/to/model", dtype="float32", max_model_len=512)
-    [[completion, ...]] = engine.sample([[1, 2, 3]], n=8, temperature=1.0, max_tokens=64, seeds=[7], stop_ids={2})
+    [[completion, ...]] = engine.sample([[1, 2, 3]], Sampling(n=8, max_tokens=64, stop_ids={2}), seeds=[7])
 """
 
 from __future__ import annotations
@@ -47,6 +47,36 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How every prompt of a call is continued.
+
+    A completion ends with one of `stop_ids`, after `max_tokens`, or where the context does, `max_model_len` tokens of
+    prompt and completion; the model folder's own EOS and generation_config.json count for nothing here.
+
+    Raises ValueError, naming the number to change, for what no engine can do.
+    """
+
+    n: int  # completions of each prompt
+    max_tokens: int
+    temperature: float = 1.0
+    stop_ids: Collection[int] = ()
+    greedy: bool = False  # the most likely token; its log-probs are those at temperature 1, whatever `temperature` says
+    top_p: float = 1.0  # below 1: of the fewest most likely tokens that reach it; log-probs are those among them
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.max_tokens < 1:
+            raise ValueError(f"n and max_tokens must be at least 1, got n={self.n}, max_tokens={self.max_tokens}")
+        if self.greedy and self.n != 1:
+            raise ValueError(f"greedy sampling gives the same completion every time: set n=1, got n={self.n}")
+        if not self.greedy and not self.temperature > 0:
+            raise ValueError(
+                f"temperature must be above 0, got {self.temperature}: use greedy=True for the most likely tokens"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}: 1 leaves nothing out")
+
+
+@dataclass(frozen=True)
 class Loaded:
     """What a `load_weights` did, for `gen.sync.sync_weights` to check.
 
@@ -78,23 +108,11 @@ class Engine(Protocol):
     def sample(
         self,
         prompts: list[list[int]],
-        *,
-        n: int,
-        temperature: float,
-        max_tokens: int,
+        sampling: Sampling,
         seeds: list[int],
-        stop_ids: Collection[int],
-        greedy: bool = False,
-        top_p: float = 1.0,
         finished: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
-        """Sample `n` completions of every prompt; sample i of prompt p draws from seed `seeds[p] + i`.
-
-        `greedy` takes the most likely token (n must be 1); its log-probs are those at temperature 1, whatever
-        `temperature` says. `top_p` below 1 samples from the fewest most likely tokens whose probabilities reach it;
-        log-probs are those among them. A completion ends with one of `stop_ids`, after `max_tokens`, or where the
-        context does, `max_model_len` tokens of prompt and completion; the model folder's own EOS and
-        generation_config.json count for nothing here.
+        """Sample `sampling.n` completions of every prompt; sample i of prompt p draws from seed `seeds[p] + i`.
 
         `finished(p, completions)` is called as soon as prompt p has all its completions, while others are sampled.
 
@@ -132,28 +150,10 @@ def check_engine_available(name: str) -> None:
         )
 
 
-def check_request(
-    prompts: list[list[int]],
-    *,
-    n: int,
-    temperature: float,
-    max_tokens: int,
-    seeds: list[int],
-    greedy: bool,
-    max_model_len: int,
-    top_p: float = 1.0,
-) -> None:
+def check_request(prompts: list[list[int]], seeds: list[int], max_model_len: int) -> None:
     """Raise ValueError for what no engine can serve, naming the number to change."""
     if len(seeds) != len(prompts):
         raise ValueError(f"one seed per prompt is needed: got {len(seeds)} seeds for {len(prompts)} prompts")
-    if n < 1 or max_tokens < 1:
-        raise ValueError(f"n and max_tokens must be at least 1, got n={n}, max_tokens={max_tokens}")
-    if greedy and n != 1:
-        raise ValueError(f"greedy sampling gives the same completion every time: set n=1, got n={n}")
-    if not greedy and not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}: use greedy=True for the most likely tokens")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}: 1 leaves nothing out")
     longest = max((len(ids) for ids in prompts), default=1)
     if min((len(ids) for ids in prompts), default=1) < 1:
         raise ValueError("a prompt without tokens cannot be continued: start it with the beginning-of-text token")

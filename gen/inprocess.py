@@ -13,7 +13,7 @@ import torch
 
 from gen.client import Answer
 from gen.config import GenerateConfig
-from gen.engine import Engine, check_engine_available, make_engine
+from gen.engine import Engine, Sampling, check_engine_available, make_engine
 from gen.store import Batch, Store
 from sft_core.chat import set_up
 from sft_core.config import ModelConfig
@@ -81,11 +81,12 @@ class Sampler:
         rows = [row for row in ids if row not in batch.failed]
         if self.engine is None or not rows:
             return
-        groups = self.engine.sample(
-            [ids[row] for row in rows], n=n, temperature=config.temperature or 1.0, max_tokens=config.max_new_tokens,
-            seeds=[sample_seed(config, batch.start + row) for row in rows], stop_ids=self.stop_ids,
+        sampling = Sampling(
+            n, config.max_new_tokens, config.temperature or 1.0, self.stop_ids,
             greedy=config.temperature == 0, top_p=1.0 if config.top_p is None else config.top_p,
         )  # fmt: skip
+        seeds = [sample_seed(config, batch.start + row) for row in rows]
+        groups = self.engine.sample([ids[row] for row in rows], sampling, seeds)
         for row, group in zip(rows, groups, strict=True):
             for i, found in enumerate(group):
                 text = self.tokenizer.decode(found.token_ids, skip_special_tokens=True)

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gen.engine import Checksum, Engine, Loaded, Synced
+from gen.engine import Checksum, Engine, Loaded, Sampling, Synced
 
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}  # words at a time: what stays in a core's cache; few launches on a GPU
 PROBES = 8  # completions of a probe
@@ -171,14 +171,7 @@ def probe(
     Returns `mean_abs` and `max_abs` difference and the number of `tokens`. Raises RuntimeError when the mean exceeds
     `tolerance` or is not a number: stale or mixed-up weights, another temperature, log-probs off by one token.
     """
-    [completions] = engine.sample(
-        [prompt_ids],
-        n=PROBES,
-        temperature=temperature,
-        max_tokens=max_tokens,
-        seeds=[seed],
-        stop_ids=frozenset(),
-    )
+    [completions] = engine.sample([prompt_ids], Sampling(PROBES, max_tokens, temperature), [seed])
     ours = policy_logps(prompt_ids, [completion.token_ids for completion in completions]).detach().double().cpu()
     theirs = torch.tensor([logp for completion in completions for logp in completion.logps], dtype=torch.float64)
     if ours.shape != theirs.shape:

@@ -15,13 +15,13 @@ Left out on purpose: paging, continuous batching, tensor parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from gen.engine import ASLEEP, INITIAL_VERSION, Completion, Loaded, Synced, check_request
+from gen.engine import ASLEEP, INITIAL_VERSION, Completion, Loaded, Sampling, Synced, check_request
 from gen.sync import checksums
 from sft_core.model import load_whole
 
@@ -78,36 +78,21 @@ class TorchEngine:
     def sample(
         self,
         prompts: list[list[int]],
-        *,
-        n: int,
-        temperature: float,
-        max_tokens: int,
+        sampling: Sampling,
         seeds: list[int],
-        stop_ids: Collection[int],
-        greedy: bool = False,
-        top_p: float = 1.0,
         finished: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """See `gen.engine.Engine.sample`."""
         if self.asleep:
             raise RuntimeError(ASLEEP)
-        check_request(
-            prompts,
-            n=n,
-            temperature=temperature,
-            max_tokens=max_tokens,
-            seeds=seeds,
-            greedy=greedy,
-            max_model_len=self.max_model_len,
-            top_p=top_p,
-        )
-        stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=self.device)
+        check_request(prompts, seeds, self.max_model_len)
+        n = sampling.n
         rows = [(p, i) for p in range(len(prompts)) for i in range(n)]
         completions: list[list[Completion]] = [[] for _ in prompts]
         for start in range(0, len(rows), self.max_batch):
             batch = rows[start : start + self.max_batch]
-            draws = None if greedy else torch.stack([uniforms(seeds[p] + i, max_tokens) for p, i in batch])
-            done = self._run_batch(prompts, [p for p, _ in batch], draws, temperature, max_tokens, stop, top_p)
+            draws = [] if sampling.greedy else [uniforms(seeds[p] + i, sampling.max_tokens) for p, i in batch]
+            done = self._run_batch(prompts, [p for p, _ in batch], torch.stack(draws) if draws else None, sampling)
             for (p, _), completion in zip(batch, done, strict=True):
                 completions[p].append(completion)
                 if finished is not None and len(completions[p]) == n:
@@ -120,10 +105,7 @@ class TorchEngine:
         prompts: list[list[int]],
         prompt_of_row: list[int],
         draws: Tensor | None,  # [B, max_tokens]
-        temperature: float,
-        max_tokens: int,
-        stop: Tensor,
-        top_p: float,
+        sampling: Sampling,
     ) -> list[Completion]:
         """Complete B rows, of which row b continues prompts[prompt_of_row[b]]."""
         used = sorted(set(prompt_of_row))
@@ -148,8 +130,10 @@ class TorchEngine:
         logps_of: list[list[float]] = [[] for _ in prompt_of_row]
         stopped = [False] * len(prompt_of_row)
         alive = torch.arange(len(prompt_of_row), device=self.device)  # rows still in the batch
-        for t in range(max_tokens):
-            tokens, logps = choose_tokens(logits, None if draws is None else draws[alive, t], temperature, top_p)
+        stop = torch.tensor(sorted(sampling.stop_ids), dtype=torch.long, device=self.device)
+        for t in range(sampling.max_tokens):
+            drawn = None if draws is None else draws[alive, t]
+            tokens, logps = choose_tokens(logits, drawn, sampling.temperature, sampling.top_p)
             ended = torch.isin(tokens, stop)
             for row, token, logp, end in zip(
                 alive.tolist(), tokens.tolist(), logps.tolist(), ended.tolist(), strict=True
@@ -158,7 +142,7 @@ class TorchEngine:
                 logps_of[row].append(logp)
                 stopped[row] = end
             ended |= room[alive] == t + 1
-            if t + 1 == max_tokens or bool(ended.all()):
+            if t + 1 == sampling.max_tokens or bool(ended.all()):
                 break
             if bool(ended.any()):
                 keep = (~ended).nonzero().squeeze(1)

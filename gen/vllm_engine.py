@@ -16,7 +16,7 @@ from __future__ import annotations
 import gc
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import count
 from typing import Any
@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from gen import vllm_internals
-from gen.engine import ASLEEP, INITIAL_VERSION, Completion, Loaded, Synced, check_request, kv_cache_bytes
+from gen.engine import ASLEEP, INITIAL_VERSION, Completion, Loaded, Sampling, Synced, check_request, kv_cache_bytes
 
 GIB = 1 << 30
 CPU_KV_LIMIT = GIB  # above it vLLM queues sequences; VLLM_CPU_KVCACHE_SPACE (whole GiB) in the environment overrules
@@ -166,41 +166,26 @@ class VLLMEngine:
     def sample(
         self,
         prompts: list[list[int]],
-        *,
-        n: int,
-        temperature: float,
-        max_tokens: int,
+        sampling: Sampling,
         seeds: list[int],
-        stop_ids: Collection[int],
-        greedy: bool = False,
-        top_p: float = 1.0,
         finished: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """See `gen.engine.Engine.sample`. With tensor parallelism all ranks of a group call together."""
         if self.asleep:
             raise RuntimeError(ASLEEP)
-        check_request(
-            prompts,
-            n=n,
-            temperature=temperature,
-            max_tokens=max_tokens,
-            seeds=seeds,
-            greedy=greedy,
-            max_model_len=self.max_model_len,
-            top_p=top_p,
-        )
+        check_request(prompts, seeds, self.max_model_len)
         # Else rounding would depend on which prefixes earlier calls left in the cache.
         self.llm.reset_prefix_cache()
         everyone, own = self._gather(prompts, seeds)
         params = self.vllm.SamplingParams(
-            temperature=0.0 if greedy else temperature,
-            top_p=1.0 if greedy else top_p,
-            max_tokens=max_tokens,
+            temperature=0.0 if sampling.greedy else sampling.temperature,
+            top_p=1.0 if sampling.greedy else sampling.top_p,
+            max_tokens=sampling.max_tokens,
             seed=0,  # each request gets its own
             logprobs=0,  # the sampled token's only
             detokenize=False,
             ignore_eos=True,  # the model's own EOS does not count, our stop ids do
-            stop_token_ids=sorted(stop_ids),
+            stop_token_ids=sorted(sampling.stop_ids),
         )
 
         def ended(prompt: int, group: list[Completion]) -> None:
@@ -209,7 +194,7 @@ class VLLMEngine:
 
         # vLLM compiles one helper of the sampler at first use: seconds, and a C++ compiler, for microseconds on a CPU.
         with torch.compiler.set_stance("force_eager") if self.on_cpu else nullcontext():
-            return vllm_internals.run_requests(self.llm, everyone, n, params, self.request_numbers, ended)[own]
+            return vllm_internals.run_requests(self.llm, everyone, sampling.n, params, self.request_numbers, ended)[own]
 
     def _gather(self, prompts: list[list[int]], seeds: list[int]) -> tuple[list[tuple[list[int], int]], slice]:
         """The (prompt, seed) pairs of all ranks that share this copy of the model, and which of them are ours."""

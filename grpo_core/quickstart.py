@@ -118,7 +118,7 @@ def evaluate(folder: Path, engine_name: str, models: list[Path]) -> None:
     from transformers import AutoTokenizer
 
     from eval.workers import WorkerPool
-    from gen.engine import make_engine
+    from gen.engine import Sampling, make_engine
     from grpo_core.rewards import accuracy_reward
     from grpo_core.scoring import start_scoring
     from sft_core.conversation import prompt_ids
@@ -135,10 +135,8 @@ def evaluate(folder: Path, engine_name: str, models: list[Path]) -> None:
         engine.load_weights(load_file(model / "model.safetensors").items(), version)
         result: dict[str, Any] = {}
         for name, n in (("greedy", 1), ("pass@1", SAMPLES)):
-            completions = engine.sample(
-                prompts, n=n, temperature=1.0, max_tokens=length, seeds=list(range(0, n * len(prompts), n)),
-                stop_ids=frozenset([tokenizer.eos_token_id]), greedy=name == "greedy",
-            )  # fmt: skip
+            sampling = Sampling(n, length, stop_ids={tokenizer.eos_token_id}, greedy=name == "greedy")
+            completions = engine.sample(prompts, sampling, seeds=list(range(0, n * len(prompts), n)))
             flat = [(i, sample.token_ids) for i, samples in enumerate(completions) for sample in samples]
             texts = tokenizer.batch_decode([ids for _, ids in flat], skip_special_tokens=True)
             scores = start_scoring(

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from eval.workers import WorkerPool
-from gen.engine import Completion, Engine
+from gen.engine import Completion, Engine, Sampling
 from grpo_core.advantage import group_advantages
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
 from grpo_core.scoring import ScoreResult, start_scoring
@@ -157,12 +157,9 @@ def sample(
 
     engine.sample(
         [prompts[group].ids for group in groups],
-        n=n,
-        temperature=config.temperature,
-        max_tokens=config.max_completion_length,
-        seeds=[sample_seed(config.seed, step, group) for group in groups],
-        stop_ids=stop_ids,
-        finished=finished,
+        Sampling(n, config.max_completion_length, config.temperature, stop_ids),
+        [sample_seed(config.seed, step, group) for group in groups],
+        finished,
     )
     return [rollout for group in groups for rollout in rollouts[group]]
 

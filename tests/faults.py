@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 
 import torch
 
@@ -89,8 +90,8 @@ def swap_two_tensors():
 def wrong_temperature():
     sample = TorchEngine.sample
 
-    def colder(self, prompts, *, temperature, **options):
-        return sample(self, prompts, temperature=0.9 * temperature, **options)
+    def colder(self, prompts, sampling, *arguments):
+        return sample(self, prompts, replace(sampling, temperature=0.9 * sampling.temperature), *arguments)
 
     TorchEngine.sample = colder
 

@@ -17,7 +17,7 @@ import pytest
 
 import gen.client
 from gen.config import GenerateConfig, join_urls
-from gen.engine import make_engine
+from gen.engine import Sampling, make_engine
 from gen.generate import build_distilabel_pipeline, main
 from sft_core.cli import parse
 from tests import launch
@@ -241,8 +241,8 @@ def test_an_engine_in_process_needs_no_server(tiny_model, data, tmp_path):
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
     engine = make_engine("torch", tiny_model, dtype="float32", max_model_len=200)
-    [group] = engine.sample([prompt], n=2, temperature=0.7, max_tokens=12, seeds=[1_000_003 + 18],
-                            stop_ids={tokenizer.eos_token_id})  # fmt: skip
+    sampling = Sampling(2, 12, temperature=0.7, stop_ids={tokenizer.eos_token_id})
+    [group] = engine.sample([prompt], sampling, seeds=[1_000_003 + 18])
     assert found[9]["generation"] == [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in group]
     said = found[9]["distilabel_metadata"]
     assert [m["finish_reason_text_generation_0"] for m in said] == [c.finish_reason for c in group]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gen.engine import check_engine_available, make_engine
+from gen.engine import Sampling, check_engine_available, make_engine
 from gen.torch_engine import TorchEngine, choose_tokens
 
 PROMPTS = [[5, 9, 17], [40, 41, 42, 43, 44, 45, 46], [7], [100, 3, 99, 12]]
@@ -17,7 +17,8 @@ def engine(request):
 
 def sample(engine, prompts=PROMPTS, seeds=SEEDS, **options):
     options = {"n": 3, "temperature": 0.8, "max_tokens": 24, "stop_ids": frozenset({20, 21, 22})} | options
-    return engine.sample(prompts, seeds=seeds, **options)
+    finished = options.pop("finished", None)
+    return engine.sample(prompts, Sampling(**options), seeds, finished)
 
 
 def forward_logps(engine, prompt, completion, temperature):

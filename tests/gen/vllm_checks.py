@@ -15,7 +15,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from gen import vllm_internals
-from gen.engine import Engine, kv_cache_bytes, make_engine
+from gen.engine import Engine, Sampling, kv_cache_bytes, make_engine
 from gen.sync import probe, sync_weights
 
 STOP = frozenset(range(20, 28))
@@ -26,7 +26,8 @@ SEEDS = [11, 222, 3333, 44444]
 
 def sample(engine: Engine, prompts=PROMPTS, seeds=SEEDS, **options):
     options = {"n": 4, "temperature": 0.8, "max_tokens": 20, "stop_ids": STOP} | options
-    return engine.sample(prompts, seeds=seeds, **options)
+    finished = options.pop("finished", None)
+    return engine.sample(prompts, Sampling(**options), seeds, finished)
 
 
 def ids(groups) -> list:
