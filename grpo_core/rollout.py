@@ -23,7 +23,7 @@ from eval.workers import WorkerPool
 from gen.engine import Completion, Engine
 from grpo_core.advantage import group_advantages
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
-from grpo_core.scoring import ScoreResult, start_scoring
+from grpo_core.scoring import ScoreResult, gold_column, start_scoring
 from sft_core.chat import render_prompt
 from sft_core.files import whole_file
 
@@ -69,7 +69,7 @@ def load_prompts(
         )
     system = SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
     prompts: list[Prompt] = []
-    for row in tqdm(rows, desc="prompts", disable=None, leave=False):
+    for row in tqdm(rows.with_format(None), desc="prompts", disable=None, leave=False):
         value = row.pop(column)
         if not value:
             raise ValueError(f"a row of the data has an empty {column!r}: leave such rows out.")
@@ -96,6 +96,11 @@ def prompt_column(rows: Dataset, arguments: GRPOScriptArguments) -> str:
         f"{arguments.dataset_name or 'the mixture'} has no column {wanted or '`prompt` or `problem`'} for the prompt; "
         f"it has {', '.join(rows.column_names)}: name one with --dataset_prompt_column."
     )
+
+
+def gold_answers(prompts: Sequence[Prompt]) -> list | None:
+    """Of each prompt, as the data has it; None where the data has no column for it."""
+    return gold_column({name: [prompt.columns.get(name) for prompt in prompts] for name in prompts[0].columns})
 
 
 def sample_seed(seed: int, step: int, group: int) -> int:
@@ -143,7 +148,7 @@ def sample(
 class Scorer:
     """Gives rollouts their rewards, in the pool's worker processes; group by group while others are sampled.
 
-    scorer = Scorer(...); scorer.begin(group); ...; errors = scorer.finish()
+    scorer = Scorer(...); scorer.begin(group); ...; lines = scorer.finish()
     """
 
     def __init__(
@@ -176,17 +181,24 @@ class Scorer:
         )
         self.begun.append((rollouts, result))
 
-    def finish(self) -> dict[str, int]:
-        """Wait for the rewards; returns how many checks failed and left their completions unscored, by cause."""
-        errors: Counter[str] = Counter()
+    def finish(self) -> list[str]:
+        """Wait for the rewards; returns what to say of it: what functions printed, a line for each function and type of
+        error that left completions unscored, and why where no completion has a reward."""
+        gaps: list[tuple[str, str]] = []
         for rollouts, wait in self.begun:
             result = wait()
-            errors.update(result.errors)
+            gaps += result.gaps
             for i, rollout in enumerate(rollouts):
                 rollout.reward = float(result.rewards[i])
                 values = [function_values[i] for function_values in result.per_function.values()]
                 rollout.rewards = [math.nan if value is None else float(value) for value in values]
-        return dict(errors)
+        lines = [f"a reward printed: {line}" for line in self.pool.printed()]
+        counts = Counter(cause for cause, _ in gaps)
+        lines += [f"{counts[c]} completions are unscored: {c}, {text}" for c, text in dict(gaps).items() if text]
+        if gaps and all(math.isnan(rollout.reward) for rollouts, _ in self.begun for rollout in rollouts):
+            causes = [f"{cause} {count} times" for cause, count in counts.items()]
+            lines.append(f"no completion has a reward: {', '.join(causes)}")
+        return lines
 
 
 @dataclass(frozen=True)
