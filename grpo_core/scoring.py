@@ -43,10 +43,10 @@ def unparseable_golds(golds: Sequence, pool: WorkerPool) -> list[int]:
     Raises:
         ValueError: one is neither text nor a number.
     """
-    texts = [gold_text(gold) for gold in golds]
-    distinct = [text for text in dict.fromkeys(texts) if text is not None]
-    parseable: dict[str | None, Any] = dict(zip(distinct, pool.map(gold_is_parseable, distinct), strict=True))
-    return [i for i, text in enumerate(texts) if parseable.get(text, False) is False]
+    texts = [gold_text(gold) or "" for gold in golds]
+    distinct = list(dict.fromkeys(texts))
+    parseable = dict(zip(distinct, pool.map(gold_is_parseable, distinct), strict=True))
+    return [i for i, text in enumerate(texts) if parseable[text] is False]
 
 
 def accepted(function: RewardFunction, names: Iterable[str]) -> set[str]:

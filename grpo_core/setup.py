@@ -22,6 +22,7 @@ from sft_core import guards
 from sft_core.adapters import check_adapters
 from sft_core.cli import parse
 from sft_core.config import ModelConfig, require
+from sft_core.data import damaged_line
 from sft_core.flow import start_logging
 from sft_core.model import check_positions, load_model_info, local_copy
 from sft_core.plan import Plan, dry_run, memory_plan
@@ -183,11 +184,11 @@ def check_columns(rows: Dataset, file: str | None, data: GRPOScriptArguments, fu
     if "solution" in used or GOLD_REWARDS & set(data.reward_funcs):
         used |= {"solution", "answer"}
     path = Path(file or "").expanduser()
-    text = path.read_text(encoding="utf-8-sig") if path.suffix in (".json", ".jsonl") else ""
-    lines = [] if text.startswith("[") else [line for line in text.split("\n") if line.strip()]
+    by_line = path.suffix in (".json", ".jsonl") and damaged_line(path) is None
+    lines = path.read_text(encoding="utf-8").split("\n") if by_line else []
     for name in used.intersection(rows.column_names):
         feature, read = repr(rows.features[name]), rows.with_format(None)[name][:]
-        written = [json.loads(line).get(name) for line in lines] or read
+        written = [json.loads(line).get(name) for line in lines if line.strip()] or read
         kinds = ["number" if type(value) in (int, float) else type(value).__name__ for value in written]
         first = next((kind for kind in kinds if kind != "NoneType"), "dict")
         wrong = [i for i, kind in enumerate(kinds) if kind not in (first, "NoneType")]

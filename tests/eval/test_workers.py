@@ -149,6 +149,29 @@ def test_workers_ignore_the_signals_of_the_terminal_and_are_replaced_when_killed
     assert survivors.isdisjoint(w.process.pid for w in pool._workers)
 
 
+def test_what_one_worker_prints_is_kept_until_it_is_asked_for(pool):
+    """From a worker that lives, also of a check that is killed or fails; results are not touched by it."""
+    say = "print('says', __import__('os').getpid()) or __import__('os').write(1, b'raw\\n')"
+    with WorkerPool(2, timeout=2.0, prints=True) as talking:
+        assert talking.printed() == []
+        assert talking.map(run, [say] * 40) == [4] * 40
+        lines = talking.printed(limit=10)
+        assert len(lines) == 10 and len(set(lines[::2])) == 1 and set(lines[1::2]) == {"raw"}
+        assert talking.printed() == []
+        ends = ["print('last words') or 1 / 0", "print('last words') or __import__('os')._exit(1)",
+                "print('last words') or __import__('time').sleep(1000)"]  # fmt: skip
+        for task in ends:
+            assert all(isinstance(result, Unscored) for result in talking.map(run, [task] * 4))
+            lines = talking.printed()
+            assert lines and set(lines) == {"last words"}
+        assert talking.map(run, [say] * 40) == [4] * 40
+        assert sum(line.startswith("says") for line in talking.printed(1000)) in range(1, 41)
+        talking.map(run, ["print('x' * 10**7)"] * 4)  # far more than a pipe holds
+        assert set(map(len, talking.printed())) == {10**7}
+    pool.map(run, [say] * 4)
+    assert pool.printed() == []
+
+
 def running(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -40,6 +40,25 @@ def test_accuracy_documented_cases():
     assert accuracy_reward(messages("whatever"), ["words only"]) == [1.0]
 
 
+NOT_ITS_STRING = messages(r"\boxed{-5 + e}", r"\boxed{0.00001}", r"\boxed{10^{-5}}", r"\boxed{2}", r"\boxed{4/2}")
+
+
+def test_a_gold_that_is_no_text():
+    """A number is its value and not what Python prints; None does not apply; a list is no interval and no number."""
+    assert accuracy_reward(NOT_ITS_STRING, [1e-05] * 5) == [0.0, 1.0, 1.0, 0.0, 0.0]
+    assert (
+        accuracy_reward(NOT_ITS_STRING, [2.0] * 5) == accuracy_reward(NOT_ITS_STRING, [2] * 5) == [0.0] * 3 + [1.0] * 2
+    )
+    huge = 10**30 + 1
+    assert accuracy_reward(messages(rf"\boxed{{{huge}}}", r"\boxed{10^{30}}", "0"), [huge, 1e30, -0.0]) == [1.0] * 3
+    gives = [accuracy_reward, get_cosine_scaled_reward(), len_reward]
+    assert [reward(messages("1", "None"), [None, None]) for reward in gives] == [[None, None]] * 3
+    for reward in gives:
+        for gold in (["3", "4"], [3], {"value": 3}, True, b"3", (3, 4)):
+            with pytest.raises(ValueError, match="a gold answer must be text or a number, not"):
+                reward(messages("3"), [gold])
+
+
 def test_format_documented_cases():
     right = [
         "<think>Some reasoning</think><answer>The answer</answer>",
