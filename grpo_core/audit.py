@@ -25,8 +25,8 @@ from gen.engine import check_engine_available
 from grpo_core.advantage import group_advantages
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.rewards import accuracy_reward, get_reward_funcs, gold_text, reward_name
-from grpo_core.rollout import GOLD_REWARDS, Prompt, Rollout, Scorer, gold_answers, load_prompts, sample
-from grpo_core.scoring import start_scoring, unparseable_golds
+from grpo_core.rollout import GOLD_REWARDS, Prompt, Rollout, Scorer, load_prompts, sample
+from grpo_core.scoring import gold_answers, start_scoring, unparseable_golds
 from grpo_core.setup import Run, start_engine
 from sft_core import guards
 from sft_core.cli import parse

@@ -23,7 +23,7 @@ from eval.workers import WorkerPool
 from gen.engine import Completion, Engine
 from grpo_core.advantage import group_advantages
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
-from grpo_core.scoring import ScoreResult, gold_column, start_scoring
+from grpo_core.scoring import ScoreResult, start_scoring
 from sft_core.chat import render_prompt
 from sft_core.files import whole_file
 
@@ -62,6 +62,7 @@ def load_prompts(
         ValueError: no prompt column, no column with the answer that a reward needs, or no prompt short enough.
     """
     column = prompt_column(rows, arguments)
+    rows = rows.with_format(None)  # a saved set may have one that turns values into arrays
     needy = [name for name in arguments.reward_funcs if name in GOLD_REWARDS]
     if needy and not {"solution", "answer"} & set(rows.column_names):
         raise ValueError(
@@ -69,7 +70,7 @@ def load_prompts(
         )
     system = SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
     prompts: list[Prompt] = []
-    for row in tqdm(rows.with_format(None), desc="prompts", disable=None, leave=False):
+    for row in tqdm(rows, desc="prompts", disable=None, leave=False):
         value = row.pop(column)
         if not value:
             raise ValueError(f"a row of the data has an empty {column!r}: leave such rows out.")
@@ -96,11 +97,6 @@ def prompt_column(rows: Dataset, arguments: GRPOScriptArguments) -> str:
         f"{arguments.dataset_name or 'the mixture'} has no column {wanted or '`prompt` or `problem`'} for the prompt; "
         f"it has {', '.join(rows.column_names)}: name one with --dataset_prompt_column."
     )
-
-
-def gold_answers(prompts: Sequence[Prompt]) -> list | None:
-    """Of each prompt, as the data has it; None where the data has no column for it."""
-    return gold_column({name: [prompt.columns.get(name) for prompt in prompts] for name in prompts[0].columns})
 
 
 def sample_seed(seed: int, step: int, group: int) -> int:

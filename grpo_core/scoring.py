@@ -35,6 +35,11 @@ def gold_column(columns: dict[str, list]) -> list | None:
     return None
 
 
+def gold_answers(prompts: Sequence[Any]) -> list | None:
+    """`gold_column` of the prompts (`grpo_core.rollout.Prompt`)."""
+    return gold_column({name: [prompt.columns.get(name) for prompt in prompts] for name in prompts[0].columns})
+
+
 def unparseable_golds(golds: Sequence, pool: WorkerPool) -> list[int]:
     """Indices of the gold answers that no completion can be compared with, because they are None or do not parse: rows
     of no signal, to be left out before training. Each distinct gold is parsed once. One that was not parsed in time

@@ -16,8 +16,8 @@ from gen.engine import Engine, check_engine_available, kv_cache_bytes, make_engi
 from gen.vllm_engine import cpu_kv_bytes
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.rewards import get_reward_funcs, reward_name
-from grpo_core.rollout import GOLD_REWARDS, Prompt, Rollout, Scorer, gold_answers, load_prompts
-from grpo_core.scoring import accepted, unparseable_golds
+from grpo_core.rollout import GOLD_REWARDS, Prompt, Rollout, Scorer, load_prompts
+from grpo_core.scoring import accepted, gold_answers, unparseable_golds
 from sft_core import guards
 from sft_core.adapters import check_adapters
 from sft_core.cli import parse
@@ -80,17 +80,18 @@ def prepare(argv: list[str]) -> Run:
     check_positions(base.model_info, config.max_prompt_length + config.max_completion_length, "prompt and completion",
                     "lower --max_prompt_length or --max_completion_length")  # fmt: skip
     guards.on_first_rank(lambda: check_columns(base.rows, data.dataset_name, data, reward_funcs), patient=True)
+    if base.test_rows is not None:
+        check_columns(base.test_rows, data.dataset_test_split, data, reward_funcs)
     prompts, left_out = prompts_to_use(base, base.rows, config)
     test_prompts: list[Prompt] = []
     if base.test_rows is not None:
         require(config.rollouts_from is None, "a replay of rollouts has no engine to evaluate with: leave out do_eval "
                 "and eval_strategy.")  # fmt: skip
-        check_columns(base.test_rows, data.dataset_test_split, data, reward_funcs)
         test_prompts, _ = prompts_to_use(base, base.test_rows, config)
-    if config.rollouts_from is None:
-        guards.on_first_rank(lambda: dry_call(base, config, prompts[0], reward_funcs), patient=True)
     prompts_per_rollout = config.prompts_a_rollout(world_size)
     total_steps = config.total_steps(config.num_iterations * len(prompts) / prompts_per_rollout)
+    if config.rollouts_from is None:
+        guards.on_first_rank(lambda: dry_call(base, config, prompts[0], reward_funcs), patient=True)
     identity, checkpoint = claim(base, config, num_iterations=config.num_iterations, prompts=len(prompts))
     rows = config.completions_a_rank(world_size)
     max_batch = min(1024, rows * tensor_parallel)
