@@ -194,7 +194,7 @@ def check_columns(rows: Dataset, file: str | None, data: GRPOScriptArguments, fu
         first = next((kind for kind in kinds if kind != "NoneType"), "dict")
         wrong = [i for i, kind in enumerate(kinds) if kind not in (first, "NoneType")]
         if "Json" in feature or "{" not in feature:  # a struct's fields may come as None where they are missing
-            wrong += [i for i, value in enumerate(written) if value != read[i]]
+            wrong += [i for i, value in enumerate(written) if value == value != read[i]]  # NaN equals nothing
         if not lines and "Json" in feature and first not in ("dict", "list"):
             wrong.append(kinds.index(first))
         for i in wrong[:1]:

@@ -1,6 +1,7 @@
 """What is wrong with a reward, or with the columns it is given, is said before a weight is loaded."""
 
 import json
+import math
 import random
 import sys
 
@@ -171,14 +172,15 @@ BLOCK = 10 << 20  # characters that `datasets` reads before it settles the types
     ([1, BLOCK, "3"], "row 3 of the data: `solution` is '3', read as 3,"),
     (["21", "x", "", None], None), ([21, 2, None], None), ([21, 2.5, 1e-05, 1e300], None), ([None, None], None),
     ([["1"], [], None, ["2", "3"]], None), ([{"a": 1}, {"b": [2]}, None], None), ([True, False], None),
+    ([1.5, math.nan], None),
 ])  # fmt: skip
 def test_a_column_of_mixed_types_is_refused_where_a_reward_uses_it(own, tiny_model, tmp_path, capsys, values, says):
     argv = options(tiny_model, rows_file(tmp_path, values), tmp_path / "out", reward_funcs=["own:solution"])
     if says is None:
         seen = [prompt.columns["solution"] for prompt in accept(argv).prompts]
-        assert seen == values and [type(v) for v in seen if type(v) is not float] == [
-            type(v) for v, s in zip(values, seen, strict=True) if type(s) is not float
-        ]
+        assert all(a == b or a != a and b != b for a, b in zip(seen, values, strict=True)) and [
+            type(v) for v in seen if type(v) is not float
+        ] == [type(v) for v, s in zip(values, seen, strict=True) if type(s) is not float]
     else:
         assert says in refusal(grpo_core.train.main, argv, capsys)
         accept(argv + flags(reward_funcs=["own:no_argument", "format"]))  # neither looks at it
