@@ -149,16 +149,16 @@ def audit_data(run: Run, pool: WorkerPool, report: Report) -> tuple[list[Prompt]
         tell("gold answers", "no column `solution` or `answer`; no reward here needs one")
         return [run.prompts[i] for i in usable], "42"
     unparseable = set(unparseable_golds(golds, pool))
-    golds = [gold_text(gold) or "" for gold in golds]
+    golds = [gold_text(gold) for gold in golds]
     example = "".join(f"; one that cannot: {golds[i][:60]!r}" for i in sorted(unparseable)[:1])
     tell("gold answers", f"{n - len(unparseable)} of {n} can be parsed{example}")
     assert isinstance(run.data, GRPOScriptArguments)
     if needy := sorted(GOLD_REWARDS & set(run.data.reward_funcs)):
         if len(unparseable) == n:
-            report.no_signal.append(f"no gold answer can be parsed, so {', '.join(needy)} pay every completion alike: "
+            report.no_signal.append(f"no gold answer can be parsed, so {', '.join(needy)} pay nothing: "
                                     "check the column `solution` (or `answer`).")  # fmt: skip
         elif unparseable and not run.data.drop_unparseable_golds:
-            report.advice.append(f"{len(unparseable)} of {n} gold answers pay every completion alike: leave "
+            report.advice.append(f"{len(unparseable)} of {n} gold answers cannot be compared with: leave "
                                  "drop_unparseable_golds at true.")  # fmt: skip
         if run.data.drop_unparseable_golds:
             usable = [i for i in usable if i not in unparseable]

@@ -52,35 +52,30 @@ def _texts(completions: list, columns: dict[str, Any]) -> list[str]:
     return texts
 
 
-def gold_text(gold: Any) -> str | None:
-    """A gold answer of the data as text to compare with, a number in digits; None where there is none.
+def gold_text(gold: Any) -> str:
+    """A gold answer of the data as text to compare with, a number in digits; "", which does not parse, for None.
 
     Raises:
         ValueError: it is neither text nor a number.
 
     >>> gold_text(1e-05), gold_text(2.0), gold_text(21), gold_text("1e-05"), gold_text(None)
-    ('0.00001', '2', '21', '1e-05', None)
+    ('0.00001', '2', '21', '1e-05', '')
     """
     if isinstance(gold, float):
         return format(Decimal(str(gold)).normalize(), "f")
     if type(gold) not in (int, str, type(None)):
         raise ValueError(f"a gold answer must be text or a number, not {gold!r:.80}: change the column.")
-    return gold if gold is None else str(gold)
+    return "" if gold is None else str(gold)
 
 
 def accuracy_reward(completions: list, solution: list, **kwargs: Any) -> list[float | None]:
-    r"""1.0 where the answer equals the gold one, else 0.0; see `eval.verify` for where an answer is looked for. None
-    where there is no gold.
+    r"""1.0 where the answer equals the gold one, else 0.0; see `eval.verify` for where an answer is looked for.
 
-    A gold that cannot be parsed gives 1.0 to every completion, as in open-r1: no spread, so no gradient from this
-    reward, but leave such rows out of your data (`grpo_core.scoring.unparseable_golds`). Mended: gold and answer are
-    compared in this order, a bare `63` is a gold, the content of `<answer>` is an answer, nothing is printed.
+    A gold that cannot be parsed gives None: leave such rows out of your data (`grpo_core.scoring.unparseable_golds`).
+    Mended: open-r1 pays 1.0 to every completion then; gold and answer are compared in this order, a bare `63` is a
+    gold, the content of `<answer>` is an answer, nothing is printed.
     """
-    rewards: list[float | None] = []
-    for gold, completion in zip(map(gold_text, solution), completions, strict=True):
-        score = check_answer(gold or "", completion[0]["content"])
-        rewards.append(1.0 if score is None and gold is not None else score)
-    return rewards
+    return [check_answer(gold_text(g), c[0]["content"]) for g, c in zip(solution, completions, strict=True)]
 
 
 def format_reward(completions: list, **kwargs: Any) -> list[float | None]:
@@ -132,15 +127,14 @@ def cosine_scaled_reward(
     if tokens and completion_ids is None:
         raise ValueError("the cosine reward counts tokens: it needs completion_ids")
     rewards: list[float | None] = []
-    for i, (completion, gold) in enumerate(zip(completions, map(gold_text, solution), strict=True)):
+    for i, (completion, gold) in enumerate(zip(completions, solution, strict=True)):
         text = completion[0]["content"]
-        score = check_answer(gold or "", text)
+        score = check_answer(gold_text(gold), text)
         length = len(completion_ids[i]) if tokens and completion_ids is not None else len(text)
         cosine = math.cos(math.pi * min(1.0, length / max_len))
         # (of no length, of max_len): a short right answer is worth most, a short wrong one least
         short, long = (max_value_correct, min_value_correct) if score else (min_value_wrong, max_value_wrong)
-        value = 1.0 if score is None else long + 0.5 * (short - long) * (1.0 + cosine)
-        rewards.append(None if gold is None else value)
+        rewards.append(None if score is None else long + 0.5 * (short - long) * (1.0 + cosine))
     return rewards
 
 
@@ -157,7 +151,7 @@ def get_cosine_scaled_reward(
 
     A right answer falls from max_value_correct (no length) to min_value_correct (max_len and beyond), a wrong one goes
     from min_value_wrong to max_value_wrong. Lengths are characters, or with `tokens` those of `completion_ids`. A gold
-    that cannot be parsed gives 1.0. ValueError if max_len < 1. Mended: open-r1's wraps beyond max_len, so that a right
+    that cannot be parsed gives None. ValueError if max_len < 1. Mended: open-r1's wraps beyond max_len, so that a right
     answer of twice that length is worth most again; it compares answer and gold in the wrong order; and its script's
     defaults for wrong answers (0, -0.5) contradict its documentation: they are the ones above in ours.
     """
@@ -202,9 +196,8 @@ def len_reward(
     """Shorter than the others of the group is better (Kimi k1.5, arXiv:2501.12599, section 2.3.3).
 
     lambda = 0.5 - (length - shortest) / (longest - shortest), in characters; lambda for a right answer, min(0, lambda)
-    for a wrong one, 0.0 where all are equally long; None where there is no gold. A gold that cannot be parsed counts as
-    answered. Mended: lengths
-    are compared among the completions of one prompt (equal `group_ids`), not with whatever else is in the batch; all
+    for a wrong one, 0.0 where all are equally long. A gold that cannot be parsed gives None. Mended: lengths are
+    compared among the completions of one prompt (equal `group_ids`), not with whatever else is in the batch; all
     completions are one group where no group_ids are given. A check that fails leaves its whole group unscored.
     """
     groups = defaultdict(list)

@@ -48,7 +48,7 @@ def unparseable_golds(golds: Sequence, pool: WorkerPool) -> list[int]:
     Raises:
         ValueError: one is neither text nor a number.
     """
-    texts = [gold_text(gold) or "" for gold in golds]
+    texts = [gold_text(gold) for gold in golds]
     distinct = list(dict.fromkeys(texts))
     parseable = dict(zip(distinct, pool.map(gold_is_parseable, distinct), strict=True))
     return [i for i, text in enumerate(texts) if parseable[text] is False]
