@@ -2,6 +2,7 @@
 # make quickstart   watch GRPO teach arithmetic to a small model (10 minutes on 2 CPU cores)
 # make test         linter, types and the quick tests; make test-all: every test that needs no GPU
 # make gpu-check    the tests that need a GPU, then the benches, one table of aims and figures last: build/gpu-check.md
+#                   (without a GPU: a rehearsal in tiny shapes)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

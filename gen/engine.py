@@ -17,13 +17,14 @@ the sampler's distribution is not the one that a trainer scores.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+Checksum = tuple[str, int]  # of a tensor: dtype and shape, and a sum over its bytes (`gen.sync.Checksums`)
 ENGINES = ("vllm", "torch")
 ASLEEP = "the engine sleeps: load weights before sampling from it"
 INITIAL_VERSION = -1  # the weights that an engine was started with, or that a failed load left behind: never trained on
@@ -42,10 +43,34 @@ class Completion:
     finish_reason: str
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What a `load_weights` did, for `gen.sync.sync_weights` to check.
+
+    Raises RuntimeError where the loader left a parameter of the engine as it was, which would stay old for ever.
+    """
+
+    written: Collection[str]  # the engine's own parameters that the loader wrote
+    held: Mapping[str, Checksum | None]  # of each of the engine's own parameters, after; None: it cannot be read back
+    as_sent: bool = False  # each of them is held under the name and in the form in which it is sent
+    share: int = 0  # which part of the model this rank's engine holds (its tensor-parallel rank)
+
+    def __post_init__(self) -> None:
+        if unwritten := sorted(set(self.held).difference(self.written)):
+            raise RuntimeError(
+                f"weight sync: nothing was written to {len(unwritten)} of the engine's parameters, the first is "
+                f"{unwritten[0]!r}: the policy has no such weight, or it was lost on the way"
+            )
+
+
+Synced = tuple[dict[str, Checksum], Loaded]  # of the tensors that were sent, and what became of them
+
+
 class Engine(Protocol):
     """What the trainer, the evaluation and the data generation need from a sampler."""
 
     version: int  # policy version of the loaded weights
+    synced: Synced | None  # the last `gen.sync.sync_weights` that went well
 
     def sample(
         self,
@@ -74,11 +99,11 @@ class Engine(Protocol):
         """
         ...
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, int]:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Loaded:
         """Replace the weights in place by (Hugging Face name, full tensor) pairs and forget cached prefixes.
 
-        Returns name -> checksum (gen/sync.py) of the bytes that the loader consumed. `version` is set last, when all
-        went well; while loading and after a failure it is -1. Callers want `gen.sync.sync_weights`, which checks.
+        Returns what was written, and what the engine then holds. `version` is set last, when all went well; while
+        loading and after a failure it is -1. Callers want `gen.sync.sync_weights`, which checks.
         """
         ...
 

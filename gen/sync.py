@@ -1,9 +1,15 @@
 """Trainer weights into an engine, and the proof that they arrived.
 
 A sampler with stale, missing or mixed-up weights still writes plausible text, and training on it fails silently. So
-each sync is checked twice: by the bytes (`sync_weights` compares a checksum of every tensor sent with a checksum of
-what the engine's loader consumed) and by the meaning (`probe` samples one prompt and compares the engine's log-probs
-with the policy's own). During training `mismatch_stats` follows the difference that remains, which is numerics.
+each sync is checked three times (`sync_weights`, then `probe`):
+
+* the loader took all tensors, and no others;
+* the engine holds them: every parameter of the engine was written, those that can be read back are what was sent or, if
+  the engine keeps them in another form, have changed with it, and engines that should be equal are;
+* it samples from it: the engine's log-probs of what it samples are the policy's own.
+
+vLLM on the CPU repacks linear weights and cannot give them back: there the first and the last must do. During training
+`mismatch_stats` follows the difference that remains, which is numerics.
 
 Left out on purpose: any transport. Engines live in the trainer's process and take tensors; for separate servers use
 vLLM's own weight-transfer engines.
@@ -11,85 +17,141 @@ vLLM's own weight-transfer engines.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from gen.engine import Engine
+from gen.engine import Checksum, Engine, Loaded, Synced
 
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}  # words at a time: what stays in a core's cache; few launches on a GPU
+PROBES = 8  # completions of a probe
 BUCKETS = (0, 32, 128, 512)  # first position of each bucket of `mismatch_stats`
 
 
-@torch.no_grad()
-def checksum(tensor: Tensor) -> int:
-    """A 64-bit checksum of a tensor's bytes, shape and dtype; the same on every device.
+class Checksums:
+    """Checksums of tensors by name, computed on their device and read all at once: one wait for the device.
 
-    sum_i (2 i + 1) * word_i modulo 2^64 over the bytes as 64-bit words: odd weights make any single changed word
-    visible, and different weights make two words that change places visible. Not cryptographic.
+    A checksum is sum_i (2 i + 1) * word_i modulo 2^64 over a tensor's bytes as 64-bit words, the same on every device,
+    beside its dtype and shape: odd weights make any single changed word visible, and different weights make two words
+    that change places visible. Not cryptographic.
     """
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if flat.numel() % 8:
-        flat = torch.nn.functional.pad(flat, (0, 8 - flat.numel() % 8))
-    if flat.storage_offset() % 8:
-        flat = flat.clone()
-    words = flat.view(torch.int64)  # [W]
-    size = min(CHUNK[words.device.type], max(len(words), 1))
-    odd = torch.arange(1, 2 * size, 2, device=words.device)
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for start in range(0, len(words), size):  # integer sums wrap, so their order does not matter
-        chunk = words[start : start + size]
-        total += (chunk * odd[: len(chunk)]).sum() + 2 * start * chunk.sum()
-    kind = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    return (int(total) + kind * 0x9E3779B97F4A7C15) % (1 << 64)
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, str] = {}
+        self.totals: list[Tensor] = []  # each []
+
+    @torch.no_grad()
+    def add(self, name: str, tensor: Tensor) -> None:
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        if flat.numel() % 8:
+            flat = torch.nn.functional.pad(flat, (0, 8 - flat.numel() % 8))
+        if flat.storage_offset() % 8:
+            flat = flat.clone()
+        words = flat.view(torch.int64)  # [W]
+        size = min(CHUNK[words.device.type], max(len(words), 1))
+        odd = torch.arange(1, 2 * size, 2, device=words.device)
+        total = torch.zeros((), dtype=torch.int64, device=words.device)
+        for start in range(0, len(words), size):  # integer sums wrap, so their order does not matter
+            chunk = words[start : start + size]
+            total += (chunk * odd[: len(chunk)]).sum() + 2 * start * chunk.sum()
+        self.kinds[name] = f"{tensor.dtype} {tuple(tensor.shape)}"
+        self.totals.append(total)
+
+    def read(self) -> dict[str, Checksum]:
+        if not self.totals:
+            return {}
+        totals = torch.stack([total.to(self.totals[0].device) for total in self.totals]).tolist()
+        return dict(zip(self.kinds, zip(self.kinds.values(), totals, strict=True), strict=True))
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, Checksum]:
+    found = Checksums()
+    for name, tensor in tensors.items():
+        found.add(name, tensor)
+    return found.read()
 
 
 def sync_weights(
-    engine: Engine,
-    weights: Iterable[tuple[str, Tensor]],
-    expected: Collection[str] | Mapping[str, int],
-    version: int,
+    engine: Engine, weights: Iterable[tuple[str, Tensor]], expected: Collection[str], version: int
 ) -> None:
-    """Load the policy's weights into the engine as `version` and check that all of them, and only they, arrived.
+    """Load the policy's weights into the engine as `version` and check that all of them, and only they, arrived. A
+    collective, where ranks have an engine each.
 
     weights   (Hugging Face name, full tensor) pairs; consumed one at a time
-    expected  the names of the policy's parameters; as a mapping, also the checksums known beforehand
+    expected  the names of the policy's parameters
 
-    Raises RuntimeError naming what differs: tensors missing, unexpected, sent twice, exchanged or changed on the way,
-    or the engine's version.
+    Raises RuntimeError naming what differs: tensors missing, unexpected or sent twice; parameters of the engine that
+    were not written, are not what was sent, or did not change with it; engines that differ between ranks; or the
+    engine's version.
     """
-    sent: dict[str, int] = {}
+    sent = Checksums()
 
     def watched() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
             if name not in expected:
                 raise RuntimeError(f"weight sync {version}: {name!r} is not a parameter of the policy")
-            if name in sent:
+            if name in sent.kinds:
                 raise RuntimeError(f"weight sync {version}: {name!r} was sent twice")
-            sent[name] = checksum(tensor)
+            sent.add(name, tensor)
             yield name, tensor
 
-    consumed = engine.load_weights(watched(), version)
-    known = expected if isinstance(expected, Mapping) else sent
-    missing = sorted(set(expected) - set(consumed))
-    extra = sorted(set(consumed) - set(expected))
-    changed = sorted(name for name in set(consumed) & set(sent) if not consumed[name] == sent[name] == known[name])
-    faults = {"did not arrive": missing, "were not asked for": extra, "differ from what was sent": changed}
+    loaded = engine.load_weights(watched(), version)
+    now = (sent.read(), loaded)
+    faults = {
+        "tensors did not arrive": set(expected) - set(sent.kinds),
+        "parameters of the engine are not what was sent": stale_parameters(engine.synced, now),
+        "parameters differ between the engines of several ranks": _unequal_parameters(loaded),
+    }
     for what, names in faults.items():
         if names:
-            raise RuntimeError(
-                f"weight sync {version}: {len(names)} tensors {what}: {', '.join(names[:5])}"
-                + (" ..." if len(names) > 5 else "")
-            )
+            shown = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
+            raise RuntimeError(f"weight sync {version}: {len(names)} {what}: {shown}")
     if engine.version != version:
         raise RuntimeError(f"weight sync {version}: the engine still says version {engine.version}")
+    engine.synced = now
+
+
+def stale_parameters(before: Synced | None, now: Synced) -> set[str]:
+    """The engine's own parameters that do not follow what was sent, as far as they can be read back.
+
+    One that is held as it is sent (the engine says so, or it once was) must be equal. One that is held in another form
+    (several tensors in one, another dtype, transposed) must have changed where all that it may be made of has: the
+    tensor of its name, else its neighbours (q_proj, k_proj and v_proj for qkv_proj). Where there are none, it is left
+    to the probe.
+    """
+    (sent, loaded), (old_sent, old) = now, before or ({}, now[1])
+    changed = {name for name in sent if old_sent.get(name) != sent[name]}
+    stale = set()
+    for name, held in loaded.held.items():
+        if held is None:
+            continue
+        if name in sent and (loaded.as_sent or old.held.get(name) == old_sent.get(name)):
+            follows = held == sent[name]
+        else:
+            *module, _, leaf = ["", *name.split(".")]
+            near = {n for n in sent if f".{n}".startswith(".".join(module)) and n.endswith(f".{leaf}")}
+            sources = {name} & sent.keys() or near
+            follows = before is None or held != old.held.get(name) or not sources or not sources <= changed
+        if not follows:
+            stale.add(name)
+    return stale
+
+
+def _unequal_parameters(now: Loaded) -> set[str]:
+    """Those that engines of other ranks, with the same share of the model, hold otherwise. A collective."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    everyone: list[Any] = [(now.share, now.held)] * ranks
+    if ranks > 1:
+        dist.all_gather_object(everyone, everyone[0])
+    return {name for share, held in everyone if share == now.share for name in held if held[name] != now.held[name]}
 
 
 def probe(
     engine: Engine,
-    policy_logps: Callable[[list[int], list[int]], Tensor],
+    policy_logps: Callable[[list[int], list[list[int]]], Tensor],
     prompt_ids: list[int],
     *,
     temperature: float,
@@ -97,34 +159,40 @@ def probe(
     seed: int,
     tolerance: float,
 ) -> dict[str, float]:
-    """Sample one completion and compare the engine's log-probs with the policy's.
+    """Sample some completions of one prompt and compare the engine's log-probs with the policy's.
 
-    policy_logps(prompt, completion) -> [L] log-probs of the completion's tokens at the training temperature. It may be
-    a collective call: then every rank has to probe with the same prompt, `max_tokens` (there are no stop ids, so
-    lengths are equal) and seed.
+    Several, since the tokens of one may all be likely ones, whatever the weights. Where two neighbouring layers of
+    SmolLM2-135M change places, the mean is 0.06 to 5 over 8 tokens of one completion, 0.21 or more over 16 of eight.
+
+    policy_logps(prompt, completions) -> [N] log-probs of all completions' tokens, one after the other, at the training
+    temperature. It may be a collective call: then every rank has to probe with the same prompt, `max_tokens` (there
+    are no stop ids, so lengths are equal) and seed.
 
     Returns `mean_abs` and `max_abs` difference and the number of `tokens`. Raises RuntimeError when the mean exceeds
     `tolerance` or is not a number: stale or mixed-up weights, another temperature, log-probs off by one token.
     """
-    [[completion]] = engine.sample(
+    [completions] = engine.sample(
         [prompt_ids],
-        n=1,
+        n=PROBES,
         temperature=temperature,
         max_tokens=max_tokens,
         seeds=[seed],
         stop_ids=frozenset(),
     )
-    ours = policy_logps(prompt_ids, completion.token_ids).detach().double().cpu()
-    theirs = torch.tensor(completion.logps, dtype=torch.float64)
+    ours = policy_logps(prompt_ids, [completion.token_ids for completion in completions]).detach().double().cpu()
+    theirs = torch.tensor([logp for completion in completions for logp in completion.logps], dtype=torch.float64)
     if ours.shape != theirs.shape:
         raise RuntimeError(f"probe: the policy scored {tuple(ours.shape)} tokens, the engine sampled {len(theirs)}")
+    for whose, logps in (("the engine's", theirs), ("the policy's", ours)):
+        if not logps.isfinite().all():
+            raise RuntimeError(f"probe: {whose} log-probs (weights version {engine.version}) are not finite")
     difference = (ours - theirs).abs()
     figures = {
         "mean_abs": difference.mean().item(),
         "max_abs": difference.max().item(),
         "tokens": float(len(difference)),
     }
-    if not figures["mean_abs"] <= tolerance:  # so written, NaN fails too
+    if figures["mean_abs"] > tolerance:
         raise RuntimeError(
             f"probe: the engine's log-probs (weights version {engine.version}) differ from the policy's by "
             f"{figures['mean_abs']:.4g} on average and {figures['max_abs']:.4g} at most over {len(difference)} tokens, "

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from gen.engine import ASLEEP, INITIAL_VERSION, Completion, check_request
-from gen.sync import checksum
+from gen.engine import ASLEEP, INITIAL_VERSION, Completion, Loaded, Synced, check_request
+from gen.sync import checksums
 
 
 def uniforms(seed: int, count: int) -> Tensor:
@@ -71,6 +71,7 @@ class TorchEngine:
         self.max_model_len = max_model_len
         self.max_batch = max_batch
         self.version = INITIAL_VERSION
+        self.synced: Synced | None = None
         self.asleep: dict[str, torch.Size] = {}  # shapes of the weights that were given back
 
     def sample(
@@ -183,14 +184,14 @@ class TorchEngine:
         return out.logits[:, -1].float()
 
     @torch.no_grad()
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, int]:
-        """See `gen.engine.Engine.load_weights`. Raises RuntimeError for unknown or missing names and wrong shapes."""
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Loaded:
+        """See `gen.engine.Engine.load_weights`. Raises RuntimeError for unknown names and wrong shapes too."""
         self.version = INITIAL_VERSION
         parameters = dict(self.model.named_parameters())  # tied weights appear once
         for name, shape in self.asleep.items():
             parameters[name].data = parameters[name].new_full(shape, float("nan"))
         self.asleep = {}
-        consumed: dict[str, int] = {}
+        written = set()
         for name, tensor in weights:
             if name not in parameters:
                 raise RuntimeError(f"the engine's model has no parameter {name!r}")
@@ -199,12 +200,10 @@ class TorchEngine:
                     f"{name} has shape {tuple(tensor.shape)}, the engine's has {tuple(parameters[name].shape)}"
                 )
             parameters[name].copy_(tensor)
-            consumed[name] = checksum(tensor)
-        missing = sorted(set(parameters) - set(consumed))
-        if missing:
-            raise RuntimeError(f"{len(missing)} of the engine's weights were not sent, the first is {missing[0]!r}")
+            written.add(name)
+        loaded = Loaded(written, checksums(parameters), as_sent=True)
         self.version = version
-        return consumed
+        return loaded
 
     def sleep(self) -> None:
         """See `gen.engine.Engine.sleep`."""

@@ -18,8 +18,6 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from copy import copy
-from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -28,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig
 
-from gen.engine import ASLEEP, INITIAL_VERSION, Completion, check_request, kv_cache_bytes
-from gen.sync import checksum
+from gen import vllm_internals
+from gen.engine import ASLEEP, INITIAL_VERSION, Completion, Loaded, Synced, check_request, kv_cache_bytes
 
 GIB = 1 << 30
 CPU_KV_LIMIT = GIB  # above it vLLM queues sequences; VLLM_CPU_KVCACHE_SPACE (whole GiB) in the environment overrules
@@ -75,6 +73,8 @@ def cpu_kv_bytes(config: Any, dtype: torch.dtype, max_model_len: int, max_batch:
 
 
 def _check_gpu_memory(share: float) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()  # what torch keeps cached counts as taken
     free, total = torch.cuda.mem_get_info()
     if share * total > free:
         raise ValueError(
@@ -108,6 +108,7 @@ class VLLMEngine:
         self.tensor_parallel_size = tensor_parallel_size
         self.max_model_len = max_model_len
         self.version = INITIAL_VERSION
+        self.synced: Synced | None = None
         self.asleep = False
         self.request_numbers = count()
         self.joined_group = dist.is_initialized()
@@ -119,7 +120,21 @@ class VLLMEngine:
             )
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are replaced in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if self.on_cpu else "WARNING")
-        options: dict[str, Any] = {}
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # else it reports its use to a server of vLLM's
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "seed": seed,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_batch,
+            "tensor_parallel_size": tensor_parallel_size,
+            "enforce_eager": enforce_eager or self.on_cpu,
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",  # the folder's generation_config.json would change the sampling
+            "logprobs_mode": "processed_logprobs",  # after the temperature, as the trainer computes them
+            "enable_prefix_caching": True,
+            "enable_sleep_mode": sleep_mode and not self.on_cpu,
+            "disable_log_stats": True,
+        }
         if self.joined_group:
             options["distributed_executor_backend"] = "external_launcher"
             rank = str(dist.get_rank())
@@ -136,27 +151,17 @@ class VLLMEngine:
         else:
             _check_gpu_memory(gpu_memory_utilization)
             options["gpu_memory_utilization"] = gpu_memory_utilization
+            # vLLM captures graphs for multiples of 16 up to 512; beyond the largest, sequences run without one.
+            options["max_cudagraph_capture_size"] = options["max_num_seqs"] = -(-max_batch // 16) * 16
+        if dtype != torch.float32:  # float32 logits, as the trainer computes them
+            options["hf_overrides"] = {"head_dtype": "float32"}
         with _host_settings_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of vLLM's own imports
             import vllm
 
             self.vllm = vllm
-            self.llm = vllm.LLM(
-                model_path,
-                dtype=dtype,
-                seed=seed,
-                max_model_len=max_model_len,
-                max_num_seqs=max_batch,
-                tensor_parallel_size=tensor_parallel_size,
-                enforce_eager=enforce_eager or self.on_cpu,
-                skip_tokenizer_init=True,
-                generation_config="vllm",  # the folder's generation_config.json would change the sampling
-                logprobs_mode="processed_logprobs",  # after the temperature, as the trainer computes them
-                enable_prefix_caching=True,
-                enable_sleep_mode=sleep_mode and not self.on_cpu,
-                disable_log_stats=True,
-                **options,
-            )
+            vllm_internals.check(options)
+            self.llm = vllm.LLM(model_path, **options)
 
     def sample(
         self,
@@ -204,87 +209,33 @@ class VLLMEngine:
 
         # vLLM compiles one helper of the sampler at first use: seconds, and a C++ compiler, for microseconds on a CPU.
         with torch.compiler.set_stance("force_eager") if self.on_cpu else nullcontext():
-            return self._run(everyone, n, params, ended)[own]
-
-    def _run(
-        self, requests: list[tuple[list[int], int]], n: int, params: Any, ended: Callable[[int, list[Completion]], None]
-    ) -> list[list[Completion]]:
-        """Sample n completions of each (prompt, seed); `ended` is called with each prompt that has all of them.
-
-        The loop of `LLM.generate`, but tokens and log-probs are taken as the core gives them: vLLM's own outputs, a few
-        Python objects a token, take longer than a small model's pass on a GPU (`python -m gen.bench_engine`).
-        """
-        front = self.llm.llm_engine
-        core, tasks = front.engine_core, front.get_supported_tasks()
-        places: dict[str, tuple[int, int]] = {}  # of the open requests
-        samples = [[Completion([], [], "length") for _ in range(n)] for _ in requests]
-        waiting = [n] * len(requests)
-        try:
-            for prompt, (ids, seed) in enumerate(requests):
-                tokens = self.vllm.inputs.tokens_input(prompt_token_ids=ids)
-                first = front.input_processor.process_inputs("", tokens, params, tasks)
-                for i in range(n):
-                    request = copy(first)
-                    request.request_id = str(next(self.request_numbers))
-                    request.sampling_params = copy(first.sampling_params)
-                    request.sampling_params.seed = seed + i
-                    core.add_request(request)
-                    places[request.request_id] = (prompt, i)
-            while places:
-                for output in core.get_output().outputs:
-                    prompt, i = places[output.request_id]
-                    sample = samples[prompt][i]
-                    sample.token_ids.extend(output.new_token_ids)
-                    if output.new_logprobs is not None:
-                        sample.logps.extend(output.new_logprobs.logprobs[:, 0].tolist())
-                    if output.finish_reason is not None:
-                        reason = str(output.finish_reason)
-                        assert reason in ("stop", "length") and len(sample.logps) == len(sample.token_ids), reason
-                        samples[prompt][i] = replace(sample, finish_reason=reason)
-                        del places[output.request_id]
-                        waiting[prompt] -= 1
-                        if not waiting[prompt]:
-                            ended(prompt, samples[prompt])
-        finally:
-            core.abort_requests(list(places))
-        while core.engine_core.scheduler.has_requests() or core.engine_core.batch_queue:
-            core.get_output()  # of steps that were scheduled ahead: nothing is in flight when weights change
-        return samples
+            return vllm_internals.run_requests(self.llm, everyone, n, params, self.request_numbers, ended)[own]
 
     def _gather(self, prompts: list[list[int]], seeds: list[int]) -> tuple[list[tuple[list[int], int]], slice]:
         """The (prompt, seed) pairs of all ranks that share this copy of the model, and which of them are ours."""
         mine = list(zip(prompts, seeds, strict=True))
         if self.tensor_parallel_size == 1:
             return mine, slice(0, len(mine))
-        from vllm.distributed.parallel_state import get_tp_group
-
-        group = get_tp_group()
+        group = vllm_internals.tensor_parallel_group()
         parts: list[Any] = [None] * group.world_size
         dist.all_gather_object(parts, mine, group=group.cpu_group)
         first = sum(len(part) for part in parts[: group.rank_in_group])
         return [pair for part in parts for pair in part], slice(first, first + len(mine))
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, int]:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Loaded:
         """See `gen.engine.Engine.load_weights`. With tensor parallelism every rank passes the full tensors."""
         self.version = INITIAL_VERSION
-        consumed: dict[str, int] = {}
-
-        def read() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in weights:
-                consumed[name] = checksum(tensor)
-                yield name, tensor
-
         if self.asleep:
             self._wake("weights")  # as memory only: nothing is in it but what is loaded now
-        # Without a separate engine process vLLM calls the function directly, so an iterator may be an argument.
-        self.llm.collective_rpc(_reload_on_cpu if self.on_cpu else _load_on_gpu, args=(read(),))
+        written, held = vllm_internals.replace_weights(self.llm, weights)
         if self.asleep:
             self._wake("kv_cache")
             self.asleep = False
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: requests were still running during the weight sync")
+        loaded = Loaded(written, held, share=vllm_internals.tensor_parallel_group().rank_in_group)
         self.version = version
-        return consumed
+        return loaded
 
     def sleep(self) -> None:
         """See `gen.engine.Engine.sleep`; on the CPU, where vLLM cannot sleep, the memory stays."""
@@ -306,21 +257,3 @@ class VLLMEngine:
         gc.collect()
         if not self.on_cpu:
             torch.cuda.empty_cache()
-
-
-def _load_on_gpu(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
-    worker.get_model().load_weights(weights)
-
-
-def _reload_on_cpu(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
-    """On the CPU linear weights live repacked in a kernel's own format, which reload_weights rebuilds layer by layer.
-
-    It skips a head that is tied to the embedding, since no weight of that name arrives: without the second step the
-    head would keep the packed copy of the old embedding.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    worker.reload_weights(weights_iterator=weights)
-    for layer in worker.get_model().modules():
-        if isinstance(layer, ParallelLMHead):
-            layer.quant_method.process_weights_after_loading(layer)

@@ -12,11 +12,14 @@ without spread. `--peer` does the same step in the way of TRL 1.16's trainer: ro
 pad here), its fused head, float32 weights under autocast, this project's objective.
 `--shape tiny` is for the CPU. Left out on purpose: sampling, scoring and the weights' way into the engine (`train.py`
 logs what they take); the 7B shape, whose float32 masters, gradients and moments take 16 bytes a parameter, 113 GiB.
+A line is shown when it is measured. What fails is a note in its line, and the exit code is then 1; out of memory or not
+installed is a note alone. On several ranks a failure ends the run: they would not meet again.
 """
 
 import argparse
-import importlib.util
+import itertools
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,7 +33,7 @@ from grpo_core.config import GRPOConfig
 from grpo_core.loss import policy_loss
 from grpo_core.rollout import Rollout
 from grpo_core.train import update
-from kernels.bench import profiled, verdict
+from kernels.bench import machine, profiled, show, verdict
 from sft_core import guards
 from sft_core.bench import SHAPES, WARM_UP, now, random_policy, shape_config, with_fresh_memory
 from sft_core.config import require
@@ -47,6 +50,7 @@ TIMED = (
     "with the objective and its metrics (the pass), clipping, the check that all is finite, AdamW. TFLOP/s a GPU: "
     "6 N T + 6 L D T S, N with the head once, no recomputation; of the pass alone and of the whole step."
 )
+HEADS = "| trainer | tokens | s a step | pack + pass + step | tokens/s | TFLOP/s: pass | step | MFU | peak GiB |"
 Phases = dict[str, float]
 
 
@@ -71,7 +75,7 @@ def this_trainer(info: Qwen2Config, config: GRPOConfig, device: torch.device) ->
     masters = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in policy.parameters()}))
     if torch.distributed.get_rank() == 0:
         ranks, compute = torch.distributed.get_world_size(), "bfloat16" if device.type == "cuda" else "float32"
-        print(f"{masters} masters in {units} FSDP2 units over {ranks} ranks, computing in {compute}, fused AdamW")
+        show(f"{masters} masters in {units} FSDP2 units over {ranks} ranks, computing in {compute}, fused AdamW")
 
     def step(rollouts: list[Rollout], clock: "Clock") -> None:
         batches = make_micro_batches(rollouts, config.max_tokens_per_micro_batch, device)
@@ -146,11 +150,11 @@ def in_trls_way(info: Qwen2Config, config: GRPOConfig, device: torch.device) -> 
 
 
 def measure(make: Any, name: str, info: Qwen2Config, tokens: int, config: GRPOConfig, steps: int,
-            device: torch.device) -> tuple[str, float, float]:  # fmt: skip
-    """A line of the table; TFLOP/s a GPU of forward and backward alone and of the whole step."""
-    taken = with_fresh_memory(timed, make, info, tokens, config, steps, device)
-    if taken is None:
-        return f"| {name} | {tokens} | out of memory | | | | | | |", math.nan, math.nan
+            device: torch.device) -> tuple[str, bool, tuple[float, float]]:  # fmt: skip
+    """A line of the table; whether it failed; TFLOP/s a GPU of forward and backward alone and of the whole step."""
+    taken, note, failed = with_fresh_memory(timed, make, info, tokens, config, steps, device)
+    if note:
+        return f"| {name} | {tokens} | {note} | | | | | | |", failed, (math.nan, math.nan)
     phases = [sum(step[phase] for step in taken) / steps for phase in taken[0]]
     lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in make_rollouts(tokens, info.vocab_size, 0)]
     flops, peak = training_flops(info, lengths) / 1e12, peak_flops(device)
@@ -159,17 +163,15 @@ def measure(make: Any, name: str, info: Qwen2Config, tokens: int, config: GRPOCo
     seconds = " + ".join(f"{phase:.3f}" for phase in phases)
     speed = f"{sum(lengths) / sum(phases):,.0f} | {alone:.1f} | {whole:.1f} | {mfu}"
     gib = guards.peak_memory_gib(device)
-    return f"| {name} | {sum(lengths)} | {sum(phases):.3f} | {seconds} | {speed} | {gib:.1f} |", alone, whole
+    text = f"| {name} | {sum(lengths)} | {sum(phases):.3f} | {seconds} | {speed} | {gib:.1f} |"
+    return text, False, (alone, whole)
 
 
-def verdicts(rates: dict[tuple[str, bool], tuple[float, float]]) -> list[str]:
-    """Of the shapes that have aims. `rates`: (shape, checkpointing) -> what `measure` found."""
-    lines = []
-    for case, found in rates.items():
-        name = f"{case[0]} shape{', checkpointed' if case[1] else ''}, 16k packed tokens, TFLOP/s: "
-        for what, rate, aim in zip(("the pass", "with clipping and AdamW"), found, AIMS.get(case, ()), strict=False):
-            lines.append(verdict(name + what, [rate], [aim], at_least=True))
-    return lines
+def verdicts(shape: str, checkpointing: bool, rates: tuple[float, float]) -> list[str]:
+    """`rates`: what `measure` found."""
+    name = f"{shape} shape{', checkpointed' if checkpointing else ''}, 16k packed tokens, TFLOP/s: "
+    aims = zip(("the pass", "with clipping and AdamW"), rates, AIMS.get((shape, checkpointing), ()), strict=False)
+    return [verdict(name + what, rate, aim, at_least=True) for what, rate, aim in aims]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -187,40 +189,32 @@ def main(argv: list[str] | None = None) -> None:
             options.steps >= 1 and min(options.tokens) >= 2048, "--steps must be at least 1, --tokens at least 2048."
         )
         rank, world_size, _, device = guards.init_distributed()
-    trainers = {"this trainer": this_trainer}
-    has_trl = importlib.util.find_spec("trl") is not None
-    if options.peer and world_size == 1 and has_trl:
+    trainers, failed, checkpointing = {"this trainer": this_trainer}, False, options.gradient_checkpointing
+    if options.peer and world_size == 1:
         trainers["TRL's way"] = in_trls_way
-    lines, rates = [], {}
-    for shape in options.shape:
-        for tokens in options.tokens:
-            config = GRPOConfig("none", max_tokens_per_micro_batch=tokens, beta=0.0,
-                                gradient_checkpointing=options.gradient_checkpointing,
-                                torch_compile=options.torch_compile)  # fmt: skip
-            info = shape_config(shape)
-            if options.profile:
-                step, rollouts = this_trainer(info, config, device), make_rollouts(tokens, info.vocab_size, 1)
-                print(profiled(partial(step, rollouts, Clock(device)), device))
-                continue
-            for name, make in trainers.items():
-                line, *found = measure(make, f"{shape} {name}", info, tokens, config, options.steps, device)
-                lines.append(line)
-                if (make, tokens, device.type, world_size) == (this_trainer, 16384, "cuda", 1):
-                    rates[shape, options.gradient_checkpointing] = (found[0], found[1])
+    if rank == 0:
+        show(f"{world_size} x {machine('torch', 'transformers', 'trl')}; mean of {options.steps} steps\ngradient "
+             f"checkpointing {'on' if checkpointing else 'off'}, blocks "
+             f"{'compiled' if options.torch_compile else 'eager'}. {TIMED}")  # fmt: skip
+        if options.peer and world_size > 1:
+            show("No TRL: it gets one GPU only.")
+    for shape, tokens in itertools.product(options.shape, options.tokens):
+        config = GRPOConfig("none", max_tokens_per_micro_batch=tokens, beta=0.0, gradient_checkpointing=checkpointing,
+                            torch_compile=options.torch_compile)  # fmt: skip
+        info = shape_config(shape)
+        if options.profile:
+            step, rollouts = this_trainer(info, config, device), make_rollouts(tokens, info.vocab_size, 1)
+            show(profiled(partial(step, rollouts, Clock(device)), device))
+            continue
+        for name, make in trainers.items():
+            text, bad, rates = measure(make, f"{shape} {name}", info, tokens, config, options.steps, device)
+            failed |= bad
+            if rank == 0:
+                show(f"\n{HEADS}\n|---|---|---|---|---|---|---|---|---|\n{text}")
+            if (make, tokens, device.type, world_size) == (this_trainer, 16384, "cuda", 1):
+                show("\n".join(["", *verdicts(shape, checkpointing, rates)]))
     guards.shutdown()
-    if rank == 0 and lines:
-        card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        checkpointing = "on" if options.gradient_checkpointing else "off"
-        print(f"{world_size} x {card}, torch {torch.__version__}; mean of {options.steps} steps")
-        compiled = "compiled" if options.torch_compile else "eager"
-        print(f"gradient checkpointing {checkpointing}, blocks {compiled}. {TIMED}")
-        if options.peer and len(trainers) == 1:
-            print("No TRL: it is not installed." if not has_trl else "No TRL: it gets one GPU only.")
-        heads = (
-            "| trainer | tokens | s a step | pack + pass + step | tokens/s | TFLOP/s: pass | step | MFU | peak GiB |"
-        )
-        print(f"\n{heads}")
-        print("\n".join(["|---|---|---|---|---|---|---|---|---|", *lines, "", *verdicts(rates)]))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -87,9 +87,16 @@ def check_scores(figures: Mapping[str, float], steps_unscored: int) -> int:
 
 
 def check_mismatch(metrics: Mapping[str, float], limit: float) -> None:
-    """Raise RuntimeError where engine and policy differ by more than `limit` on average over the step's tokens."""
+    """Raise RuntimeError where engine and policy differ by more than `limit` on average over the step's tokens, or
+    where a log-prob of either is no number."""
     mean = metrics.get(MISMATCH_NAMES["mean_abs"], 0.0)
-    if not mean <= limit:
+    if not math.isfinite(mean):
+        raise RuntimeError(
+            f"log-probs of the engine or the policy are not finite (they differ by {mean} on average): nothing was "
+            "stepped. Resume from the last checkpoint with a lower learning_rate, or replay the step's rollouts to "
+            "find the cause."
+        )
+    if mean > limit:
         raise RuntimeError(
             f"the engine's log-probs differ from the policy's by {mean:.4g} on average, more than max_logp_difference "
             f"{limit:g}: what is sampled is not what is trained. Look for an engine in another precision, or raise the "

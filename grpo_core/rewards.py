@@ -27,8 +27,6 @@ from decimal import Decimal
 from functools import partial
 from typing import Any
 
-from eval.verify import check_answer
-
 RewardFunction = Callable[..., list]
 _TAG = re.compile(r"(</?(?:think|answer)>)")
 _STEP = re.compile(r"Step \d+:|^\d+\.(?!\d)|\n-|\n\*|First,|Second,|Next,|Finally,", re.MULTILINE)
@@ -75,6 +73,8 @@ def accuracy_reward(completions: list, solution: list, **kwargs: Any) -> list[fl
     Mended: open-r1 pays 1.0 to every completion then; gold and answer are compared in this order, a bare `63` is a
     gold, the content of `<answer>` is an answer, nothing is printed.
     """
+    from eval.verify import check_answer  # loads math-verify, which only rewards that compare answers need
+
     return [check_answer(gold_text(g), c[0]["content"]) for g, c in zip(solution, completions, strict=True)]
 
 
@@ -124,6 +124,8 @@ def cosine_scaled_reward(
     **kwargs: Any,
 ) -> list[float | None]:
     """What `get_cosine_scaled_reward` returns, its numbers not yet bound."""
+    from eval.verify import check_answer
+
     if tokens and completion_ids is None:
         raise ValueError("the cosine reward counts tokens: it needs completion_ids")
     rewards: list[float | None] = []

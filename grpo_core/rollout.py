@@ -3,6 +3,8 @@
 Tokens in, tokens out: what the engine sampled is what is trained on, never decoded and tokenised again.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import math
@@ -10,12 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch.distributed as dist
-from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +25,10 @@ from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
 from grpo_core.scoring import ScoreResult, start_scoring
 from sft_core.chat import render_prompt
 from sft_core.files import whole_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
 
 GOLD_REWARDS = {"accuracy", "cosine", "length"}  # what compares with a gold answer
 
@@ -238,27 +241,35 @@ def check_version(rollouts: Sequence[Rollout], version: int) -> None:
 
 # Recording and replay: one parquet file a step and rank, a row a completion.
 
-SCHEMA = pa.schema(
-    [
-        ("group", pa.int64()),
-        ("prompt_ids", pa.list_(pa.int64())),
-        ("completion_ids", pa.list_(pa.int64())),
-        ("sampler_logps", pa.list_(pa.float32())),
-        ("finish_reason", pa.string()),
-        ("version", pa.int64()),
-        ("reward", pa.float64()),
-        ("rewards", pa.list_(pa.float64())),
-        ("advantage", pa.float64()),
-        ("old_logps", pa.list_(pa.float32())),
-    ]
-)
+
+def schema(ranks: int) -> pa.Schema:
+    import pyarrow as pa  # not needed where no rows are read
+
+    return pa.schema(
+        [
+            ("group", pa.int64()),
+            ("prompt_ids", pa.list_(pa.int64())),
+            ("completion_ids", pa.list_(pa.int64())),
+            ("sampler_logps", pa.list_(pa.float32())),
+            ("finish_reason", pa.string()),
+            ("version", pa.int64()),
+            ("reward", pa.float64()),
+            ("rewards", pa.list_(pa.float64())),
+            ("advantage", pa.float64()),
+            ("old_logps", pa.list_(pa.float32())),
+        ],
+        metadata={"ranks": str(ranks)},
+    )
 
 
 def write_rollouts(folder: Path, step: int, rollouts: Sequence[Rollout]) -> None:
     """Record this rank's rollouts of `step`; a file appears whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     folder.mkdir(parents=True, exist_ok=True)
-    schema = SCHEMA.with_metadata({"ranks": str(dist.get_world_size())})
-    table = pa.Table.from_pylist([dataclasses.asdict(r) for r in rollouts], schema=schema)
+    rows = [dataclasses.asdict(r) for r in rollouts]
+    table = pa.Table.from_pylist(rows, schema=schema(dist.get_world_size()))
     path = folder / f"step-{step:06d}-rank-{dist.get_rank():05d}.parquet"
     with whole_file(path) as temporary:
         pq.write_table(table, temporary)
@@ -270,6 +281,8 @@ def read_rollouts(folder: Path, step: int) -> list[Rollout]:
     Raises:
         ValueError: this step was not recorded, or not by all ranks.
     """
+    import pyarrow.parquet as pq
+
     files = {file.name: file for file in folder.rglob(f"step-{step:06d}-rank-*.parquet")}
     names = [f"step-{step:06d}-rank-00000.parquet"]
     if names[0] in files:

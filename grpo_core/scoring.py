@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from eval.verify import gold_is_parseable
 from eval.workers import Unscored, WorkerPool
 from grpo_core.rewards import RewardFunction, gold_text, reward_name
 
@@ -48,6 +47,8 @@ def unparseable_golds(golds: Sequence, pool: WorkerPool) -> list[int]:
     Raises:
         ValueError: one is neither text nor a number.
     """
+    from eval.verify import gold_is_parseable  # loads math-verify, which only data with gold answers needs
+
     texts = [gold_text(gold) for gold in golds]
     distinct = list(dict.fromkeys(texts))
     parseable = dict(zip(distinct, pool.map(gold_is_parseable, distinct), strict=True))

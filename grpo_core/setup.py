@@ -1,15 +1,16 @@
 """All that a GRPO run needs to know before it loads a weight. What is wrong with the user's input is said here."""
 
+from __future__ import annotations
+
 import json
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from datasets import Dataset
 
 from eval.workers import WorkerPool
 from gen.engine import Engine, check_engine_available, kv_cache_bytes, make_engine
@@ -27,6 +28,9 @@ from sft_core.flow import start_logging
 from sft_core.model import check_positions, load_model_info, local_copy
 from sft_core.plan import Plan, dry_run, memory_plan
 from sft_core.setup import Base, claim, join
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)

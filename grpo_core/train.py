@@ -51,7 +51,7 @@ from sft_core.adapters import without_adapters
 from sft_core.checkpoint import load_checkpoint, save_checkpoint
 from sft_core.data import row_order
 from sft_core.errands import Errands
-from sft_core.export import export_model, full_weights, weight_names
+from sft_core.export import export_model, full_weights, reshard, weight_names
 from sft_core.flow import announce
 from sft_core.metrics import MetricsLogger
 from sft_core.model import Policy, load_policy
@@ -106,9 +106,10 @@ def train(run: Run) -> Errands:
             sync_weights(engine, full_weights(policy, run.dtype), weight_names(policy), progress["step"])
             probe(
                 engine, partial(policy.score, temperature=config.temperature, device=device), run.prompts[0].ids,
-                temperature=config.temperature, max_tokens=min(8, config.max_completion_length),
+                temperature=config.temperature, max_tokens=min(16, config.max_completion_length),
                 seed=config.seed, tolerance=config.max_logp_difference,
             )  # fmt: skip
+            reshard(policy)
 
     def evaluate() -> None:
         sync()
@@ -250,12 +251,16 @@ def update(
     many micro-batches and make the same passes.
     """
     objective, coef = config.objective(), config.entropy_coef
+    if reference is not None:
+        for batch in micro_batches:
+            if batch.ref_logps is None:
+                with torch.no_grad():
+                    batch.ref_logps = reference(batch.sequences, config.temperature)[0][: len(batch.positions)]
+        if isinstance(reference, Policy):
+            reshard(reference)
     parts: list[dict[str, Tensor]] = []
     for batch in micro_batches:
         n, ids = len(batch.positions), batch.sequences.sequence_ids[: len(batch.positions)]  # 0 in an idle pass
-        if reference is not None and batch.ref_logps is None:
-            with torch.no_grad():
-                batch.ref_logps = reference(batch.sequences, config.temperature)[0][:n]
         given = {
             "num_tokens": counts.num_tokens, "num_sequences": counts.num_sequences, "ref_logps": batch.ref_logps,
             "sampler_logps": batch.sampler_logps if config.old_logps == "policy" else None,

@@ -1,28 +1,31 @@
 """The head's loss, forward and backward, beside its peers in one run: time, TFLOP/s, memory, error against float64.
 
     python -m kernels.bench [--shape 0.5b 1.5b 7b] [--tokens 8192 65536] [--rounds 20] [--only NAME ...]
-    python -m kernels.bench --sweep          # the one sweep with other constants, beside the bare products
+    python -m kernels.bench --sweep          # the one sweep with other constants, beside the bare products: rows of a
+                                             # chunk x chunks of a block, then the row pass at the best of these
     python -m kernels.bench --profile        # what the one sweep launches, and how long that takes
 
 Everybody computes GRPO's clipped loss of the same tokens and its gradient by hidden states and weight, bf16 on a GPU.
 The states are mixed with the rows of their targets, so that the softmax is peaked as a trained model's is: on plain
-noise a peer that skips small gradients would skip them all. Rounds take the candidates in turn, with the L2 cache
-cleared in between; one that has used two seconds leaves. Shown is the median. TFLOP/s counts three products, 6 T D V,
-whoever makes more. `peak` is what is allocated beyond the inputs at the worst moment, both gradients included;
-`workspace` is that less dX [T, D] in the states' dtype and less dW [V, D] in float32, also of a peer that keeps dW in
-half precision (its may be negative). Errors, against float64, are of the first 512 rows: the largest of a log-prob, the
-relative (Frobenius) of the gradients. `repeats`: loss and gradients are the same bits in a second run. Of all --tokens
-but the first only our memory is taken. Peers that are not installed are named and left out:
+noise a peer that skips small gradients would skip them all. Rounds take a candidate and the bare products in turn, with
+the L2 cache cleared in between, for at most two seconds each; shown is the median, and its share of the products' in
+the same rounds. TFLOP/s counts three products, 6 T D V, whoever makes more. `peak` is what is allocated beyond the
+inputs at the worst moment, both gradients included; `workspace` is that less dX [T, D] in the states' dtype and less dW
+[V, D] in float32, also of a peer that keeps dW in half precision (its may be negative). Errors, against float64, are of
+the first 512 rows: the largest of a log-prob, the relative (Frobenius) of the gradients. `repeats`: loss and gradients
+are the same bits in a second run. Of all --tokens but the first only our memory is taken. A line is shown when it is
+measured. What fails is a note in its line, and the exit code is then 1; out of memory or not installed is a note alone:
 
     pip install liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0      (in an environment of their own)
 """
 
 import argparse
 import importlib.metadata
-import itertools
 import math
 import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,13 +38,37 @@ from torch import Tensor
 
 from kernels import linear_logprob as head
 from kernels import reference
-from kernels.bench_peers import CANDIDATES, FLOOR, NAIVE, OURS, SEQUENCE, Case, make_case, one_sweep, products
+from kernels.bench_peers import CANDIDATES, NAIVE, OURS, SEQUENCE, Case, make_case, one_sweep, products
 
 SHAPES = {"tiny": (64, 1003), "0.5b": (896, 151936), "1.5b": (1536, 151936), "7b": (3584, 151936)}  # hidden, vocabulary
-PEERS = {"liger": "liger-kernel", "cce": "cut-cross-entropy", "trl": "trl"}
+PEERS = ("liger_kernel", "cut_cross_entropy", "trl")
+PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl")
 ERROR_ROWS, PATIENCE = 512, 2000.0  # ms
 AIMS = {"0.5b": 1.45, "1.5b": 1.25, "7b": 1.15}  # time over bare products, at 8,192 tokens on an H100
 FASTER = {"Liger GRPO": 12.0, "cut cross entropy, unfiltered": 2.5, NAIVE: 1.35}
+ROWS, CHUNKS, WORKSPACE = (512, 640, 768, 1024, 1280), (2, 3, 4, 8), 3 * 2**29  # of a chunk, of a block, bytes
+WIDTHS = [{"BLOCK": block, "WARPS": warps} for block in (1024, 2048, 4096) for warps in (4, 8, 16)]
+
+show = partial(print, flush=True)  # a bench that is cut off has shown what it had measured
+
+
+def machine(*packages: str) -> str:
+    """The card, and the versions of those packages that are there."""
+    every = list(importlib.metadata.distributions())[::-1]  # of a name the first on the path counts
+    found = {d.metadata["Name"].replace("_", "-"): d.version for d in every}
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return ", ".join([card, *(f"{name} {found[name]}" for name in packages if name in found)])
+
+
+def failure(error: Exception) -> tuple[str, bool]:
+    """What a table shows in place of figures, and whether it should not have been (exit code 1)."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory", False
+    if isinstance(error, ModuleNotFoundError) and error.name in PEERS:
+        return f"{error.name} is not installed", False
+    traceback.print_exception(error)
+    text = " ".join(str(error).split()).replace("|", "/")
+    return f"failed: {type(error).__name__} {text[:60]}", True
 
 
 @dataclass
@@ -49,11 +76,17 @@ class Figures:
     """Of one candidate at one shape; NaN: there is none."""
 
     ms: float = math.nan
+    floor: float = math.nan  # ms of the bare products in the same rounds
     peak: float = math.nan  # GiB
     workspace: float = math.nan  # GiB
     errors: tuple[float, float, float] = (math.nan,) * 3  # of log-probs, dX, dW
     repeats: bool | None = None
     note: str = ""
+    failed: bool = False
+
+    @property
+    def ratio(self) -> float:
+        return self.ms / self.floor
 
 
 def step(candidate: Callable[[Case], Tensor | None], case: Case, tf32: bool = False) -> Tensor | None:
@@ -78,6 +111,16 @@ def milliseconds(run: Callable, case: Case, cache: Tensor | None) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)
+
+
+def in_turn(runs: Sequence[Callable], case: Case, cache: Tensor | None, rounds: int) -> list[float]:
+    """The median of each in ms."""
+    taken: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, times in zip(runs, taken, strict=True):
+            if sum(times) < PATIENCE:
+                times.append(milliseconds(run, case, cache))
+    return [statistics.median(times) for times in taken]
 
 
 def extra_memory(run: Callable, case: Case) -> tuple[float, float]:
@@ -121,95 +164,65 @@ def repeats(run: Callable, case: Case) -> bool | None:
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))  # type: ignore[arg-type]
 
 
-def bench(shape: str, tokens: int, rounds: int, only: list[str], device: torch.device) -> dict[str, Figures]:
-    case = make_case(*SHAPES[shape], tokens, device)
+def bench(
+    shape: str, tokens: int, options: argparse.Namespace, device: torch.device, found: dict[str, Figures]
+) -> None:
+    """Show the shape's table, and put its figures into `found`, line by line."""
+    hidden, vocab = SHAPES[shape]
+    columns = "ms | TFLOP/s | x products | GiB peak | workspace | log-prob | dX | dW | repeats"
+    show(f"\n| {shape}: T={tokens}, D={hidden}, V={vocab} | {columns} |\n|{'---|' * 10}")
+    case = make_case(hidden, vocab, tokens, device)
     part = case.first(ERROR_ROWS)
     exact = exactly(part)
     cache = torch.empty(2**26, device=device) if device.type == "cuda" else None
-    found, runs, taken = {}, {}, dict[str, list[float]]()
-    for name, (package, make) in CANDIDATES.items():
-        if only and name not in only:
+    floor = partial(step, products)
+    floor(case)
+    for name, make in CANDIDATES.items():
+        if options.only and name not in options.only:
             continue
-        figures = found[name] = Figures()
+        f = found[name] = Figures()
         try:
             run = partial(step, make(), tf32="TF32" in name)
-            figures.errors = errors(run, part, exact)
+            f.errors = errors(run, part, exact)
             if cache is not None:
-                figures.peak, figures.workspace = extra_memory(run, case)
-            figures.repeats = repeats(run, case)
-            runs[name], taken[name] = run, []
-        except ImportError:
-            figures.note = f"{PEERS[package or '']} is not installed"
-        except torch.cuda.OutOfMemoryError:
-            figures.note = "out of memory"
+                f.peak, f.workspace = extra_memory(run, case)
+            f.repeats = repeats(run, case)
+            f.ms, f.floor = in_turn([run, floor], case, cache, options.rounds)
         except Exception as error:
-            if package is None:
-                raise
-            figures.note = f"failed: {str(error).splitlines()[0][:60]}"  # a peer's trouble is no reason to end
-    del part, exact
-    for _ in range(rounds):
-        for name, times in taken.items():
-            if sum(times) < PATIENCE:
-                times.append(milliseconds(runs[name], case, cache))
-    for name, times in taken.items():
-        found[name].ms = statistics.median(times)
-    return found
-
-
-def table(shape: str, tokens: int, found: dict[str, Figures]) -> str:
-    hidden, vocab = SHAPES[shape]
-    lines = [
-        f"\n| {shape}: T={tokens}, D={hidden}, V={vocab} | ms | TFLOP/s | x products | GiB peak | workspace | "
-        "log-prob | dX | dW | repeats |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    floor = found[FLOOR].ms if FLOOR in found else math.nan
-    for name, f in found.items():
-        cells = [f"{f.ms:.2f}", f"{6e-9 * tokens * hidden * vocab / f.ms:.4g}", f"{f.ms / floor:.2f}",
+            f.note, f.failed = failure(error)
+        cells = [f.note or f"{f.ms:.2f}", f"{6e-9 * tokens * hidden * vocab / f.ms:.4g}", f"{f.ratio:.2f}",
                  f"{f.peak:.2f}", f"{f.workspace:.2f}", *(f"{error:.1e}" for error in f.errors),
                  {True: "yes", False: "no", None: "-"}[f.repeats]]  # fmt: skip
-        lines.append(f"| {name} | " + " | ".join([f.note or cells[0], *cells[1:]]).replace("nan", "-") + " |")
-    return "\n".join(lines)
+        show(f"| {name} | {' | '.join(cells)} |".replace("| nan", "| -"))
 
 
-def verdict(what: str, figures: Sequence[float], aims: Sequence[float], at_least: bool = False) -> str:
-    """A line for `make gpu-check` to gather: met only if every figure is; NaN is a figure that was not taken."""
-    met = all((figure >= aim) if at_least else (figure <= aim) for figure, aim in zip(figures, aims, strict=True))
-    shown = "not measured" if any(map(math.isnan, figures)) else "met" if met else "missed"
-    columns = [" / ".join(f"{x:.3g}".replace("nan", "-") for x in values) for values in (figures, aims)]
-    return f"| {shown} | {what} | {columns[0]} | {'>=' if at_least else '<='} {columns[1]} |"
+def verdict(what: str, figure: float, aim: float, at_least: bool = False) -> str:
+    """A line for `make gpu-check` to gather; NaN is a figure that was not taken."""
+    met = (figure >= aim) if at_least else (figure <= aim)
+    shown = "not measured" if math.isnan(figure) else "met" if met else "missed"
+    return f"| {shown} | {what} | {figure:.3g} | {'>=' if at_least else '<='} {aim:.3g} |".replace("| nan", "| -")
 
 
-def verdicts(full: dict[str, dict[str, Figures]], growth: dict[str, float]) -> list[str]:
-    """Of the shapes that have aims. `growth`: GiB of our workspace at the last --tokens less that at the first."""
-    shapes, none = [shape for shape in full if shape in AIMS], Figures()
-    if not shapes:
+def verdicts(shape: str, found: dict[str, Figures], growth: float) -> list[str]:
+    """`growth`: GiB of our workspace at the last --tokens less that at the first."""
+    if shape not in AIMS:
         return []
-
-    def figures(shape: str) -> list[float]:
-        ours, floor, naive = (full[shape].get(name, none) for name in (OURS, FLOOR, NAIVE))
-        worst = max(mine / theirs for mine, theirs in zip(ours.errors[1:], naive.errors[1:], strict=True))
-        repeats = math.nan if ours.repeats is None else float(ours.repeats)
-        faster = [full[shape].get(name, none).ms / ours.ms for name in FASTER]
-        return [
-            ours.ms / floor.ms,
-            ours.workspace,
-            growth.get(shape, math.nan),
-            worst,
-            ours.errors[0],
-            repeats,
-            *faster,
-        ]
-
-    at = f", D = {' / '.join(str(SHAPES[shape][0]) for shape in shapes)}"
-    same = {"GiB beyond dX and the float32 dW": 1.5, "GiB more of that at the most tokens": 0.01,
-            "error of dX and dW over plain torch's": 1.1, "largest error of a log-prob": 1e-4}  # fmt: skip
-    rows = [("one sweep, time over three bare products" + at, [AIMS[shape] for shape in shapes], False)]
-    rows += [(what + at, [aim] * len(shapes), False) for what, aim in same.items()]
-    rows += [("same bits when repeated (1: yes)" + at, [1.0] * len(shapes), True)]
-    rows += [(f"times faster than {name}" + at, [aim] * len(shapes), True) for name, aim in FASTER.items()]
-    columns = zip(*map(figures, shapes), strict=True)
-    return [verdict(what, found, aims, up) for (what, aims, up), found in zip(rows, columns, strict=True)]
+    ours, naive = (found.get(name, Figures()) for name in (OURS, NAIVE))
+    worst = max(mine / theirs for mine, theirs in zip(ours.errors[1:], naive.errors[1:], strict=True))
+    rows = [
+        ("one sweep, time over three bare products", ours.ratio, AIMS[shape]),
+        ("GiB beyond dX and the float32 dW", ours.workspace, 1.5),
+        ("GiB more of that at the most tokens", growth, 0.01),
+        ("error of dX and dW over plain torch's", worst, 1.1),
+        ("largest error of a log-prob", ours.errors[0], 1e-4),
+    ]
+    lines = [verdict(f"{shape}: {what}", figure, aim) for what, figure, aim in rows]
+    same = math.nan if ours.repeats is None else float(ours.repeats)
+    lines.append(verdict(f"{shape}: same bits when repeated (1: yes)", same, 1.0, at_least=True))
+    for name, aim in FASTER.items():
+        faster = found.get(name, Figures()).ratio / ours.ratio
+        lines.append(verdict(f"{shape}: times faster than {name}", faster, aim, at_least=True))
+    return lines
 
 
 @contextmanager
@@ -224,25 +237,38 @@ def tuned(device: torch.device, **constants: int) -> Iterator[None]:
         yield
 
 
-def sweep(shape: str, tokens: int, rounds: int, device: torch.device) -> None:
-    """One line for each choice of constants."""
+def sweep(shape: str, tokens: int, rounds: int, device: torch.device) -> bool:
+    """A line for each choice of constants, those of the code first and last; whether one failed."""
+    vocab = SHAPES[shape][1]
     case, on_gpu = make_case(*SHAPES[shape], tokens, device), device.type == "cuda"
     cache = torch.empty(2**26, device=device) if on_gpu else None
-    vocab = SHAPES[shape][1]
-    grid = {"CHUNK_ELEMENTS": [rows * vocab for rows in ((256, 512, 1024) if on_gpu else (128, 512))]}
-    if on_gpu:
-        from kernels import rows_triton
+    ours, floor, failed = partial(step, one_sweep), partial(step, products), False
+    show(f"\n| {shape}: rows x chunks | row pass | ms | x products | workspace |\n|---|---|---|---|---|")
+    floor(case)
 
-        grid |= {"CHUNKS_IN_BLOCK": [4, 8, 16], "BLOCK": [1024, 2048, 4096], "WARPS": [4, 8, 16]}
-        grid = {name: tries for name, tries in grid.items() if hasattr(head, name) or hasattr(rows_triton, name)}
-    floor = statistics.median(milliseconds(partial(step, products), case, cache) for _ in range(rounds))
-    print(f"\n| {shape}: {' | '.join(grid)} | ms | x products | workspace |\n|{'---|' * (len(grid) + 3)}")
-    for constants in itertools.product(*grid.values()):
-        with tuned(device, **dict(zip(grid, constants, strict=True))):
-            step(one_sweep, case)
-            workspace = extra_memory(partial(step, one_sweep), case)[1] if on_gpu else math.nan
-            ours = statistics.median(milliseconds(partial(step, one_sweep), case, cache) for _ in range(rounds))
-        print(f"| {' | '.join(map(str, constants))} | {ours:.2f} | {ours / floor:.3f} | {workspace:.2f} |")
+    def line(rows: int, chunks: int, **widths: int) -> float:
+        nonlocal failed
+        ratio, name = math.inf, ", ".join(f"{name} {value}" for name, value in widths.items())
+        try:
+            with tuned(device, CHUNK_ELEMENTS=rows * vocab, CHUNKS_IN_BLOCK=chunks, **widths):
+                ours(case)
+                workspace = f"{extra_memory(ours, case)[1]:.2f}" if on_gpu else "-"
+                ms, bare = in_turn([ours, floor], case, cache, rounds)
+            ratio, cells = ms / bare, f"{ms:.2f} | {ms / bare:.3f} | {workspace}"
+        except Exception as error:
+            note, bad = failure(error)
+            cells, failed = f"{note} | - | -", failed or bad
+        show(f"| {rows} x {chunks} | {name or 'as it is'} | {cells} |")
+        return ratio
+
+    of_the_code = head.chunk_rows(vocab, device.type), head.CHUNKS_IN_BLOCK[device.type]
+    line(*of_the_code)
+    fitting = [(rows, chunks) for rows in ROWS for chunks in CHUNKS if rows * (4 + 2 * chunks) * vocab <= WORKSPACE]
+    best = min(fitting, key=lambda shares: line(*shares))
+    for widths in WIDTHS if on_gpu else []:
+        line(*best, **widths)
+    line(*of_the_code)
+    return failed
 
 
 def profiled(run: Callable[[], Any], device: torch.device) -> str:
@@ -270,31 +296,34 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if any(tokens < ERROR_ROWS or tokens % SEQUENCE for tokens in options.tokens) or options.rounds < 1:
         parser.error(f"--tokens must be multiples of {SEQUENCE} and at least {ERROR_ROWS}, --rounds at least 1")
-    every = list(importlib.metadata.distributions())[::-1]  # of a name the first on the path counts
-    found = {d.metadata["Name"].replace("_", "-"): d.version for d in every}
-    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "triton", *PEERS.values()) if name in found)
-    print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {versions}; median of {options.rounds} rounds, "
-          f"chunks of {options.chunk_elements} logits")  # fmt: skip
+    show(f"{machine(*PACKAGES)}; median of {options.rounds} rounds, chunks of {options.chunk_elements} logits")
     first, *more = options.tokens
-    full, growth = {}, {}
+    failed = False
     for shape in options.shape:
-        if options.sweep:
-            sweep(shape, first, options.rounds, device)
-            continue
-        with tuned(device, CHUNK_ELEMENTS=options.chunk_elements):
-            if options.profile:
-                case = make_case(*SHAPES[shape], first, device)
-                print(f"\n{shape}, {first} tokens\n{profiled(partial(step, one_sweep, case), device)}")
+        found, growth = dict[str, Figures](), math.nan
+        try:
+            if options.sweep:
+                failed |= sweep(shape, first, options.rounds, device)
                 continue
-            full[shape] = bench(shape, first, options.rounds, options.only, device)
-            print(table(shape, first, full[shape]))
-            for tokens in more if on_gpu else []:
-                case = make_case(*SHAPES[shape], tokens, device)
-                peak, workspace = extra_memory(partial(step, one_sweep), case)
-                growth[shape] = workspace - full[shape].get(OURS, Figures()).workspace
-                print(f"{OURS} at T={tokens}: {peak:.2f} GiB at the peak, workspace {workspace:.2f}")
-    if on_gpu:
-        print("\n".join(["", *verdicts(full, growth)]))
+            with tuned(device, CHUNK_ELEMENTS=options.chunk_elements):
+                if options.profile:
+                    case = make_case(*SHAPES[shape], first, device)
+                    show(f"\n{shape}, {first} tokens\n{profiled(partial(step, one_sweep, case), device)}")
+                    continue
+                bench(shape, first, options, device, found)
+                for tokens in more if on_gpu else []:
+                    case = make_case(*SHAPES[shape], tokens, device)
+                    peak, workspace = extra_memory(partial(step, one_sweep), case)
+                    growth = workspace - found.get(OURS, Figures()).workspace
+                    show(f"{OURS} at T={tokens}: {peak:.2f} GiB at the peak, workspace {workspace:.2f}")
+        except Exception as error:
+            note, bad = failure(error)
+            failed |= bad
+            show(f"| {shape} | {note} |")
+        failed |= any(figures.failed for figures in found.values())
+        if on_gpu and not (options.sweep or options.profile):
+            show("\n".join(["", *verdicts(shape, found, growth)]))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

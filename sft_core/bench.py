@@ -8,20 +8,26 @@ Random weights in the shapes of Qwen2.5, random tokens in documents of random le
 number of tokens exactly, one micro-batch a step, every token scored. `--peer` trains the same shape on the same
 documents with TRL and Liger (`sft_core/bench_trl.py`). `--shape tiny` is for the CPU.
 
+A line is shown when it is measured. What fails is a note in its line, and the exit code is then 1; out of memory or not
+installed is a note alone. On several ranks a failure ends the run: they would not meet again.
+
 Left out on purpose: reading and tokenising data, logging, checkpoints; several micro-batches a step.
 """
 
 import argparse
 import gc
-import importlib.metadata
-import importlib.util
+import importlib
+import itertools
 import os
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from kernels.bench import failure, machine, show
 from sft_core import guards
 from sft_core.config import ModelConfig, SFTConfig, require
 from sft_core.flops import PEAK_FLOPS, peak_flops, training_flops
@@ -102,27 +108,38 @@ def this_trainer(info: Qwen2Config, tokens: int, config: SFTConfig, steps: int, 
     return taken[WARM_UP:]
 
 
-def with_fresh_memory(make: Any, *arguments: Any) -> Any:
-    """make(*arguments), the last the device, with nothing left there from before; None where it is out of memory."""
+def trl_and_liger(*arguments: Any) -> list[float]:
+    """Loaded when its turn comes: where it cannot be, this trainer has been measured."""
+    importlib.import_module("liger_kernel")
+    from sft_core.bench_trl import trl
+
+    return trl(*arguments)
+
+
+def with_fresh_memory(make: Any, *arguments: Any) -> tuple[Any, str, bool]:
+    """make(*arguments), the last the device, with nothing left there from before; or why there is nothing, and whether
+    that makes the exit code 1."""
     device = arguments[-1]
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        return make(*arguments)
-    except torch.cuda.OutOfMemoryError:
-        return None
+        return make(*arguments), "", False
+    except Exception as error:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise
+        return None, *failure(error)
 
 
 def measure(make: Any, name: str, info: Qwen2Config, tokens: int, config: SFTConfig, steps: int,
-            device: torch.device, world_size: int) -> str:  # fmt: skip
-    """A line of the table: one trainer at one shape."""
-    taken = with_fresh_memory(make, info, tokens, config, steps, device)
-    if taken is None:
-        return f"| {name} | {tokens} | out of memory | | | | |"
-    flops = training_flops(info, [len(ids) for ids in documents(tokens, 1, 0)])
-    return line(name, tokens, sum(taken) / steps, flops, peak_flops(device), guards.peak_memory_gib(device), world_size)
+            device: torch.device, world_size: int) -> tuple[str, bool]:  # fmt: skip
+    """A line of the table: one trainer at one shape; and whether it failed."""
+    taken, note, failed = with_fresh_memory(make, info, tokens, config, steps, device)
+    if note:
+        return f"| {name} | {tokens} | {note} | | | | |", failed
+    flops, gib = training_flops(info, [len(ids) for ids in documents(tokens, 1, 0)]), guards.peak_memory_gib(device)
+    return line(name, tokens, sum(taken) / steps, flops, peak_flops(device), gib, world_size), False
 
 
 def predict(info: Qwen2Config, tokens: int, config: SFTConfig, world_size: int) -> str:
@@ -151,37 +168,33 @@ def main(argv: list[str] | None = None) -> None:
     with guards.usage_errors():
         require(options.steps >= 1 and min(options.tokens) >= 64, "--steps must be at least 1, --tokens at least 64.")
         rank, world_size, _, device = guards.init_distributed()
-    missing = [name for name in ("trl", "liger_kernel") if importlib.util.find_spec(name) is None]
-    cases = [(shape, tokens) for shape in options.shape for tokens in options.tokens]
-    table: dict[tuple[str, int], list[str]] = {case: [] for case in cases}
-    trainers = [("this trainer", this_trainer)]
-    if options.peer and world_size == 1 and not missing:
-        from sft_core.bench_trl import trl
-
-        trainers.append(("TRL and Liger", trl))
-    for name, make in trainers:
-        for shape, tokens in cases:
-            info, names = shape_config(shape), ("gradient_checkpointing", "torch_compile")
-            more = {name: getattr(options, name) for name in names}
-            config = SFTConfig("none", max_tokens_per_micro_batch=tokens, **more)
-            rows = table[shape, tokens]
-            rows.append(measure(make, f"{shape} {name}", info, tokens, config, options.steps, device, world_size))
-            if make is this_trainer:
-                rows.append(predict(info, tokens, config, world_size))
+    names = ("gradient_checkpointing", "torch_compile")
+    more, failed = {name: getattr(options, name) for name in names}, False
+    trainers: dict[str, Callable] = {"this trainer": this_trainer}
+    if options.peer and world_size == 1:
+        trainers["TRL and Liger"] = trl_and_liger
+    if rank == 0:
+        where = machine("torch", "transformers", "trl", "liger-kernel")
+        show(f"{world_size} x {where}; mean of {options.steps} steps, gradient checkpointing "
+             f"{'on' if options.gradient_checkpointing else 'off'}, blocks "
+             f"{'compiled' if options.torch_compile else 'eager'}. {TIMED}")  # fmt: skip
+        if options.peer and world_size > 1:
+            show("No TRL: it gets one GPU only.")
+        show("\n| trainer | tokens a GPU | s a step | tokens/s in all | TFLOP/s a GPU | MFU | peak GiB |")
+        show("|---|---|---|---|---|---|---|")
+    for name, make in trainers.items():
+        for shape, tokens in itertools.product(options.shape, options.tokens):
+            info, config = shape_config(shape), SFTConfig("none", max_tokens_per_micro_batch=tokens, **more)
+            text, bad = measure(make, f"{shape} {name}", info, tokens, config, options.steps, device, world_size)
+            failed |= bad
+            if rank == 0:
+                show(text)
+                if make is this_trainer:
+                    show(predict(info, tokens, config, world_size))
         guards.shutdown()  # TRL, alone on its GPU, shall not find a process group and wrap its model in DDP
         for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(variable, None)
-    if rank == 0:
-        packages = ["torch", "transformers", *(["trl", "liger-kernel"] if len(trainers) == 2 else [])]
-        card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-        print(f"{world_size} x {card}, {versions}; mean of {options.steps} steps, gradient checkpointing "
-              f"{'on' if options.gradient_checkpointing else 'off'}, blocks "
-              f"{'compiled' if options.torch_compile else 'eager'}. {TIMED}")  # fmt: skip
-        if options.peer and len(trainers) == 1:
-            print(f"No TRL: {' and '.join(missing)} not installed." if missing else "No TRL: it gets one GPU only.")
-        print("\n| trainer | tokens a GPU | s a step | tokens/s in all | TFLOP/s a GPU | MFU | peak GiB |")
-        print("\n".join(["|---|---|---|---|---|---|---|", *(text for rows in table.values() for text in rows)]))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

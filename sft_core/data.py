@@ -1,19 +1,23 @@
 """Rows from the Hub or local files, whole or streamed, and an order of them that can be resumed.
 
 What is made of a row: `sft_core/supervised.py`, `grpo_core/rollout.py`. Left out on purpose: formats other than these.
+`datasets` is imported by what reads rows: the update and its benches do without it.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
 
 from sft_core.config import ScriptArguments
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 FILES = (".json", ".jsonl", ".parquet")
 logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it cannot read is said below, better
@@ -48,6 +52,8 @@ def load_splits(
 
 def _mix(mixture: dict[str, Any], test: bool) -> tuple[Dataset, Dataset | None]:
     """open-r1's mixture: a share of each set's shuffled rows, put together and shuffled, and a test split of them."""
+    from datasets import concatenate_datasets
+
     if not mixture.get("datasets") or set(mixture) - {"datasets", "seed", "test_split_size"}:
         raise ValueError(f"dataset_mixture takes a list `datasets`, `seed` and `test_split_size`; got {mixture}.")
     seed = mixture.get("seed", 0)
@@ -89,6 +95,8 @@ def load_rows(name: str, config: str | None = None, split: str = "train", option
     Raises:
         ValueError: nothing is there, or no such split; the message says what there is.
     """
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
     path = Path(name).expanduser()
     if path.suffix in FILES:
         data = _read_file(name, option=option)
@@ -118,6 +126,9 @@ def load_rows(name: str, config: str | None = None, split: str = "train", option
 
 def _read_file(name: str, streaming: bool = False, option: str = "--dataset_name and --dataset_test_split") -> Any:
     """The rows of a data file; where it cannot be read, ValueError says which line is damaged."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
     path = Path(name).expanduser()
     if not path.is_file():
         raise ValueError(f"there is no data file at {name}: check {option}.")
@@ -147,6 +158,9 @@ def damaged_line(path: Path) -> str | None:
 
 def stream_rows(name: str, config: str | None = None, split: str = "train") -> IterableDataset:
     """The rows of `split`, read as they are needed, in the order of the files; see `load_rows`."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
     path = Path(name).expanduser()
     if path.suffix in FILES:
         rows = _read_file(name, streaming=True)
@@ -180,6 +194,8 @@ def first_row(rows: Dataset | IterableDataset) -> dict[str, Any]:
 
 def fingerprint(rows: Dataset | IterableDataset) -> str:
     """Identity of a data set: its columns, its size and up to 1,000 rows spread over it (streamed: its first 100)."""
+    from datasets import IterableDataset
+
     if isinstance(rows, IterableDataset):
         text = json.dumps(list(rows.take(100)), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

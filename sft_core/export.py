@@ -60,9 +60,11 @@ def weight_names(policy: Any) -> list[str]:
 
 
 def reshard(policy: nn.Module) -> None:
-    """After a pass without a backward FSDP keeps the root's parameters gathered, in the compute dtype."""
-    if isinstance(policy, FSDPModule):
-        policy.reshard()
+    """Free what FSDP keeps gathered, in the compute dtype, after a pass without a backward: the root's parameters, on
+    one rank all."""
+    for module in policy.modules() if isinstance(policy, FSDPModule) else ():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 import logging
 from typing import Any
 
-import datasets
 import transformers
 
 from sft_core.config import TrainingConfig
@@ -22,6 +21,8 @@ def start_logging() -> None:
 
 def set_log_level(config: TrainingConfig) -> None:
     """`log_level` for this program, datasets and transformers; `passive` leaves them as they are."""
+    import datasets  # not needed where no rows are read
+
     if config.log_level == "passive":
         return
     level = getattr(logging, config.log_level.upper())

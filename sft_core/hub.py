@@ -23,8 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-import pyarrow.parquet as pq
-from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -135,6 +133,9 @@ def push_dataset(file: Path, repo: str | None, private: bool, config_name: str =
     """The file as the data set `repo` on the Hub; a failure ends the process with 1, and the file stays."""
     if not repo:
         return
+    import pyarrow.parquet as pq  # not needed where no rows are read
+    from datasets import Dataset
+
     if pq.read_metadata(file).num_rows == 0:
         return print(f"{file} has no rows and was not pushed.", file=sys.stderr)
     try:

@@ -71,10 +71,14 @@ class Policy(nn.Module):
         return linear_loss(scored, head.weight, batch.targets, token_loss, temperature=temperature, active=active)
 
     @torch.no_grad()
-    def score(self, prompt: list[int], completion: list[int], temperature: float, device: torch.device) -> Tensor:
-        """Log-probs [L] of one completion's tokens after its prompt. A collective, like every pass."""
-        mask = [False] * len(prompt) + [True] * len(completion)
-        return self(pack_sequences([prompt + completion], [mask], device), temperature)[0]
+    def score(
+        self, prompt: list[int], completions: list[list[int]], temperature: float, device: torch.device
+    ) -> Tensor:
+        """Log-probs [N] of the tokens of all `completions`, one after the other, each after the prompt. A collective,
+        like every pass."""
+        sequences = [prompt + completion for completion in completions]
+        masks = [[False] * len(prompt) + [True] * len(completion) for completion in completions]
+        return self(pack_sequences(sequences, masks, device), temperature)[0]
 
 
 def check_positions(config: PretrainedConfig, tokens: int, what: str, remedy: str) -> None:

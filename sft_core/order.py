@@ -13,6 +13,8 @@ never depends on the number of ranks.
 Left out on purpose: curricula, resampling.
 """
 
+from __future__ import annotations
+
 import copy
 import hashlib
 from collections.abc import Callable, Iterator
@@ -20,17 +22,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from datasets import IterableDataset
-from datasets.exceptions import DatasetGenerationError
 
 from sft_core.data import damaged_line, row_order
 from sft_core.packing import pack
 from sft_core.supervised import CUT, Example, Examples
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 WINDOW = 4096  # rows
 WINDOW_BYTES = 64 << 20  # of a streamed window's rows as they are read
@@ -220,6 +223,8 @@ class Streamed:
 
     def _read(self, ranks: int) -> list[tuple[list[tuple[int, dict]] | str, int, dict[str, Any]]]:
         """On the first rank: for each rank its share of a window, the window's rows, and where the next one begins."""
+        from datasets.exceptions import DatasetGenerationError  # not needed where no rows are read
+
         window: list[tuple[int, dict]] = []
         size, number = 0, self._next["rows"]
         try:

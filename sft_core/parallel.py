@@ -53,13 +53,15 @@ def shard(
     compile_backend          compile each block by torch.compile with this backend
 
     Embedding, final norm and head stay in the root unit: it is gathered once a pass, the fused head runs inside the
-    root's forward, and tied embeddings remain one parameter.
+    root's forward, and tied embeddings remain one parameter. On one rank blocks stay gathered from the forward to the
+    backward pass: to gather is to copy there, and nothing is saved by doing it twice.
     """
     compute = torch.bfloat16 if bf16 else torch.float32
     options = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(torch.cuda.is_available()) if cpu_offload else OffloadPolicy(),
+        "reshard_after_forward": False if mesh.size() == 1 and not cpu_offload else None,  # None: all but the root
         "ignored_params": {p for p in policy.parameters() if not p.is_floating_point()},
     }
     blocks = policy.blocks
@@ -79,7 +81,7 @@ def shard(
     _cast(policy, compute)
     fully_shard(policy, **options)
     for module in policy.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and mesh.size() > 1:
             _sum_gradients(module)
     return policy
 

@@ -148,23 +148,25 @@ def memory(plan: Plan, device_bytes: float = 0.0) -> dict[str, float]:
         cache = share if plan.engine_share > 0 else plan.engine_kv_bytes
         engine = {"engine weights": weights, "engine KV cache": cache}
     parts |= {} if plan.engine_sleeps else engine
-    # The root unit (embedding and head) stays gathered during a pass; two blocks are while the next is prefetched.
+    # The root unit (embedding and head) stays gathered during a pass; two blocks are while the next is prefetched, and
+    # on one GPU all of them from the forward to the backward pass, unless they are offloaded.
     # Gradients are whole in the compute dtype, and in float32 while they are reduced, a block's beside the next one's.
     root = s.vocab * s.hidden * (1 if s.tied else 2)
     block = (plan.parameters - root) / s.layers
     block = 0 if quantised(plan) else block
+    kept_blocks = s.layers if plan.gpus == 1 and not plan.config.cpu_offload else 0
     boundaries = min(plan.checkpointed, 2) if plan.config.activation_offloading else plan.checkpointed
     kept = plan.tokens * (boundaries * item * s.hidden + (s.layers - plan.checkpointed) * saved(plan))
     recomputed = plan.tokens * saved(plan) * (plan.checkpointed > 0)
     moments: list[dict[str, float]] = [
         {  # the head's backward
             "activations": kept + plan.tokens * tail_per_token(s, item),
-            "gathered units": item * root,
+            "gathered units": item * (root + kept_blocks * block),
             "logits workspace": head_workspace(s, plan.tokens, item, plan.device, whole),
         },
         {  # the last block's backward, with three gradients as wide as the MLP and a norm's three in float32
             "activations": kept,
-            "gathered units": item * (root + 2 * block),
+            "gathered units": item * (root + max(2, kept_blocks) * block),
             "block workspace": recomputed + plan.tokens * (3 * item * s.ffn + 12 * s.hidden),
             "gradients in flight": whole * ((item + 8) * block + item * s.vocab * s.hidden),
         },

@@ -3,15 +3,16 @@
 `join` is common to both; `prepare` makes a supervised run of it (`grpo_core/setup.py` makes a GRPO run).
 """
 
+from __future__ import annotations
+
 import copy
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from sft_core import guards
@@ -47,6 +48,9 @@ from sft_core.supervised import (
     supervised_examples,
     what_is_trained,
 )
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,8 @@ def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, s
     Raises:
         ValueError: the data is not as its form says (streamed: its first rows), or a row is too long for the model.
     """
+    from datasets import IterableDataset
+
     bin_size = config.max_length if config.packing else None
     if isinstance(base.rows, IterableDataset):
         own = copy.deepcopy(base.tokenizer)  # it is used by a thread

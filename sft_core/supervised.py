@@ -6,6 +6,8 @@ generation markers, or found by comparing renderings turn by turn, row by row; a
 Left out on purpose: images, weights per message.
 """
 
+from __future__ import annotations
+
 import datetime
 import hashlib
 import json
@@ -16,16 +18,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 import sft_core.chat
 from sft_core.chat import adds_bos, has_markers, has_prompt, render
 from sft_core.config import SFTConfig
 from sft_core.guards import on_first_rank
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Example = tuple[list[int], list[bool]]  # token ids and loss mask, of one length
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import environment
 from tests.tiny import write_tiny_model
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,6 +47,6 @@ def smollm2(shared: Path) -> Path:
         tools = folder.with_name("tools")
         install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tools, "gguf", "accelerate"]
         subprocess.run(install, check=True)
-        environment = os.environ | {"PYTHONPATH": str(tools)}
-        subprocess.run([sys.executable, shared / "models" / "get_smollm2.py", folder], check=True, env=environment)
+        convert = [sys.executable, shared / "models" / "get_smollm2.py", folder]
+        subprocess.run(convert, check=True, env=environment(tools))
     return folder

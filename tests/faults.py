@@ -12,6 +12,8 @@ import sft_core.model
 import sft_core.order
 import sft_core.packing
 import sft_core.train
+from gen.engine import Loaded
+from gen.sync import checksums
 from gen.torch_engine import TorchEngine
 
 
@@ -23,7 +25,7 @@ def wake_with_the_old_weights():
         if not slept:
             return load(self, weights, version)
         self.version = version
-        return {}
+        return Loaded((), {})
 
     TorchEngine.load_weights, TorchEngine.sleep = load_weights, lambda self: slept.append(setattr(self, "version", -1))
 
@@ -33,7 +35,7 @@ def skip_sync():
 
     def load_weights(self, weights, version):
         self.version = version
-        return {}
+        return Loaded((), {})
 
     TorchEngine.load_weights = load_weights
 
@@ -41,6 +43,35 @@ def skip_sync():
 def drop_a_tensor():
     load = TorchEngine.load_weights
     TorchEngine.load_weights = lambda self, weights, version: load(self, list(weights)[:-1], version)
+
+
+def untie(engine):
+    engine.model.lm_head.weight = torch.nn.Parameter(engine.model.lm_head.weight.detach().clone(), requires_grad=False)
+
+
+def write_nothing_to_the_head():
+    """An engine whose head is not tied to the embedding, as the policy's is."""
+    load = TorchEngine.load_weights
+
+    def load_weights(self, weights, version):
+        untie(self)
+        return load(self, weights, version)
+
+    TorchEngine.load_weights = load_weights
+
+
+def with_layers_exchanged(load, engine, weights, version):
+    """What the loader is given is right; that it holds two layers in each other's place only the engine can tell."""
+    loaded = load(engine, weights, version)
+    a, b = engine.model.model.layers[:2]
+    for one, other in zip(a.parameters(), b.parameters(), strict=True):
+        one.data, other.data = other.data, one.data
+    return Loaded(loaded.written, checksums(dict(engine.model.named_parameters())), as_sent=True)
+
+
+def exchange_two_layers():
+    load = TorchEngine.load_weights
+    TorchEngine.load_weights = lambda *arguments: with_layers_exchanged(load, *arguments)
 
 
 def swap_two_tensors():

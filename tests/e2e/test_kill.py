@@ -4,13 +4,13 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.commands import TORCHRUN
 from tests.grpo_core.test_train import TRAIN, options, weights
 from tests.launch import metrics, run, start, wait
 
@@ -115,8 +115,7 @@ def test_ended_launcher_leaves_no_orphan(how, uninterrupted, tiny_model, problem
     """torchrun itself ended: its ranks and their reward workers end with it (saving, if asked), the command resumes."""
     every = 1 if how == signal.SIGKILL else 100
     argv = options(tiny_model, problems, tmp_path / "out", **(SETTINGS | {"save_steps": every}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "-m", TRAIN, *argv]
+    command = [*TORCHRUN, "2", "-m", TRAIN, *argv]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     wait_for_step(tmp_path / "out", 2)

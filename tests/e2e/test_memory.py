@@ -47,7 +47,7 @@ def record(folder):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from grpo_core.rollout import SCHEMA
+    from grpo_core.rollout import schema
 
     generator = torch.Generator().manual_seed(0)
     rows = [
@@ -59,6 +59,6 @@ def record(folder):
         for group in range(4) for i in range(8)
     ]  # fmt: skip
     (folder / "rollouts").mkdir()
-    schema = SCHEMA.with_metadata({"ranks": "1"})
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "rollouts" / "step-000001-rank-00000.parquet")
+    table = pa.Table.from_pylist(rows, schema=schema(ranks=1))
+    pq.write_table(table, folder / "rollouts" / "step-000001-rank-00000.parquet")
     return folder / "rollouts"

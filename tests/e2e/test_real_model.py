@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.commands import TORCHRUN
 from tests.launch import flags, metrics
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.slow
 def test_recipe_on_two_ranks(smollm2, shared, tmp_path):
     out = tmp_path / "out"
     data = shared / "data" / "arith_word_problems.jsonl"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "grpo_core.train"]
+    command = [*TORCHRUN, "2", "-m", "grpo_core.train"]
     command += ["--config", RECIPE, *flags(model_name_or_path=smollm2, dataset_name=data, output_dir=out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,8 +8,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from tests.fake_openai import FakeServer
-
 SHAPE = {
     "vocab_size": 160,
     "hidden_size": 64,
@@ -27,6 +25,8 @@ SHAPE = {
 
 @pytest.fixture
 def server():
+    from tests.fake_openai import FakeServer  # needs aiohttp, which tests on a GPU do without
+
     with FakeServer() as server:
         yield server
 

@@ -1,7 +1,6 @@
 """Real vLLM on the CPU, in processes of their own (tests/gen/vllm_checks.py holds the assertions)."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.commands import ROOT, TORCHRUN, environment
+
 CHECKS = str(Path(__file__).parent / "vllm_checks.py")
 
 on_cpu = pytest.mark.skipif(
@@ -18,18 +18,23 @@ on_cpu = pytest.mark.skipif(
 
 
 def run(*command: str) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(OMP_NUM_THREADS="1"), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "all checks passed" in done.stdout, done.stdout[-2000:] + done.stderr[-6000:]
 
 
 def torchrun(*arguments: str) -> None:
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", CHECKS, *arguments)
+    run(*TORCHRUN, "2", CHECKS, *arguments)
 
 
 @on_cpu
 def test_one_process(tied_llama, untied_qwen):
-    run(CHECKS, "single", tied_llama, untied_qwen)
+    run(sys.executable, CHECKS, "single", tied_llama, untied_qwen)
+
+
+@on_cpu
+@pytest.mark.slow
+def test_float32_logits_of_a_bfloat16_model(smollm2):
+    run(CHECKS, "bfloat16", str(smollm2))
 
 
 @on_cpu
@@ -47,7 +52,7 @@ def test_two_ranks_share_one_engine(tied_llama):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_sleep(tied_llama):
-    run(CHECKS, "sleep", tied_llama)
+    run(sys.executable, CHECKS, "sleep", tied_llama)
 
 
 @on_cpu

@@ -1,6 +1,7 @@
 """What tests/gen/test_vllm_engine.py runs in processes of its own: vLLM changes too much of the process it lives in.
 
 python vllm_checks.py single MODEL_FOLDER ...      one process, an engine on each folder in turn
+python vllm_checks.py bfloat16 MODEL_FOLDER        float32 logits of a bfloat16 model
 python vllm_checks.py sleep MODEL_FOLDER           on a GPU, where vLLM can sleep
 torchrun ... vllm_checks.py ranks TP MODEL_FOLDER  one engine a rank, TP ranks to a copy of the model
 """
@@ -13,8 +14,9 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
+from gen import vllm_internals
 from gen.engine import Engine, kv_cache_bytes, make_engine
-from gen.sync import sync_weights
+from gen.sync import probe, sync_weights
 
 STOP = frozenset(range(20, 28))
 LONG = [(7 * i) % 150 + 4 for i in range(70)]  # more than two blocks of the prefix cache
@@ -94,7 +96,10 @@ def expect_refused_syncs(engine: Engine, model) -> None:
         pairs[a], pairs[b] = pairs[b], pairs[a]
         return load(pairs.items(), version)
 
-    for fault, says in ((lose_one, "did not arrive"), (exchange_two, "differ from what was sent")):
+    for fault, says in (
+        (lose_one, "nothing was written to 1 of"),
+        (exchange_two, "2 parameters of the engine are not what was sent"),
+    ):
         engine.load_weights = fault  # type: ignore[method-assign]
         try:
             sync_weights(engine, model.named_parameters(), names(model), 3)
@@ -103,6 +108,53 @@ def expect_refused_syncs(engine: Engine, model) -> None:
         else:
             raise AssertionError(f"{fault.__name__} went unnoticed")
     engine.load_weights = load  # type: ignore[method-assign]
+
+
+def expect_faults_inside_the_loader(engine: Engine, model) -> None:
+    """What vLLM's loader was given is right: one parameter that it leaves out, and two layers that it exchanges. Of
+    the layers only what cannot be read back on the CPU: there it is the probe that finds them."""
+    [worker] = engine.llm.collective_rpc(lambda worker: worker)  # type: ignore[attr-defined]
+    vllm_model = worker.get_model()
+    load = type(vllm_model).load_weights
+    left_out, (a, b) = "model.layers.1.mlp.down_proj.weight", (f"model.layers.{i}." for i in (0, 1))
+
+    def leave_out(pairs):
+        return load(vllm_model, [pair for pair in pairs if pair[0] != left_out])
+
+    def exchange(pairs):
+        other = {a: b, b: a}
+        pairs = [(name, name[: len(a)], tensor) for name, tensor in pairs]
+        linear = ("mlp", "attn")
+        return load(vllm_model, [
+            (name.replace(layer, other[layer]) if layer in other and any(part in name for part in linear) else name, t)
+            for name, layer, t in pairs
+        ])  # fmt: skip
+
+    def policy_logps(prompt, completions):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + c for c in completions])).logits[:, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1).gather(2, torch.tensor(completions)[:, :, None]).flatten()
+
+    tries = ((5, leave_out, left_out), (6, exchange, "does not sample from the policy"), (7, None, ""))
+    for version, fault, says in tries:
+        if fault is not None:
+            vllm_model.load_weights = fault
+        try:
+            sync_weights(engine, model.named_parameters(), names(model), version)
+            probe(engine, policy_logps, PROMPTS[0], temperature=1.0, max_tokens=8, seed=1, tolerance=0.01)
+        except RuntimeError as error:
+            assert says and says in str(error), error
+        else:
+            assert not says, f"{fault} went unnoticed"
+
+
+def expect_another_vllm_refused() -> None:
+    """In one sentence that names what is missing."""
+    for gone in ("vllm.gone:it", "vllm.inputs:gone", "vllm:LLM.gone"):
+        with patch.object(vllm_internals, "NEEDED", [gone]):
+            expect_value_error(f"lacks {gone}: install another version", lambda: vllm_internals.check(()))
+    expect_value_error("EngineArgs.gone", lambda: vllm_internals.check(["seed", "gone"]))
+    vllm_internals.check(["seed"])
 
 
 def check_single(folder: str) -> None:
@@ -157,6 +209,8 @@ def check_single(folder: str) -> None:
     expect_asleep(engine)
     sync_weights(engine, model.named_parameters(), names(model), 4)
     assert worst_difference(model, sample(engine)) < 1e-3
+    expect_faults_inside_the_loader(engine, model)
+    expect_another_vllm_refused()
     engine.close()
 
 
@@ -195,6 +249,29 @@ def check_crowded(folder: str) -> None:
     except ZeroDivisionError:
         assert core.batch_queue, "nothing was in flight"
     assert sample(engine, **options) == groups
+    engine.close()
+
+
+def check_bfloat16(folder: str) -> None:
+    """The head's logits are float32, as the trainer's are: half of what else would differ."""
+    body = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    engine = make_engine("vllm", folder, dtype="bfloat16", max_model_len=128, max_batch=64)
+
+    def mean_difference(dtype: torch.dtype) -> float:
+        head = body.lm_head.weight.detach().to(dtype)
+        differences = []
+        for prompt, group in zip(PROMPTS, sample(engine, temperature=1.0), strict=True):
+            for completion in group:
+                with torch.no_grad():
+                    hidden = body.model(torch.tensor([prompt + completion.token_ids])).last_hidden_state[0]
+                    logits = torch.nn.functional.linear(hidden[len(prompt) - 1 : -1].to(dtype), head).float()
+                tokens = torch.arange(len(completion.token_ids)), completion.token_ids
+                differences.append((logits.log_softmax(-1)[tokens] - torch.tensor(completion.logps)).abs())
+        return torch.cat(differences).mean().item()
+
+    rounded, exact = mean_difference(torch.bfloat16), mean_difference(torch.float32)
+    print(f"mean difference to a bfloat16 head {rounded:.4f}, to a float32 head {exact:.4f}")
+    assert exact < rounded and engine.llm.llm_engine.model_config.head_dtype == torch.float32
     engine.close()
 
 
@@ -243,8 +320,8 @@ if __name__ == "__main__":
         for path in sys.argv[2:]:
             check_single(path)
         check_crowded(sys.argv[2])
-    elif sys.argv[1] == "sleep":
-        check_sleep(sys.argv[2])
+    elif sys.argv[1] in ("bfloat16", "sleep"):
+        {"bfloat16": check_bfloat16, "sleep": check_sleep}[sys.argv[1]](sys.argv[2])
     else:
         check_ranks(int(sys.argv[2]), sys.argv[3])
     print("all checks passed")

@@ -23,7 +23,7 @@ def test_rollouts_fill_the_tokens_and_every_group_has_spread():
 
 
 def test_the_aims():
-    rates = {("1.5b", False): (510.0, 450.0), ("1.5b", True): (math.nan, math.nan), ("tiny", False): (1.0, 1.0)}
-    shown = [line.split(" | ") for line in verdicts(rates)]
+    lines = verdicts("1.5b", False, (510.0, 450.0)) + verdicts("1.5b", True, (math.nan, math.nan))
+    shown = [line.split(" | ") for line in lines]
     assert [cells[0] for cells in shown] == ["| met", "| missed", "| not measured"]
-    assert shown[1][2:] == ["450", ">= 460 |"]
+    assert shown[1][2:] == ["450", ">= 460 |"] and verdicts("tiny", False, (1.0, 1.0)) == []

@@ -71,8 +71,13 @@ def test_an_engine_that_sleeps_wakes_with_fresh_weights(tiny_model, problems, tm
     ("fault", "message"),
     [
         (faults.skip_sync, "tensors did not arrive"),
-        (faults.drop_a_tensor, "were not sent, the first is 'model.norm.weight'"),
-        (faults.swap_two_tensors, "differ from what was sent"),
+        (faults.drop_a_tensor, "nothing was written to 1 of the engine's parameters, the first is 'model.norm.weight'"),
+        (
+            faults.write_nothing_to_the_head,
+            "nothing was written to 1 of the engine's parameters, the first is 'lm_head",
+        ),
+        (faults.exchange_two_layers, "parameters of the engine are not what was sent"),
+        (faults.swap_two_tensors, "2 parameters of the engine are not what was sent"),
         (faults.wrong_temperature, "more than 0.001"),
         (faults.targets_off_by_one, "more than 0.001"),
         (faults.mask_the_stop_token, "tokens were sampled, "),

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from kernels import reference
 from kernels.linear_logprob import linear_logprob
-
-ROOT = Path(__file__).parents[2]
+from tests.commands import ROOT, environment
 
 
 def inputs(rows=13, dim=8, vocab=37, dtype=torch.float64, scale=1.0, seed=0):
@@ -167,7 +164,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def test_memory_does_not_grow_with_rows_times_vocabulary():
     """The logits alone would take 1.2 GB, their softmax and gradient twice that again."""
     command = [sys.executable, "-c", MEMORY]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = environment(OMP_NUM_THREADS="1")
     result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
     grown = int(result.stdout) / 1024  # MiB
     assert grown < 400

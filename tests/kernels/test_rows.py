@@ -53,7 +53,8 @@ def upstream(count, entropies):
 def test_triton_in_the_interpreter():
     """In a process of its own: Triton reads TRITON_INTERPRET when it is imported, which others here have done."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", str(Path(__file__).with_name("triton_checks.py"))]
+    checks = str(Path(__file__).with_name("triton_checks.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", checks]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 

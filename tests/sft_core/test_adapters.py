@@ -47,7 +47,7 @@ def written(model: str, kind: str, folder: str, bf16: bool = False) -> dict:
 
     from sft_core import guards
     from sft_core.adapters import without_adapters
-    from sft_core.export import export_model, full_weights, weight_names
+    from sft_core.export import export_model, full_weights, reshard, weight_names
     from sft_core.model import load_policy
     from sft_core.packing import pack_sequences
     from sft_core.parallel import make_mesh, shard
@@ -59,7 +59,7 @@ def written(model: str, kind: str, folder: str, bf16: bool = False) -> dict:
     batch = pack_sequences([ids], [[True] * len(ids)], device)
     policy = shard(policy, make_mesh(device), bf16=bf16, gradient_checkpointing=True)
     found = {"start": policy(batch)[0].detach(), "base": without_adapters(policy)(batch)[0].detach()}
-    policy.reshard()
+    reshard(policy)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -68,7 +68,7 @@ def written(model: str, kind: str, folder: str, bf16: bool = False) -> dict:
                 parameter.add_(torch.distributed.tensor.distribute_tensor(noise, parameter.device_mesh))
     (-policy(batch)[0].sum()).backward()
     found["policy"], found["without"] = policy(batch)[0].detach(), without_adapters(policy)(batch)[0].detach()
-    policy.reshard()
+    reshard(policy)
     grads = {name: p.grad.full_tensor() for name, p in policy.named_parameters() if p.requires_grad}
     found["grads"] = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in grads.items()}
     tokenizer = AutoTokenizer.from_pretrained(model)

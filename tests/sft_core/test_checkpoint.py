@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from sft_core.checkpoint import checkpoints, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
 from sft_core.guards import init_distributed, shutdown
+from tests.commands import TORCHRUN, environment
 from tests.processes import run_ranks, start
 
 IDENTITY = {"algorithm": "grpo", "model": "tiny", "seed": 1}
@@ -110,9 +111,7 @@ def load_tiny(folder, tied):
 
 
 def test_resharding_from_two_ranks_of_torchrun_to_one(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*torchrun, __file__, str(tmp_path)], env=environment, check=True, timeout=300)
+    subprocess.run([*TORCHRUN, "2", __file__, str(tmp_path)], env=environment(), check=True, timeout=300)
     saved, drawn = torch.load(tmp_path / "expected-0.pt", weights_only=False)
     (name, progress, loaded, redrawn), *_ = run_ranks(1, load_tiny, tmp_path, True)
     assert name == "checkpoint-7" and progress == {"cursor": [7, 0.1], "loss": 1 / 3}

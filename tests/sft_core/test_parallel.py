@@ -92,3 +92,56 @@ def test_offloading_moves_the_inputs_of_blocks_and_no_weight(tiny_model, compile
     [moved] = run_ranks(1, offloaded, tiny_model, compile_backend)
     inputs = [size for size in moved if size > 1]
     assert inputs == [64 * sum(map(len, SEQUENCES))] * 2, moved  # two blocks
+
+
+def gathered(model: str, flags: dict) -> tuple[list[bool], float]:
+    """Whether a block is whole: after a pass without gradients, after `reshard`, in front of a backward and after it.
+    And how far the scores after an optimizer step are from those of a fresh policy with the same weights."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    from sft_core import guards
+    from sft_core.config import ModelConfig, TrainingConfig
+    from sft_core.export import full_weights, reshard
+    from sft_core.model import load_policy
+    from sft_core.optim import make_optimizer
+    from sft_core.packing import pack_sequences
+    from sft_core.parallel import make_mesh, shard
+
+    device = guards.init_distributed(60)[3]
+    policy = shard(load_policy(ModelConfig(model)), make_mesh(device), bf16=False, **flags)
+    optimizer = make_optimizer(policy, TrainingConfig(output_dir="unused", learning_rate=1e-2))
+    found = []
+
+    def look() -> None:
+        found.append(not isinstance(next(policy.blocks[0].parameters()), DTensor))
+
+    def score(scored) -> torch.Tensor:
+        return scored.score(SEQUENCES[0][:20], [SEQUENCES[0][20:], SEQUENCES[1]], 1.0, device)
+
+    before = score(policy)
+    look()
+    reshard(policy)
+    look()
+    score(policy)
+    pack = pack_sequences(SEQUENCES, [[True] * len(sequence) for sequence in SEQUENCES], device)
+    loss = -policy(pack)[0].sum()
+    look()
+    loss.backward()
+    look()
+    optimizer.step()
+    fresh = load_policy(ModelConfig(model))
+    after, weights = score(policy), dict(full_weights(policy))
+    fresh.model.load_state_dict(weights, strict=False)
+    assert (after - before).abs().max() > 0.1
+    guards.shutdown()
+    return found, (after - score(fresh)).abs().max().item()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "expected"),
+    [(1, {}, [True, False, True, False]), (1, {"cpu_offload": True}, [False] * 4), (2, {}, [False] * 4)],
+)
+def test_blocks_stay_gathered_for_the_backward_on_one_rank_alone(tiny_model, ranks, flags, expected):
+    for found, difference in run_ranks(ranks, gathered, tiny_model, flags):
+        assert found == expected and difference < 1e-5
