@@ -59,11 +59,13 @@ def gold_text(gold: Any) -> str:
     >>> gold_text(1e-05), gold_text(2.0), gold_text(21), gold_text("1e-05"), gold_text(None)
     ('0.00001', '2', '21', '1e-05', '')
     """
+    if gold is None or gold != gold:  # NaN is how pandas writes that there is none
+        return ""
     if isinstance(gold, float):
         return format(Decimal(str(gold)).normalize(), "f")
-    if type(gold) not in (int, str, type(None)):
+    if type(gold) not in (int, str):
         raise ValueError(f"a gold answer must be text or a number, not {gold!r:.80}: change the column.")
-    return "" if gold is None else str(gold)
+    return str(gold)
 
 
 def accuracy_reward(completions: list, solution: list, **kwargs: Any) -> list[float | None]:
