@@ -16,6 +16,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import deque
@@ -57,6 +58,7 @@ class _Worker:
     items: deque[int] = field(default_factory=deque)  # of the job, not yet answered, in the order the worker takes them
     last: float = float("inf")  # time.monotonic(), when the item at hand is given up whatever the machine's load
     used: float = 0.0  # seconds of processor time when the worker began this item
+    prints: bool = False  # what it prints is kept
 
 
 class WorkerPool:
@@ -65,18 +67,22 @@ class WorkerPool:
     timeout: seconds an item may take, from the moment a ready worker starts on it; imports are not charged. A worker
         that computes on a crowded machine may have these seconds of the processor, at most 10 times as many in all.
     memory_limit: bytes of address space a worker may take (RLIMIT_AS); beyond it Python raises MemoryError.
+    prints: keep what one worker prints, for `printed`; all else that is printed is lost.
 
     Workers are started by exec, so a parent that holds CUDA, vLLM or process groups loses nothing; they ignore SIGINT
-    and SIGTERM (the parent decides), print nothing, and die with the thread that started them: create and use the pool
-    in the main thread. Results do not depend on the number of workers.
+    and SIGTERM (the parent decides), and die with the thread that started them: create and use the pool in the main
+    thread. Results do not depend on the number of workers.
     """
 
     START_LIMIT, START_ATTEMPTS = 120.0, 3  # seconds to import, tries per worker: only a machine in trouble needs them
 
-    def __init__(self, num_workers: int, timeout: float = 5.0, memory_limit: int | None = 4 << 30):
+    def __init__(
+        self, num_workers: int, timeout: float = 5.0, memory_limit: int | None = 4 << 30, prints: bool = False
+    ):
         if num_workers < 1 or timeout <= 0:
             raise ValueError(f"a pool needs num_workers >= 1 and timeout > 0, got {num_workers} and {timeout}")
         self.num_workers, self.timeout, self.memory_limit = num_workers, timeout, memory_limit
+        self._output = tempfile.TemporaryFile(buffering=0) if prints else None  # no pipe, which could fill up
         self._workers: list[_Worker] = []
         self._todo: deque[tuple[Job, Sequence[int]]] = deque()
         self._failed_starts = 0
@@ -116,6 +122,16 @@ class WorkerPool:
             assert self._todo or any(worker.items for worker in self._workers), "this job was given up"
             self._turn(1e6)
         return job.results
+
+    def printed(self, limit: int = 20) -> list[str]:
+        """What one worker has printed since the last call, its first `limit` lines."""
+        if self._output is None:
+            return []
+        self._output.seek(0)
+        lines = self._output.read().decode(errors="replace").splitlines()
+        self._output.seek(0)  # the worker shares the position
+        self._output.truncate()
+        return lines[:limit]
 
     def _turn(self, patience: float) -> None:
         """Hand out work, wait up to `patience` seconds for an answer or a deadline, take what has come in."""
@@ -213,19 +229,21 @@ class WorkerPool:
             # The parent's module path; one hash seed for all, so that results cannot differ.
             path = os.pathsep.join(os.path.abspath(p) for p in [*sys.path, os.path.dirname(os.path.dirname(__file__))])
             env = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+            prints = self._output is not None and not any(worker.prints for worker in self._workers)
             process = subprocess.Popen(
-                [sys.executable, "-P", "-c", "from eval.workers import _serve; _serve()", *arguments],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=env,
+                [sys.executable, "-u", "-P", "-c", "from eval.workers import _serve; _serve()", *arguments],
+                stdin=subprocess.DEVNULL, stdout=self._output if prints else subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()], env=env,
                 start_new_session=True,  # what a check starts is killed with it
             )  # fmt: skip
             theirs.close()
-            self._workers.append(_Worker(process, ours, deadline=time.monotonic() + self.START_LIMIT))
+            self._workers.append(_Worker(process, ours, deadline=time.monotonic() + self.START_LIMIT, prints=prints))
 
     def _send(self, worker: _Worker, function: Callable, chunk: list) -> None:
         try:
             message = pickle.dumps((function, chunk))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ValueError(f"{function!r} and its arguments must pickle: define it in a module ({error})") from error
+            raise ValueError(f"what is sent to a worker must pickle: define it in a module ({error})") from error
         worker.state, worker.deadline = "loading", time.monotonic() + self.START_LIMIT
         try:
             worker.connection.send_bytes(message)

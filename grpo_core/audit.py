@@ -24,9 +24,9 @@ from eval.workers import Unscored, WorkerPool
 from gen.engine import check_engine_available
 from grpo_core.advantage import group_advantages
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
-from grpo_core.rewards import accuracy_reward, get_reward_funcs, reward_name
+from grpo_core.rewards import accuracy_reward, get_reward_funcs, gold_text, reward_name
 from grpo_core.rollout import GOLD_REWARDS, Prompt, Rollout, Scorer, load_prompts, sample
-from grpo_core.scoring import gold_column, start_scoring, unparseable_golds
+from grpo_core.scoring import gold_answers, start_scoring, unparseable_golds
 from grpo_core.setup import Run, start_engine
 from sft_core import guards
 from sft_core.cli import parse
@@ -144,21 +144,21 @@ def audit_data(run: Run, pool: WorkerPool, report: Report) -> tuple[list[Prompt]
         report.advice.append(f"{long / n:.0%} of the prompts are left out: raise max_prompt_length.")
     usable = [i for i, length in enumerate(lengths) if length <= limit]
 
-    names = {name for prompt in run.prompts for name in prompt.columns}
-    golds = gold_column({name: [prompt.columns.get(name) for prompt in run.prompts] for name in names})
+    golds = gold_answers(run.prompts)
     if golds is None:
         tell("gold answers", "no column `solution` or `answer`; no reward here needs one")
         return [run.prompts[i] for i in usable], "42"
     unparseable = set(unparseable_golds(golds, pool))
+    golds = [gold_text(gold) for gold in golds]
     example = "".join(f"; one that cannot: {golds[i][:60]!r}" for i in sorted(unparseable)[:1])
     tell("gold answers", f"{n - len(unparseable)} of {n} can be parsed{example}")
     assert isinstance(run.data, GRPOScriptArguments)
     if needy := sorted(GOLD_REWARDS & set(run.data.reward_funcs)):
         if len(unparseable) == n:
-            report.no_signal.append(f"no gold answer can be parsed, so {', '.join(needy)} pay every completion alike: "
+            report.no_signal.append(f"no gold answer can be parsed, so {', '.join(needy)} pay nothing: "
                                     "check the column `solution` (or `answer`).")  # fmt: skip
         elif unparseable and not run.data.drop_unparseable_golds:
-            report.advice.append(f"{len(unparseable)} of {n} gold answers pay every completion alike: leave "
+            report.advice.append(f"{len(unparseable)} of {n} gold answers cannot be compared with: leave "
                                  "drop_unparseable_golds at true.")  # fmt: skip
         if run.data.drop_unparseable_golds:
             usable = [i for i in usable if i not in unparseable]
@@ -251,7 +251,7 @@ def audit_rewards(run: Run, prompt: Prompt, answer: str, pool: WorkerPool, repor
             tell(name, f"accepts {answer!r} in {len(accepted)} of {len(NOTATIONS)} notations")
         shown = {p: "-" if v is None else f"{v + 0.0:.3g}" + " !" * (p in exploits) for p, v in values.items()}
         columns.append([name, *shown.values()])
-    report.advice += [f"a probe failed, {count} times: {error}" for error, count in result.errors.items()]
+    report.advice += [f"a probe failed: {cause} ({text})." for cause, text in dict(result.gaps).items() if text]
     print(table(["probe", *probes], columns))
 
 
@@ -274,7 +274,7 @@ def audit_samples(run: Run, usable: list[Prompt], pool: WorkerPool, report: Repo
     scorer = Scorer(chosen, run.reward_funcs, config, run.tokenizer, pool)
     rollouts = sample(engine, chosen, config.num_generations, config, 0, run.stop_ids, scorer.begin)
     engine.close()
-    errors = scorer.finish()
+    failures = scorer.finish()
     lengths, limit = [len(r.completion_ids) for r in rollouts], config.max_completion_length
     cut = mean(r.finish_reason == "length" for r in rollouts)
     tell("sampled", f"{len(rollouts)} completions, {config.num_generations} a prompt")
@@ -285,7 +285,7 @@ def audit_samples(run: Run, usable: list[Prompt], pool: WorkerPool, report: Repo
     advantages = group_advantages([r.reward for r in rollouts], [r.group for r in rollouts], "none").tolist()
     effective = len({r.group for r, advantage in zip(rollouts, advantages, strict=True) if advantage})
     tell("groups with spread", f"{effective} of {len(chosen)} ({effective / len(chosen):.0%}): those with a gradient")
-    reasons = [f"{count} checks failed: {error}." for error, count in errors.items()]
+    reasons = [f"{failure}." for failure in failures]
     for j, name in enumerate(run.reward_names):
         values = [r.rewards[j] for r in rollouts if not math.isnan(r.rewards[j])]
         told = f"{mean(values):.3g} on average, {min(values):.3g} to {max(values):.3g}" if values else "no value at all"

@@ -26,7 +26,8 @@ def evaluate_policy(engine: Engine | None, run: Run, pool: WorkerPool) -> dict[s
         chosen = {group: run.test_prompts[group] for group in groups}
         scorer = Scorer(chosen, run.reward_funcs, run.config, run.tokenizer, pool)
         rollouts += sample(engine, chosen, n, run.config, STEP, run.stop_ids, scorer.begin)
-        scorer.finish()
+        for line in scorer.finish():
+            tqdm.write(f"evaluation: {line}")
     summaries = [summary for part in gather_summaries(rollouts) for summary in part]
     figures = {f"eval_{name}": value for name, value in rollout_metrics(summaries, run.reward_names).items()}
     known = {name: value for name, value in figures.items() if not math.isnan(value)}

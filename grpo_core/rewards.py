@@ -2,9 +2,11 @@
 
 A reward function has the face `f(completions, **columns) -> list[float | None]`. completions[i] is a conversation, its
 text `completions[i][0]["content"]`; the data's columns, `prompts`, `prompt_texts`, `group_ids` and `completion_ids`
-reach it by name, each a list as long as completions; the gold answer is the column `solution`. None means "does not
-apply here". A function that must see a whole group at once carries the attribute `batch = True`; every other is called
-with one completion at a time, so that a check that hangs costs one completion (`grpo_core/scoring.py`).
+reach it by name, each a list as long as completions; the gold answer is the column `solution`. Columns come as they
+are in the data: a number stays a number, None stays None. None as a reward means "does not apply here". A numpy array,
+a tensor or a tuple will do for the list. A function that must see a whole group at once carries the attribute
+`batch = True`; every other is called with one completion at a time, so that a check that hangs costs one completion
+(`grpo_core/scoring.py`). It keeps nothing from call to call, for it is sent to the workers anew with each share.
 `REWARD_FUNCS_REGISTRY` names the functions here; any other is named `module:function`, gets the columns that it names
 (all, if it takes `**kwargs`), and runs in the workers too. All of them pickle and have a `__name__`, which is the name
 that open-r1 logs.
@@ -21,6 +23,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from decimal import Decimal
 from functools import partial
 from typing import Any
 
@@ -47,17 +50,34 @@ def _texts(completions: list, columns: dict[str, Any]) -> list[str]:
     return texts
 
 
+def gold_text(gold: Any) -> str:
+    """A gold answer of the data as text to compare with, a number in digits; "", which does not parse, for None.
+
+    Raises:
+        ValueError: it is neither text nor a number.
+
+    >>> gold_text(1e-05), gold_text(2.0), gold_text(21), gold_text("1e-05"), gold_text(None)
+    ('0.00001', '2', '21', '1e-05', '')
+    """
+    if gold is None or gold != gold:  # NaN is how pandas writes that there is none
+        return ""
+    if isinstance(gold, float):
+        return format(Decimal(str(gold)).normalize(), "f")
+    if type(gold) not in (int, str):
+        raise ValueError(f"a gold answer must be text or a number, not {gold!r:.80}: change the column.")
+    return str(gold)
+
+
 def accuracy_reward(completions: list, solution: list, **kwargs: Any) -> list[float | None]:
     r"""1.0 where the answer equals the gold one, else 0.0; see `eval.verify` for where an answer is looked for.
 
-    A gold that cannot be parsed gives 1.0 to every completion, as in open-r1: no spread, so no gradient from this
-    reward, but leave such rows out of your data (`grpo_core.scoring.unparseable_golds`). Mended: gold and answer are
-    compared in this order, a bare `63` is a gold, the content of `<answer>` is an answer, nothing is printed.
+    A gold that cannot be parsed gives None: leave such rows out of your data (`grpo_core.scoring.unparseable_golds`).
+    Mended: open-r1 pays 1.0 to every completion then; gold and answer are compared in this order, a bare `63` is a
+    gold, the content of `<answer>` is an answer, nothing is printed.
     """
     from eval.verify import check_answer  # loads math-verify, which only rewards that compare answers need
 
-    scores = [check_answer(str(g), c[0]["content"]) for g, c in zip(solution, completions, strict=True)]
-    return [1.0 if score is None else score for score in scores]
+    return [check_answer(gold_text(g), c[0]["content"]) for g, c in zip(solution, completions, strict=True)]
 
 
 def format_reward(completions: list, **kwargs: Any) -> list[float | None]:
@@ -113,12 +133,12 @@ def cosine_scaled_reward(
     rewards: list[float | None] = []
     for i, (completion, gold) in enumerate(zip(completions, solution, strict=True)):
         text = completion[0]["content"]
-        score = check_answer(str(gold), text)
+        score = check_answer(gold_text(gold), text)
         length = len(completion_ids[i]) if tokens and completion_ids is not None else len(text)
         cosine = math.cos(math.pi * min(1.0, length / max_len))
         # (of no length, of max_len): a short right answer is worth most, a short wrong one least
         short, long = (max_value_correct, min_value_correct) if score else (min_value_wrong, max_value_wrong)
-        rewards.append(1.0 if score is None else long + 0.5 * (short - long) * (1.0 + cosine))
+        rewards.append(None if score is None else long + 0.5 * (short - long) * (1.0 + cosine))
     return rewards
 
 
@@ -135,7 +155,7 @@ def get_cosine_scaled_reward(
 
     A right answer falls from max_value_correct (no length) to min_value_correct (max_len and beyond), a wrong one goes
     from min_value_wrong to max_value_wrong. Lengths are characters, or with `tokens` those of `completion_ids`. A gold
-    that cannot be parsed gives 1.0. ValueError if max_len < 1. Mended: open-r1's wraps beyond max_len, so that a right
+    that cannot be parsed gives None. ValueError if max_len < 1. Mended: open-r1's wraps beyond max_len, so that a right
     answer of twice that length is worth most again; it compares answer and gold in the wrong order; and its script's
     defaults for wrong answers (0, -0.5) contradict its documentation: they are the ones above in ours.
     """
@@ -180,8 +200,8 @@ def len_reward(
     """Shorter than the others of the group is better (Kimi k1.5, arXiv:2501.12599, section 2.3.3).
 
     lambda = 0.5 - (length - shortest) / (longest - shortest), in characters; lambda for a right answer, min(0, lambda)
-    for a wrong one, 0.0 where all are equally long. A gold that cannot be parsed counts as answered. Mended: lengths
-    are compared among the completions of one prompt (equal `group_ids`), not with whatever else is in the batch; all
+    for a wrong one, 0.0 where all are equally long. A gold that cannot be parsed gives None. Mended: lengths are
+    compared among the completions of one prompt (equal `group_ids`), not with whatever else is in the batch; all
     completions are one group where no group_ids are given. A check that fails leaves its whole group unscored.
     """
     groups = defaultdict(list)
@@ -194,7 +214,7 @@ def len_reward(
         of_group = groups[0 if group_ids is None else group_ids[i]]
         spread = max(of_group) - min(of_group)
         value = 0.5 - (length - min(of_group)) / spread if spread else 0.0
-        rewards.append(value if right[i] else min(0.0, value))
+        rewards.append(None if right[i] is None else value if right[i] else min(0.0, value))
     return rewards
 
 
@@ -283,10 +303,11 @@ def _import_function(path: str) -> RewardFunction:
     module, _, attribute = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"cannot import the reward {path!r} (it must be module:function): {error}") from error
-    if not callable(function):
-        raise ValueError(f"the reward {path!r} is a {type(function).__name__}, not a function")
+    except Exception as error:  # of a user's module anything
+        raise ValueError(f"cannot import the reward {path!r} (it must be module:function): {error!r}") from error
+    if isinstance(function, type) or not callable(function):
+        kind = type(function).__name__
+        raise ValueError(f"the reward {path!r} is a {kind}, not a function (of a class, name an instance)")
     return function
 
 

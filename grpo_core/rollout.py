@@ -67,6 +67,7 @@ def load_prompts(
             show in the chat template, a system prompt that does not, or no prompt short enough.
     """
     column = prompt_column(rows, arguments)
+    rows = rows.with_format(None)  # a saved set may have one that turns values into arrays
     needy = [name for name in arguments.reward_funcs if name in GOLD_REWARDS]
     if needy and not {"solution", "answer"} & set(rows.column_names):
         raise ValueError(
@@ -167,7 +168,7 @@ def sample(
 class Scorer:
     """Gives rollouts their rewards, in the pool's worker processes; group by group while others are sampled.
 
-    scorer = Scorer(...); scorer.begin(group); ...; errors = scorer.finish()
+    scorer = Scorer(...); scorer.begin(group); ...; lines = scorer.finish()
     """
 
     def __init__(
@@ -200,17 +201,24 @@ class Scorer:
         )
         self.begun.append((rollouts, result))
 
-    def finish(self) -> dict[str, int]:
-        """Wait for the rewards; returns how many checks failed and left their completions unscored, by cause."""
-        errors: Counter[str] = Counter()
+    def finish(self) -> list[str]:
+        """Wait for the rewards; returns what to say of it: what functions printed, a line for each function and type of
+        error that left completions unscored, and why where no completion has a reward."""
+        gaps: list[tuple[str, str]] = []
         for rollouts, wait in self.begun:
             result = wait()
-            errors.update(result.errors)
+            gaps += result.gaps
             for i, rollout in enumerate(rollouts):
                 rollout.reward = float(result.rewards[i])
                 values = [function_values[i] for function_values in result.per_function.values()]
                 rollout.rewards = [math.nan if value is None else float(value) for value in values]
-        return dict(errors)
+        lines = [f"a reward printed: {line}" for line in self.pool.printed()]
+        counts = Counter(cause for cause, _ in gaps)
+        lines += [f"{counts[c]} completions are unscored: {c}, {text}" for c, text in dict(gaps).items() if text]
+        if gaps and all(math.isnan(rollout.reward) for rollouts, _ in self.begun for rollout in rollouts):
+            causes = [f"{cause} {count} times" for cause, count in counts.items()]
+            lines.append(f"no completion has a reward: {', '.join(causes)}")
+        return lines
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,13 +17,14 @@ from gen.engine import Engine, check_engine_available, kv_cache_bytes, make_engi
 from gen.vllm_engine import cpu_kv_bytes
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.rewards import get_reward_funcs, reward_name
-from grpo_core.rollout import GOLD_REWARDS, Prompt, load_prompts
-from grpo_core.scoring import gold_column, unparseable_golds
+from grpo_core.rollout import GOLD_REWARDS, Prompt, Rollout, Scorer, load_prompts
+from grpo_core.scoring import accepted, gold_answers, unparseable_golds
 from sft_core import guards
 from sft_core.adapters import check_adapters
 from sft_core.architectures import check_architecture
 from sft_core.cli import parse
 from sft_core.config import ModelConfig, require
+from sft_core.data import damaged_line
 from sft_core.flow import start_logging
 from sft_core.model import check_positions, load_model_info, local_copy
 from sft_core.plan import Plan, dry_run, memory_plan
@@ -69,8 +72,9 @@ def prepare(argv: list[str]) -> Run:
         raise ValueError(f"there is no folder of rollouts at {config.rollouts_from}: check --rollouts_from.")
     reward_funcs = get_reward_funcs(data)
     weights = config.reward_weights
-    require(weights is None or len(weights) == len(reward_funcs),
-            f"reward_weights {weights} for reward_funcs {data.reward_funcs}: give one weight each.")  # fmt: skip
+    require(weights is None or len(weights) == len(reward_funcs) and any(weights) and all(map(math.isfinite, weights)),
+            f"reward_weights {weights} for reward_funcs {data.reward_funcs}: give one weight each, finite and not all "
+            "0.")  # fmt: skip
     base = join("grpo", model, data, config)
     world_size, dtype = base.world_size, base.dtype
     tensor_parallel = config.vllm_tensor_parallel_size
@@ -80,6 +84,9 @@ def prepare(argv: list[str]) -> Run:
             f"vllm_tensor_parallel_size {tensor_parallel} does not divide {world_size} ranks.")  # fmt: skip
     check_positions(base.model_info, config.max_prompt_length + config.max_completion_length, "prompt and completion",
                     "lower --max_prompt_length or --max_completion_length")  # fmt: skip
+    guards.on_first_rank(lambda: check_columns(base.rows, data.dataset_name, data, reward_funcs), patient=True)
+    if base.test_rows is not None:
+        check_columns(base.test_rows, data.dataset_test_split, data, reward_funcs)
     prompts, left_out = prompts_to_use(base, base.rows, config)
     test_prompts: list[Prompt] = []
     if base.test_rows is not None:
@@ -88,6 +95,8 @@ def prepare(argv: list[str]) -> Run:
         test_prompts, test_left_out = prompts_to_use(base, base.test_rows, config)
     prompts_per_rollout = config.prompts_a_rollout(world_size)
     total_steps = config.total_steps(config.num_iterations * len(prompts) / prompts_per_rollout)
+    if config.rollouts_from is None:
+        guards.on_first_rank(lambda: dry_call(base, config, prompts[0], reward_funcs), patient=True)
     identity, checkpoint = claim(base, config, num_iterations=config.num_iterations, prompts=len(prompts))
     rows = config.completions_a_rank(world_size)
     max_batch = min(1024, rows * tensor_parallel)
@@ -155,12 +164,10 @@ def prompts_to_use(base: Base, rows: Dataset, config: GRPOConfig) -> tuple[list[
     prompts, reason = load_prompts(rows, data, config, base.tokenizer)
     if not data.drop_unparseable_golds or not GOLD_REWARDS & set(data.reward_funcs):
         return prompts, reason
-    names = {name for prompt in prompts for name in prompt.columns}
-    golds = gold_column({name: [prompt.columns.get(name) for prompt in prompts] for name in names})
 
     def find() -> list[int]:
         with WorkerPool(min(16, len(os.sched_getaffinity(0))), config.reward_timeout) as pool:
-            return unparseable_golds(golds or [], pool)
+            return unparseable_golds(gold_answers(prompts) or [], pool)
 
     dropped = set(guards.on_first_rank(find, patient=True))
     kept = [prompt for i, prompt in enumerate(prompts) if i not in dropped]
@@ -168,6 +175,65 @@ def prompts_to_use(base: Base, rows: Dataset, config: GRPOConfig) -> tuple[list[
             f"{', '.join(sorted(GOLD_REWARDS & set(data.reward_funcs)))} would have no signal: check the column "
             "`solution` (or `answer`).")  # fmt: skip
     return kept, f"{reason}, {len(dropped)} whose gold answer cannot be parsed"
+
+
+def check_columns(rows: Dataset, file: str | None, data: GRPOScriptArguments, functions: list[Callable]) -> None:
+    """Refuse a column that a reward may read where its values are of several types, or where reading the rows from
+    `file` changed one: `datasets` makes 21 of "21" if another row has a number, text of a list if earlier rows are
+    text, and times of text that looks like one. Only .json and .jsonl files have no types of their own.
+
+    Raises:
+        ValueError: with the row and the column.
+    """
+    own = [function for name, function in zip(data.reward_funcs, functions, strict=True) if ":" in name]
+    used = set[str]().union(*(accepted(function, [*rows.column_names, "solution"]) for function in own))
+    if "solution" in used or GOLD_REWARDS & set(data.reward_funcs):
+        used |= {"solution", "answer"}
+    path = Path(file or "").expanduser()
+    by_line = path.suffix in (".json", ".jsonl") and damaged_line(path) is None
+    lines = path.read_text(encoding="utf-8").split("\n") if by_line else []
+    for name in used.intersection(rows.column_names):
+        feature, read = repr(rows.features[name]), rows.with_format(None)[name][:]
+        written = [json.loads(line).get(name) for line in lines if line.strip()] or read
+        kinds = ["number" if type(value) in (int, float) else type(value).__name__ for value in written]
+        first = next((kind for kind in kinds if kind != "NoneType"), "dict")
+        wrong = [i for i, kind in enumerate(kinds) if kind not in (first, "NoneType")]
+        if "Json" in feature or "{" not in feature:  # a struct's fields may come as None where they are missing
+            wrong += [i for i, value in enumerate(written) if value == value != read[i]]  # NaN equals nothing
+        if not lines and "Json" in feature and first not in ("dict", "list"):
+            wrong.append(kinds.index(first))
+        for i in wrong[:1]:
+            raise ValueError(
+                f"row {i + 1} of the data: `{name}` is {written[i]!r:.80}, read as {read[i]!r:.80}, in a column that "
+                f"begins as {first}: write one type in every row, or save the data as .parquet."
+            )
+
+
+def dry_call(base: Base, config: GRPOConfig, prompt: Prompt, functions: list[Callable]) -> None:
+    """Call each reward as training does, in a worker, on the gold answer of `prompt` as its completion; with a whole
+    group of these, if it sees groups. The first call takes the time it needs, for it may import; the second is held to
+    reward_timeout.
+
+    Raises:
+        ValueError: a reward cannot be sent to a worker, raises, hangs, or returns something else than rewards.
+    """
+    (gold,) = gold_answers([prompt]) or [None]
+    ids = base.tokenizer(str(gold), add_special_tokens=False)["input_ids"]
+    rollout = Rollout(0, prompt.ids, ids, [], "stop", 0)
+    with WorkerPool(1) as pool:
+        for limit in (max(pool.START_LIMIT, config.reward_timeout), config.reward_timeout):
+            pool.timeout = limit
+            for function in functions:
+                scorer = Scorer({0: prompt}, [function], replace(config, reward_weights=None), base.tokenizer, pool)
+                try:
+                    scorer.begin([rollout] * (config.num_generations if getattr(function, "batch", False) else 1))
+                    gaps = scorer.begun[0][1]().gaps
+                except Exception as error:  # of a user's function anything
+                    raise ValueError(f"{reward_name(function)} cannot be called where rewards run: {error}") from error
+                for cause, text in gaps:
+                    require(not text, f"{cause} on a real row with its gold answer as the completion ({text}): mend "
+                            "it, or raise --reward_timeout if it is slow; it may take completions, completion_ids, "
+                            f"prompts, prompt_texts, group_ids, {', '.join(prompt.columns)}.")  # fmt: skip
 
 
 def start_engine(run: Run) -> Engine | None:

@@ -86,13 +86,14 @@ def train(run: Run) -> Errands:
     scheduler = make_scheduler(optimizer, config, run.total_steps)
     progress: dict[str, Any] = {
         "step": 0, "prompts": 0, "num_tokens": 0, "loss_sum": 0.0, "seconds": 0.0, "uses": 0, "figures": {},
+        "effective_groups": 0.0,
     }  # fmt: skip
     rollouts: list[Rollout] = []  # this rank's
     if run.checkpoint is not None:
         progress |= load_checkpoint(run.checkpoint, policy, optimizer, scheduler)
         rollouts = read_rollouts(run.checkpoint, progress["step"]) if progress["uses"] else []
     engine = start_engine(run)
-    pool = WorkerPool(config.reward_num_workers, config.reward_timeout)
+    pool = WorkerPool(config.reward_num_workers, config.reward_timeout, prints=rank == 0)
     logger = MetricsLogger(
         config.output_dir, config.report_to, progress["step"], run.options, CONSOLE, run.total_steps,
         max_text_samples=config.num_completions_to_print,
@@ -153,9 +154,9 @@ def train(run: Run) -> Errands:
             with phases("sample"):
                 rollouts = sample(engine, chosen, config.num_generations, config, step, run.stop_ids, scorer.begin)
             with phases("score"):
-                errors = scorer.finish()
-            for text, count in errors.items():
-                tqdm.write(f"step {step}: {count} checks failed and left their completions unscored: {text}")
+                lines = scorer.finish()
+            for line in lines:
+                tqdm.write(f"step {step}: {line}")
         elif first_use:
             rollouts = read_rollouts(Path(config.rollouts_from or ""), step)
         if first_use:
@@ -164,6 +165,7 @@ def train(run: Run) -> Errands:
             summaries = set_advantages(rollouts, config.scale_rewards)
             progress["prompts"] += run.prompts_per_rollout
             progress["figures"] = rollout_metrics(summaries, run.reward_names)
+            progress["effective_groups"] += progress["figures"]["effective_groups"]
             steps_unscored = check_scores(progress["figures"], steps_unscored)
             if config.save_rollouts is not None:
                 write_rollouts(Path(config.save_rollouts), step, rollouts)
@@ -224,6 +226,9 @@ def train(run: Run) -> Errands:
         if errands.final_evaluation_due(progress):  # when the model is safe
             evaluate()
         errands.trained(progress)
+        if rank == 0 and progress["effective_groups"] == 0:
+            print("no group of this run had a gradient: the rewards of each were all equal, so nothing was learnt from "
+                  "them. `python -m grpo_core.audit` with the same options says why.")  # fmt: skip
     elif rank == 0:
         print(f"stopped by a signal after step {progress['step']}: the same command goes on from there")
     pool.close()

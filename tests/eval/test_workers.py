@@ -149,6 +149,33 @@ def test_workers_ignore_the_signals_of_the_terminal_and_are_replaced_when_killed
     assert survivors.isdisjoint(w.process.pid for w in pool._workers)
 
 
+def heard(talking, task):
+    """What is printed; the worker that is heard may not be ready yet, so that others take all items."""
+    for _ in range(600):
+        talking.map(run, [task] * 6)
+        if lines := talking.printed(limit=10):
+            return lines
+        time.sleep(0.1)
+
+
+def test_what_one_worker_prints_is_kept_until_it_is_asked_for(pool):
+    """From a worker that lives, also of a check that is killed or fails; results are not touched by it."""
+    say = "print('says', __import__('os').getpid()) or __import__('os').write(1, b'raw\\n')"
+    with WorkerPool(2, timeout=0.1, prints=True) as talking:
+        assert talking.printed() == []
+        lines = heard(talking, say)
+        assert len(set(lines[::2])) == 1 and set(lines[1::2]) == {"raw"}
+        assert heard(talking, "print('line\\n' * 50, end='')") == ["line"] * 10
+        assert talking.printed() == []
+        ends = ["print('last words') or 1 / 0", "print('last words') or __import__('os')._exit(1)",
+                "print('last words') or exec('while True: pass')"]  # fmt: skip
+        for task in [*ends, "print('last words')"]:
+            assert set(heard(talking, task)) == {"last words"}
+        assert set(heard(talking, "print('x' * 10**6)")) == {"x" * 10**6}  # far more than a pipe holds
+    pool.map(run, [say] * 4)
+    assert pool.printed() == []
+
+
 def running(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -127,7 +127,7 @@ def test_rewards_of_the_user_may_fail(tiny_model, problems, tmp_path, capsys, mo
     )
     monkeypatch.syspath_prepend(tmp_path)
     code, output = outcome(capsys, tiny_model, problems, reward_funcs=["my_rewards:first"])
-    assert code == 0 and "a probe failed, 1 times: first: exception: IndexError" in output, output
+    assert code == 0 and "a probe failed: first failed with IndexError (IndexError: string" in output, output
     assert column(output, "my_rewards:first")[audit.EMPTY] == "-"
     assert "my_rewards:first pays as much for huge repetition" in output
     code, output = outcome(capsys, tiny_model, problems, reward_funcs=["my_rewards:broken"])

@@ -37,7 +37,26 @@ def test_accuracy_documented_cases():
     assert accuracy_reward(both, [r"\frac{63}{400}"] * 2, other=[1, 2]) == [1.0, 0.0]
     assert accuracy_reward(messages(r"\boxed{3}"), ["6"]) == [0.0]
     assert accuracy_reward(messages("63", "<answer>63</answer>", "64"), ["63", 63, "$63$"]) == [1.0, 1.0, 0.0]
-    assert accuracy_reward(messages("whatever"), ["words only"]) == [1.0]
+    assert accuracy_reward(messages("whatever"), ["words only"]) == [None]
+
+
+NOT_ITS_STRING = messages(r"\boxed{-5 + e}", r"\boxed{0.00001}", r"\boxed{10^{-5}}", r"\boxed{2}", r"\boxed{4/2}")
+
+
+def test_a_gold_that_is_no_text():
+    """A number is its value and not what Python prints; None does not apply; a list is no interval and no number."""
+    assert accuracy_reward(NOT_ITS_STRING, [1e-05] * 5) == [0.0, 1.0, 1.0, 0.0, 0.0]
+    assert (
+        accuracy_reward(NOT_ITS_STRING, [2.0] * 5) == accuracy_reward(NOT_ITS_STRING, [2] * 5) == [0.0] * 3 + [1.0] * 2
+    )
+    huge = 10**30 + 1
+    assert accuracy_reward(messages(rf"\boxed{{{huge}}}", r"\boxed{10^{30}}", "0"), [huge, 1e30, -0.0]) == [1.0] * 3
+    gives = [accuracy_reward, get_cosine_scaled_reward(), len_reward]
+    assert [reward(messages("1", "None"), [None, None]) for reward in gives] == [[None, None]] * 3
+    for reward in gives:
+        for gold in (["3", "4"], [3], {"value": 3}, True, b"3", (3, 4)):
+            with pytest.raises(ValueError, match="a gold answer must be text or a number, not"):
+                reward(messages("3"), [gold])
 
 
 def test_format_documented_cases():
@@ -136,7 +155,7 @@ def test_cosine(text, length, expected):
 
 
 def test_cosine_edges():
-    assert get_cosine_scaled_reward()(messages("whatever"), ["words only"]) == [1.0]
+    assert get_cosine_scaled_reward()(messages("whatever"), ["words only"]) == [None]
     with pytest.raises(ValueError, match="completion_ids"):
         get_cosine_scaled_reward(tokens=True)(messages(RIGHT), [GOLD])
     with pytest.raises(ValueError, match="max_len 0"):
@@ -151,7 +170,7 @@ def test_length():
     assert of(RIGHT, RIGHT + "x" * 10, RIGHT + "x" * 20) == [0.5, 0.0, -0.5]
     assert of(WRONG, WRONG + "x" * 10, WRONG + "x" * 20) == [0.0, 0.0, -0.5]
     assert of(RIGHT, WRONG, RIGHT + "x" * 10, WRONG + "x" * 10) == [0.5, 0.0, -0.5, -0.5]
-    assert of("short", "a longer one", gold="words only") == [0.5, -0.5]
+    assert of("short", "a longer one", gold="words only") == [None, None]
     # only the completions of one prompt are compared; open-r1 compares whatever is in the batch
     assert of(RIGHT, RIGHT + "x" * 99, RIGHT + "x", RIGHT + "xx", group_ids=[3, 5, 3, 5]) == [0.5, -0.5, -0.5, 0.5]
     assert len_reward.batch
@@ -227,7 +246,7 @@ def test_range_and_order(texts, gold, data):
 
     for function, (low, high) in zip(get_reward_funcs(EVERY), RANGES, strict=True):
         rewards = call(function, texts)
-        assert len(rewards) == len(texts) and all(low <= reward <= high for reward in rewards), function
+        assert len(rewards) == len(texts) and all(r is None or low <= r <= high for r in rewards), function
         assert call(function, [texts[i] for i in order]) == [rewards[i] for i in order], function
 
 

@@ -1,26 +1,38 @@
 """Scoring a step: columns by name, weights, failed checks, groups, prompts as rendered, threads and forks."""
 
+import datetime as dt
 import math
 import os
 import sys
 import threading
 import time
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from eval.workers import WorkerPool
 from gen.engine import Completion
 from grpo_core.config import GRPOConfig
 from grpo_core.rewards import accuracy_reward, format_reward, get_reward_funcs, len_reward, tag_count_reward
-from grpo_core.rollout import Prompt, Scorer, sample
+from grpo_core.rollout import Prompt, Rollout, Scorer, sample
 from grpo_core.scoring import gold_column, start_scoring, unparseable_golds
 
 USER_REWARDS = """
 import os, time
 def length(completions, **kwargs): return [float(len(c[0]["content"])) for c in completions]
+def shown(completions, shows, **columns):
+    return [float(repr(columns[shows[0]][0]) == columns["expected"][0])]
+def gives(completions, value): return value[0]
+def changes(completions, extra, **kwargs):
+    completions[0][0]["content"] += "!"
+    extra[0].append(1)
+    return [float(len(extra[0]) == 2)]
+def raises(completions, **kwargs): raise KeyError(completions[0][0]["content"])
+def nothing(completions, **kwargs): return [None]
 def named_only(completions, difficulty): return [d / 2 for d in difficulty]
 def hang_on_x(completions, **kwargs):
     while completions[0][0]["content"] == "x": pass
@@ -69,7 +81,9 @@ def score(pool, functions, texts, weights=None, group_ids=None, prompt_texts=Non
 
 
 def test_gold_column():
-    assert gold_column({"answer": ["48/2 = 24\n#### 72", 9]}) == ["72", "9"]
+    raw = [9, None, 0.5, ["3"], {"a": 1}]
+    assert gold_column({"answer": ["48/2 = 24\n#### 72", *raw]}) == ["72", *raw]
+    assert gold_column({"solution": raw}) == raw
     assert gold_column({"solution": [r"\boxed{1}"], "answer": ["2"]}) == [r"\boxed{1}"]
     assert gold_column({"problem": ["p"]}) is None
 
@@ -88,7 +102,7 @@ def test_score_weights_and_gold_from_gsm8k(pool):
         "format_reward": [1.0, 0.0, 0.0, 0.0],
         "repetition_penalty_reward": [0.0, 0.0, -0.5, 0.0],
     }
-    assert (result.unscored, result.errors) == (0, {})
+    assert result.gaps == []
     with pytest.raises(ValueError, match="reward_weights has 1"):
         score(pool, functions, texts, [1.0], answer=["1"] * 4)
 
@@ -100,24 +114,76 @@ def test_score_leaves_failed_checks_unscored_and_none_out(pool, user):
     assert result.per_function["hang_on_x"] == [1.0, None, 1.0, 1.0, 1.0]
     assert result.per_function["die_on_y"] == [1.0, 1.0, None, 1.0, 1.0]
     assert result.per_function["none_on_z"] == [0.5, 0.5, 0.5, None, 0.5]
-    assert result.unscored == 2
-    assert {key.partition(":")[0]: count for key, count in result.errors.items()} == {"hang_on_x": 1, "die_on_y": 1}
+    assert sorted(cause for cause, _ in result.gaps) == [
+        "die_on_y failed with crash", "hang_on_x failed with timeout", "none_on_z gave None",
+    ]  # fmt: skip
     only_none = score(pool, [user.none_on_z], ["z", "a"])
     np.testing.assert_array_equal(only_none.rewards, [math.nan, 0.5])
-    assert (only_none.unscored, only_none.errors) == (1, {})
+    assert only_none.gaps == [("none_on_z gave None", "")]
 
 
 def test_score_gives_columns_by_name(pool, user):
     result = score(pool, [user.columns_seen], ["t"], group_ids=[3], answer=["a\n#### 72"], difficulty=[5])
-    assert result.rewards.tolist() == [1.0], result.errors
+    assert result.rewards.tolist() == [1.0], result.gaps
     assert score(pool, [user.named_only], ["t", "u"], difficulty=[5, 6], other=[1, 2]).rewards.tolist() == [2.5, 3.0]
 
 
-def test_score_counts_what_a_function_got_wrong(pool, user):
-    result = score(pool, [user.wrong_count, user.not_finite], ["t", "u"])
-    assert np.isnan(result.rewards).all() and result.unscored == 2
-    assert sorted(result.errors.values()) == [2, 2]
-    assert any("must return a list of 1 rewards" in key for key in result.errors)
+COLUMNS = [21, 2.5, 1e-05, True, None, "21", "1e-05", ["3", "4"], {"a": [1, None]}, dt.date(2026, 1, 1)]
+
+
+def test_columns_reach_a_reward_as_they_are(pool, user):
+    n = len(COLUMNS)
+    for data, seen in (("solution", "solution"), ("answer", "answer"), ("answer", "solution"), ("level", "level")):
+        columns = {data: COLUMNS, "shows": [seen] * n, "expected": [repr(value) for value in COLUMNS]}
+        assert score(pool, [user.shown], ["t"] * n, **columns).per_function["shown"] == [1.0] * n
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ((0.5,), 0.5), ([True], 1.0), ([None], None), ([Fraction(1, 2)], 0.5), ([2], 2.0),
+    (np.array([0.5]), 0.5), (np.array([True]), 1.0), (np.array([None]), None), (np.array([2], dtype=np.int8), 2.0),
+    ([np.float32(0.5)], 0.5), ([np.bool_(True)], 1.0), ([np.array(0.5)], 0.5),
+    (torch.tensor([0.5], dtype=torch.bfloat16), 0.5), ([torch.tensor(0.5, requires_grad=True)], 0.5),
+    *[(wrong, "must return a list of 1 rewards") for wrong in (
+        0.5, None, "1", {0: 1.0}, {1.0}, [], [0.5, 0.5], np.array(0.5), np.array([0.5, 0.5]), torch.ones(2))],
+    *[(wrong, "must return finite numbers, or None where it does not apply") for wrong in (
+        ["1"], [b"1"], [[0.5]], [{"reward": 0.5}], [1j], np.array([[0.5]]), torch.ones(1, 1), np.array(["1"]),
+        [math.nan], [math.inf], np.array([np.nan]), torch.tensor([-math.inf]))],
+])  # fmt: skip
+def test_what_a_reward_may_return(pool, user, given, expected):
+    result = score(pool, [user.gives], ["t"], value=[given])
+    if isinstance(expected, str):
+        [(cause, text)] = result.gaps
+        assert cause == "gives failed with TypeError" and expected in text and "gives" in text
+    else:
+        assert result.per_function["gives"] == [expected] and type(result.per_function["gives"][0]) in (
+            float,
+            type(None),
+        )
+
+
+def test_what_a_reward_changes_another_does_not_see(pool, user):
+    result = score(pool, [user.changes, user.length], ["text"] * 8, extra=[[1]] * 8)
+    assert result.per_function == {"changes": [1.0] * 8, "length": [4.0] * 8}
+
+
+def test_failed_checks_are_counted_by_function_and_type_of_error(pool, user, tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    config, prompt = GRPOConfig("none", num_generations=2), Prompt([], [5], {})
+
+    def lines(*functions, count):
+        scorer = Scorer({0: prompt}, list(functions), config, tokenizer, pool)
+        scorer.begin([Rollout(0, [5], [i], [0.0], "stop", 0) for i in range(count)])
+        return scorer.finish()
+
+    with_text = lines(user.wrong_count, user.raises, user.length, count=3)
+    assert len(with_text) == 3  # each error's text has another number
+    assert "3 completions are unscored: wrong_count failed with TypeError, TypeError: wrong_count must" in with_text[0]
+    assert "3 completions are unscored: raises failed with KeyError, KeyError: " in with_text[1]
+    assert with_text[2] == (
+        "no completion has a reward: wrong_count failed with TypeError 3 times, raises failed with KeyError 3 times"
+    )
+    assert lines(user.nothing, count=2) == ["no completion has a reward: nothing gave None 2 times"]
+    assert lines(user.nothing, user.length, count=2) == []
 
 
 def test_score_calls_a_batch_function_once_a_group(pool, user):
@@ -145,6 +211,9 @@ def test_unparseable_golds(pool):
     endless = r"\binom{1000000000}{500000000}"
     golds = ["63", "words only", "63", "", endless, r"\frac{1}{2}", "words only"]
     assert unparseable_golds(golds, pool) == [1, 3, 6]
+    assert unparseable_golds([63, None, 1e-05, 2.5, math.nan], pool) == [1, 4]
+    with pytest.raises(ValueError, match=r"text or a number, not \['3', '4'\]: change the column"):
+        unparseable_golds(["63", ["3", "4"]], pool)
 
 
 def test_threads_and_forks_can_check():
@@ -178,7 +247,7 @@ def test_a_group_is_scored_while_others_are_sampled(pool, user, tiny_model):
     engine = SimpleNamespace(version=4, sample=slow_sample)
     scorer = Scorer(prompts, [user.clock, user.length, user.level_or_zero], config, tokenizer, pool)
     rollouts = sample(engine, prompts, 2, config, 1, frozenset(), scorer.begin)
-    assert [r.group for r in rollouts] == [3, 3, 8, 8] and scorer.finish() == {}
+    assert [r.group for r in rollouts] == [3, 3, 8, 8] and scorer.finish() == []
     assert max(r.reward for r in rollouts[2:]) <= told["scored by"] <= min(r.reward for r in rollouts[:2])
     assert [r.rewards[2] for r in rollouts] == [0.0, 0.0, 7.0, 7.0]
     begun, texts = [r.rewards[1] for r in rollouts], tokenizer.batch_decode([[9], [7, 8]])
