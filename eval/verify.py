@@ -20,50 +20,41 @@ How it is read (`_read`): with words in it, it is prose and says the one number 
 `5 or 6`, not `5 hours 30 minutes`); without, it is mathematics (`6xy` is a product), of which only a listed unit right
 after a number is dropped. What cannot be parsed is compared as text.
 
-How two values are compared (`_same`): expressions at sample points to 30 digits, so exactly; a decimal of six or more
-digits may be rounded (relative 1e-6); lists without, tuples with their order; equations up to a factor; inequalities as
-sets. Units are not compared, as in open-r1: 15 cm^2 is 15. The base of a number is, where both have one.
+How two values are compared (`_same`): by math-verify, on exact numbers; before that, equations are compared up to a
+factor, inequalities made sets, `x=1, y=2` the values of its names. A decimal of six or more digits may be rounded
+(relative 1e-6). Units are not compared, as in open-r1: 15 cm^2 is 15. The base of a number is, where both have one.
 Left out: a gold of words without LaTeX ("Paris") is not parseable; `\text{Evelyn}` and single letters are.
 
     PYTHONPATH=. python -c "from eval.verify import check_answer; print(check_answer('63', r'so \boxed{63}'))"
 """
 
-import random
+import logging
 import re
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import sympy
-from latex2sympy2_extended import NormalizationConfig
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy, normalize_latex
+from math_verify import verify
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
-MAX_LENGTH = 500  # characters of an answer
-MAX_EXPONENT = 20_000  # and argument of a factorial: beyond it, values are not computed
-_NORMALIZATION = NormalizationConfig(units=False, malformed_operators=False, nits=False, boxed="none")
-_CONVERSION = ConversionConfig(lowercase_symbols=False)
+from eval.notation import MAX_LENGTH, has_words, read
 
-# ------------------------------------------------------------------------------------------------ finding the answer
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns that its time limits are off
 
+MAX_EXPONENT = 20_000  # and argument of a factorial: beyond it, values are compared as text
 _THOUGHT = re.compile(r"</think(?:ing)?>|<\|end_of_thought\|>")
-_ANCHOR = re.compile(
-    r"(?i:\banswer\b)[^.\n]{0,60}?(?:\b(?:is|(?:would|must|should|will) be)\b|[:=])[\s:*]*"
-    r"|(?i:final answer)[\s*:]*\n[\s*]*|答案[是为：:\s]*"
-)
-_CLAUSE = re.compile(r", (?!and\b|or\b)[a-z]{2,}| (?:because|since|as|so|for)\b| \((?=[a-z])")
 _SPACE = re.compile(r"\\(?:text|mbox)\s*\{|\\q?quad|\\[ ,;]|[\s$}]")
 _AND = re.compile(r"[,;]|,?(?:and|or)")
-
-
-def _is_too_much(text: str) -> bool:
-    """Longer than any answer, or brackets open more than 20 deep."""
-    if len(text) > MAX_LENGTH:
-        return True
-    steps = ((c in "([{") - (c in ")]}") for c in text)
-    return max(accumulate(steps), default=0) > 20
+_ANCHOR = re.compile(
+    r"(?i:\banswer\b)[^.\n]{0,60}?(?:\b(?:is|(?:would|must|should|will) be)\b|[:=])[\s:]*"
+    r"|(?i:final answer)[\s*:]*\n[\s*]*|答案[是为：:\s]*"
+)
+_SENTENCE_END = r"[.!?](?:\s|$)|\n"
+_CLAUSE_END = rf"{_SENTENCE_END}|, (?!and\b|or\b)[a-z]{{2,}}| (?:because|since|as|so|for)\b| \((?=[a-z])"
+_BASE = re.compile(r"[\da-zA-Z.]+\s*_\s*\{?(\d+)\}?")
+_DECIMAL = re.compile(r"-?(\d*)\.(\d+)")
 
 
 def _last_boxed(text: str) -> tuple[int, str]:
@@ -86,366 +77,47 @@ def _last_boxed(text: str) -> tuple[int, str]:
     return boxes[-1][0] if boxes else -1, ", ".join(text[inside:end] for _, inside, end in boxes[first:])
 
 
-def _after_anchors(text: str) -> Iterator[str]:
-    """Each anchor's sentence, then its first clause; the last anchor first."""
-    for anchor in reversed(list(_ANCHOR.finditer(text))):
-        line = text[anchor.end() :][:MAX_LENGTH].strip().partition("\n")
-        if line[0] in ("$$", "\\["):  # displayed mathematics
-            line = line[2].partition("\n")
-        sentence = re.split(r"[.!?](?:\s|$)", line[0])[0]
-        yield sentence
-        yield _CLAUSE.split(sentence)[0]
-
-
 def _spans(text: str) -> Iterator[str]:
-    """The places of the answer in a text, the likeliest first. A mark is the only one."""
+    """The places of the answer in a text, the likeliest first: what is marked, then each anchor's sentence and its
+    first clause, the last anchor first."""
     boxed_at, boxed = _last_boxed(text)
     # Not a regular expression: a lazy one takes quadratic time on tags that never close.
     before, opened, tagged = text.rpartition("</answer>")[0].rpartition("<answer>")
-    in_box = boxed_at >= (len(before) if opened else 0)
-    marked = boxed if in_box else tagged
-    if not opened and not in_box:
-        if "####" not in text:
-            yield from _after_anchors(text)
-            return
-        marked = text.rpartition("####")[2].strip()
-        marked = marked if _ANCHOR.match(marked) else marked.partition("\n")[0]
-    yield marked
-    yield from _after_anchors(marked)
+    if boxed_at >= (len(before) if opened else 0):
+        yield boxed
+        text = boxed
+    elif opened:
+        yield tagged
+        text = tagged
+    elif "####" in text:
+        text = text.rpartition("####")[2].strip()
+        if not _ANCHOR.match(text):
+            yield text.partition("\n")[0]
+    for anchor in reversed(list(_ANCHOR.finditer(text))):
+        rest = re.sub(r"^(?:\$\$|\\\[)\s*", "$", text[anchor.end() :][:MAX_LENGTH])
+        for end in _SENTENCE_END, _CLAUSE_END:
+            yield re.split(end, rest, maxsplit=1)[0]
 
 
-def _first_read(spans: Iterator[str]) -> list:
-    """The first of the spans that is mathematics, else the first that can be read at all."""
-    read = [value for value in map(_read, spans) if value]
-    return next((value for value in read if not isinstance(value[0], str)), read[0] if read else [])
-
-
-# ----------------------------------------------------------------------------------------------------- reading a value
-
-_CHARACTERS = str.maketrans(
-    {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}  # full-width
-    | {"。": ".", "、": ",", "∞": r"\infty ", "−": "-", "–": "-", "×": r"\times ", "÷": r"\div ", "·": r"\cdot "}
-    | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "π": r"\pi ", "√": r"\sqrt ", "°": r"^\circ ", "±": r"\pm "}
-    | {"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "²": "^2 ", "³": "^3 ", "ℝ": r"\mathbb{R}"}
-)  # fmt: skip
-_BRACES = r"(\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})"
-_TOKEN = r"([^\s{}\\\[]|\\[a-zA-Z]+)"
-_DOTS = r"(?:\\[lc]?dots|\.{3}|…)"
-_UNIT = (  # what may stand without \text, right after a number
-    r"(?:[ckm]m|kg|km/h|[kmg]ph|m/s|ft|lbs?|oz|hrs?|mins?|secs?|rad|deg(?:rees?)?|units?|inch(?:es)?|feet|foot|miles?|yards?|"
-    r"(?:centi|milli|kilo)?met(?:er|re)s?|dollars?|cents?|hours?|minutes?|seconds?|days?|points?)"
-)
-_SHORT_UNIT = r"(?:\\[,; ]|~)\s*[mgshLNJWVA]"  # one letter is a unit where TeX keeps it apart
-_MULTIPLIER = {"dozen": "*12", "hundred": "*10^2", "thousand": "*10^3", "million": "*10^6",
-               "billion": "*10^9", "trillion": "*10^{12}"}  # fmt: skip
-_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|gcd|lcm|det"
-_NAMES = f"{_FUNCTIONS}|pi|theta|alpha|beta|infty|infinity"
-_TIDY = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
-    (r"\\(?:color|textcolor)\s*\{\w*\}|\\(?:displaystyle|textstyle|limits)(?![a-zA-Z])|`+", " "),
-    (r"(?<!\\)\\[()\[\]]", "$"),
-    (r"\\\\\s*\\end", r"\\end"),
-    (r"\\text\{\s*percent\s*\}|(?<![a-z])percent(?![a-z])|\\%", "%"),
-    (r"\*\*(.+?)\*\*", r"\1"),
-    (r"^\*([^*]+)\*$", r"\1"),
-    (r"\\\$|[€£¥]", ""),
-    (r"(?<=\d)(?:,?\\[,!;:]|\{,\}|,\\!|~|\\ )\s*(?=\d{3}(?!\d))", ""),  # 1\,000
-    (r"(?<![\d\\({,. ])(?<!\d )(\d{1,3}) (?=\d{3}(?!\d))", r"\1"),
-    (r"\\math(?:bf|bb)\s*\{\s*([RZNQ])\s*\}(?!\w)", r"\\mathbb{\1}"),
-    (r"\\(?:mathbf|boldsymbol|bm|hat|widehat|vec)\s*\{\s*\\?([a-z])(?:math)?\s*\}", r"\\vec{\1}"),
-    (r"\\(?:math(?:rm|it|sf|bf)|text(?:bf|it|rm|normal)|mbox|textup)\s*\{", r"\\text{"),
-    (r"\\text\{[\s,]*(?:and|or)\s*\}|,?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])", ", "),
-    (r"\\text\{([a-zA-Z]|\d[\d.,]*)\}", r"\1"),
-)]  # fmt: skip
-_MATHEMATICS = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"\\[!:;,>]|\\q?quad|~|\\ ", " "),
-    (rf"(?<![\\a-zA-Z])({_NAMES})(?![a-zA-Z]{{2}})", r"\\\1"),
-    (r"\\infinity", r"\\infty"),
-    (r"\*\*", "^"),
-    (r"\*", r"\\cdot "),
-    (r"(?<=\d)\s*[eE]([+-]?\d+)", r"\\cdot 10^{\1}"),
-    (r"\^\s*\(([^()]*)\)", r"^{\1}"),
-    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-    (rf"(\\sqrt(?:\[[^\]]*\])?)\s*{_TOKEN}", r"\1{\2}"),
-    (r"\\[dtc]frac", r"\\frac"),
-    (rf"\\(frac|binom)\s*{_TOKEN}", r"\\\1{\2}"),
-    (rf"(\\(?:frac|binom)\s*{_BRACES})\s*{_TOKEN}", r"\1{\3}"),
-    (rf"\^\s*(\\(?:frac|sqrt)\s*{_BRACES}{_BRACES}?)", r"^{\1}"),
-    (r"(?<![\d.])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
-    (r"^\\\{\s*\w\s*(?:\\in\s*\\mathbb\{R\})?\s*(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x > 2} says x > 2
-    (r"\\degrees?(?![a-z])", r"^\\circ"),
-    (r"\\varnothing", r"\\emptyset"),
-    (_DOTS, r"\\text{dots}"),
-)]  # fmt: skip
-_SHORT_WORDS = {"no", "is", "of", "it", "he", "we"}
-_BASE = re.compile(r"[\da-zA-Z.\\{}]+\s*_\s*\{?(\d+)\}?")
-_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z][a-z]+(?![a-zA-Z({])|[\u4e00-\u9fff]+")
-_NO_PROSE = re.compile(r"\b(?:and|or|to|not|than|least|most|between|over|under|nor)\b|[=<>^+\\{}]|,(?=\s*[\d$])")
-_SAID = re.compile(r"\$[^$]*\$|(?<![\w^.])[-+]?(?:\d+:\d\d|\d[\d,]*(?:\.\d+)?(?: ?/ ?\d+)?|\.\d+)%?")
-_NAMED = re.compile(r"(?:\\(?:angle|triangle|overline|frac)\s*)?[\w\s{}/\\'|]+(?:\([\w\s,]*\))?")
-
-
-def _has_words(text: str) -> bool:
-    """Whether there are letters that nobody writes as a product of variables: `apples`, not `6xy`, `abc` or `sin x`."""
-    for word in _WORD.findall(re.sub(r"\\(?:begin|end|operatorname)\s*\{[a-z]+\*?\}", "", text)):
-        ascending = all(a < b for a, b in zip(word, word[1:], strict=False))
-        spoken = len(word) > 2 and not ascending and re.search("[aeiou]", word.lower())
-        if ord(word[0]) > 0x4DFF or word.lower() in _SHORT_WORDS or (spoken and not re.fullmatch(_NAMES, word)):
-            return True
-    return False
-
-
-def _repeating(match: re.Match) -> str:
-    r"""`0.1\overline{6}` or `0.166\ldots` as a fraction."""
-    whole, fixed, block = (part or "" for part in match.groups())
-    nines = (10 ** len(block) - 1) * 10 ** len(fixed)
-    return rf"\frac{{{int(whole + fixed + block) - int(whole + fixed)}}}{{{nines}}}"
-
-
-_REPEATING = [
-    re.compile(r"(\d+)\.(\d*)(?:\\overline|\\bar|\\dot)\s*\{?(\d+)\}?"),
-    re.compile(rf"(\d+)\.(\d*?)(\d+?)\3+\s*{_DOTS}"),
-]
-
-
-def _parse(text: str) -> Any:
-    """A formula as a sympy object, or as text where it does not parse."""
-    shown, text = text, text.removesuffix("%").strip()
-    text = re.sub(rf"(?<=[\d}}])(?:(?:\\[,; ]|[~\s])*{_UNIT}|{_SHORT_UNIT})(?:\^?\{{?\d\}}?)?$", "", text)
-    for pattern in _REPEATING:
-        text = pattern.sub(_repeating, text)
-    if r"\pm" in text:
-        text = text.replace(r"\pm", "+") + ", " + text.replace(r"\pm", "-")
-    for pattern, replacement in _MATHEMATICS:
-        text = pattern.sub(replacement, text)
-    in_degrees = bool(re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text))
-    if "(" not in text and "\\{" not in text:
-        text = re.sub(r"(?<![\d,])(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda match: match[1].replace(",", ""), text)
-    if not in_degrees:
-        text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?\s*[CF]?", "", text)
-    if "\\int" not in text:
-        text = re.sub(r"(?<![a-zA-Z\\])d(?=[\\\s])", "{d}", text)  # no differential
-    if re.search(r"(?<![_^\d])\d+\s+\d|:.*:", text):
-        return shown
-    try:
-        return latex2sympy(
-            text, is_real=True, convert_degrees=in_degrees, normalization_config=None, conversion_config=_CONVERSION
-        )
-    except Exception:  # what latex2sympy raises for a syntax error
-        return shown
-
-
-def _quantity(said: str, words: str) -> Any:
-    """The number that is said, times the "million" that follows; None if the words make it something else."""
-    if _NO_PROSE.search(words):
-        return None
-    if ":" in said:
-        return said
-    factor = next((by for name, by in _MULTIPLIER.items() if re.match(rf"\W*{name}", words)), "")
-    value = _parse(f"({said}){factor}" if factor else said)
-    return None if isinstance(value, str) or value.free_symbols else value
-
-
-def _read(text: str) -> list:
-    """[value, text] of an answer: a sympy object, or a text where it is one or does not parse; [] for nothing."""
-    if _is_too_much(text):
-        return []
-    text = text.strip().translate(_CHARACTERS)
-    for pattern, replacement in _TIDY:
-        text = pattern.sub(replacement, text)
-    text = re.sub(r"^[\s*,;=]+|(?:[\s*.,;?]|\\[,;:! ])+$", "", text)
-    if "\\begin" not in text:
-        text = re.sub(r"\s*\n\s*", ", ", text)
-    if text.count("$") == 1 or re.fullmatch(r"\$[^$]*\$", text):
-        text = text.replace("$", "").strip()
-    if whole := re.fullmatch(r"\\text\s*\{([^{}]*)\}", text):
-        return _read(whole[1])
-    if choice := re.match(r"\(?([A-Z])[).:]\s+\S", text):
-        text = choice[1]
-    if not text:
-        return []
-    if time := re.fullmatch(r"(\d+)\s*:\s*(\d\d)\W*(?:[AaPp]\.?[Mm]\.?)?", text):
-        return [f"{time[1]}:{time[2]}", text]
-    before, *parts = re.split(r"\\text\s*\{([^{}]*)\}", text)
-    value: Any = None
-    if parts and before.strip():  # 63\text{ km}/\text{h}
-        if re.fullmatch(r"[\s/^{}\d-]*", "".join(parts[1::2])) and not re.search(r"(?<![\^{-])\d", "".join(parts[1::2])):
-            value = _quantity(before, " ".join(parts[::2]))
-    elif len(parts) == 2 and re.search(r"(?:is|are|[:=])\s*$", parts[0]):
-        value = _parse(parts[1])
-    elif not parts:
-        if not _has_words(text):
-            value = _parse(text.replace("$", ""))
-        elif len(said := _SAID.findall(text)) == 1:
-            start = text.index(said[0])
-            rest = re.sub(r"(?<=[a-z])\^?\d", "", text[start + len(said[0]) :])
-            if not _NO_PROSE.search(text[:start]):
-                value = _quantity(said[0].strip("$"), rest)
-    return [text if value is None else value, text]
-
-
-# ------------------------------------------------------------------------------------------------- comparing two values
-
-
-def _exact(value: sympy.Expr) -> sympy.Expr:
-    """Decimals as fractions, i as the imaginary unit, an unknown function's value as a symbol."""
-    value = value.xreplace({part: sympy.Symbol(str(part)) for part in value.atoms(AppliedUndef)})
-    value = value.xreplace({part: sympy.Rational(str(part)) for part in value.atoms(sympy.Float)})
-    return value.xreplace({part: sympy.I for part in value.free_symbols if str(part) == "i"}).doit()
-
-
-def _is_too_big(value: sympy.Basic) -> bool:
-    """Powers and factorials that would take for ever to compute; inner ones are looked at first."""
-    return any(
-        isinstance(part, sympy.Pow | sympy.factorial) and part.args[-1].is_number and abs(part.args[-1]) > MAX_EXPONENT
-        for part in sympy.postorder_traversal(value)
-    )
-
-
-def _samples(*values: sympy.Expr) -> Iterator[list]:
-    """The values of expressions to 40 digits at points, positive, of both signs, and integers; where all are finite, and
-    real unless they are complex by themselves."""
-    names = sorted(set().union(*(value.free_symbols for value in values)), key=str)
-    dice = random.Random(0)
-    is_complex = any(value.has(sympy.I) for value in values) or not names
-    for low, high, by in [(1, 900, 211)] * 4 + [(-900, 900, 211)] * 6 + [(1, 12, 1)] * 4 if names else [(1, 1, 1)]:
-        point = {name: sympy.Rational(dice.randint(low, high), by) for name in names}
-        found = [sympy.N(value.subs(point).doit(), 40) for value in values]
-        if all(x.is_number and x.is_finite and (is_complex or x.is_real) for x in found):
-            yield found
-
-
-def _equal(gold: sympy.Expr, answer: sympy.Expr) -> bool:
-    """Two expressions: at each sample point to 30 digits, a decimal beside an exact number to six."""
-    decimals = [value.atoms(sympy.Float) for value in (gold, answer)]
-    digits = max([len(str(x).partition("e")[0].strip("-0.").replace(".", "")) for x in set().union(*decimals)], default=0)
-    gold, answer = _exact(gold), _exact(answer)
-    if gold == answer:
-        return True
-    exact = answer if decimals[0] else gold
-    rounded = bool(decimals[0]) != bool(decimals[1]) and digits >= 6 and not (exact * 10**digits).is_integer
-    if gold.is_infinite or answer.is_infinite or (gold.is_Rational and answer.is_Rational and not rounded):
-        return False
-    tolerance = sympy.Rational(1, 10 ** (6 if rounded and not gold.free_symbols else 30))
-    pairs = list(_samples(gold, answer))
-    return bool(pairs) and all(abs(x - y) <= tolerance * max(abs(x), abs(y)) for x, y in pairs)
-
-
-def _proportional(gold: sympy.Expr, answer: sympy.Expr, positive: bool = False) -> bool:
-    """Whether one is a constant times the other, so that both are zero (or positive) at the same places."""
-    gold, answer = (sympy.fraction(sympy.together(_exact(value)))[0] if not positive else _exact(value)
-                    for value in (gold, answer))  # fmt: skip
-    ratios = [x / y for x, y in _samples(gold, answer) if y != 0]
-    return (
-        gold.free_symbols == answer.free_symbols != set()
-        and len(ratios) > 2
-        and all(abs(ratio - ratios[0]) < 1e-25 * abs(ratios[0]) for ratio in ratios)
-        and (not positive or ratios[0] > 0)
-    )
-
-
-def _parts(value: Any) -> list:
-    """The parts of a tuple, a pair or a list, as they were written."""
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, sympy.Interval):
-        return [value.start, value.end] if value.is_open else []
-    return list(getattr(value, "_unsorted_args", value.args))
-
-
-def _value(value: Any) -> Any:
-    """Equations of several names as {name: value}, several values of a name as their set, inequalities as sets."""
-    if isinstance(value, sympy.And) and all(isinstance(part, sympy.Eq) for part in value.args):
-        value = sympy.Eq(value._unsorted_args[0].lhs, value._unsorted_args[-1].rhs, evaluate=False)
-    if isinstance(value, sympy.Eq) and isinstance(value.lhs, sympy.Tuple):
-        return dict(zip(value.lhs, _parts(value.rhs), strict=False))
-    if isinstance(value, sympy.Eq):
-        return value.rhs if isinstance(value.rhs, sympy.Set | sympy.Tuple) else value
-    relations = value.args if isinstance(value, sympy.FiniteSet) else [value]
-    if all(isinstance(part, sympy.Eq) for part in relations):
-        named = {part.lhs: part.rhs for part in _parts(value)}
-        return sympy.FiniteSet(*(part.rhs for part in relations)) if len(named) == 1 < len(relations) else named
-    if all(isinstance(part, Relational | sympy.And) for part in relations) and len(value.free_symbols) == 1:
-        sets = [sympy.And(part).xreplace({x: sympy.Rational(str(x)) for x in part.atoms(sympy.Float)}).as_set() for part in relations]
-        both = sympy.Intersection(*sets)
-        return sympy.Union(*sets) if both is sympy.S.EmptySet else both
-    if isinstance(value, sympy.FiniteSet) and len(value) == 1:
-        return value.args[0]
-    return value
-
-
-def _is_name(value: sympy.Expr) -> bool:
-    """What an equation may give a value to: x, f(x), AB, dy/dx; not xy, which is a product."""
-    names = [str(name) for name in value.free_symbols]
-    return bool(value.is_Symbol or isinstance(value, AppliedUndef | sympy.Derivative)
-                or (not value.is_Add and all(len(name) > 1 or name.isupper() for name in names)))  # fmt: skip
-
-
-def _same(gold: Any, answer: Any) -> bool:
-    """Whether two parsed values say the same."""
-    gold, answer = _value(gold), _value(answer)
-    values = gold, answer
-
-    def both(kind: Any) -> bool:
-        return all(isinstance(value, kind) for value in values)
-
-    if both(sympy.Eq):
-        if gold.lhs == answer.lhs:
-            return _same(gold.rhs, answer.rhs)
-        return _proportional(gold.lhs - gold.rhs, answer.lhs - answer.rhs)
-    if isinstance(answer, sympy.Eq):
-        return _same(gold, answer.rhs)
-    if isinstance(gold, sympy.Eq):
-        return _is_name(gold.lhs) and _same(gold.rhs, answer)
-    if both(dict):
-        return gold.keys() == answer.keys() and all(_same(gold[name], answer[name]) for name in gold)
-    if both(Relational):
-        return isinstance(gold, sympy.Ne) == isinstance(answer, sympy.Ne) and gold.func.is_strict == answer.func.is_strict
-    if both(sympy.Interval):
-        ends = (gold.left_open, gold.right_open) == (answer.left_open, answer.right_open)
-        return ends and _same(gold.start, answer.start) and _same(gold.end, answer.end)
-    if both(sympy.FiniteSet):
-        rest = list(answer.args)
-        for part in gold.args:
-            found = next((i for i, other in enumerate(rest) if _same(part, other)), None)
-            if found is None:
-                return False
-            rest.pop(found)
-        return not rest
-    if any(isinstance(value, dict | sympy.Tuple) for value in values) or (both(sympy.Interval | sympy.FiniteSet)):
-        first, second = _parts(gold), _parts(answer)
-        return len(first) == len(second) > 1 and all(map(_same, first, second))
-    if both(sympy.Set):
-        return gold.doit().symmetric_difference(answer.doit()) is sympy.S.EmptySet
-    if both(sympy.MatrixBase):
-        return gold.shape == answer.shape and all(map(_same, gold.flat(), answer.flat()))
-    return both(sympy.Expr) and _equal(gold, answer)
-
-
-def _as_text(text: str) -> str:
-    text = re.sub(r"\\text|\\[,;! ]|[\s{}$().]", "", text)
-    return text.casefold() if text.isalpha() and len(text) > 1 else text
-
-
-def _bracket(value: Any, text: str) -> str:
-    if isinstance(value, sympy.Tuple | sympy.Interval):
-        return text[0] if text[0] in "([" else ""
-    return "{" if isinstance(value, sympy.FiniteSet) and text.startswith("\\{") else ""
-
-
-# -------------------------------------------------------------------------------------------------------- what is asked
+def _first_read(spans: Iterator[str]) -> list | None:
+    """The first of the spans that is mathematics, else the first that can be read at all; None without spans."""
+    found = [read(span) for span in spans]
+    read_at_all = [value for value in found if value]
+    best = [value for value in read_at_all if not isinstance(value[0], str)] or read_at_all
+    return best[0] if best else [] if found else None
 
 
 @lru_cache(maxsize=1024)  # the G completions of a prompt share their gold
 def parse_gold(text: str) -> list:
     """Parse a gold answer: a marked one as in a completion, else the text as a number or formula (`63`, `x^2+1`), else
     its last formula. Returns [value, text]; [] when there is none."""
-    text = text.strip()
-    found = _first_read(_spans(text)) or _read(text)
-    if found and isinstance(found[0], str) and not re.search(r"[\d\\$]", text):
-        found = []
-    formulas = re.findall(r"\$([^$]+)\$", text)
-    return found or (_read(formulas[-1]) if formulas else [])
+    found = _first_read(_spans(text))
+    if found is None:
+        found = read(text)
+        formulas = re.findall(r"\$([^$]+)\$", text)
+        if not found or isinstance(found[0], str):
+            found = read(formulas[-1]) if formulas else found if re.search(r"[\d\\]", text) else []
+    return found
 
 
 def gold_is_parseable(text: str) -> bool:
@@ -455,40 +127,100 @@ def gold_is_parseable(text: str) -> bool:
 
 
 def parse_answer(text: str) -> list:
-    """Parse the answer of a completion, looked for as the module docstring says; [] when there is none."""
+    """Parse the answer of a completion, looked for as the module docstring says: [value, text]; [] when there is none."""
     text = _THOUGHT.split(text)[-1].strip()
-    spans = list(_spans(text))
-    if spans:
-        return _first_read(iter(spans))
-    read = _read(text)
-    return [] if _has_words(text) or (read and isinstance(read[0], str) and ":" not in read[0]) else read
+    found = _first_read(_spans(text))
+    return found if found is not None else [] if has_words(text) else read(text)
+
+
+def _value(value: Any) -> Any:
+    """Equations of several names as {name: value}, several values of a name as their set, inequalities as sets."""
+    if isinstance(value, sympy.And) and all(isinstance(part, sympy.Eq) for part in value.args):
+        value = sympy.Eq(value._unsorted_args[0].lhs, value._unsorted_args[-1].rhs, evaluate=False)
+    if isinstance(value, sympy.Eq):
+        if isinstance(value.lhs, sympy.Tuple):
+            pair = value.rhs.args[:2] if isinstance(value.rhs, sympy.Interval) else value.rhs
+            return dict(zip(value.lhs, pair, strict=True))
+        return value.rhs if isinstance(value.rhs, sympy.Set) else value
+    parts = getattr(value, "_unsorted_args", value.args) if isinstance(value, sympy.FiniteSet) else [value]
+    if all(isinstance(part, sympy.Eq) for part in parts):
+        named = {part.lhs: part.rhs for part in parts}
+        return named if len(named) > 1 else sympy.FiniteSet(*(part.rhs for part in parts))
+    if all(isinstance(part, Relational | sympy.And) for part in parts) and len(value.free_symbols) == 1:
+        sets = [sympy.And(part).as_set() for part in parts]
+        both = sympy.Intersection(*sets)
+        return sympy.Union(*sets) if both.is_empty else both
+    return value.args[0] if isinstance(value, sympy.FiniteSet) and len(value) == 1 else value
+
+
+def _is_name(value: sympy.Expr) -> bool:
+    """What an equation may give a value to: x, f(x), AB, dy/dx, a + b; not xy, which is a product, nor 2x."""
+    names = [str(name) for name in value.free_symbols]
+    return value.atoms(sympy.Number) <= {sympy.S.NegativeOne} and (
+        not value.is_Mul or all(len(name) > 1 or name.isupper() for name in names)
+    )
+
+
+def _same(gold: Any, answer: Any) -> bool:
+    """Whether two parsed values say the same."""
+    gold, answer = _value(gold), _value(answer)
+    if isinstance(gold, dict) and isinstance(answer, dict):
+        return gold.keys() == answer.keys() and all(_same(gold[name], answer[name]) for name in gold)
+    gold, answer = (sympy.Tuple(*side.values()) if isinstance(side, dict) else side for side in (gold, answer))
+    if isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq):
+        sides = [sympy.fraction(sympy.together(side.lhs - side.rhs))[0] for side in (gold, answer)]
+        factor = sympy.simplify(sides[0] / sides[1])
+        return bool(factor.is_number and factor.is_finite and not factor.is_zero)
+    for side in (gold, answer):
+        if isinstance(side, sympy.Eq) and side.lhs.free_symbols and not _is_name(side.lhs):
+            return False
+    return verify(gold, answer, numeric_precision=100, allow_set_relation_comp=True, timeout_seconds=None)
+
+
+def _is_rounded(exact: sympy.Expr, decimal: sympy.Expr, text: str) -> bool:
+    """Whether a decimal of six or more digits is the exact number's to 1e-6; one that ends is not rounded."""
+    match = _DECIMAL.fullmatch(text)
+    if not match or len((match[1] + match[2]).lstrip("0")) < 6 or not exact.is_number or exact.is_infinite:
+        return False
+    if (exact * 10 ** len(match[2])).is_integer:
+        return False
+    return bool(abs(exact - decimal) <= abs(exact) / 10**6)
+
+
+def _is_too_big(value: Any) -> bool:
+    """Powers and factorials that would take for ever to compute; inner ones are looked at first."""
+    return any(
+        isinstance(part, sympy.Pow | sympy.factorial) and part.args[-1].is_number and abs(part.args[-1]) > MAX_EXPONENT
+        for part in sympy.postorder_traversal(value)
+    )
+
+
+def _shape(value: Any, text: str) -> str:
+    """The bracket that tells a tuple from an interval or a set; "" where there is none."""
+    if isinstance(value, sympy.Tuple | sympy.Interval):
+        return text[0].strip("x")
+    return "{" if isinstance(value, sympy.FiniteSet) and text.startswith("\\{") else ""
 
 
 def check_answer(gold: str, completion: str) -> float | None:
     """1.0 if the completion's answer equals the gold one, 0.0 if it does not or there is none; None for a gold that
     cannot be parsed. May take for ever on hostile input: run it in a `WorkerPool`."""
-    parsed_gold = parse_gold(gold)
-    if not parsed_gold:
-        return None
-    answer = parse_answer(completion)
-    if not answer:
-        return 0.0
-    values = [parsed_gold[0], answer[0]]
-    texts = [parsed_gold[-1], answer[-1]]
+    sides = [parse_gold(gold), parse_answer(completion)]
+    if not sides[0] or not sides[1]:
+        return 0.0 if sides[0] else None
+    values, texts = zip(*sides, strict=True)
     if any(isinstance(value, str) or _is_too_big(value) for value in values):
-        said = [value if isinstance(value, str) else text for value, text in zip(values, texts, strict=True)]
-        return float(_as_text(said[0]) == _as_text(said[1]))
-    bases = [match[1] for match in map(_BASE.fullmatch, texts) if match]
-    if len(set(bases)) > 1:
+        said = [re.sub(r"\\text|[\s{}$()]", "", text) for text in texts]
+        return float(said[0] == said[1] or (isinstance(values[0], str) and said[0].isalpha() and said[0].lower() == said[1].lower()))
+    bases = {match[1] for match in map(_BASE.fullmatch, texts) if match}
+    if len(bases) > 1 or len({_shape(*side) for side in sides} - {""}) > 1:
         return 0.0  # latex2sympy reads 52_8 as 52
-    brackets = {_bracket(value, text) for value, text in zip(values, texts, strict=True)} - {""}
-    if len(brackets) > 1:
-        return 0.0
     try:
-        percents = [text.endswith("%") for text in texts]
-        hundredths = [value / 100 if is_percent else value for value, is_percent in zip(values, percents, strict=True)]
-        return float(_same(*values) or (percents[0] != percents[1] and _same(*hundredths)))
-    except Exception:
+        if _same(*values) or _is_rounded(*values, texts[1]) or _is_rounded(*values[::-1], texts[0]):
+            return 1.0
+        hundredths = [value / 100 if text.endswith("%") else value for value, text in sides]
+        return float(texts[0].endswith("%") != texts[1].endswith("%") and _same(*hundredths))
+    except Exception:  # sympy cannot compare them
         return 0.0
 
 
