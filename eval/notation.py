@@ -51,8 +51,9 @@ _RULES = r"""
     \s*\n\s*(?!.*\\end) => ,␣
     \\(?:math(?:rm|it|sf)|text(?:bf|it|rm|normal)|mbox|textup)\s*\{ => \\text{
     ^\\(?:text|mathbf)\s*\{([^{}]*)\}$ => \1
-    ^\(?([A-Z])[).:]\s+\S.*$ => \1
+    ^\(?([A-Z])[).:]\s+(?!and\b|or\b|\()\S.*$ => \1
     ^(\d+)(?:\\!)?\s*:(?:\\!)?\s*(\d\d)\W*(?:\\text\W*)?(?:[AaPp]\W?[Mm]\W*)?$ => \1:\2
+    (?i)^(yes|no|true|false)\b[,.].*$ => \1
     # numbers
     (?<=\d)(?:,?\\[,!;:␣]|\{,\}|~)\s*(?=\d{3}(?!\d)) =>
     (?<![\d\\({,.␣])(?<!\d␣)(\d{1,3})␣(?=\d{3}(?!\d)) => \1
@@ -71,14 +72,14 @@ _RULES = r"""
     (?<![\d.])(\d+)␣(\d+)/(\d+) => \1\\frac{\2}{\3}
     # units right after a number; one letter is a unit where TeX keeps it apart
     (?<=[\d}])(?:\\[,;␣]|[~\s])*(?:[ckm]m|kg|km/h|[km]ph|m/s|ft|lbs?|oz|hrs?|mins?|secs?|rad|units?|inch|feet)(?:\^?\{?\d\}?)?$ =>
-    (?<=[\d}])(?:\\[,;␣]|~)\s*[mgshLNJWVA](?:\^?\{?\d\}?)?$ =>
+    (?<=[\d}])\s*(?:\\[,;␣]|~)\s*[mgshLNJWVA](?:\^?\{?\d\}?)?$ =>
     # letters and words
     \\math(?:bf|bb)\s*\{\s*([RZNQ])\s*\} => \\mathbb{\1}
     \\(?:mathbf|boldsymbol|bm|hat|widehat|vec)\s*\{\s*\\?([a-z])(?:math)?\s*\} => \\vec{\1}
     \\mathbf\s*\{ => \\text{
-    \\text\{[\s,]*(?:and|or)[\s,]*\}|,?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]) => ,␣
+    (?:,\s*)?\\text\{[\s,]*(?:and|or)[\s,]*\}|(?:,\s*)?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]) => ,␣
     ^\\text\s*\{[^{}]*(?:\bis|\bare|[:=])\s*\} =>
-    (^|[-+=(/^{,])\s*\\text\{\s*\(?([a-zA-Z]|\d[\d.,]*)\)?\s*\} => \1\2
+    (^|[-+=(^{]|(?<!\\),)\s*\\text\{\s*\(?([a-zA-Z]|\d[\d.,]*)\)?\s*\} => \1\2
     \\text\{([ie])\} => \1
     (?<!\\)\\[!:;,>␣]|\\q?quad(?![a-zA-Z])|~ => ␣
     (?<![\\a-zA-Z])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|gcd|lcm|pi|theta|alpha|beta|infty)(?![a-zA-Z]{2}) => \\\1
@@ -97,6 +98,7 @@ _RULES = r"""
     \^\s*\{?\s*\\circ\s*\}?\s*[CF]?|\\degrees?(?![a-z]) =>
     ^\\\{\s*\w\s*(?:\\in\s*\\mathbb\{R\})?\s*(?:\\mid|\||:)(.*)\\\}$ => \1
     ^(.*)\\pm(.*)$ => \1+\2,␣\1-\2
+    (?<=[a-zA-Z])'(?![a-z]) => _{\\prime}
     \\[lc]?dots => \\tilde{z}
     \\\\\s*\\end => \\end
     (?<![a-zA-Z\\])d(?=[\\\s])(?!.*\\int) => {d}
@@ -130,7 +132,7 @@ def is_too_much(text: str) -> bool:
 def has_words(text: str) -> bool:
     """Whether there are letters that nobody writes as a product of variables: `apples`, not `6xy`, `abc` or `AB`."""
     for word in _WORD.findall(re.sub(r"\\(?:begin|end|operatorname)\s*\{[a-z]+\*?\}", "", text)):
-        spoken = len(word) > 2 and re.search("[aeiou]", word) and [*word] != sorted({*word})
+        spoken = len(word) > 2 and re.search("[aeiou]", word) and [*word.lower()] != sorted({*word.lower()})
         if spoken or word in "No|no|is|of" or not word.isascii():
             return True
     return False

@@ -166,7 +166,10 @@ def _same(gold: Any, answer: Any) -> bool:
     gold, answer = _value(gold), _value(answer)
     if isinstance(gold, dict) and isinstance(answer, dict):
         return gold.keys() == answer.keys() and all(_same(gold[name], answer[name]) for name in gold)
-    gold, answer = (sympy.Tuple(*side.values()) if isinstance(side, dict) else side for side in (gold, answer))
+    gold, answer = (
+        sympy.Tuple(*(side[name] for name in sorted(side, key=str))) if isinstance(side, dict) else side
+        for side in (gold, answer)
+    )
     if isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq):
         sides = [sympy.fraction(sympy.together(side.lhs - side.rhs))[0] for side in (gold, answer)]
         factor = sympy.simplify(sides[0] / sides[1])
@@ -174,6 +177,8 @@ def _same(gold: Any, answer: Any) -> bool:
     for side in (gold, answer):
         if isinstance(side, sympy.Eq) and side.lhs.free_symbols and not _is_name(side.lhs):
             return False
+    gold, answer = (side.rhs if isinstance(side, sympy.Eq) else side for side in (gold, answer))
+    gold, answer = (side if isinstance(side, sympy.FiniteSet) else side.doit() for side in (gold, answer))
     return verify(gold, answer, numeric_precision=100, allow_set_relation_comp=True, timeout_seconds=None)
 
 
@@ -198,7 +203,7 @@ def _is_too_big(value: Any) -> bool:
 def _shape(value: Any, text: str) -> str:
     """The bracket that tells a tuple from an interval or a set; "" where there is none."""
     if isinstance(value, sympy.Tuple | sympy.Interval):
-        return text[0].strip("x")
+        return text[0] if text[0] in "([" else ""
     return "{" if isinstance(value, sympy.FiniteSet) and text.startswith("\\{") else ""
 
 
