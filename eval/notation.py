@@ -107,13 +107,18 @@ _ARG = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
 _TOK = r"([^\s{}\\\[]|\\[a-zA-Z]+)"
 _PAIRS = [line.strip().partition(" =>")[::2] for line in _RULES.splitlines() if " =>" in line]
 _COMPILED = [
-    (re.compile(old.replace("␣", " ").replace("ARG", _ARG).replace("TOK", _TOK), re.DOTALL), new.strip().replace("␣", " "))
+    (
+        re.compile(old.replace("␣", " ").replace("ARG", _ARG).replace("TOK", _TOK), re.DOTALL),
+        new.strip().replace("␣", " "),
+    )
     for old, new in _PAIRS
 ]
 _FULL_WIDTH = {0xFEE0 + code: code for code in range(0x21, 0x7F)}
 
 _PLAIN = r"[^\d$\\=<>^+{}*]"  # no mathematics
-_NUMBER = r"[-+]?(?:\d*\\frac\{\d+\}\{\d+\}|\d[\d,]*(?:\.\d+)?(?:␣?/␣?\d+)?|\.\d+)(?:\\cdot␣10\^\{\d+\}␣)?%?".replace("␣", " ")
+_NUMBER = r"[-+]?(?:\d*\\frac\{\d+\}\{\d+\}|\d[\d,]*(?:\.\d+)?(?:␣?/␣?\d+)?|\.\d+)(?:\\cdot␣10\^\{\d+\}␣)?%?".replace(
+    "␣", " "
+)
 _SENTENCE = re.compile(rf"({_PLAIN}*?)(\$[^$]+\$|(?<![\w^]){_NUMBER})((?:{_PLAIN}|(?<=[a-z])\^?\d)*)")
 _WITH_TEXT = re.compile(r"()((?:(?!\\text).)+?)((?:\\text\s*\{[^{}\d]*\}|\^\s*\{?-?\d\}?|[\s/.,]|\\[,;:])+)")
 _CHANGES_IT = re.compile(

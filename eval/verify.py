@@ -36,17 +36,19 @@ from typing import Any
 
 import sympy
 from math_verify import verify
-from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
 from eval.notation import MAX_LENGTH, has_words, read
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns that its time limits are off
 
-MAX_EXPONENT = 20_000  # and argument of a factorial: beyond it, values are compared as text
+MAX_EXPONENT = 5000  # and argument of a factorial: beyond it, values are compared as text
 _THOUGHT = re.compile(r"</think(?:ing)?>|<\|end_of_thought\|>")
-_SPACE = re.compile(r"\\(?:text|mbox)\s*\{|\\q?quad|\\[ ,;]|[\s$}]")
-_AND = re.compile(r"[,;]|,?(?:and|or)")
+_BRACES = r"\{(?:[^{}\\]|\\.)*+\}"
+for _ in range(9):  # ++ and *+ never go back, so that thousands of boxes that do not close cost linear time
+    _BRACES = rf"\{{(?:[^{{}}\\]|\\.|{_BRACES})*+\}}"
+_BOX = re.compile(rf"\\(?:boxed|fbox)\s*+(?:{_BRACES}|(?<=\s)\w)", re.DOTALL)
+_AND = re.compile(r"(?:[,;$\s}]|\\(?:text|mbox)\s*\{|\\q?quad|\\[ ,;]|and|or)+")
 _ANCHOR = re.compile(
     r"(?i:\banswer\b)[^.\n]{0,60}?(?:\b(?:is|(?:would|must|should|will) be)\b|[:=])[\s:]*"
     r"|(?i:final answer)[\s*:]*\n[\s*]*|答案[是为：:\s]*"
@@ -54,27 +56,21 @@ _ANCHOR = re.compile(
 _SENTENCE_END = r"[.!?](?:\s|$)|\n"
 _CLAUSE_END = rf"{_SENTENCE_END}|, (?!and\b|or\b)[a-z]{{2,}}| (?:because|since|as|so|for)\b| \((?=[a-z])"
 _BASE = re.compile(r"[\da-zA-Z.]+\s*_\s*\{?(\d+)\}?")
+_BRACKET = re.compile(r"[(\[]|\\\{")
 _DECIMAL = re.compile(r"-?(\d*)\.(\d+)")
 
 
 def _last_boxed(text: str) -> tuple[int, str]:
     r"""Where the last `\boxed{...}` whose braces close opens, and its content, joined to that of the boxes right before
-    it; (-1, "") without one. One pass: cut text may hold thousands that do not close."""
-    open_braces: list[tuple[int, int]] = []  # where `\boxed{` or `{` starts (a mere brace: -1), where it ends
-    boxes: list[tuple[int, int, int]] = []  # the same, and where the content ends; a box in a box wins over it
-    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\boxed (\w)|\\[{}]|[{}]", text):
-        if match[1]:
-            boxes.append((match.start(), *match.span(1)))
-        elif match[0][-1] == "{" and match[0] != "\\{":
-            open_braces.append((match.start() if match[0] != "{" else -1, match.end()))
-        elif match[0] == "}" and open_braces:
-            start, inside = open_braces.pop()
-            if start > (boxes[-1][0] if boxes else -1):
-                boxes.append((start, inside, match.start()))
-    first = max(0, len(boxes) - 1)
-    while first and _AND.fullmatch(_SPACE.sub("", text[boxes[first - 1][2] + 1 : boxes[first][0]][:100])):
+    it; (-1, "") without one. A box in a box wins over it."""
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
+        return -1, ""
+    first = len(boxes) - 1
+    while first and _AND.fullmatch(text[boxes[first - 1].end() : boxes[first].start()][:100]):
         first -= 1
-    return boxes[-1][0] if boxes else -1, ", ".join(text[inside:end] for _, inside, end in boxes[first:])
+    content = ", ".join(re.sub(r"^\\(?:boxed|fbox)\s*\{?|\}$", "", box[0]) for box in boxes[first:])
+    return boxes[-1].start(), _last_boxed(content)[1] or content
 
 
 def _spans(text: str) -> Iterator[str]:
@@ -93,7 +89,7 @@ def _spans(text: str) -> Iterator[str]:
         text = text.rpartition("####")[2].strip()
         if not _ANCHOR.match(text):
             yield text.partition("\n")[0]
-    for anchor in reversed(list(_ANCHOR.finditer(text))):
+    for anchor in list(_ANCHOR.finditer(text))[:-20:-1]:
         rest = re.sub(r"^(?:\$\$|\\\[)\s*", "$", text[anchor.end() :][:MAX_LENGTH])
         for end in _SENTENCE_END, _CLAUSE_END:
             yield re.split(end, rest, maxsplit=1)[0]
@@ -133,19 +129,24 @@ def parse_answer(text: str) -> list:
     return found if found is not None else [] if has_words(text) else read(text)
 
 
-def _value(value: Any) -> Any:
-    """Equations of several names as {name: value}, several values of a name as their set, inequalities as sets."""
-    if isinstance(value, sympy.And) and all(isinstance(part, sympy.Eq) for part in value.args):
-        value = sympy.Eq(value._unsorted_args[0].lhs, value._unsorted_args[-1].rhs, evaluate=False)
-    if isinstance(value, sympy.Eq):
-        if isinstance(value.lhs, sympy.Tuple):
-            pair = value.rhs.args[:2] if isinstance(value.rhs, sympy.Interval) else value.rhs
-            return dict(zip(value.lhs, pair, strict=True))
-        return value.rhs if isinstance(value.rhs, sympy.Set) else value
-    parts = getattr(value, "_unsorted_args", value.args) if isinstance(value, sympy.FiniteSet) else [value]
-    if all(isinstance(part, sympy.Eq) for part in parts):
-        named = {part.lhs: part.rhs for part in parts}
-        return named if len(named) > 1 else sympy.FiniteSet(*(part.rhs for part in parts))
+def _equations(value: Any) -> dict:
+    """{left side: right side} of an equation, of a chain a = b = 5, of a list of them; {} for anything else."""
+    parts = list(getattr(value, "_unsorted_args", [value]))
+    if not all(isinstance(part, sympy.Eq) for part in parts):
+        return {}
+    if isinstance(value, sympy.And):
+        return {parts[0].lhs: parts[-1].rhs}
+    if isinstance(parts[0].lhs, sympy.Tuple):  # (x, y) = (1, 2)
+        return dict(zip(parts[0].lhs, parts[0].rhs.args, strict=False))
+    found: dict = {}
+    for part in parts:
+        found.setdefault(part.lhs, []).append(part.rhs)
+    return {name: sympy.FiniteSet(*values) if len(values) > 1 else values[0] for name, values in found.items()}
+
+
+def _solutions(value: Any) -> Any:
+    """The set that inequalities of one variable describe; other values as they are."""
+    parts = list(getattr(value, "_unsorted_args", [value]))
     if all(isinstance(part, Relational | sympy.And) for part in parts) and len(value.free_symbols) == 1:
         sets = [sympy.And(part).as_set() for part in parts]
         both = sympy.Intersection(*sets)
@@ -154,32 +155,29 @@ def _value(value: Any) -> Any:
 
 
 def _is_name(value: sympy.Expr) -> bool:
-    """What an equation may give a value to: x, f(x), AB, dy/dx, a + b; not xy, which is a product, nor 2x."""
+    """What an equation may give a value to: x, f(x), AB, dy/dx, a + b, 60 + 3; not xy, which is a product, nor 2x."""
     names = [str(name) for name in value.free_symbols]
-    return value.atoms(sympy.Number) <= {sympy.S.NegativeOne} and (
-        not value.is_Mul or all(len(name) > 1 or name.isupper() for name in names)
-    )
+    has_number = not value.atoms(sympy.Number) <= {sympy.S.NegativeOne}
+    return not names or not (has_number or (value.is_Mul and any(name.islower() and len(name) == 1 for name in names)))
 
 
 def _same(gold: Any, answer: Any) -> bool:
     """Whether two parsed values say the same."""
-    gold, answer = _value(gold), _value(answer)
-    if isinstance(gold, dict) and isinstance(answer, dict):
-        return gold.keys() == answer.keys() and all(_same(gold[name], answer[name]) for name in gold)
-    gold, answer = (
-        sympy.Tuple(*(side[name] for name in sorted(side, key=str))) if isinstance(side, dict) else side
-        for side in (gold, answer)
-    )
-    if isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq):
-        sides = [sympy.fraction(sympy.together(side.lhs - side.rhs))[0] for side in (gold, answer)]
-        factor = sympy.simplify(sides[0] / sides[1])
-        return bool(factor.is_number and factor.is_finite and not factor.is_zero)
-    for side in (gold, answer):
-        if isinstance(side, sympy.Eq) and side.lhs.free_symbols and not _is_name(side.lhs):
+    named = [_equations(side) for side in (gold, answer)]
+    if all(named):
+        if named[0].keys() == named[1].keys():
+            return all(_same(value, named[1][name]) for name, value in named[0].items())
+        zeros = [sympy.fraction(sympy.together(a - b))[0] for equations in named for a, b in equations.items()]
+        factor = sympy.simplify(zeros[0] / zeros[1])
+        return bool(len(zeros) == 2 and factor.is_number and factor.is_finite and not factor.is_zero)
+    plain = []
+    for side, equations in zip((gold, answer), named, strict=True):
+        if not all(map(_is_name, equations)):
             return False
-    gold, answer = (side.rhs if isinstance(side, sympy.Eq) else side for side in (gold, answer))
-    gold, answer = (side if isinstance(side, sympy.FiniteSet) else side.doit() for side in (gold, answer))
-    return verify(gold, answer, numeric_precision=100, allow_set_relation_comp=True, timeout_seconds=None)
+        values = [equations[name] for name in sorted(equations, key=str)] or [side]
+        value = _solutions(values[0]) if len(values) == 1 else sympy.Tuple(*values)
+        plain.append(value if isinstance(value, sympy.FiniteSet) else value.doit())
+    return verify(*plain, numeric_precision=100, allow_set_relation_comp=True, timeout_seconds=None)
 
 
 def _is_rounded(exact: sympy.Expr, decimal: sympy.Expr, text: str) -> bool:
@@ -187,9 +185,7 @@ def _is_rounded(exact: sympy.Expr, decimal: sympy.Expr, text: str) -> bool:
     match = _DECIMAL.fullmatch(text)
     if not match or len((match[1] + match[2]).lstrip("0")) < 6 or not exact.is_number or exact.is_infinite:
         return False
-    if (exact * 10 ** len(match[2])).is_integer:
-        return False
-    return bool(abs(exact - decimal) <= abs(exact) / 10**6)
+    return bool(abs(exact - decimal) <= abs(exact) / 10**6 and not (exact * 10 ** len(match[2])).is_integer)
 
 
 def _is_too_big(value: Any) -> bool:
@@ -200,13 +196,6 @@ def _is_too_big(value: Any) -> bool:
     )
 
 
-def _shape(value: Any, text: str) -> str:
-    """The bracket that tells a tuple from an interval or a set; "" where there is none."""
-    if isinstance(value, sympy.Tuple | sympy.Interval):
-        return text[0] if text[0] in "([" else ""
-    return "{" if isinstance(value, sympy.FiniteSet) and text.startswith("\\{") else ""
-
-
 def check_answer(gold: str, completion: str) -> float | None:
     """1.0 if the completion's answer equals the gold one, 0.0 if it does not or there is none; None for a gold that
     cannot be parsed. May take for ever on hostile input: run it in a `WorkerPool`."""
@@ -215,16 +204,19 @@ def check_answer(gold: str, completion: str) -> float | None:
         return 0.0 if sides[0] else None
     values, texts = zip(*sides, strict=True)
     if any(isinstance(value, str) or _is_too_big(value) for value in values):
-        said = [re.sub(r"\\text|[\s{}$()]", "", text) for text in texts]
-        return float(said[0] == said[1] or (isinstance(values[0], str) and said[0].isalpha() and said[0].lower() == said[1].lower()))
-    bases = {match[1] for match in map(_BASE.fullmatch, texts) if match}
-    if len(bases) > 1 or len({_shape(*side) for side in sides} - {""}) > 1:
-        return 0.0  # latex2sympy reads 52_8 as 52
+        said = [re.sub(r"\\text|[\s{}$()]", "", text).lower() for text in texts]
+        return float(said[0] == said[1])
+    bases = {match[1] for match in map(_BASE.fullmatch, texts) if match}  # latex2sympy reads 52_8 as 52
+    brackets = {match[0] for match in map(_BRACKET.match, texts) if match}
+    several = all(isinstance(value, sympy.Tuple | sympy.Interval | sympy.FiniteSet) for value in values)
+    if len(bases) > 1 or (len(brackets) > 1 and several):
+        return 0.0
+    percents = [text.endswith("%") for text in texts]
     try:
         if _same(*values) or _is_rounded(*values, texts[1]) or _is_rounded(*values[::-1], texts[0]):
             return 1.0
-        hundredths = [value / 100 if text.endswith("%") else value for value, text in sides]
-        return float(texts[0].endswith("%") != texts[1].endswith("%") and _same(*hundredths))
+        shares = [value / 100 if percent else value for value, percent in zip(values, percents, strict=True)]
+        return float(percents[0] != percents[1] and _same(*shares))
     except Exception:  # sympy cannot compare them
         return 0.0
 
