@@ -53,7 +53,7 @@ _ANCHOR = re.compile(
     r"(?i:\banswer\b)[^.\n]{0,60}?(?:\b(?:is|(?:would|must|should|will) be)\b|[:=])[\s:]*"
     r"|(?i:final answer)[\s*:]*\n[\s*]*|答案[是为：:\s]*"
 )
-_SENTENCE_END = r"[.!?](?:\s|$)|\n"
+_SENTENCE_END = r"(?<!\\)[.!?](?:\s|$)|\n"
 _CLAUSE_END = rf"{_SENTENCE_END}|, (?!and\b|or\b)[a-z]{{2,}}| (?:because|since|as|so|for)\b| \((?=[a-z])"
 _BASE = re.compile(r"[\da-zA-Z.]+\s*_\s*\{?(\d+)\}?")
 _BRACKET = re.compile(r"[(\[]|\\\{")

@@ -155,10 +155,10 @@ def audit_data(run: Run, pool: WorkerPool, report: Report) -> tuple[list[Prompt]
     assert isinstance(run.data, GRPOScriptArguments)
     if needy := sorted(GOLD_REWARDS & set(run.data.reward_funcs)):
         if len(unparseable) == n:
-            report.no_signal.append(f"no gold answer can be parsed, so {', '.join(needy)} pay every completion alike: "
+            report.no_signal.append(f"no gold answer can be parsed, so {', '.join(needy)} pay nothing: "
                                     "check the column `solution` (or `answer`).")  # fmt: skip
         elif unparseable and not run.data.drop_unparseable_golds:
-            report.advice.append(f"{len(unparseable)} of {n} gold answers pay every completion alike: leave "
+            report.advice.append(f"{len(unparseable)} of {n} gold answers cannot be compared with: leave "
                                  "drop_unparseable_golds at true.")  # fmt: skip
         if run.data.drop_unparseable_golds:
             usable = [i for i in usable if i not in unparseable]

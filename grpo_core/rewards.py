@@ -52,12 +52,11 @@ def _texts(completions: list, columns: dict[str, Any]) -> list[str]:
 def accuracy_reward(completions: list, solution: list, **kwargs: Any) -> list[float | None]:
     r"""1.0 where the answer equals the gold one, else 0.0; see `eval.verify` for where an answer is looked for.
 
-    A gold that cannot be parsed gives 1.0 to every completion, as in open-r1: no spread, so no gradient from this
-    reward, but leave such rows out of your data (`grpo_core.scoring.unparseable_golds`). Mended: gold and answer are
-    compared in this order, a bare `63` is a gold, the content of `<answer>` is an answer, nothing is printed.
+    A gold that cannot be parsed gives None: leave such rows out of your data (`grpo_core.scoring.unparseable_golds`).
+    Mended: open-r1 pays 1.0 to every completion then; gold and answer are compared in this order, a bare `63` is a
+    gold, the content of `<answer>` is an answer, nothing is printed.
     """
-    scores = [check_answer(str(g), c[0]["content"]) for g, c in zip(solution, completions, strict=True)]
-    return [1.0 if score is None else score for score in scores]
+    return [check_answer(str(g), c[0]["content"]) for g, c in zip(solution, completions, strict=True)]
 
 
 def format_reward(completions: list, **kwargs: Any) -> list[float | None]:
@@ -116,7 +115,7 @@ def cosine_scaled_reward(
         cosine = math.cos(math.pi * min(1.0, length / max_len))
         # (of no length, of max_len): a short right answer is worth most, a short wrong one least
         short, long = (max_value_correct, min_value_correct) if score else (min_value_wrong, max_value_wrong)
-        rewards.append(1.0 if score is None else long + 0.5 * (short - long) * (1.0 + cosine))
+        rewards.append(None if score is None else long + 0.5 * (short - long) * (1.0 + cosine))
     return rewards
 
 
@@ -133,7 +132,7 @@ def get_cosine_scaled_reward(
 
     A right answer falls from max_value_correct (no length) to min_value_correct (max_len and beyond), a wrong one goes
     from min_value_wrong to max_value_wrong. Lengths are characters, or with `tokens` those of `completion_ids`. A gold
-    that cannot be parsed gives 1.0. ValueError if max_len < 1. Mended: open-r1's wraps beyond max_len, so that a right
+    that cannot be parsed gives None. ValueError if max_len < 1. Mended: open-r1's wraps beyond max_len, so that a right
     answer of twice that length is worth most again; it compares answer and gold in the wrong order; and its script's
     defaults for wrong answers (0, -0.5) contradict its documentation: they are the ones above in ours.
     """
@@ -178,8 +177,8 @@ def len_reward(
     """Shorter than the others of the group is better (Kimi k1.5, arXiv:2501.12599, section 2.3.3).
 
     lambda = 0.5 - (length - shortest) / (longest - shortest), in characters; lambda for a right answer, min(0, lambda)
-    for a wrong one, 0.0 where all are equally long. A gold that cannot be parsed counts as answered. Mended: lengths
-    are compared among the completions of one prompt (equal `group_ids`), not with whatever else is in the batch; all
+    for a wrong one, 0.0 where all are equally long. A gold that cannot be parsed gives None. Mended: lengths are
+    compared among the completions of one prompt (equal `group_ids`), not with whatever else is in the batch; all
     completions are one group where no group_ids are given. A check that fails leaves its whole group unscored.
     """
     groups = defaultdict(list)
@@ -192,7 +191,7 @@ def len_reward(
         of_group = groups[0 if group_ids is None else group_ids[i]]
         spread = max(of_group) - min(of_group)
         value = 0.5 - (length - min(of_group)) / spread if spread else 0.0
-        rewards.append(value if right[i] else min(0.0, value))
+        rewards.append(None if right[i] is None else value if right[i] else min(0.0, value))
     return rewards
 
 

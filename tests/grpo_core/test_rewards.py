@@ -37,7 +37,7 @@ def test_accuracy_documented_cases():
     assert accuracy_reward(both, [r"\frac{63}{400}"] * 2, other=[1, 2]) == [1.0, 0.0]
     assert accuracy_reward(messages(r"\boxed{3}"), ["6"]) == [0.0]
     assert accuracy_reward(messages("63", "<answer>63</answer>", "64"), ["63", 63, "$63$"]) == [1.0, 1.0, 0.0]
-    assert accuracy_reward(messages("whatever"), ["words only"]) == [1.0]
+    assert accuracy_reward(messages("whatever"), ["words only"]) == [None]
 
 
 def test_format_documented_cases():
@@ -136,7 +136,7 @@ def test_cosine(text, length, expected):
 
 
 def test_cosine_edges():
-    assert get_cosine_scaled_reward()(messages("whatever"), ["words only"]) == [1.0]
+    assert get_cosine_scaled_reward()(messages("whatever"), ["words only"]) == [None]
     with pytest.raises(ValueError, match="completion_ids"):
         get_cosine_scaled_reward(tokens=True)(messages(RIGHT), [GOLD])
     with pytest.raises(ValueError, match="max_len 0"):
@@ -151,7 +151,7 @@ def test_length():
     assert of(RIGHT, RIGHT + "x" * 10, RIGHT + "x" * 20) == [0.5, 0.0, -0.5]
     assert of(WRONG, WRONG + "x" * 10, WRONG + "x" * 20) == [0.0, 0.0, -0.5]
     assert of(RIGHT, WRONG, RIGHT + "x" * 10, WRONG + "x" * 10) == [0.5, 0.0, -0.5, -0.5]
-    assert of("short", "a longer one", gold="words only") == [0.5, -0.5]
+    assert of("short", "a longer one", gold="words only") == [None, None]
     # only the completions of one prompt are compared; open-r1 compares whatever is in the batch
     assert of(RIGHT, RIGHT + "x" * 99, RIGHT + "x", RIGHT + "xx", group_ids=[3, 5, 3, 5]) == [0.5, -0.5, -0.5, 0.5]
     assert len_reward.batch

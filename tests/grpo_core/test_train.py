@@ -233,4 +233,4 @@ def test_rows_whose_gold_cannot_be_parsed_are_left_out(tiny_model, tmp_path):
     more = flags(drop_unparseable_golds="false", output_dir=tmp_path / "all", dataset_test_split=data, do_eval="true")
     code, output = run(TRAIN, argv + more, tmp_path / "log1")
     assert code == 0 and "4 prompts; left out: 0 longer than 100 tokens; 4 to evaluate on" in output, output
-    assert metrics(tmp_path / "all")[-1]["eval_rewards/accuracy_reward/mean"] == 0.5  # 1.0 without a gold
+    assert metrics(tmp_path / "all")[-1]["eval_rewards/accuracy_reward/mean"] == 0.0  # of those with a gold
