@@ -1,10 +1,10 @@
 r"""How answers are written: `read` takes what a box, a tag or a sentence says to a sympy object.
 
-With words in it, an answer is prose and says the one number or formula that is in it: `63 apples`, `63\text{ km}/\text{h}`;
-not `5 or 6`, nor `5\text{ hours }30\text{ minutes}`. Without, it is mathematics, `6xy` a product, of which only a listed
-unit right after a number is dropped. Rules rewrite the many ways to write one thing to those that latex2sympy
-(math-verify's parser) reads rightly. Decimals become fractions, so that values are exact. What does not parse is its
-text, and is compared as that.
+With words in it, an answer is prose and says the one number or formula that is in it: `63 apples`,
+`63\text{ km}/\text{h}`; not `5 or 6`, nor `5\text{ hours }30\text{ minutes}`. Without, it is mathematics, `6xy` a
+product, of which only a listed unit right after a number is dropped. Rules rewrite the many ways to write one thing to
+those that latex2sympy (math-verify's parser) reads rightly. Decimals become fractions, so that values are exact. What
+does not parse is its text, and is compared as that.
 
     PYTHONPATH=. python -c "from eval.notation import read; print(read(r'2\frac12\text{ cm}'))"
 """
@@ -17,8 +17,8 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 
 MAX_LENGTH = 500  # characters of an answer
 
-# One rule a line, applied in order: pattern, =>, replacement; ␣ is a space, ARG a group in braces, TOK what TeX takes for
-# an argument without braces.
+# One rule a line, applied in order: pattern, =>, replacement; ␣ is a space, ARG a group in braces, TOK what TeX takes
+# for an argument without braces, UNIT a unit that may stand without \\text.
 _RULES = r"""
     ∞ => \\infty␣
     ≤ => \\le␣
@@ -71,7 +71,7 @@ _RULES = r"""
     (?<=[\d}])\s*(?:\\text\{\s*percent\s*\}|percent\b|\\%) => %
     (?<![\d.])(\d+)␣(\d+)/(\d+) => \1\\frac{\2}{\3}
     # units right after a number; one letter is a unit where TeX keeps it apart
-    (?<=[\d}])(?:\\[,;␣]|[~\s])*(?:[ckm]m|kg|km/h|[km]ph|m/s|ft|lbs?|oz|hrs?|mins?|secs?|rad|units?|inch|feet)(?:\^?\{?\d\}?)?$ =>
+    (?<=[\d}])(?:\\[,;␣]|[~\s])*UNIT(?:\^?\{?\d\}?)?$ =>
     (?<=[\d}])\s*(?:\\[,;␣]|~)\s*[mgshLNJWVA](?:\^?\{?\d\}?)?$ =>
     # letters and words
     \\math(?:bf|bb)\s*\{\s*([RZNQ])\s*\} => \\mathbb{\1}
@@ -82,7 +82,8 @@ _RULES = r"""
     (^|[-+=(^{]|(?<!\\),)\s*\\text\{\s*\(?([a-zA-Z]|\d[\d.,]*)\)?\s*\} => \1\2
     \\text\{([ie])\} => \1
     (?<!\\)\\[!:;,>␣]|\\q?quad(?![a-zA-Z])|~ => ␣
-    (?<![\\a-zA-Z])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|gcd|lcm|pi|theta|alpha|beta|infty)(?![a-zA-Z]{2}) => \\\1
+    (?<![\\a-zA-Z])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc)(?![a-zA-Z]{2}) => \\\1
+    (?<![\\a-zA-Z])(log|ln|exp|sqrt|max|min|gcd|lcm|pi|theta|alpha|beta|infty)(?![a-zA-Z]{2}) => \\\1
     (?<!vec\{)(?<![a-zA-Z\\_])i(?![a-zA-Z=]) => I
     # operators
     \*\* => ^
@@ -103,15 +104,24 @@ _RULES = r"""
     \\\\\s*\\end => \\end
     (?<![a-zA-Z\\])d(?=[\\\s])(?!.*\\int) => {d}
 """
-_ARG = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
-_TOK = r"([^\s{}\\\[]|\\[a-zA-Z]+)"
-_PAIRS = [line.strip().partition(" =>")[::2] for line in _RULES.splitlines() if " =>" in line]
+_SHORT_FOR = {
+    "␣": " ",
+    "ARG": r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}",
+    "TOK": r"([^\s{}\\\[]|\\[a-zA-Z]+)",
+    "UNIT": "(?:[ckm]m|kg|km/h|[km]ph|m/s|ft|lbs?|oz|hrs?|mins?|secs?|rad|units?|inch|feet)",
+}
+
+
+def _written_out(text: str) -> str:
+    for short, long in _SHORT_FOR.items():
+        text = text.replace(short, long)
+    return text
+
+
 _COMPILED = [
-    (
-        re.compile(old.replace("␣", " ").replace("ARG", _ARG).replace("TOK", _TOK), re.DOTALL),
-        new.strip().replace("␣", " "),
-    )
-    for old, new in _PAIRS
+    (re.compile(_written_out(old), re.DOTALL), _written_out(new.strip()))
+    for old, arrow, new in (line.strip().partition(" =>") for line in _RULES.splitlines())
+    if arrow
 ]
 _FULL_WIDTH = {0xFEE0 + code: code for code in range(0x21, 0x7F)}
 

@@ -1,9 +1,9 @@
 r"""The answer checker of the rewards: is a completion's answer equal to the gold one? Pure functions.
 
-math-verify's parser (latex2sympy) reads LaTeX; where the answer is looked for, what is no mathematics in it, and when
-two values are equal is decided here. math-verify's own settings pay for wrong answers (`3t` for 3, `2^{-99}` for
-`2^{-98}`, equations without real solutions), and its time limits (SIGALRM) cannot stop code that blocks in C. What may
-hang runs in an `eval.workers.WorkerPool`.
+math-verify parses and compares; where the answer is looked for, what is no mathematics in it, and what is compared with
+what is decided here. With its own settings it pays for wrong answers (`3t` for 3, `2^{-99}` for `2^{-98}`, equations
+without real solutions), and its time limits (SIGALRM) cannot stop code that blocks in C. What may hang runs in an
+`eval.workers.WorkerPool`.
 
 Where the answer of a completion is looked for (`_spans`), first hit wins:
   0. Only the text after the last thought (`</think>`, `</thinking>`, `<|end_of_thought|>`) is read.
@@ -16,9 +16,9 @@ Where the answer of a completion is looked for (`_spans`), first hit wins:
 A number in running prose ("so she has 63 left") is no answer: it would pay a model for listing numbers. Nor is anything
 of more than 500 characters (the longest of MATH-500 has 53) or 20 nested brackets.
 
-How it is read (`_read`): with words in it, it is prose and says the one number or formula that is in it (`63 apples`; not
-`5 or 6`, not `5 hours 30 minutes`); without, it is mathematics (`6xy` is a product), of which only a listed unit right
-after a number is dropped. What cannot be parsed is compared as text.
+How it is read: `eval/notation.py`. With words in it, it is prose and says the one number or formula that is in it
+(`63 apples`; not `5 or 6`, not `5 hours 30 minutes`); without, it is mathematics (`6xy` is a product), of which only a
+listed unit right after a number is dropped. What cannot be parsed is compared as text.
 
 How two values are compared (`_same`): by math-verify, on exact numbers; before that, equations are compared up to a
 factor, inequalities made sets, `x=1, y=2` the values of its names. A decimal of six or more digits may be rounded
@@ -123,7 +123,7 @@ def gold_is_parseable(text: str) -> bool:
 
 
 def parse_answer(text: str) -> list:
-    """Parse the answer of a completion, looked for as the module docstring says: [value, text]; [] when there is none."""
+    """Parse the answer of a completion, looked for as the module docstring says: [value, text]; [] without one."""
     text = _THOUGHT.split(text)[-1].strip()
     found = _first_read(_spans(text))
     return found if found is not None else [] if has_words(text) else read(text)
@@ -213,7 +213,7 @@ def check_answer(gold: str, completion: str) -> float | None:
         return 0.0
     percents = [text.endswith("%") for text in texts]
     try:
-        if _same(*values) or _is_rounded(*values, texts[1]) or _is_rounded(*values[::-1], texts[0]):
+        if _same(*values) or _is_rounded(values[0], values[1], texts[1]) or _is_rounded(values[1], values[0], texts[0]):
             return 1.0
         shares = [value / 100 if percent else value for value, percent in zip(values, percents, strict=True)]
         return float(percents[0] != percents[1] and _same(*shares))

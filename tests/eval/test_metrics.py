@@ -107,6 +107,30 @@ def test_hostile_answers_cost_themselves_alone():
     assert all(isinstance(verdict, Unscored) or verdict["score"] == 0.0 for verdict in hostile)
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer", "score"),
+    [
+        ("3t", "3", 0.0),
+        ("3t", "3t", 1.0),
+        ("6s", "6", 0.0),
+        (r"2\pi h", r"2\pi", 0.0),
+        ("9-2h", "7", 0.0),
+        ("9-2h", "-2h+9", 1.0),
+        ("4ab", "4ba", 1.0),
+        ("4ab", "4", 0.0),
+        ("a + b + c", "a+b+c", 1.0),
+        ("y=3t", "y=3", 0.0),
+        (r"12\text{ ft}", "12", 1.0),
+        (r"\text{even}", "Even", 1.0),
+        (r"\text{Yes}", "yes", 1.0),
+        ("x", "X", 0.0),
+    ],
+)
+def test_letters_are_no_units(gold, answer, score):
+    doc = Doc(query="", choices=[rf"so it is $\boxed{{{gold}}}$."])
+    assert judge((metrics.latex_gold_metric, doc, rf"\boxed{{{answer}}}"))["score"] == score
+
+
 @pytest.mark.slow
 def test_five_thousand_answers_with_a_hundred_hostile_ones(shared):
     rows = [json.loads(line) for line in (shared / "data" / "math_500.jsonl").read_text().splitlines()][:490]
