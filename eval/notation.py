@@ -129,12 +129,12 @@ _PLAIN = r"[^\d$\\=<>^+{}*]"  # no mathematics
 _NUMBER = r"[-+]?(?:\d*\\frac\{\d+\}\{\d+\}|\d[\d,]*(?:\.\d+)?(?:␣?/␣?\d+)?|\.\d+)(?:\\cdot␣10\^\{\d+\}␣)?%?".replace(
     "␣", " "
 )
-_SENTENCE = re.compile(rf"({_PLAIN}*?)(\$[^$]+\$|(?<![\w^]){_NUMBER})((?:{_PLAIN}|(?<=[a-z])\^?\d)*)")
+_SENTENCE = re.compile(rf"({_PLAIN}*?)(\$[^$]+\$|(?<![\w^]){_NUMBER})((?! (?:is|are) )(?:{_PLAIN}|(?<=[a-z])\^?\d)*)")
 _WITH_TEXT = re.compile(r"()((?:(?!\\text).)+?)((?:\\text\s*\{[^{}\d]*\}|\^\s*\{?-?\d\}?|[\s/.,]|\\[,;:])+)")
 _CHANGES_IT = re.compile(
-    r"(?i)\b(?:and|or|to|not|than|least|most|between|over|under|nor|half|twice|minus|plus|times|squared|negative)\b"
+    r"(?i)\b(?:and|or|to|not|than|least|most|between|over|under|nor|half|twice|minus|plus|times|squared|negative)\b|,\s*(?:more|less|fewer|greater)"
 )
-_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z][a-z]+(?![a-zA-Z({])|[\u4e00-\u9fff]")
+_WORD = re.compile(r"(?<![\\a-zA-Z\d])[a-zA-Z][a-z]+(?![a-zA-Z({])|[\u4e00-\u9fff]")
 _UNREADABLE = re.compile(r"(?<![_^\d])\d+\s+\d|:.*:|^\d+:\d\d$")
 
 
@@ -147,7 +147,7 @@ def is_too_much(text: str) -> bool:
 def has_words(text: str) -> bool:
     """Whether there are letters that nobody writes as a product of variables: `apples`, not `6xy`, `abc` or `AB`."""
     for word in _WORD.findall(re.sub(r"\\(?:begin|end|operatorname)\s*\{[a-z]+\*?\}", "", text)):
-        spoken = len(word) > 2 and re.search("[aeiou]", word) and [*word.lower()] != sorted({*word.lower()})
+        spoken = len(word) > 2 and re.search("[aeiou]", word.lower()) and [*word.lower()] != sorted({*word.lower()})
         if spoken or word in "No|no|is|of" or not word.isascii():
             return True
     return False

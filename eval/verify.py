@@ -51,7 +51,7 @@ _BOX = re.compile(rf"\\(?:boxed|fbox)\s*+(?:{_BRACES}|(?<=\s)\w)", re.DOTALL)
 _AND = re.compile(r"(?:[,;$\s}]|\\(?:text|mbox)\s*\{|\\q?quad|\\[ ,;]|and|or)+")
 _ANCHOR = re.compile(
     r"(?i:\banswer\b)[^.\n]{0,60}?(?:\b(?:is|(?:would|must|should|will) be)\b|[:=])[\s:]*"
-    r"|(?i:final answer)[\s*:]*\n[\s*]*|答案[是为：:\s]*"
+    r"|(?im:^[#*\s]*(?:final )?answer[\s*:]*\n)[\s*]*|答案[是为：:\s]*"
 )
 _SENTENCE_END = r"(?<!\\)[.!?](?:\s|$)|\n"
 _CLAUSE_END = rf"{_SENTENCE_END}|, (?!and\b|or\b)[a-z]{{2,}}| (?:because|since|as|so|for)\b| \((?=[a-z])"
@@ -151,7 +151,9 @@ def _solutions(value: Any) -> Any:
         sets = [sympy.And(part).as_set() for part in parts]
         both = sympy.Intersection(*sets)
         return sympy.Union(*sets) if both.is_empty else both
-    return value.args[0] if isinstance(value, sympy.FiniteSet) and len(value) == 1 else value
+    if isinstance(value, sympy.FiniteSet):  # 8, 8 is not 8
+        return parts[0] if len(parts) == 1 else value if len(parts) == len(value) else sympy.Tuple(*parts)
+    return value
 
 
 def _is_name(value: sympy.Expr) -> bool:
@@ -203,7 +205,9 @@ def check_answer(gold: str, completion: str) -> float | None:
     if not sides[0] or not sides[1]:
         return 0.0 if sides[0] else None
     values, texts = zip(*sides, strict=True)
-    if any(isinstance(value, str) or _is_too_big(value) for value in values):
+    if isinstance(values[0], str) != isinstance(values[1], str) or (":" in texts[0]) != (":" in texts[1]):
+        return 0.0
+    if isinstance(values[0], str) or any(map(_is_too_big, values)):
         said = [re.sub(r"\\text|[\s{}$()]", "", text).lower() for text in texts]
         return float(said[0] == said[1])
     bases = {match[1] for match in map(_BASE.fullmatch, texts) if match}  # latex2sympy reads 52_8 as 52

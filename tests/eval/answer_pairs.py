@@ -234,7 +234,20 @@ ANSWERS: dict[str, list[tuple[str, list[str], list[str]]]] = {
         ("48", ["48.", "048", "+48", "{48}", r"\mathbf{48}", r"\color{blue}{48}", r"\displaystyle 48", "４８", r"48\,",
             "40+8=48", "x=48"], ["", "?", "4.8", "-48", "48+1", "1=2", "48=49", "84"]),
     ],
+    "near": [
+        ("8", ["8.", r"\text{eight (8)}", r"8\ \mathrm{cm}", r"\left(8\right)"], [
+            "8:1", "8,8", r"8\text{ or more}", r"8\pm1", r"x\ge 8", "x=8,y=1", "[8,8.5]",
+            r"8\text{ m }5\text{ cm}", "k=8n",
+        ]),
+        (r"(10^{-9},1)", ["(0.000000001,1)"], ["(0,1)", r"(2\cdot10^{-9},1)"]),
+        (r"\{10^{-40},1\}", ["1,10^{-40}"], ["0,1", "10^{-41},1"]),
+        ("2", [], ["2cab", "2mix", "2+x", "2x+0"]),
+    ],
     "text": [
+        ("14", ["### Answer\n14", "**Answer**\n\n14", "<answer>\\boxed{14} students</answer>"], [
+            "The answer is 1 4", "Let me answer: first, 14 is even. Then 3 is odd.", "The answer is 14 less than x.",
+            "The answer is one more than 14.", "<answer>14 feet 2 inches</answer>", "#### 14 - 15", "Answer: A14",
+        ]),
         ("48", ['**Final Answer**\n\n48', '### Final Answer:\n**48**', '# Final answer\n$48$',
             "The answer is **48** dollars.", "So the answer would be 48.", "Thus the answer must be $48$.",
             "Final answer: *48*", "答案是 48。", "最终答案：48",
