@@ -151,9 +151,7 @@ def _solutions(value: Any) -> Any:
         sets = [sympy.And(part).as_set() for part in parts]
         both = sympy.Intersection(*sets)
         return sympy.Union(*sets) if both.is_empty else both
-    if isinstance(value, sympy.FiniteSet):  # 8, 8 is not 8
-        return parts[0] if len(parts) == 1 else value if len(parts) == len(value) else sympy.Tuple(*parts)
-    return value
+    return value.args[0] if isinstance(value, sympy.FiniteSet) and len(value) == 1 else value
 
 
 def _is_name(value: sympy.Expr) -> bool:
@@ -165,6 +163,8 @@ def _is_name(value: sympy.Expr) -> bool:
 
 def _same(gold: Any, answer: Any) -> bool:
     """Whether two parsed values say the same."""
+    if isinstance(answer, sympy.FiniteSet) and len(getattr(answer, "_unsorted_args", ())) > len(answer):  # 8, 8: not 8
+        return bool(gold == answer)
     named = [_equations(side) for side in (gold, answer)]
     if all(named):
         if named[0].keys() == named[1].keys():
@@ -221,7 +221,7 @@ def check_answer(gold: str, completion: str) -> float | None:
             return 1.0
         shares = [value / 100 if percent else value for value, percent in zip(values, percents, strict=True)]
         return float(percents[0] != percents[1] and _same(*shares))
-    except Exception:  # sympy cannot compare them
+    except (NotImplementedError, TypeError, ValueError):  # sympy cannot solve or compare them
         return 0.0
 
 
