@@ -208,7 +208,7 @@ def check_answer(gold: str, completion: str) -> float | None:
     if isinstance(values[0], str) != isinstance(values[1], str) or (":" in texts[0]) != (":" in texts[1]):
         return 0.0
     if isinstance(values[0], str) or any(map(_is_too_big, values)):
-        said = [re.sub(r"\\text|[\s{}$()]", "", text).lower() for text in texts]
+        said = [re.sub(r"\\text|[\s$()]|\{(?=\w\})|(?<=\{\w)\}", "", text).lower() for text in texts]
         return float(said[0] == said[1])
     bases = {match[1] for match in map(_BASE.fullmatch, texts) if match}  # latex2sympy reads 52_8 as 52
     brackets = {match[0] for match in map(_BRACKET.match, texts) if match}
