@@ -51,7 +51,7 @@ _BOX = re.compile(rf"\\(?:boxed|fbox)\s*+(?:{_BRACES}|(?<=\s)\w)", re.DOTALL)
 _AND = re.compile(r"(?:[,;$\s}]|\\(?:text|mbox)\s*\{|\\q?quad|\\[ ,;]|and|or)+")
 _ANCHOR = re.compile(
     r"(?i:\banswer\b)[^.\n]{0,60}?(?:\b(?:is|(?:would|must|should|will) be)\b|[:=])[\s:]*"
-    r"|(?im:^[#*\s]*(?:final )?answer[\s*:]*\n)[\s*]*|答案[是为：:\s]*"
+    r"|(?im:^[#* ]{0,8}(?:final )?answer[*: ]{0,8}\n)[\s*]*|答案[是为：:\s]*"
 )
 _SENTENCE_END = r"(?<!\\)[.!?](?:\s|$)|\n"
 _CLAUSE_END = rf"{_SENTENCE_END}|, (?!and\b|or\b)[a-z]{{2,}}| (?:because|since|as|so|for)\b| \((?=[a-z])"
