@@ -3,10 +3,15 @@ r"""How well and how fast answers are checked: each gold answer of a data file i
 A line of FILE (JSON) has `answer` and perhaps `solution`. The gold is the whole `solution`, else the whole `answer`
 (GSM8K's ends in `#### 72`), as training has it. The notations mark the answer in different ways and write it in
 different ways (`\frac` or `\dfrac`, `1,234` or `1234`, `\left(` or `(`); the near-misses change a number, the whole, or
-take the answer of another row. Left out: the prose around an answer, and answers that are right in another form
-(`eval/metrics.py` has those).
+take the answer of another row. Left out: the prose around an answer, and answers that are right in another form.
+
+Those are in files of pairs, of lines {"kind", "gold", "completion", "right": 0 or 1}. For these our verdicts, those of
+math-verify as it comes, and those with the settings of open-r1's accuracy reward are printed side by side: how many are
+right, false positives (wrong answers accepted) and false negatives, by kind, and the pairs that we misjudge. Golds are
+put in a box for all three; what takes too long, and our None for a gold that cannot be parsed, accepts nothing.
 
     python -m eval.bench FILE... [--limit ROWS] [--show]
+    python -m eval.bench --pairs PAIRS.jsonl
 """
 
 import argparse
@@ -17,6 +22,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
 
 from eval.verify import check_answer
 from eval.workers import Unscored, WorkerPool
@@ -103,6 +111,49 @@ def judge(path: Path, pool: WorkerPool, limit: int | None = None) -> Report:
     return report
 
 
+def _ours(pair: tuple[str, str]) -> float | None:
+    return check_answer(*pair)
+
+
+def _math_verify(pair: tuple[str, str]) -> float:
+    gold, answer = (parse(text, parsing_timeout=None) for text in pair)
+    return float(verify(gold, answer, timeout_seconds=None))
+
+
+def _open_r1(pair: tuple[str, str]) -> float:
+    units = NormalizationConfig(nits=False, malformed_operators=False, basic_latex=True, boxed="all", units=True)
+    target = LatexExtractionConfig(
+        normalization_config=units, boxed_match_priority=0, try_extract_without_anchor=False
+    )  # fmt: skip
+    gold = parse(pair[0], extraction_mode="first_match", parsing_timeout=None)
+    answer = parse(pair[1], [target], extraction_mode="first_match", parsing_timeout=None)
+    return float(not gold or verify(gold, answer, timeout_seconds=None))
+
+
+SYSTEMS = {"ours": _ours, "math-verify": _math_verify, "open-r1": _open_r1}
+
+
+def pairs_table(path: Path, pool: WorkerPool) -> str:
+    """The verdicts on a file of pairs, by kind, and those of ours that are wrong."""
+    pairs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    items = [(p["gold"] if r"\boxed" in p["gold"] else rf"\boxed{{{p['gold']}}}", p["completion"]) for p in pairs]
+    said = {name: [verdict == 1.0 for verdict in pool.map(function, items)] for name, function in SYSTEMS.items()}
+    lines = [f"{'right / false + / false -':27}{'pairs':>6}" + "".join(f"{name:>16}" for name in said)]
+    for kind in ["all", *dict.fromkeys(p["kind"] for p in pairs)]:
+        rows = [i for i, p in enumerate(pairs) if kind in ("all", p["kind"])]
+        line = f"{kind:27}{len(rows):6}"
+        for accepted in said.values():
+            wrong = [accepted[i] for i in rows if accepted[i] != bool(pairs[i]["right"])]
+            line += f"{f'{len(rows) - len(wrong)} / {sum(wrong)} / {wrong.count(False)}':>16}"
+        lines.append(line)
+    for accepted, p in zip(said["ours"], pairs, strict=True):
+        if accepted != bool(p["right"]):
+            lines.append(
+                f"{'wrong, accepted' if accepted else 'right, refused'}: {p['completion']!r} for {p['gold']!r}"
+            )
+    return "\n".join(lines)
+
+
 def table(reports: list[Report]) -> str:
     """The reports as text, a line a file."""
     lines = [f"{'file':20}{'golds':>7}{'checks':>8}{'right accepted':>17}{'wrong accepted':>17}{'unscored':>10}"
@@ -116,15 +167,19 @@ def table(reports: list[Report]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="How well and how fast answers are checked.")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
+    parser.add_argument("--pairs", nargs="*", type=Path, default=[], metavar="FILE", help="labelled pairs, see above")
     parser.add_argument("--limit", type=int, help="rows to take of each file")
     parser.add_argument("--show", action="store_true", help="print every check that was misjudged")
     args = parser.parse_args()
-    if missing := [str(path) for path in args.files if not path.is_file()]:
+    if missing := [str(path) for path in args.files + args.pairs if not path.is_file()]:
         parser.error(f"no file {', '.join(missing)}")
     with WorkerPool(os.cpu_count() or 1) as pool:
+        for path in args.pairs:
+            print(pairs_table(path, pool))
         reports = [judge(path, pool, args.limit) for path in args.files]
-    print(table(reports))
+    if reports:
+        print(table(reports))
     for gold, text, what in [row for report in reports for row in report.misjudged] if args.show else ():
         print(f"{what}: {text!r} for {gold!r}")
 

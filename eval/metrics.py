@@ -21,16 +21,19 @@ from enum import Enum
 from functools import lru_cache
 from string import ascii_uppercase
 from typing import Any
+from unittest.mock import patch
 
 import math_verify.parser
-from latex2sympy2_extended import NormalizationConfig
+from latex2sympy2_extended import NormalizationConfig, math_normalization
 from math_verify import verify
 from math_verify.grader import is_equation, take_last_relation
 from math_verify.parser import extract_target_from_pred, make_latex_env_pattern
-from sympy import And, UnevaluatedExpr
+from sympy import And, Symbol, UnevaluatedExpr
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns that its time limits are off
 
+# LightEval's parser drops units in \text alone; the one here would also drop letters: the t of 3t, the h of 2\pi h.
+_NO_BARE_UNIT = re.compile(r"(?!)()")  # never matches; its group is asked for
 _NORMALIZATION = NormalizationConfig(basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="all")
 
 
@@ -162,7 +165,8 @@ class ExtractiveMatch:
                 found.append((_index_patterns(target, choices), _LETTERS))
             else:
                 found.append((_latex_patterns(target) if _is_latex(target) else _expr_patterns(target), target))
-        values = extract_target_from_pred(text, found, self.fallback_mode, self.extraction_mode)
+        with patch.object(math_normalization, "units_regex", _NO_BARE_UNIT):
+            values = extract_target_from_pred(text, found, self.fallback_mode, self.extraction_mode)
         return [value if isinstance(value, str) else _as_lighteval(value) for value in values]
 
     def judge(self, doc: Any, prediction: str) -> tuple[float, list]:
@@ -200,8 +204,11 @@ def _as_lighteval(value: Any) -> Any:
 
 
 def _differ_in_case(gold: list, answer: list) -> bool:
-    """x is not X: latex2sympy has made all symbols small, so what was written is looked at, where symbols are in it."""
+    """x is not X: latex2sympy has made all symbols small, so what was written is looked at, where symbols are in it. A
+    word in \\text may be answered without, `Even` (a product) for `\\text{even}` (a symbol)."""
     if not gold or not answer or not getattr(answer[0], "free_symbols", False):
+        return False
+    if isinstance(gold[0], Symbol) != isinstance(answer[0], Symbol):
         return False
     first, second = (re.sub(r"\\(?:text|mathrm|mbox)\b|[\s{}$\\]", "", str(side[-1])) for side in (gold, answer))
     return first != second and first.lower() == second.lower() != "e"

@@ -23,7 +23,6 @@ OURS_IS_RIGHT = [
     (r"\sqrt{51}", "7.14143"),
     (r"\pm 2", "2, -2"),  # both values, as a list or a set
     (r"\pm 2", r"2,-2\}"),
-    ("25", "25 apples"),  # the number and its unit
     ("40%", "40 percent"),  # written out inside a box
 ]
 
@@ -105,6 +104,30 @@ def test_hostile_answers_cost_themselves_alone():
     fair, hostile = hostile_among([(doc, text) for text in [r"\boxed{5}", "5", r"it is \boxed{6}"] * 100], 1)
     assert [verdict["score"] for verdict in fair] == [1.0, 1.0, 0.0] * 100
     assert all(isinstance(verdict, Unscored) or verdict["score"] == 0.0 for verdict in hostile)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "score"),
+    [
+        ("3t", "3", 0.0),
+        ("3t", "3t", 1.0),
+        ("6s", "6", 0.0),
+        (r"2\pi h", r"2\pi", 0.0),
+        ("9-2h", "7", 0.0),
+        ("9-2h", "-2h+9", 1.0),
+        ("4ab", "4ba", 1.0),
+        ("4ab", "4", 0.0),
+        ("a + b + c", "a+b+c", 1.0),
+        ("y=3t", "y=3", 0.0),
+        (r"12\text{ ft}", "12", 1.0),
+        (r"\text{even}", "Even", 1.0),
+        (r"\text{Yes}", "yes", 1.0),
+        ("x", "X", 0.0),
+    ],
+)
+def test_letters_are_no_units(gold, answer, score):
+    doc = Doc(query="", choices=[rf"so it is $\boxed{{{gold}}}$."])
+    assert judge((metrics.latex_gold_metric, doc, rf"\boxed{{{answer}}}"))["score"] == score
 
 
 @pytest.mark.slow

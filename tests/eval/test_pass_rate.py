@@ -11,7 +11,7 @@ from sft_core.data import load_rows
 from tests import launch
 from tests.eval.helpers import killed_after_a_file, refused, stones, times, write
 
-HANGS = "\\boxed{" + "9^{" * 6 + "9" + "}" * 6 + "}"
+HANGS = r"\boxed{\binom{10^9}{5\cdot 10^8}}"
 
 
 def run(*argv: str) -> None:

@@ -1,14 +1,18 @@
 """The answer checker."""
 
 import builtins
+import json
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval.bench import pairs_table
 from eval.verify import check_answer, gold_is_parseable, parse_answer, parse_gold
-from eval.workers import WorkerPool
+from eval.workers import Unscored, WorkerPool
+from tests.eval import answer_pairs
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -110,13 +114,97 @@ def test_what_is_not_an_answer_does_not_count(completion):
         (r"15\mbox{ cm}^2", "15", 1.0),
         ("A", "B", 0.0),
         (r"\$18.90", "$18.9", 1.0),
-        ("(1,2)", "1<x<2", 0.0),  # gold first: the other way round is allowed
+        ("(1,2)", "1<x<2", 1.0),
         ("1<x<2", "(1,2)", 1.0),
         (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", 1.0),
     ],
 )
 def test_equal_values(gold, answer, expected):
     assert check_answer(gold, f"<answer>{answer}</answer>") == expected
+
+
+@pytest.mark.parametrize("kind", answer_pairs.ANSWERS)
+def test_answers_that_a_mathematician_has_judged(pool, kind):
+    pairs = answer_pairs.pairs(kind)
+    verdicts = check(pool, [gold for gold, _, _, _ in pairs], [text for _, _, text, _ in pairs])
+    misjudged = {
+        (gold, answer)
+        for (gold, answer, _, is_right), verdict in zip(pairs, verdicts, strict=True)
+        if verdict != float(is_right)
+    }
+    assert misjudged == {
+        pair for pair in answer_pairs.KNOWN if pair in {(gold, answer) for gold, answer, _, _ in pairs}
+    }
+
+
+def test_hard_pairs(pool, shared):
+    lines = (shared / "reference" / "answer_cases.jsonl").read_text(encoding="utf-8").splitlines()
+    pairs = [json.loads(line) for line in lines]
+    verdicts = check(pool, [pair["gold"] for pair in pairs], [pair["completion"] for pair in pairs])
+    misjudged = [
+        pair["gold"] for pair, verdict in zip(pairs, verdicts, strict=True) if (verdict == 1.0) != bool(pair["right"])
+    ]
+    # 1/sqrt(n) is sqrt(1/n) for positive n alone, and nothing says that n is positive
+    assert len(pairs) == 420 and misjudged == [r"\sqrt{1/n}"]
+
+
+@pytest.mark.slow
+def test_hard_pairs_beside_math_verify_and_open_r1(shared):
+    with WorkerPool(2, timeout=5.0) as pool:
+        lines = pairs_table(shared / "reference" / "answer_cases.jsonl", pool).splitlines()
+    assert lines[1].split("420 ")[1].split() == "419 / 0 / 1 310 / 26 / 84 268 / 25 / 127".split()
+    assert [line for line in lines if line.startswith(("wrong, accepted", "right, refused"))] == lines[-1:]
+
+
+def test_a_table_of_pairs(pool, tmp_path):
+    pairs = [("x", "3", r"\boxed{3t}", 0), ("x", "3", r"\boxed{3}", 1), ("y", r"\text{dog}", "<answer>cat</answer>", 1)]
+    path = tmp_path / "pairs.jsonl"
+    names = ("kind", "gold", "completion", "right")
+    path.write_text("".join(json.dumps(dict(zip(names, pair, strict=True))) + "\n" for pair in pairs))
+    first, *rows, last = pairs_table(path, pool).splitlines()
+    assert first.split()[-3:] == ["ours", "math-verify", "open-r1"]
+    assert [row.split()[:7] for row in rows] == [
+        ["all", "3", "2", "/", "0", "/", "1"], ["x", "2", "2", "/", "0", "/", "0"], ["y", "1", "0", "/", "0", "/", "1"]
+    ]  # fmt: skip
+    assert rows[1].split()[7:12] == ["1", "/", "1", "/", "0"]  # math-verify takes 3t for 3
+    assert last == "right, refused: '<answer>cat</answer>' for '\\\\text{dog}'"
+
+
+HOSTILE = [
+    r"\boxed{9^{9^{9^9}}}",
+    r"\boxed{10000000!}",
+    r"\boxed{((9!)!)!}",
+    r"\boxed{\sum_{k=1}^{10^9} k^k}",
+    r"\boxed{\binom{10^9}{5\cdot10^8}}",
+    r"\boxed{x^{x^{x^{x^x}}}}",
+    r"\boxed{1e999999999}",
+    r"\boxed{\frac{1}{0}}",
+    r"\boxed{" + "{" * 2000 + "1" + "}" * 2000 + "}",
+    r"\boxed{" + "1+" * 50_000 + "1}",
+    r"\boxed{" + r"\frac{" * 18 + "1" + "}{2}" * 18 + "}",
+    "<answer>" + "x" * 100_000 + "</answer>",
+    "#### " * 20_000,
+    "answer is " * 10_000,
+    "$" * 100_000,
+    "**" * 50_000,
+]
+
+
+def test_hostile_answers_are_wrong_or_unscored():
+    with WorkerPool(2, timeout=2.0) as pool:
+        verdicts = check(pool, ["5"] * len(HOSTILE), HOSTILE)
+        assert check(pool, ["5"], [r"\boxed{5}"]) == [1.0]
+    unscored = [verdict for verdict in verdicts if isinstance(verdict, Unscored)]
+    assert all(isinstance(verdict, Unscored) or verdict == 0.0 for verdict in verdicts)
+    assert len(unscored) <= 2 and {verdict.reason for verdict in unscored} <= {"timeout"}
+
+
+def test_a_verdict_takes_milliseconds():
+    pairs = answer_pairs.pairs("product") + answer_pairs.pairs("list")
+    start = time.process_time()
+    for gold, _, text, _ in pairs:
+        check_answer(gold, text)
+    assert (time.process_time() - start) / len(pairs) < 0.1
 
 
 def test_unparseable_gold():
