@@ -68,6 +68,8 @@ _RULES = r"""
     (?<=\d)\s*(?:\\text\{\s*)?million\b\s*\}? => \\cdot␣10^{6}␣
     (?<=\d)\s*(?:\\text\{\s*)?billion\b\s*\}? => \\cdot␣10^{9}␣
     (?<=\d)\s*(?:\\text\{\s*)?trillion\b\s*\}? => \\cdot␣10^{12}␣
+    (?<=\d)\s*(\\text\{)?\s*万 => \\cdot␣10^{4}␣\1
+    (?<=\d)\s*(\\text\{)?\s*亿 => \\cdot␣10^{8}␣\1
     (?<=[\d}])\s*(?:\\text\{\s*percent\s*\}|percent\b|\\%) => %
     (?<![\d.])(\d+)␣(\d+)/(\d+) => \1\\frac{\2}{\3}
     # units right after a number; one letter is a unit where TeX keeps it apart

@@ -17,7 +17,7 @@ from gen.engine import Engine, check_engine_available, kv_cache_bytes, make_engi
 from gen.vllm_engine import cpu_kv_bytes
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.rewards import get_reward_funcs, reward_name
-from grpo_core.rollout import GOLD_REWARDS, Prompt, Rollout, Scorer, load_prompts
+from grpo_core.rollout import GOLD_REWARDS, Prompt, Rollout, Scorer, load_prompts, prompt_column
 from grpo_core.scoring import accepted, gold_answers, unparseable_golds
 from sft_core import guards
 from sft_core.adapters import check_adapters
@@ -192,7 +192,7 @@ def check_columns(rows: Dataset, file: str | None, data: GRPOScriptArguments, fu
     path = Path(file or "").expanduser()
     by_line = path.suffix in (".json", ".jsonl") and damaged_line(path) is None
     lines = path.read_text(encoding="utf-8").split("\n") if by_line else []
-    for name in used.intersection(rows.column_names):
+    for name in used.intersection(rows.column_names) - {prompt_column(rows, data)}:
         feature, read = repr(rows.features[name]), rows.with_format(None)[name][:]
         written = [json.loads(line).get(name) for line in lines if line.strip()] or read
         kinds = ["number" if type(value) in (int, float) else type(value).__name__ for value in written]

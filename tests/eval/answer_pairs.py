@@ -108,6 +108,8 @@ ANSWERS: dict[str, list[tuple[str, list[str], list[str]]]] = {
         (r"8\text{ minutes }20\text{ seconds}", [r"8\text{ minutes }20\text{ seconds}"], ["8", "20",
             r"8\text{ minutes }30\text{ seconds}", r"8\text{ minutes}"]),
         (r"2.5\text{ million}", ["2500000", "2{,}500{,}000"], ["2.5", r"2.5\text{ billion}"]),
+        ("80000", ["8万", "8万元"], ["8", "8亿"]),
+        ("8", ["8个"], ["8万", r"8\text{万}"]),
         (r"45^\circ", ["45", r"45\text{ degrees}", "45°"], [r"\frac{\pi}{4}", "54", "4.5"]),
         (r"\frac{3\pi}{4}\text{ radians}", [r"\frac{3\pi}{4}", r"0.75\pi"], [r"\frac34", "135"]),
         (r"\$1{,}500", ["1500", r"\$1500", r"1{,}500\text{ dollars}"], ["15", "150", r"1\text{ dollar}"]),

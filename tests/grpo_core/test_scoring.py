@@ -236,7 +236,7 @@ def test_a_group_is_scored_while_others_are_sampled(pool, user, tiny_model):
     config = GRPOConfig("none", num_generations=2, reward_weights=[1.0, 0.0, 0.0])
     tokenizer, told = AutoTokenizer.from_pretrained(tiny_model), {}
 
-    def slow_sample(ids, *, finished, **options):
+    def slow_sample(ids, sampling, seeds, finished):
         finished(1, [Completion([7, 8], [-1.0, -1.0], "length")] * 2)
         while pool._todo or any(worker.items for worker in pool._workers):
             pool._turn(0.1)  # as other groups would make it
