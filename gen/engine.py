@@ -142,11 +142,12 @@ def check_engine_available(name: str) -> None:
     """Raise ValueError, with the remedy, if the engine is unknown or its package is absent; imports nothing heavy."""
     if name not in ENGINES:
         raise ValueError(f"unknown engine {name!r}: use one of {', '.join(ENGINES)}")
-    if name == "vllm" and importlib.util.find_spec("vllm") is None:
+    missing = [package for package in ("vllm", "accelerate") if importlib.util.find_spec(package) is None]
+    if name == "vllm" and missing:
         extra = "vllm" if torch.cuda.is_available() else "cpu"
         raise ValueError(
-            f"--engine vllm was asked for but vLLM is not installed: run pip install -e '.[{extra}]', or use "
-            "--engine torch, which needs nothing more but is slower"
+            f"--engine vllm was asked for but {' and '.join(missing)} is not installed: run pip install -e "
+            f"'.[{extra}]', or use --engine torch, which needs nothing more but is slower"
         )
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gen.engine import Checksum, Engine, Loaded, Sampling, Synced
+from gen.engine import Checksum, Engine, Sampling, Synced
 
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}  # words at a time: what stays in a core's cache; few launches on a GPU
 PROBES = 8  # completions of a probe
@@ -100,10 +100,19 @@ def sync_weights(
 
     loaded = engine.load_weights(watched(), version)
     now = (sent.read(), loaded)
+    other, unchanged = stale_parameters(engine.synced, now)
+    everyone: list[Any] = [(loaded.share, loaded.held, unchanged)]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everyone *= dist.get_world_size()
+        dist.all_gather_object(everyone, everyone[0])
+    alike = [held for share, held, _ in everyone if share == loaded.share]
     faults = {
         "tensors did not arrive": set(expected) - set(sent.kinds),
-        "parameters of the engine are not what was sent": stale_parameters(engine.synced, now),
-        "parameters differ between the engines of several ranks": _unequal_parameters(loaded),
+        # A change of one share's part of a tensor may leave that of another as it was.
+        "parameters of the engine are not what was sent": other.union(set.intersection(*(u for *_, u in everyone))),
+        "parameters differ between the engines of several ranks": {
+            name for held in alike for name in held if held[name] != loaded.held[name]
+        },
     }
     for what, names in faults.items():
         if names:
@@ -114,39 +123,30 @@ def sync_weights(
     engine.synced = now
 
 
-def stale_parameters(before: Synced | None, now: Synced) -> set[str]:
+def stale_parameters(before: Synced | None, now: Synced) -> tuple[set[str], set[str]]:
     """The engine's own parameters that do not follow what was sent, as far as they can be read back.
 
-    One that is held as it is sent (the engine says so, or it once was) must be equal. One that is held in another form
-    (several tensors in one, another dtype, transposed) must have changed where all that it may be made of has: the
-    tensor of its name, else its neighbours (q_proj, k_proj and v_proj for qkv_proj). Where there are none, it is left
-    to the probe.
+    First those that should be held as they are sent (the engine says so, or they once were) and are not. Then those
+    that are held in another form (several tensors in one, a share of one, another dtype, transposed) and are unchanged
+    though all that they may be made of has changed: the tensor of their name, else its neighbours (q_proj, k_proj and
+    v_proj for qkv_proj). Where there are none, it is left to the probe.
     """
     (sent, loaded), (old_sent, old) = now, before or ({}, now[1])
     changed = {name for name in sent if old_sent.get(name) != sent[name]}
-    stale = set()
+    other, unchanged = set[str](), set[str]()
     for name, held in loaded.held.items():
         if held is None:
             continue
         if name in sent and (loaded.as_sent or old.held.get(name) == old_sent.get(name)):
-            follows = held == sent[name]
-        else:
+            if held != sent[name]:
+                other.add(name)
+        elif before is not None and held == old.held.get(name):
             *module, _, leaf = ["", *name.split(".")]
             near = {n for n in sent if f".{n}".startswith(".".join(module)) and n.endswith(f".{leaf}")}
             sources = {name} & sent.keys() or near
-            follows = before is None or held != old.held.get(name) or not sources or not sources <= changed
-        if not follows:
-            stale.add(name)
-    return stale
-
-
-def _unequal_parameters(now: Loaded) -> set[str]:
-    """Those that engines of other ranks, with the same share of the model, hold otherwise. A collective."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    everyone: list[Any] = [(now.share, now.held)] * ranks
-    if ranks > 1:
-        dist.all_gather_object(everyone, everyone[0])
-    return {name for share, held in everyone if share == now.share for name in held if held[name] != now.held[name]}
+            if sources and sources <= changed:
+                unchanged.add(name)
+    return other, unchanged
 
 
 def probe(

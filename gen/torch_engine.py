@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from gen.engine import ASLEEP, INITIAL_VERSION, Completion, Loaded, Sampling, Synced, check_request
-from gen.sync import checksums
+from gen.sync import Checksums
+from sft_core.export import named_tensors
 from sft_core.model import load_whole
 
 
@@ -172,11 +173,11 @@ class TorchEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Loaded:
         """See `gen.engine.Engine.load_weights`. Raises RuntimeError for unknown names and wrong shapes too."""
         self.version = INITIAL_VERSION
-        parameters = dict(self.model.named_parameters())  # tied weights appear once
+        parameters = dict(named_tensors(self.model))  # persistent buffers too; tied weights appear once
         for name, shape in self.asleep.items():
             parameters[name].data = parameters[name].new_full(shape, float("nan"))
         self.asleep = {}
-        written = set()
+        held = Checksums()
         for name, tensor in weights:
             if name not in parameters:
                 raise RuntimeError(f"the engine's model has no parameter {name!r}")
@@ -185,8 +186,8 @@ class TorchEngine:
                     f"{name} has shape {tuple(tensor.shape)}, the engine's has {tuple(parameters[name].shape)}"
                 )
             parameters[name].copy_(tensor)
-            written.add(name)
-        loaded = Loaded(written, checksums(parameters), as_sent=True)
+            held.add(name, parameters[name].to(tensor.dtype))  # some models keep a few in float32
+        loaded = Loaded(held.kinds, dict.fromkeys(parameters) | held.read(), as_sent=True)
         self.version = version
         return loaded
 

@@ -82,7 +82,8 @@ def check_scores(figures: Mapping[str, float], steps_unscored: int) -> int:
     """Rollouts in a row in which nothing could be scored; the third raises RuntimeError: that is not bad luck."""
     steps_unscored = steps_unscored + 1 if math.isnan(figures["reward"]) else 0
     if steps_unscored == 3:
-        raise RuntimeError("no completion of the last three rollouts could be scored: the reward functions are broken.")
+        raise RuntimeError("no completion of the last three rollouts could be scored: mend the reward functions or the "
+                           "gold answers; the lines above say which gave none.")  # fmt: skip
     return steps_unscored
 
 

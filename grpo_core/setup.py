@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -86,7 +87,8 @@ def prepare(argv: list[str]) -> Run:
                     "lower --max_prompt_length or --max_completion_length")  # fmt: skip
     guards.on_first_rank(lambda: check_columns(base.rows, data.dataset_name, data, reward_funcs), patient=True)
     if base.test_rows is not None:
-        check_columns(base.test_rows, data.dataset_test_split, data, reward_funcs)
+        test = (base.test_rows, data.dataset_test_split)
+        guards.on_first_rank(lambda: check_columns(*test, data, reward_funcs), patient=True)
     prompts, left_out = prompts_to_use(base, base.rows, config)
     test_prompts: list[Prompt] = []
     if base.test_rows is not None:
@@ -96,7 +98,7 @@ def prepare(argv: list[str]) -> Run:
     prompts_per_rollout = config.prompts_a_rollout(world_size)
     total_steps = config.total_steps(config.num_iterations * len(prompts) / prompts_per_rollout)
     if config.rollouts_from is None:
-        guards.on_first_rank(lambda: dry_call(base, config, prompts[0], reward_funcs), patient=True)
+        guards.on_first_rank(lambda: dry_call(base, config, prompts, reward_funcs), patient=True)
     identity, checkpoint = claim(base, config, num_iterations=config.num_iterations, prompts=len(prompts))
     rows = config.completions_a_rank(world_size)
     max_batch = min(1024, rows * tensor_parallel)
@@ -178,21 +180,23 @@ def prompts_to_use(base: Base, rows: Dataset, config: GRPOConfig) -> tuple[list[
 
 
 def check_columns(rows: Dataset, file: str | None, data: GRPOScriptArguments, functions: list[Callable]) -> None:
-    """Refuse a column that a reward may read where its values are of several types, or where reading the rows from
-    `file` changed one: `datasets` makes 21 of "21" if another row has a number, text of a list if earlier rows are
-    text, and times of text that looks like one. Only .json and .jsonl files have no types of their own.
+    """Refuse a column that a reward asks for by name where its values are of several types, or where reading the rows
+    from `file` changed one: `datasets` makes 21 of "21" if another row has a number, text of a list if earlier rows are
+    text, and times of text that looks like one. Only .json and .jsonl files have no types of their own. Of a column
+    that a reward is only given, by `**kwargs`, it is said.
 
     Raises:
         ValueError: with the row and the column.
     """
     own = [function for name, function in zip(data.reward_funcs, functions, strict=True) if ":" in name]
-    used = set[str]().union(*(accepted(function, [*rows.column_names, "solution"]) for function in own))
-    if "solution" in used or GOLD_REWARDS & set(data.reward_funcs):
-        used |= {"solution", "answer"}
+    given = set[str]().union(*(accepted(function, [*rows.column_names, "solution"]) for function in own))
+    named = set[str]().union(*(inspect.signature(function).parameters for function in own))
+    if "solution" in named or GOLD_REWARDS & set(data.reward_funcs):
+        named |= {"solution", "answer"}
     path = Path(file or "").expanduser()
     by_line = path.suffix in (".json", ".jsonl") and damaged_line(path) is None
     lines = path.read_text(encoding="utf-8").split("\n") if by_line else []
-    for name in used.intersection(rows.column_names) - {prompt_column(rows, data)}:
+    for name in (given | named).intersection(rows.column_names) - {prompt_column(rows, data)}:
         feature, read = repr(rows.features[name]), rows.with_format(None)[name][:]
         written = [json.loads(line).get(name) for line in lines if line.strip()] or read
         kinds = ["number" if type(value) in (int, float) else type(value).__name__ for value in written]
@@ -203,21 +207,25 @@ def check_columns(rows: Dataset, file: str | None, data: GRPOScriptArguments, fu
         if not lines and "Json" in feature and first not in ("dict", "list"):
             wrong.append(kinds.index(first))
         for i in wrong[:1]:
-            raise ValueError(
+            text = (
                 f"row {i + 1} of the data: `{name}` is {written[i]!r:.80}, read as {read[i]!r:.80}, in a column that "
                 f"begins as {first}: write one type in every row, or save the data as .parquet."
             )
+            require(name not in named, text)
+            print(f"warning: {text}", flush=True)
 
 
-def dry_call(base: Base, config: GRPOConfig, prompt: Prompt, functions: list[Callable]) -> None:
-    """Call each reward as training does, in a worker, on the gold answer of `prompt` as its completion; with a whole
-    group of these, if it sees groups. The first call takes the time it needs, for it may import; the second is held to
-    reward_timeout.
+def dry_call(base: Base, config: GRPOConfig, prompts: list[Prompt], functions: list[Callable]) -> None:
+    """Call each reward as training does, in a worker, on the gold answer of the first prompt that has one as its
+    completion; with a whole group of these, if it sees groups. The first call takes the time it needs, for it may
+    import; the second is held to reward_timeout.
 
     Raises:
         ValueError: a reward cannot be sent to a worker, raises, hangs, or returns something else than rewards.
     """
-    (gold,) = gold_answers([prompt]) or [None]
+    golds = gold_answers(prompts) or [None]
+    row = next((i for i, gold in enumerate(golds) if gold is not None), 0)
+    prompt, gold = prompts[row], golds[row]
     ids = base.tokenizer(str(gold), add_special_tokens=False)["input_ids"]
     rollout = Rollout(0, prompt.ids, ids, [], "stop", 0)
     with WorkerPool(1) as pool:
@@ -231,7 +239,7 @@ def dry_call(base: Base, config: GRPOConfig, prompt: Prompt, functions: list[Cal
                 except Exception as error:  # of a user's function anything
                     raise ValueError(f"{reward_name(function)} cannot be called where rewards run: {error}") from error
                 for cause, text in gaps:
-                    require(not text, f"{cause} on a real row with its gold answer as the completion ({text}): mend "
+                    require(not text, f"{cause} on a real row with the completion {str(gold)!r:.50} ({text}): mend "
                             "it, or raise --reward_timeout if it is slow; it may take completions, completion_ids, "
                             f"prompts, prompt_texts, group_ids, {', '.join(prompt.columns)}.")  # fmt: skip
 

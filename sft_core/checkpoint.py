@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from sft_core.export import hf_name
+from sft_core.export import hf_name, reshard
 from sft_core.files import MANIFEST, flush_to_disk, manifest, write_atomically
 from sft_core.guards import on_first_rank
 
@@ -185,9 +185,9 @@ def differences(recorded: str, identity: dict[str, Any]) -> str | None:
     different = [key for key in {**identity, **there} if identity.get(key) != there.get(key) and key != "options"]
     if "algorithm" in different:
         different = ["algorithm"]
-    return (
-        "; ".join(f"{key} is {there.get(key)!r:.99} there, {identity.get(key)!r:.99} here" for key in different) or None
-    )
+    values = {key: [f"{side.get(key)!r:.99}" for side in (there, identity)] for key in different}
+    says = [f"{key} is {a} there, {b} here" if a != b else f"{key} is another" for key, (a, b) in values.items()]
+    return "; ".join(says) or None
 
 
 def _move_aside(folder: Path, why: str) -> None:
@@ -310,6 +310,7 @@ def load_checkpoint(
 
 def _trained_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Model and optimizer; of a model that is frozen in part (adapters), the trained parameters alone."""
+    reshard(model)
     if _whole(model):
         model_state, optimizer_state = get_state_dict(model, optimizer)
         return {"model": model_state, "optimizer": optimizer_state}

@@ -1,12 +1,12 @@
 """The conversation of a row: its messages and what else the chat template is given; checked and rendered, for everyone.
 
 A part that has a value and does not show in the rendering would be dropped without a word, so it is refused. Parts are
-the fields of the messages (but LINKS, which say what belongs together), the columns of COLUMNS, and the keys of the
-column `chat_template_kwargs`; the template gets them by their names. None (as Arrow gives every row whose neighbours
-have the field), "", [] and {} are no values. Other columns are no parts of the conversation: supervised training leaves
-them out and says so, in GRPO the rewards see them. What a template strips inside a text (blanks, the thoughts of
-earlier turns) is its own affair here; the words that are trained are checked by `sft_core/supervised.py`. Left out on
-purpose: images, sound, videos.
+the fields of the messages (but LINKS and the name of a tool that answers, which say what belongs together), the columns
+of COLUMNS, and the keys of the column `chat_template_kwargs`; the template gets them by their names. None (as Arrow
+gives every row whose neighbours have the field), "", [] and {} are no values. Other columns are no parts of the
+conversation: supervised training leaves them out and says so, in GRPO the rewards see them. What a template strips
+inside a text (blanks, the thoughts of earlier turns) is its own affair here; the words that are trained are checked by
+`sft_core/supervised.py`. Left out on purpose: images, sound, videos.
 """
 
 import json
@@ -141,7 +141,8 @@ def options_of(row: dict[str, Any]) -> dict[str, Any]:
         try:
             found[name] = json.loads(value) if isinstance(value, str) and value else value
         except ValueError as error:
-            raise ValueError(f"`{name}` is neither a list nor one as JSON: {error}.") from error
+            raise ValueError(f"`{name}`, which chat templates know, is neither a list nor one as JSON ({error}): "
+                             "rename the column if it is meant for something else.") from error  # fmt: skip
     if isinstance(found["chat_template_kwargs"], dict):
         found |= found.pop("chat_template_kwargs")
     return {name: without_none(value) for name, value in found.items() if value not in EMPTY}
@@ -165,7 +166,8 @@ def check_shown(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any
     for i, message in enumerate(messages):
         for name, value in message.items():
             changed = [*messages[:i], message | {name: _other(value)}, *messages[i + 1 :]]
-            if name not in LINKS and value != "" and render(tokenizer, changed, more) == whole:
+            link = name in LINKS or (name == "name" and message["role"] == "tool")
+            if not link and value != "" and render(tokenizer, changed, more) == whole:
                 raise ValueError(f"the chat template leaves out `{name}` of message {i + 1} (role {message['role']}): "
                                  "give a --chat_template that shows it, or take it out.")  # fmt: skip
 

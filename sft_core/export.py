@@ -38,7 +38,7 @@ def hf_name(name: str) -> str:
     return name
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers of the model by Hugging Face name, tied ones once, under the first name.
 
     Of a model with adapters, its own ones; where a module is trained whole beside them, the trained.
@@ -56,7 +56,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def weight_names(policy: Any) -> list[str]:
     """The names that `full_weights` will yield, in its order, without any communication."""
-    return [name for name, _ in _tensors(policy.model)]
+    return [name for name, _ in named_tensors(policy.model)]
 
 
 def reshard(policy: nn.Module) -> None:
@@ -78,7 +78,7 @@ def full_weights(policy: Any, dtype: torch.dtype | None = None) -> Iterator[tupl
     """
     reshard(policy)
     merged = merge(policy.model) if has_adapters(policy.model) else None
-    for name, tensor in _tensors(policy.model):
+    for name, tensor in named_tensors(policy.model):
         if merged is not None:
             tensor = merged(tensor)
         if dtype is not None and tensor.is_floating_point():

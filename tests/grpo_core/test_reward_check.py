@@ -113,10 +113,10 @@ def accept(argv):
     ("own:text", "text must return finite numbers, or None where it does not apply, not '1.0'"),
     ("own:nan", "nan must return finite numbers, or None where it does not apply, not nan"),
     ("own:square", "square must return finite numbers"),
-    ("own:raises", "raises failed with ZeroDivisionError on a real row with its gold answer as the completion"),
+    ("own:raises", "raises failed with ZeroDivisionError on a real row with the completion"),
     ("own:exits", "exits failed with SystemExit on a real row"),
     ("own:dies", "dies failed with crash on a real row"),
-    ("own:slow", "slow failed with timeout on a real row with its gold answer as the completion (took too long): mend "
+    ("own:slow", "slow failed with timeout on a real row with the completion '10' (took too long): mend "
      "it, or raise --reward_timeout"),
     ("own:Reward", "the reward 'own:Reward' is a type, not a function (of a class, name an instance)"),
     ("own:not_callable", "the reward 'own:not_callable' is a int, not a function"),
@@ -184,6 +184,13 @@ def test_a_column_of_mixed_types_is_refused_where_a_reward_uses_it(own, tiny_mod
     else:
         assert says in refusal(grpo_core.train.main, argv, capsys)
         accept(argv + flags(reward_funcs=["own:no_argument", "format"]))  # neither looks at it
+
+
+def test_of_a_column_that_a_reward_does_not_ask_for_it_is_only_said(own, tiny_model, tmp_path, capsys):
+    """A date of creation, say, that a reward of TRL's form is given with all else."""
+    data = rows_file(tmp_path, ["2024-01-01", "2024-01-02"], column="created")
+    accept(options(tiny_model, data, tmp_path / "out", reward_funcs=["own:prints"]))
+    assert "warning: row 1 of the data: `created` is '2024-01-01', read as" in capsys.readouterr().out
 
 
 def test_mixed_types_in_data_that_is_no_local_file_of_lines(own, tiny_model, tmp_path, capsys):

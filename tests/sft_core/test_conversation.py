@@ -83,6 +83,13 @@ def test_a_field_of_a_message_shows_or_is_refused(tokenizer, name, value):
             assert prompt(tokenizer, {"prompt": given[:1]}) == prompt(tokenizer, {"prompt": [USER]})
 
 
+def test_the_name_of_a_tool_that_answers_need_not_show(tokenizer):
+    """It says which call is answered, as `tool_call_id` does."""
+    tokenizer.chat_template = template()
+    messages = [USER, {"role": "tool", "content": "3", "name": "add", "tool_call_id": "1"}]
+    assert prompt(tokenizer, {"prompt": messages}).count("3") == 1
+
+
 @pytest.mark.parametrize("role", ["system", "developer", "tool"])
 def test_a_role_that_the_template_passes_over_is_refused(tokenizer, role):
     tokenizer.chat_template = template(body="{% if m.role in ['user', 'assistant'] %}{{ m.content }}{% endif %}")
