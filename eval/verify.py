@@ -79,6 +79,7 @@ def _spans(text: str) -> Iterator[str]:
     boxed_at, boxed = _last_boxed(text)
     # Not a regular expression: a lazy one takes quadratic time on tags that never close.
     before, opened, tagged = text.rpartition("</answer>")[0].rpartition("<answer>")
+    tagged = tagged.partition("</answer>")[0]  # closed twice, say
     if boxed_at >= (len(before) if opened else 0):
         yield boxed
         text = boxed

@@ -42,6 +42,7 @@ def check(pool, golds, completions):
         r"\boxed{63}",
         r"so we get $\boxed{63}$ in all",
         "<answer>63</answer>",
+        "<answer>63</answer></answer>",
         "<answer>\n 63 apples \n</answer>",
         r"<answer>\boxed{63}</answer>",
         "<answer>$63$</answer>",
