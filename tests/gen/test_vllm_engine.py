@@ -34,7 +34,7 @@ def test_one_process(tied_llama, untied_qwen):
 @on_cpu
 @pytest.mark.slow
 def test_float32_logits_of_a_bfloat16_model(smollm2):
-    run(CHECKS, "bfloat16", str(smollm2))
+    run(sys.executable, CHECKS, "bfloat16", str(smollm2))
 
 
 @on_cpu
