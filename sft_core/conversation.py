@@ -141,7 +141,7 @@ def options_of(row: dict[str, Any]) -> dict[str, Any]:
         try:
             found[name] = json.loads(value) if isinstance(value, str) and value else value
         except ValueError as error:
-            raise ValueError(f"`{name}`, which chat templates know, is neither a list nor one as JSON ({error}): "
+            raise ValueError(f"`{name}` is neither a list nor one as JSON, as chat templates take it ({error}): "
                              "rename the column if it is meant for something else.") from error  # fmt: skip
     if isinstance(found["chat_template_kwargs"], dict):
         found |= found.pop("chat_template_kwargs")
