@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from sft_core import guards
-from sft_core.config import require
-from sft_core.data import load_rows
-from sft_core.files import keep_settings, whole_file
+from sft_core.data.rows import load_rows
+from sft_core.run import distributed
+from sft_core.run.config import require
+from sft_core.run.files import keep_settings, whole_file
 
 TEXT = re.compile(r"(large_)?string")
 TEXTS = re.compile(r"(large_)?(string|list<\w+: (large_)?string>)")  # or a list of them
@@ -51,7 +51,7 @@ def chunks(folder: Path, suffix: str, rows: Dataset, columns: list[str], size: i
 
 def claim(output_dir: str, settings: dict[str, Any]) -> None:
     """Lock the folder and write down what its results depend on; refuse one whose results are of something else."""
-    guards.lock_output_dir(output_dir)
+    distributed.lock_output_dir(output_dir)
     folder = Path(output_dir)
     keep_settings(folder, settings, used=(folder / "settings.json").exists())
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from eval.report import mean_and_error, read_rows, t_quantile
-from sft_core.guards import usage_errors
+from sft_core.run.distributed import usage_errors
 
 SHOWN = 20  # flipped problems printed a task
 

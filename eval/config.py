@@ -1,9 +1,9 @@
-"""What eval.run and the data tools can be told: flat dataclasses, read like the trainers' (`sft_core/cli.py`)."""
+"""What eval.run and the data tools can be told: flat dataclasses, read like the trainers' (`sft_core/run/cli.py`)."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from sft_core.config import option, require
+from sft_core.run.config import option, require
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,10 @@ from eval.config import DecontaminateConfig
 from eval.report import digest
 from eval.run import load_docs, places_of
 from eval.tasks import find_tasks, load_custom_tasks
-from sft_core.cli import parse
-from sft_core.files import whole_file, write_atomically
-from sft_core.guards import usage_errors
-from sft_core.hub import check_dataset_push, push_dataset
+from sft_core.run.cli import parse
+from sft_core.run.distributed import usage_errors
+from sft_core.run.files import whole_file, write_atomically
+from sft_core.run.hub import check_dataset_push, push_dataset
 
 CHUNK = 1000  # rows
 STOCK = 3  # a run in as many problems is a phrase

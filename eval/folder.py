@@ -21,8 +21,8 @@ from eval.config import NOT_IDENTITY, EvalConfig
 from eval.metrics import gold_is_read, judge
 from eval.tasks import Doc, LightevalTaskConfig
 from eval.workers import Unscored, WorkerPool
-from sft_core.config import require
-from sft_core.files import keep_settings, whole_file
+from sft_core.run.config import require
+from sft_core.run.files import keep_settings, whole_file
 
 CHECKERS = ("math-verify", "latex2sympy2_extended", "sympy")
 

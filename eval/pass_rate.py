@@ -42,11 +42,11 @@ from eval.report import read_rows
 from eval.run import run
 from eval.tasks import Doc, LightevalTaskConfig
 from eval.verify import AnswerMetric
-from sft_core.cli import parse
-from sft_core.config import require
-from sft_core.files import write_atomically
-from sft_core.guards import usage_errors
-from sft_core.hub import check_dataset_push, push_dataset
+from sft_core.run.cli import parse
+from sft_core.run.config import require
+from sft_core.run.distributed import usage_errors
+from sft_core.run.files import write_atomically
+from sft_core.run.hub import check_dataset_push, push_dataset
 
 NAME = "pass_rate"  # of the task
 CHUNK = 256  # rows checked between two files

@@ -45,22 +45,22 @@ from eval.page import LIMIT, page
 from eval.server import Server
 from eval.tasks import Doc, LightevalTaskConfig, check_task, find_tasks, load_custom_tasks
 from gen.client import RequestError, ServerError
-from gen.engine import Completion, Engine, Sampling, check_engine_available, make_engine
+from gen.engine.base import Completion, Engine, Sampling, check_engine_available, make_engine
 from gen.shards import ShardsFailed, start_shards
-from sft_core import guards
-from sft_core.chat import set_up
-from sft_core.cli import parse
-from sft_core.config import ModelConfig, require
-from sft_core.conversation import prompt_ids
-from sft_core.data import FILES, load_rows
-from sft_core.files import write_atomically
-from sft_core.model import load_tokenizer, stop_token_ids
+from sft_core.data.chat_template import set_up
+from sft_core.data.conversation import prompt_ids
+from sft_core.data.rows import FILES, load_rows
+from sft_core.model.policy import load_tokenizer, stop_token_ids
+from sft_core.run import distributed
+from sft_core.run.cli import parse
+from sft_core.run.config import ModelConfig, require
+from sft_core.run.files import write_atomically
 
 
 def main(argv: list[str] | None = None) -> None:
     """Evaluate as told by `argv` (default: the command line). Exit code 2 for bad input, 1 for a failure."""
     argv = sys.argv[1:] if argv is None else argv
-    with guards.usage_errors():
+    with distributed.usage_errors():
         (config,) = parse((EvalConfig,), argv)
     works = run(config, argv)
     if not config.shard:
@@ -72,15 +72,15 @@ def run(
 ) -> list[Work]:
     """Sample and check what the output folder lacks. `custom`: tasks beside the table's; `module`: what was started
     with `argv`, for the processes of further GPUs."""
-    with guards.usage_errors():
+    with distributed.usage_errors():
         if config.shard:
-            guards.die_with_parent()
+            distributed.die_with_parent()
         else:  # a trainer that starts this is a rank of torchrun, this process is not
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
                 os.environ.pop(name, None)
         works, tokenizer, stop_ids = prepare(config, custom)
         if not config.shard:
-            guards.lock_output_dir(config.output_dir)
+            distributed.lock_output_dir(config.output_dir)
             check_golds(config, works)
             remember(config, works)
             refresh(config, works)
@@ -194,7 +194,7 @@ def generate(
     if not mine:
         return
     together = config.tensor_parallel_size > 1 and not config.base_url
-    rank = guards.init_distributed()[0] if together else 0
+    rank = distributed.init_distributed()[0] if together else 0
     engine = Server(config.base_url, config.model) if config.base_url else start_engine(config, works)
     total = sum(len(problems) for _, _, problems in mine) * config.num_samples
     bar = tqdm(total=total, desc="evaluate", disable=None if first == rank == 0 else True)
@@ -213,12 +213,12 @@ def generate(
     if not isinstance(engine, Server):
         engine.close()
     if together:
-        guards.shutdown()
+        distributed.shutdown()
 
 
 def start_engine(config: EvalConfig, works: list[Work]) -> Engine:
     auto = "bfloat16" if torch.cuda.is_available() else "float32"
-    with guards.usage_errors():  # weights that are not the model's
+    with distributed.usage_errors():  # weights that are not the model's
         return make_engine(
             config.engine, config.model, dtype=auto if config.dtype == "auto" else config.dtype, seed=config.seed,
             max_model_len=max(work.context for work in works),

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gen.engine import Sampling
-from gen.sync import sync_weights
-from gen.vllm_engine import VLLMEngine
+from gen.engine.base import Sampling
+from gen.engine.vllm import VLLMEngine
+from gen.engine.weight_sync import sync_weights
 from kernels.bench import failure, machine, show
 
 SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         ways = {
             "LLM.generate": lambda: generate(engine, prompts, n, tokens, 0),
             "LLM.generate without log-probs": lambda: generate(engine, prompts, n, tokens, None),
-            "gen.vllm_engine": lambda: engine.sample(prompts, Sampling(n, tokens), seeds),
+            "gen.engine.vllm": lambda: engine.sample(prompts, Sampling(n, tokens), seeds),
         }  # fmt: skip
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
 

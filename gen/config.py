@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from sft_core.config import option, require
+from sft_core.run.config import option, require
 
 # What a generation depends on, besides the rows and the model's weights: may not differ when a run is continued.
 IDENTITY = (

@@ -7,7 +7,7 @@
 The flags are those of open-r1's generate.py, the columns those of distilabel (`gen/store.py`), and
 `build_distilabel_pipeline` stands in for open-r1's. The same command again goes on with what is missing, however the
 run ended. A server's failures are the business of `gen/client.py`; `--engine vllm` needs none
-(`gen/inprocess.py`), `--executor ray` asks from the workers of a Ray cluster (`gen/on_ray.py`).
+(`gen/sampler.py`), `--executor ray` asks from the workers of a Ray cluster (`gen/ray.py`).
 
 Left out on purpose: pipelines of several steps, structured output, tools. Starting the servers is yours (README).
 """
@@ -28,16 +28,16 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, DatasetDict
 
-from gen.asking import Progress, ask_servers, sample_here
 from gen.client import Client, ServerError
 from gen.config import GenerateConfig, join_urls
-from gen.inprocess import Sampler, weights
+from gen.requests import Progress, ask_servers, sample_here
+from gen.sampler import Sampler, weights
 from gen.shards import ShardsFailed, start_shards
 from gen.store import Store, open_rows
-from sft_core import guards
-from sft_core.cli import parse
-from sft_core.config import require
-from sft_core.hub import check_dataset_push, push_dataset
+from sft_core.run import distributed
+from sft_core.run.cli import parse
+from sft_core.run.config import require
+from sft_core.run.hub import check_dataset_push, push_dataset
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -49,12 +49,12 @@ def main(argv: list[str] | None = None) -> None:
     unless there is nothing else.
     """
     argv = join_urls(sys.argv[1:] if argv is None else argv)
-    with guards.usage_errors():
+    with distributed.usage_errors():
         (config,) = parse((GenerateConfig,), argv)
         if config.shard:
-            guards.die_with_parent()
+            distributed.die_with_parent()
         run = Run(config, open_rows(config), shown=config.shard in (None, "0/1"))
-    stop = guards.StopSignal("stopping when what is in flight is answered")
+    stop = distributed.StopSignal("stopping when what is in flight is answered")
     lost = ""
     try:
         try:
@@ -117,7 +117,7 @@ class Run:
                     self.sampler.start(self.longest)
                 sample_here(self.store, self.sampler, self.indices, self.progress, stop)
         elif self.config.executor == "ray":
-            from gen.on_ray import ask_on_ray
+            from gen.ray import ask_on_ray
 
             ask_on_ray(self.store, self.progress, stop)
         else:

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from sft_core.guards import StopSignal
+from sft_core.run.distributed import StopSignal
 
 
 class ShardsFailed(RuntimeError):

@@ -35,11 +35,11 @@ from datasets import Dataset
 
 from gen.client import Answer
 from gen.config import IDENTITY, GenerateConfig
-from sft_core import guards
-from sft_core.config import require
-from sft_core.conversation import text_of
-from sft_core.data import fingerprint, load_rows
-from sft_core.files import keep_settings, whole_file
+from sft_core.data.conversation import text_of
+from sft_core.data.rows import fingerprint, load_rows
+from sft_core.run import distributed
+from sft_core.run.config import require
+from sft_core.run.files import keep_settings, whole_file
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 STATISTICS = pa.struct([("input_tokens", pa.int64()), ("output_tokens", pa.int64())])
@@ -106,7 +106,7 @@ class Store:
         names = [name for name in ADDED if name in self.rows.column_names]
         if names:
             print(f"columns of these names are replaced: {', '.join(names)}.", file=sys.stderr)
-        self._lock = guards.lock_output_dir(self.folder)
+        self._lock = distributed.lock_output_dir(self.folder)
         keep_settings(self.folder, self.identity, (self.folder / "settings.json").exists(), option="--output-dir")
         (self.folder / "batches").mkdir(exist_ok=True)
         for leftover in [*self.folder.glob(".train.parquet.*.tmp"), *(self.folder / "batches").glob(".*.tmp")]:

@@ -21,20 +21,20 @@ from statistics import mean
 
 from eval.verify import parse_gold
 from eval.workers import Unscored, WorkerPool
-from gen.engine import check_engine_available
+from gen.engine.base import check_engine_available
 from grpo_core.advantage import group_advantages
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
+from grpo_core.prepare import Run, start_engine
 from grpo_core.rewards import accuracy_reward, get_reward_funcs, gold_text, reward_name
 from grpo_core.rollout import GOLD_REWARDS, Prompt, Rollout, Scorer, load_prompts, sample
 from grpo_core.scoring import gold_answers, start_scoring, unparseable_golds
-from grpo_core.setup import Run, start_engine
-from sft_core import guards
-from sft_core.cli import parse
-from sft_core.config import ModelConfig, option, require
-from sft_core.data import row_order
-from sft_core.flow import start_logging
-from sft_core.model import check_positions, local_copy
-from sft_core.setup import join
+from sft_core.data.rows import row_order
+from sft_core.model.policy import check_positions, local_copy
+from sft_core.prepare import join
+from sft_core.run import distributed
+from sft_core.run.announce import start_logging
+from sft_core.run.cli import parse
+from sft_core.run.config import ModelConfig, option, require
 
 IDEAL, EMPTY, TAGS = "what the prompt asks", "empty text", "tags repeated"
 JUNK, HUGE = "trailing junk", "huge repetition"
@@ -79,7 +79,7 @@ class Report:
 def main(argv: list[str] | None = None) -> None:
     """Print the audit. SystemExit(1) where training would have no signal, SystemExit(2) for bad input."""
     report = Report()
-    with guards.usage_errors():
+    with distributed.usage_errors():
         run, samples = set_up(sys.argv[1:] if argv is None else argv)
         pool = WorkerPool(run.config.reward_num_workers, run.config.reward_timeout)
         tell("audited", f"{len(run.prompts)} of {len(run.rows)} prompts for {run.model.model_name_or_path}")
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     if samples and usable:
         audit_samples(run, usable, pool, report)
     pool.close()
-    guards.shutdown()
+    distributed.shutdown()
     for text in report.advice:
         print(f"- {text}")
     if report.no_signal:

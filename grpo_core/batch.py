@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.rollout import Rollout
-from sft_core.packing import PackedSequences, idle_sequences, pack, pack_sequences
+from sft_core.data.packing import PackedSequences, idle_sequences, pack, pack_sequences
 
 
 @dataclass

@@ -34,12 +34,12 @@ from grpo_core.loss import policy_loss
 from grpo_core.rollout import Rollout
 from grpo_core.train import update
 from kernels.bench import machine, profiled, show, verdict
-from sft_core import guards
 from sft_core.bench import SHAPES, WARM_UP, now, random_policy, shape_config, with_fresh_memory
-from sft_core.config import require
-from sft_core.flops import peak_flops, training_flops
-from sft_core.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
-from sft_core.packing import step_counts
+from sft_core.data.packing import step_counts
+from sft_core.model.flops import peak_flops, training_flops
+from sft_core.model.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
+from sft_core.run import distributed
+from sft_core.run.config import require
 
 PROMPT, GROUP, LONGEST = 16, 8, 2048
 AIMS = {  # (shape, checkpointing) -> TFLOP/s of the pass and of the whole step, 16,384 tokens on one H100
@@ -162,7 +162,7 @@ def measure(make: Any, name: str, info: Qwen2Config, tokens: int, config: GRPOCo
     mfu = f"{1e12 * whole / peak:.1%}" if peak else "-"
     seconds = " + ".join(f"{phase:.3f}" for phase in phases)
     speed = f"{sum(lengths) / sum(phases):,.0f} | {alone:.1f} | {whole:.1f} | {mfu}"
-    gib = guards.peak_memory_gib(device)
+    gib = distributed.peak_memory_gib(device)
     text = f"| {name} | {sum(lengths)} | {sum(phases):.3f} | {seconds} | {speed} | {gib:.1f} |"
     return text, False, (alone, whole)
 
@@ -184,11 +184,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--peer", action="store_true", help="the same step in TRL's way beside it")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args(argv)
-    with guards.usage_errors():
+    with distributed.usage_errors():
         require(
             options.steps >= 1 and min(options.tokens) >= 2048, "--steps must be at least 1, --tokens at least 2048."
         )
-        rank, world_size, _, device = guards.init_distributed()
+        rank, world_size, _, device = distributed.init_distributed()
     trainers, failed, checkpointing = {"this trainer": this_trainer}, False, options.gradient_checkpointing
     if options.peer and world_size == 1:
         trainers["TRL's way"] = in_trls_way
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
                 show(f"\n{HEADS}\n|---|---|---|---|---|---|---|---|---|\n{text}")
             if (make, tokens, device.type, world_size) == (this_trainer, 16384, "cuda", 1):
                 show("\n".join(["", *verdicts(shape, checkpointing, rates)]))
-    guards.shutdown()
+    distributed.shutdown()
     sys.exit(failed)
 
 

@@ -1,4 +1,4 @@
-"""The options of a GRPO run, on top of those of any training run (`sft_core/config.py`).
+"""The options of a GRPO run, on top of those of any training run (`sft_core/run/config.py`).
 
 The objective's defaults are those of the DeepSeekMath paper (arXiv:2402.03300): per-sequence means, KL with beta 0.04,
 clipping at 0.2, one update per rollout. Later variants are options: DAPO (arXiv:2503.14476), Dr. GRPO (2503.20783),
@@ -11,10 +11,10 @@ from typing import Literal
 
 from eval.config import DecontaminateConfig, EvalConfig, PassRateConfig
 from gen.config import GenerateConfig
-from gen.engine import ENGINES
+from gen.engine.base import ENGINES
 from grpo_core.advantage import SCALES
 from grpo_core.loss import LOSS_TYPES, Objective
-from sft_core.config import (
+from sft_core.run.config import (
     ModelConfig,
     ScriptArguments,
     SFTConfig,

@@ -5,10 +5,10 @@ import math
 from tqdm import tqdm
 
 from eval.workers import WorkerPool
-from gen.engine import Engine
-from grpo_core.report import rollout_metrics
+from gen.engine.base import Engine
+from grpo_core.metrics import rollout_metrics
+from grpo_core.prepare import Run
 from grpo_core.rollout import Rollout, Scorer, gather_summaries, sample
-from grpo_core.setup import Run
 
 STEP = -1  # whose seeds evaluation draws from: the same every time, so that two evaluations differ by the policy alone
 

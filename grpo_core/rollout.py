@@ -19,13 +19,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from eval.workers import WorkerPool
-from gen.engine import Completion, Engine, Sampling
+from gen.engine.base import Completion, Engine, Sampling
 from grpo_core.advantage import group_advantages
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
 from grpo_core.scoring import ScoreResult, start_scoring
-from sft_core.config import require
-from sft_core.conversation import options_of, prompt_of, render_prompt, shows_system
-from sft_core.files import whole_file
+from sft_core.data.conversation import options_of, prompt_of, render_prompt, shows_system
+from sft_core.run.config import require
+from sft_core.run.files import whole_file
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -30,12 +30,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.workers import WorkerPool
-from gen.sync import mismatch_stats, probe, sync_weights
+from gen.engine.weight_sync import mismatch_stats, probe, sync_weights
 from grpo_core.batch import MicroBatch, idle_micro_batch, keep_old_logps, make_micro_batches
 from grpo_core.config import GRPOConfig
 from grpo_core.evaluation import evaluate_policy
 from grpo_core.loss import entropy_bonus, merge_metrics, policy_loss, token_loss
-from grpo_core.report import (
+from grpo_core.metrics import (
     CONSOLE,
     check_mismatch,
     check_scores,
@@ -44,26 +44,26 @@ from grpo_core.report import (
     rollout_metrics,
     spread,
 )
+from grpo_core.prepare import Run, prepare, start_engine
 from grpo_core.rollout import Rollout, Scorer, check_version, read_rollouts, sample, set_advantages, write_rollouts
-from grpo_core.setup import Run, prepare, start_engine
-from sft_core import guards
-from sft_core.adapters import without_adapters
-from sft_core.architectures import check_loaded
-from sft_core.checkpoint import load_checkpoint, save_checkpoint
-from sft_core.data import row_order
-from sft_core.errands import Errands
-from sft_core.export import export_model, full_weights, reshard, weight_names
-from sft_core.flow import announce
-from sft_core.metrics import MetricsLogger
-from sft_core.model import Policy, load_policy
-from sft_core.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
-from sft_core.packing import StepCounts, step_counts
-from sft_core.parallel import freeze, make_mesh, memory_options, shard
+from sft_core.data.packing import StepCounts, step_counts
+from sft_core.data.rows import row_order
+from sft_core.model.adapters import without_adapters
+from sft_core.model.architectures import check_loaded
+from sft_core.model.checkpoint import load_checkpoint, save_checkpoint
+from sft_core.model.export import export_model, full_weights, reshard, weight_names
+from sft_core.model.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
+from sft_core.model.parallel import freeze, make_mesh, memory_options, shard
+from sft_core.model.policy import Policy, load_policy
+from sft_core.run import distributed
+from sft_core.run.announce import announce
+from sft_core.run.lifecycle import Errands
+from sft_core.run.logging import MetricsLogger
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train as told by `argv` (default: the command line); exit code 2 for bad input, before weights are loaded."""
-    with guards.usage_errors():
+    with distributed.usage_errors():
         run = prepare(sys.argv[1:] if argv is None else argv)
     announce(run)
     train(run).finish()
@@ -73,7 +73,7 @@ def train(run: Run) -> Errands:
     """The loop. Returns what the first rank has left to do when the weights are out of memory."""
     config, rank, world_size, device = run.config, run.rank, run.world_size, run.device
     sharding = {"mesh": make_mesh(device), "bf16": run.bf16} | memory_options(config)
-    with guards.usage_errors():  # weights that are not the model's
+    with distributed.usage_errors():  # weights that are not the model's
         policy = load_policy(run.local_model, dtype=run.dtype, seed=config.seed, known_as=run.model.model_name_or_path)
         if not run.architecture_checked:
             check_loaded(policy, run.model)
@@ -99,8 +99,8 @@ def train(run: Run) -> Errands:
         max_text_samples=config.num_completions_to_print,
     )  # fmt: skip
     errands = Errands(run, logger, samples=len(run.prompts), steps_per_epoch=run.steps_per_epoch)
-    phases = guards.Phases(config.ddp_timeout)
-    stop = guards.StopSignal()
+    phases = distributed.Phases(config.ddp_timeout)
+    stop = distributed.StopSignal()
 
     def sync() -> None:
         """The engine's weights := the policy's, version = steps behind them, checked by a probe."""
@@ -184,7 +184,7 @@ def train(run: Run) -> Errands:
             shares = update(policy, reference, micro_batches, counts, config, first_use)
             grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
             shares["tokens"] = torch.tensor(sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts))
-            shares["peak_memory_gib/max"] = torch.tensor(guards.peak_memory_gib(device))
+            shares["peak_memory_gib/max"] = torch.tensor(distributed.peak_memory_gib(device))
             shares["stop/max"] = torch.tensor(float(stop.requested))
             metrics = reduce_step(shares, device)
             stopping = bool(metrics.pop("stop/max"))
@@ -235,7 +235,7 @@ def train(run: Run) -> Errands:
     dist.barrier()
     if engine is not None:
         engine.close()
-    guards.shutdown()
+    distributed.shutdown()
     stop.restore()
     return errands
 

@@ -28,14 +28,14 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from kernels.bench import failure, machine, show
-from sft_core import guards
-from sft_core.config import ModelConfig, SFTConfig, require
-from sft_core.flops import PEAK_FLOPS, peak_flops, training_flops
-from sft_core.model import Policy, count_parameters
-from sft_core.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
-from sft_core.packing import pack_sequences
-from sft_core.parallel import make_mesh, shard
-from sft_core.plan import Plan, memory, seconds
+from sft_core.data.packing import pack_sequences
+from sft_core.model.flops import PEAK_FLOPS, peak_flops, training_flops
+from sft_core.model.memory_plan import Plan, memory, seconds
+from sft_core.model.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
+from sft_core.model.parallel import make_mesh, shard
+from sft_core.model.policy import Policy, count_parameters
+from sft_core.run import distributed
+from sft_core.run.config import ModelConfig, SFTConfig, require
 
 LONGEST = 2048
 WARM_UP = 3  # steps that are not timed: compilation of kernels, the optimizer's state
@@ -45,7 +45,7 @@ SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary
 TIMED = (
     "Timed, the device synchronised before and after: packing a micro-batch, forward, backward with the reduction of "
     "gradients, clipping, the check that all is finite, AdamW, the schedule; of TRL from on_step_begin to on_step_end. "
-    "Predicted: by sft_core.plan, for H100 SXM cards, without its reserve of memory."
+    "Predicted: by sft_core.model.memory_plan, for H100 SXM cards, without its reserve of memory."
 )
 
 
@@ -138,7 +138,10 @@ def measure(make: Any, name: str, info: Qwen2Config, tokens: int, config: SFTCon
     taken, note, failed = with_fresh_memory(make, info, tokens, config, steps, device)
     if note:
         return f"| {name} | {tokens} | {note} | | | | |", failed
-    flops, gib = training_flops(info, [len(ids) for ids in documents(tokens, 1, 0)]), guards.peak_memory_gib(device)
+    flops, gib = (
+        training_flops(info, [len(ids) for ids in documents(tokens, 1, 0)]),
+        distributed.peak_memory_gib(device),
+    )
     return line(name, tokens, sum(taken) / steps, flops, peak_flops(device), gib, world_size), False
 
 
@@ -146,7 +149,7 @@ def predict(info: Qwen2Config, tokens: int, config: SFTConfig, world_size: int) 
     """The same line as the plan has it, which takes every document to be of full length."""
     longest = min(LONGEST, tokens)
     plan = Plan(info, ModelConfig("random"), config, count_parameters(info), world_size, tokens // longest, longest)
-    flops, gib = training_flops(info, [longest] * plan.rows), sum(memory(plan).values()) / guards.GIB
+    flops, gib = training_flops(info, [longest] * plan.rows), sum(memory(plan).values()) / distributed.GIB
     return line("predicted", tokens, sum(seconds(plan).values()), flops, PEAK_FLOPS["H100"], gib, world_size)
 
 
@@ -165,9 +168,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--torch_compile", action="store_true")
     parser.add_argument("--peer", action="store_true", help="TRL with Liger's kernels beside it")
     options = parser.parse_args(argv)
-    with guards.usage_errors():
+    with distributed.usage_errors():
         require(options.steps >= 1 and min(options.tokens) >= 64, "--steps must be at least 1, --tokens at least 64.")
-        rank, world_size, _, device = guards.init_distributed()
+        rank, world_size, _, device = distributed.init_distributed()
     names = ("gradient_checkpointing", "torch_compile")
     more, failed = {name: getattr(options, name) for name in names}, False
     trainers: dict[str, Callable] = {"this trainer": this_trainer}
@@ -191,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
                 show(text)
                 if make is this_trainer:
                     show(predict(info, tokens, config, world_size))
-        guards.shutdown()  # TRL, alone on its GPU, shall not find a process group and wrap its model in DDP
+        distributed.shutdown()  # TRL, alone on its GPU, shall not find a process group and wrap its model in DDP
         for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(variable, None)
     sys.exit(failed)

@@ -21,7 +21,7 @@ from trl import SFTTrainer
 
 from kernels.attention import packed_attention, packed_layout
 from sft_core.bench import WARM_UP, documents, now
-from sft_core.config import SFTConfig
+from sft_core.run.config import SFTConfig
 
 
 class InOrder(SFTTrainer):

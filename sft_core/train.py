@@ -23,28 +23,28 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from sft_core import guards
-from sft_core.adapters import dropout
-from sft_core.architectures import check_loaded
-from sft_core.checkpoint import load_checkpoint, save_checkpoint
-from sft_core.errands import Errands
-from sft_core.export import export_model
-from sft_core.flops import attention_share, peak_flops, training_flops
-from sft_core.flow import announce
-from sft_core.metrics import MetricsLogger, reduce_metrics
-from sft_core.model import Policy, load_policy
-from sft_core.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
-from sft_core.packing import PackedSequences, balance, idle_sequences, pack, pack_sequences, step_counts
-from sft_core.parallel import make_mesh, memory_options, shard
-from sft_core.setup import Run, prepare
-from sft_core.supervised import Example
+from sft_core.data.packing import PackedSequences, balance, idle_sequences, pack, pack_sequences, step_counts
+from sft_core.dataset import Example
+from sft_core.model.adapters import dropout
+from sft_core.model.architectures import check_loaded
+from sft_core.model.checkpoint import load_checkpoint, save_checkpoint
+from sft_core.model.export import export_model
+from sft_core.model.flops import attention_share, peak_flops, training_flops
+from sft_core.model.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
+from sft_core.model.parallel import make_mesh, memory_options, shard
+from sft_core.model.policy import Policy, load_policy
+from sft_core.prepare import Run, prepare
+from sft_core.run import distributed
+from sft_core.run.announce import announce
+from sft_core.run.lifecycle import Errands
+from sft_core.run.logging import MetricsLogger, reduce_metrics
 
 CONSOLE = ("loss", "eval_loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate", "tokens_per_second")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train as told by `argv` (default: the command line); exit code 2 for bad input, before weights are loaded."""
-    with guards.usage_errors():
+    with distributed.usage_errors():
         run = prepare(sys.argv[1:] if argv is None else argv)
     announce(run)
     train(run).finish()
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(run: Run) -> Errands:
     """The loop. Returns what the first rank has left to do when the weights are out of memory."""
     config, device, total_steps = run.config, run.device, run.total_steps
-    with guards.usage_errors():  # weights that are not the model's
+    with distributed.usage_errors():  # weights that are not the model's
         policy = load_policy(
             run.local_model, dtype=run.dtype, seed=config.seed, known_as=run.model.model_name_or_path,
             vocab_size=len(run.tokenizer),
@@ -70,8 +70,8 @@ def train(run: Run) -> Errands:
         run.source.resume(progress["order"])
     logger = MetricsLogger(config.output_dir, config.report_to, progress["step"], run.options, CONSOLE, total_steps)
     errands = Errands(run, logger, samples=run.samples, steps_per_epoch=run.steps_per_epoch)
-    phases = guards.Phases(config.ddp_timeout)
-    stop = guards.StopSignal()
+    phases = distributed.Phases(config.ddp_timeout)
+    stop = distributed.StopSignal()
 
     def write_model(folder: Path) -> None:
         export_model(policy, run.tokenizer, folder, run.dtype, run.stop_ids)
@@ -92,7 +92,7 @@ def train(run: Run) -> Errands:
         start = time.perf_counter()
         # 1 batch: the step's rows, and this rank's share of them in micro-batches
         with phases("batch"):
-            with guards.usage_errors():  # streamed rows are met here for the first time
+            with distributed.usage_errors():  # streamed rows are met here for the first time
                 examples = run.source.take(run.sequences_per_step)
             lengths = [len(ids) for ids, _ in examples]
             shares = balance(lengths, config.max_tokens_per_micro_batch, run.world_size, quadratic)
@@ -113,7 +113,7 @@ def train(run: Run) -> Errands:
                 sums["entropy"] += weight * entropies.sum()
                 sums["mean_token_accuracy"] += weight * (logps >= best_logps).sum()
             grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
-            peak = {"peak_memory_gib": guards.peak_memory_gib(device), "stop": float(stop.requested)}
+            peak = {"peak_memory_gib": distributed.peak_memory_gib(device), "stop": float(stop.requested)}
             metrics = reduce_metrics(sums, peak, device=device)
             stopping = bool(metrics.pop("stop"))
             # 4 step, unless something is not finite
@@ -167,7 +167,7 @@ def train(run: Run) -> Errands:
     elif run.rank == 0:
         print(f"stopped by a signal after step {progress['step']}: the same command goes on from there")
     dist.barrier()
-    guards.shutdown()
+    distributed.shutdown()
     stop.restore()
     return errands
 

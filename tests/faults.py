@@ -9,13 +9,13 @@ import torch
 
 import grpo_core.batch
 import grpo_core.train
-import sft_core.model
-import sft_core.order
-import sft_core.packing
+import sft_core.data.packing
+import sft_core.model.policy
+import sft_core.sampler
 import sft_core.train
-from gen.engine import Loaded
-from gen.sync import checksums
-from gen.torch_engine import TorchEngine
+from gen.engine.base import Loaded
+from gen.engine.torch import TorchEngine
+from gen.engine.weight_sync import checksums
 
 
 def wake_with_the_old_weights():
@@ -98,19 +98,21 @@ def wrong_temperature():
 
 def targets_off_by_one():
     """The policy scores each token from its own hidden state instead of the one before it."""
-    pack = sft_core.packing.pack_sequences
+    pack = sft_core.data.packing.pack_sequences
 
     def shifted(*arguments):
         packed = pack(*arguments)
         packed.rows = (packed.rows + 1).clamp(max=packed.input_ids.shape[1] - 1)
         return packed
 
-    sft_core.packing.pack_sequences = sft_core.model.pack_sequences = grpo_core.batch.pack_sequences = shifted
+    sft_core.data.packing.pack_sequences = sft_core.model.policy.pack_sequences = grpo_core.batch.pack_sequences = (
+        shifted
+    )
 
 
 def mask_the_stop_token():
     """Leave the last token of every sequence out of the scored ones."""
-    pack = sft_core.packing.pack_sequences
+    pack = sft_core.data.packing.pack_sequences
     grpo_core.batch.pack_sequences = lambda sequences, masks, device: pack(
         sequences, [[*mask[:-1], False] for mask in masks], device
     )
@@ -164,4 +166,4 @@ def terminate_in_the_second_step():
 
 
 def windows_of_six_rows():
-    sft_core.order.WINDOW = 6
+    sft_core.sampler.WINDOW = 6

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from sft_core import guards
+from sft_core.run import distributed
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["grpo_core.train", "sft_core.train", "peft"])
@@ -91,17 +91,17 @@ def _rank(
 @contextmanager
 def locks_released() -> Iterator[None]:
     """Let go, at the end, of the folders that a `main` has locked for the life of its process, which goes on here."""
-    lock, held = guards.lock_output_dir, []
+    lock, held = distributed.lock_output_dir, []
 
     def locked(*args: Any, **options: Any) -> int:
         held.append(lock(*args, **options))
         return held[-1]
 
-    guards.lock_output_dir = locked
+    distributed.lock_output_dir = locked
     try:
         yield
     finally:
-        guards.lock_output_dir = lock
+        distributed.lock_output_dir = lock
         for descriptor in held:
             os.close(descriptor)
 

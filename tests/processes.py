@@ -15,8 +15,8 @@ _context.set_forkserver_preload(
         "peft",
         "torch.distributed.checkpoint",
         "transformers.models.llama.modeling_llama",
-        "sft_core.export",
-        "sft_core.metrics",
+        "sft_core.model.export",
+        "sft_core.run.logging",
     ]
 )
 

@@ -188,7 +188,7 @@ def test_vllm_asked_for_but_absent(tiny_model, problems, tmp_path, capsys, monke
 
 
 def test_bf16_where_impossible(monkeypatch):
-    from sft_core.model import compute_in_bf16
+    from sft_core.model.policy import compute_in_bf16
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     with pytest.raises(ValueError, match="use --bf16 false"):

@@ -71,8 +71,8 @@ CASES = {  # arguments, fault, lines: measured before it, of what failed, measur
     ),
     "gen.bench_engine": (
         ["--prompts", "2", "--n", "2", "--tokens", "4", "--rounds", "1"], in_an_engine,
-        ["| warm-up | gen.vllm_engine | "], ["| warm-up | LLM.generate | failed: AttributeError "],
-        ["| 1 | gen.vllm_engine | ", "| median | gen.vllm_engine | "],
+        ["| warm-up | gen.engine.vllm | "], ["| warm-up | LLM.generate | failed: AttributeError "],
+        ["| 1 | gen.engine.vllm | ", "| median | gen.engine.vllm | "],
     ),
 }  # fmt: skip
 

@@ -8,8 +8,8 @@ import yaml
 
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.rewards import get_reward_funcs
-from sft_core.cli import as_yaml, parse
-from sft_core.config import ModelConfig, ScriptArguments, SFTConfig
+from sft_core.run.cli import as_yaml, parse
+from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig
 
 GRPO = (ModelConfig, GRPOScriptArguments, GRPOConfig)
 SFT = (ModelConfig, ScriptArguments, SFTConfig)

@@ -8,7 +8,7 @@ def write_tiny_model(folder: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from grpo_core.quickstart_task import make_tokenizer
+    from grpo_core.quickstart.task import make_tokenizer
 
     tokenizer = make_tokenizer()
     torch.manual_seed(0)

@@ -27,8 +27,8 @@ from typing import Any
 from eval.verify import check_answer
 from grpo_core.config import SYSTEM_PROMPT
 from grpo_core.rewards import format_reward
-from sft_core import guards
-from sft_core.data import load_rows
+from sft_core.data.rows import load_rows
+from sft_core.run import distributed
 
 HELD_OUT = 0.05  # share of the problems
 
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--dataset_name", nargs="+", default=["openai/gsm8k"], help="Hub ids or .jsonl files")
     parser.add_argument("--output_dir", type=Path, default=Path("data/think"))
     arguments = parser.parse_args()
-    with guards.usage_errors():
+    with distributed.usage_errors():
         counts = prepare(arguments.dataset_name, arguments.output_dir)
     print(f"{arguments.output_dir}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 

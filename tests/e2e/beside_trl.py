@@ -88,7 +88,7 @@ def ours(options: argparse.Namespace, folder: Path, more: list[str]) -> None:
     import torch
 
     from grpo_core import train as trainer
-    from grpo_core.setup import prepare
+    from grpo_core.prepare import prepare
 
     arguments = {
         "model_name_or_path": options.model, "dataset_name": folder / "prompts.jsonl", "output_dir": folder / "ours",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo_core.quickstart_task import make_tokenizer
+from grpo_core.quickstart.task import make_tokenizer
 from tests.grpo_core.test_train import TRAIN, options
 from tests.launch import metrics, run
 

@@ -10,7 +10,7 @@ import pytest
 
 from eval.decontaminate import Index, main, runs, words
 from eval.tasks import GPQA_QUERY
-from sft_core.data import load_rows
+from sft_core.data.rows import load_rows
 from tests import launch
 from tests.eval.helpers import killed_after_a_file, refused, times, write
 from tests.hub_server import HubServer

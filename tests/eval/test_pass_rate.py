@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eval.pass_rate import main
-from sft_core.data import load_rows
+from sft_core.data.rows import load_rows
 from tests import launch
 from tests.eval.helpers import killed_after_a_file, refused, stones, times, write
 

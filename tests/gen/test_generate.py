@@ -17,9 +17,9 @@ import pytest
 
 import gen.client
 from gen.config import GenerateConfig, join_urls
-from gen.engine import Sampling, make_engine
+from gen.engine.base import Sampling, make_engine
 from gen.generate import build_distilabel_pipeline, main
-from sft_core.cli import parse
+from sft_core.run.cli import parse
 from tests import launch
 from tests.fake_openai import FakeServer, words
 

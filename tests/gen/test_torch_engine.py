@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gen.engine import Sampling, check_engine_available, make_engine
-from gen.torch_engine import TorchEngine, choose_tokens
+from gen.engine.base import Sampling, check_engine_available, make_engine
+from gen.engine.torch import TorchEngine, choose_tokens
 
 PROMPTS = [[5, 9, 17], [40, 41, 42, 43, 44, 45, 46], [7], [100, 3, 99, 12]]
 SEEDS = [11, 222, 3333, 44444]

@@ -60,4 +60,4 @@ def test_sleep(tied_llama):
 def test_the_benchmark():
     command = [sys.executable, "-m", "gen.bench_engine", "--prompts", "2", "--n", "2", "--tokens", "8", "--rounds", "1"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert all(f"| {name} | " in printed for name in ("LLM.generate", "gen.vllm_engine")), printed
+    assert all(f"| {name} | " in printed for name in ("LLM.generate", "gen.engine.vllm")), printed

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from gen import vllm_internals
-from gen.engine import Engine, Sampling, kv_cache_bytes, make_engine
-from gen.sync import probe, sync_weights
+from gen.engine.base import Engine, Sampling, kv_cache_bytes, make_engine, vllm_internals
+from gen.engine.weight_sync import probe, sync_weights
 
 STOP = frozenset(range(20, 28))
 LONG = [(7 * i) % 150 + 4 for i in range(70)]  # more than two blocks of the prefix cache
@@ -236,7 +235,7 @@ def check_crowded(folder: str) -> None:
         config.scheduler_config.async_scheduling = True
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    few = patch("gen.vllm_engine.cpu_kv_bytes", lambda config, dtype, *_: kv_cache_bytes(config, dtype, 16 * 32))
+    few = patch("gen.engine.vllm.cpu_kv_bytes", lambda config, dtype, *_: kv_cache_bytes(config, dtype, 16 * 32))
     with few, patch.object(CpuPlatform, "check_and_update_config", staticmethod(ahead)):
         engine = make_engine("vllm", folder, dtype="float32", max_model_len=128, max_batch=30)
     core, options = engine.llm.llm_engine.engine_core.engine_core, {"n": 8, "max_tokens": 58}  # type: ignore[attr-defined]

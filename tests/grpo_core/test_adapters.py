@@ -43,14 +43,14 @@ def test_policy_is_what_is_sampled_and_reference_what_it_was(tiny_model, problem
 
 def reference_and_base(model: str, bf16: bool) -> list[float]:
     """Greatest differences of log-probs: reference and the base model, policy and the base model; per rank."""
-    from sft_core import guards
-    from sft_core.adapters import without_adapters
-    from sft_core.config import ModelConfig
-    from sft_core.model import load_policy
-    from sft_core.packing import pack_sequences
-    from sft_core.parallel import freeze, make_mesh, shard
+    from sft_core.data.packing import pack_sequences
+    from sft_core.model.adapters import without_adapters
+    from sft_core.model.parallel import freeze, make_mesh, shard
+    from sft_core.model.policy import load_policy
+    from sft_core.run import distributed
+    from sft_core.run.config import ModelConfig
 
-    device = guards.init_distributed(60)[3]
+    device = distributed.init_distributed(60)[3]
     config = ModelConfig(model, use_peft=True, lora_r=4, lora_modules_to_save=["embed_tokens", "norm"], use_dora=True)
     sharding = {"mesh": make_mesh(device), "bf16": bf16}
     policy = shard(load_policy(config, dtype=torch.bfloat16 if bf16 else torch.float32), **sharding)
@@ -69,7 +69,7 @@ def reference_and_base(model: str, bf16: bool) -> list[float]:
             expected = base(batch)[0]
             found += [(reference(batch)[0] - expected).abs().max().item(), (logps - expected).abs().max().item()]
         logps.sum().backward()
-    guards.shutdown()
+    distributed.shutdown()
     assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
     return found
 

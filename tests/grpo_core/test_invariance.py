@@ -44,13 +44,13 @@ def gradients(model: str) -> dict[str, dict[str, np.ndarray]]:
     from grpo_core.batch import idle_micro_batch, make_micro_batches
     from grpo_core.config import GRPOConfig
     from grpo_core.train import update
-    from sft_core import guards
-    from sft_core.config import ModelConfig
-    from sft_core.model import load_policy
-    from sft_core.packing import step_counts
-    from sft_core.parallel import freeze, make_mesh, shard
+    from sft_core.data.packing import step_counts
+    from sft_core.model.parallel import freeze, make_mesh, shard
+    from sft_core.model.policy import load_policy
+    from sft_core.run import distributed
+    from sft_core.run.config import ModelConfig
 
-    rank, world_size, _, device = guards.init_distributed(60)
+    rank, world_size, _, device = distributed.init_distributed(60)
     policy = shard(load_policy(ModelConfig(model)), make_mesh(device), bf16=False)
     reference = load_policy(ModelConfig(model))
     with torch.no_grad():
@@ -77,7 +77,7 @@ def gradients(model: str) -> dict[str, dict[str, np.ndarray]]:
                 parameter: p.grad.full_tensor().numpy().copy() for parameter, p in policy.named_parameters()
             } | {"loss": loss.numpy()}
             policy.zero_grad()
-    guards.shutdown()
+    distributed.shutdown()
     return result
 
 

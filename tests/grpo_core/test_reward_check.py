@@ -11,9 +11,9 @@ import torch
 import transformers
 from datasets import Dataset
 
-import grpo_core.setup
+import grpo_core.prepare
 import grpo_core.train
-from sft_core import guards
+from sft_core.run import distributed
 from tests.grpo_core.test_train import TRAIN, options
 from tests.launch import flags, locks_released, metrics, refusal, run
 
@@ -89,7 +89,7 @@ def own(tmp_path, monkeypatch):
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
     yield
-    guards.shutdown()
+    distributed.shutdown()
     for name in ("own", "broken", "fails", "here_only"):
         sys.modules.pop(name, None)
 
@@ -97,8 +97,8 @@ def own(tmp_path, monkeypatch):
 def accept(argv):
     """What is prepared, of a run that may start."""
     with locks_released():
-        run = grpo_core.setup.prepare(argv)
-    guards.shutdown()
+        run = grpo_core.prepare.prepare(argv)
+    distributed.shutdown()
     return run
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from eval.workers import WorkerPool
-from gen.engine import Completion
+from gen.engine.base import Completion
 from grpo_core.config import GRPOConfig
 from grpo_core.rewards import accuracy_reward, format_reward, get_reward_funcs, len_reward, tag_count_reward
 from grpo_core.rollout import Prompt, Rollout, Scorer, sample

@@ -5,7 +5,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from kernels.linear_logprob import linear_logprob
-from sft_core import guards
+from sft_core.run import distributed
 from tests.processes import run_ranks
 
 VOCAB, DIM, ROWS = 51, 16, 20
@@ -65,10 +65,10 @@ def check(tied: bool, rank: int) -> None:
 
 
 def on_a_rank() -> None:
-    rank, *_ = guards.init_distributed(60)
+    rank, *_ = distributed.init_distributed(60)
     for tied in (True, False):
         check(tied, rank)
-    guards.shutdown()
+    distributed.shutdown()
 
 
 def test_two_sharded_ranks_give_the_gradient_of_one_process():

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import sft_core.train
-from sft_core.config import ModelConfig
-from sft_core.model import load_tokenizer
+from sft_core.model.policy import load_tokenizer
+from sft_core.run.config import ModelConfig
 from tests.launch import flags, metrics
 from tests.processes import run_ranks
 from tests.sft_core.test_train import train_any
@@ -45,15 +45,15 @@ def written(model: str, kind: str, folder: str, bf16: bool = False) -> dict:
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sft_core import guards
-    from sft_core.adapters import without_adapters
-    from sft_core.export import export_model, full_weights, reshard, weight_names
-    from sft_core.model import load_policy
-    from sft_core.packing import pack_sequences
-    from sft_core.parallel import make_mesh, shard
+    from sft_core.data.packing import pack_sequences
+    from sft_core.model.adapters import without_adapters
+    from sft_core.model.export import export_model, full_weights, reshard, weight_names
+    from sft_core.model.parallel import make_mesh, shard
+    from sft_core.model.policy import load_policy
+    from sft_core.run import distributed
 
     config = ModelConfig(model, use_peft=True, lora_r=4, **KINDS[kind])
-    device = guards.init_distributed(60)[3]
+    device = distributed.init_distributed(60)[3]
     policy = load_policy(config, dtype=torch.bfloat16 if bf16 else torch.float32, seed=5)
     ids = [(7 * i) % 300 + 5 for i in range(30)]
     batch = pack_sequences([ids], [[True] * len(ids)], device)
@@ -74,7 +74,7 @@ def written(model: str, kind: str, folder: str, bf16: bool = False) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(model)
     export_model(policy, tokenizer, folder, torch.float32, merge_adapter=True)
     assert list(dict(full_weights(policy))) == weight_names(policy)
-    if guards.is_first_rank():
+    if distributed.is_first_rank():
         with torch.no_grad():
             whole = AutoModelForCausalLM.from_pretrained(Path(folder) / "merged")
             parts = AutoPeftModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
@@ -82,7 +82,7 @@ def written(model: str, kind: str, folder: str, bf16: bool = False) -> dict:
                 logps = loaded(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
                 found[name] = logps.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
             assert set(weight_names(policy)) == {name for name, _ in whole.named_parameters()}
-    guards.shutdown()
+    distributed.shutdown()
     grads = {name: grad.numpy().copy() for name, grad in found.pop("grads").items()}
     return {name: value.float().numpy().copy() for name, value in found.items()} | {"grads": grads}
 

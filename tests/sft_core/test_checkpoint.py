@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from sft_core.checkpoint import checkpoints, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
-from sft_core.guards import init_distributed, shutdown
+from sft_core.model.checkpoint import checkpoints, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
+from sft_core.run.distributed import init_distributed, shutdown
 from tests.commands import TORCHRUN, environment
 from tests.processes import run_ranks, start
 

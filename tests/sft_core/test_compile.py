@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from kernels import attention
 from kernels.attention import packed_layout
-from sft_core.adapters import check_adapters
-from sft_core.config import ModelConfig, SFTConfig
-from sft_core.parallel import check_compile
+from sft_core.model.adapters import check_adapters
+from sft_core.model.parallel import check_compile
+from sft_core.run.config import ModelConfig, SFTConfig
 from tests.grpo_core.test_train import TRAIN as GRPO
 from tests.grpo_core.test_train import options, weights
 from tests.launch import metrics, run
@@ -32,13 +32,13 @@ def passes(model: str, options: dict, flags: dict, graphs: int, bf16: bool = Fal
     """
     from torch._dynamo.utils import counters
 
-    from sft_core import guards
-    from sft_core.adapters import dropout, without_adapters
-    from sft_core.model import load_policy
-    from sft_core.packing import idle_sequences, pack_sequences
-    from sft_core.parallel import make_mesh, shard
+    from sft_core.data.packing import idle_sequences, pack_sequences
+    from sft_core.model.adapters import dropout, without_adapters
+    from sft_core.model.parallel import make_mesh, shard
+    from sft_core.model.policy import load_policy
+    from sft_core.run import distributed
 
-    rank, world_size, _, device = guards.init_distributed(60)
+    rank, world_size, _, device = distributed.init_distributed(60)
 
     def batch(lengths):
         rows = [[(7 * i + n) % 300 + 5 for i in range(n)] for n in lengths[rank::world_size]]
@@ -70,7 +70,7 @@ def passes(model: str, options: dict, flags: dict, graphs: int, bf16: bool = Fal
             torch._dynamo.config.error_on_recompile = backend is not None
         found["compiled" if backend else "eager"] = values
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"], counters
-    guards.shutdown()
+    distributed.shutdown()
     return found
 
 
@@ -122,7 +122,7 @@ def test_the_path_of_a_gpu_is_one_graph_a_kind_of_block(monkeypatch):
     from torch.nn.attention import varlen
     from transformers import AttentionInterface
 
-    from sft_core.parallel import _compile
+    from sft_core.model.parallel import _compile
 
     def kernel(cu_seqlens, window_size, scale):
         window = None if window_size[0] < 0 else window_size[0] + 1

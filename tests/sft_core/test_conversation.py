@@ -14,10 +14,10 @@ from gen.config import GenerateConfig
 from gen.store import Store
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
 from grpo_core.rollout import load_prompts
-from sft_core import guards
-from sft_core.config import SFTConfig
-from sft_core.setup import prepare
-from sft_core.supervised import check_columns, supervised_example, supervised_examples
+from sft_core.dataset import check_columns, supervised_example, supervised_examples
+from sft_core.prepare import prepare
+from sft_core.run import distributed
+from sft_core.run.config import SFTConfig
 from tests.launch import flags, locks_released
 
 USER, YES = {"role": "user", "content": "Ben has 4"}, {"role": "assistant", "content": "yes"}
@@ -157,7 +157,7 @@ def test_parts_of_text_are_one_text_and_others_are_refused(tokenizer):
 
 def read_one(tokenizer, row):
     """A prompt whose types Arrow cannot hold."""
-    from sft_core.conversation import prompt_of
+    from sft_core.data.conversation import prompt_of
 
     prompt_of(row["prompt"], "prompt")
 
@@ -263,7 +263,7 @@ def test_what_is_not_used_or_left_out_is_said_before_the_run(tiny_model, tmp_pat
         more |= {"output_dir": tmp_path / name, "dataset_streaming": streams}
         with locks_released():
             said.append(prepare(flags(model_name_or_path=tiny_model, **files, **more)).summary)
-        guards.shutdown()
+        distributed.shutdown()
     counts = "0 cut, 1 too long, 0 nothing to learn"
     assert f"3 rows to train on; {counts}; columns not used: system, id; 1 rows to evaluate on; {counts}" in said[0]
     assert "rows are streamed in the order of their files; columns not used: system, id; 1 rows to evaluate" in said[1]

@@ -8,8 +8,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from sft_core.export import export_model, full_weights, weight_names
-from sft_core.guards import init_distributed, shutdown
+from sft_core.model.export import export_model, full_weights, weight_names
+from sft_core.run.distributed import init_distributed, shutdown
 from tests.processes import run_ranks
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sft_core.files import keep_settings, whole_file
+from sft_core.run.files import keep_settings, whole_file
 
 
 def test_a_file_is_whole_or_what_it_was(tmp_path):

@@ -6,11 +6,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-import sft_core.plan as costs
+import sft_core.model.memory_plan as costs
 from kernels.attention import packed_layout, register
-from sft_core.flops import block_weights, peak_flops, saved_per_token, shape, training_flops
-from sft_core.model import count_parameters
-from tests.sft_core.test_plan import QWEN_1_5B
+from sft_core.model.flops import block_weights, peak_flops, saved_per_token, shape, training_flops
+from sft_core.model.policy import count_parameters
+from tests.sft_core.test_memory_plan import QWEN_1_5B
 
 register()
 SMALL = dict(hidden_size=256, intermediate_size=768, num_attention_heads=8, num_key_value_heads=2, head_dim=32,

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import ModelCard
 
-from sft_core.card import write_model_card
-from sft_core.config import ModelConfig, ScriptArguments, SFTConfig
-from sft_core.hub import Uploader, check_hub, push_final, resolve_repo_id, stage
+from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig
+from sft_core.run.hub import Uploader, check_hub, push_final, resolve_repo_id, stage
+from sft_core.run.model_card import write_model_card
 from tests.hub_server import HubServer
 
 ROOT = Path(__file__).parents[2]
@@ -160,7 +160,7 @@ def test_names_and_refusals(hub, config):
     ({}, None),
 ])  # fmt: skip
 def test_the_environment_is_the_clients(change, says):
-    code = ("from sft_core.config import SFTConfig; from sft_core.hub import check_hub; "
+    code = ("from sft_core.run.config import SFTConfig; from sft_core.run.hub import check_hub; "
             "check_hub(SFTConfig(output_dir='/tmp/o', push_to_hub=True))")  # fmt: skip
     with HubServer() as hub:
         environment = os.environ | hub.environment() | change

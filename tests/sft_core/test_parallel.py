@@ -16,15 +16,15 @@ FLAGS = {
 
 def step(model: str, flags: dict) -> dict:
     """On each rank: one optimizer step; the clipped gradient by plain name, its norm, the names and weights after."""
-    from sft_core import guards
-    from sft_core.config import ModelConfig, TrainingConfig
-    from sft_core.export import full_weights, hf_name, weight_names
-    from sft_core.model import load_policy
-    from sft_core.optim import clip_gradients, make_optimizer
-    from sft_core.packing import pack_sequences
-    from sft_core.parallel import make_mesh, shard
+    from sft_core.data.packing import pack_sequences
+    from sft_core.model.export import full_weights, hf_name, weight_names
+    from sft_core.model.optim import clip_gradients, make_optimizer
+    from sft_core.model.parallel import make_mesh, shard
+    from sft_core.model.policy import load_policy
+    from sft_core.run import distributed
+    from sft_core.run.config import ModelConfig, TrainingConfig
 
-    rank, world_size, _, device = guards.init_distributed(60)
+    rank, world_size, _, device = distributed.init_distributed(60)
     policy = shard(load_policy(ModelConfig(model)), make_mesh(device), bf16=False, **flags)
     optimizer = make_optimizer(policy, TrainingConfig(output_dir="unused", learning_rate=1e-3))
     own = SEQUENCES[rank::world_size]
@@ -36,7 +36,7 @@ def step(model: str, flags: dict) -> dict:
     optimizer.step()
     after = {name: tensor.numpy().copy() for name, tensor in full_weights(policy)}
     assert list(after) == weight_names(policy)
-    guards.shutdown()
+    distributed.shutdown()
     return {"gradient": gradient, "norm": float(norm), "after": after}
 
 
@@ -64,11 +64,11 @@ def offloaded(model: str, compile_backend: str | None) -> list[int]:
     """Bytes that leave the device in a forward pass with offloading: each checkpointed block's input, and no weight."""
     import torch
 
-    from sft_core import guards
-    from sft_core.config import ModelConfig
-    from sft_core.model import load_policy
-    from sft_core.packing import pack_sequences
-    from sft_core.parallel import make_mesh, shard
+    from sft_core.data.packing import pack_sequences
+    from sft_core.model.parallel import make_mesh, shard
+    from sft_core.model.policy import load_policy
+    from sft_core.run import distributed
+    from sft_core.run.config import ModelConfig
 
     moved, original = [], torch.autograd.graph.save_on_cpu.__init__
 
@@ -77,13 +77,13 @@ def offloaded(model: str, compile_backend: str | None) -> list[int]:
         pack = self.pack_hook
         self.pack_hook = lambda tensor: (moved.append(tensor.numel()), pack(tensor))[1]
 
-    device = guards.init_distributed(60)[3]
+    device = distributed.init_distributed(60)[3]
     policy = load_policy(ModelConfig(model))
     flags = {"gradient_checkpointing": True, "activation_offloading": True, "compile_backend": compile_backend}
     policy = shard(policy, make_mesh(device), bf16=False, **flags)
     torch.autograd.graph.save_on_cpu.__init__ = watched
     policy(pack_sequences(SEQUENCES, [[True] * len(sequence) for sequence in SEQUENCES], device))
-    guards.shutdown()
+    distributed.shutdown()
     return moved
 
 
@@ -100,15 +100,15 @@ def gathered(model: str, flags: dict) -> tuple[list[bool], float]:
     import torch
     from torch.distributed.tensor import DTensor
 
-    from sft_core import guards
-    from sft_core.config import ModelConfig, TrainingConfig
-    from sft_core.export import full_weights, reshard
-    from sft_core.model import load_policy
-    from sft_core.optim import make_optimizer
-    from sft_core.packing import pack_sequences
-    from sft_core.parallel import make_mesh, shard
+    from sft_core.data.packing import pack_sequences
+    from sft_core.model.export import full_weights, reshard
+    from sft_core.model.optim import make_optimizer
+    from sft_core.model.parallel import make_mesh, shard
+    from sft_core.model.policy import load_policy
+    from sft_core.run import distributed
+    from sft_core.run.config import ModelConfig, TrainingConfig
 
-    device = guards.init_distributed(60)[3]
+    device = distributed.init_distributed(60)[3]
     policy = shard(load_policy(ModelConfig(model)), make_mesh(device), bf16=False, **flags)
     optimizer = make_optimizer(policy, TrainingConfig(output_dir="unused", learning_rate=1e-2))
     found = []
@@ -134,7 +134,7 @@ def gathered(model: str, flags: dict) -> tuple[list[bool], float]:
     after, weights = score(policy), dict(full_weights(policy))
     fresh.model.load_state_dict(weights, strict=False)
     assert (after - before).abs().max() > 0.1
-    guards.shutdown()
+    distributed.shutdown()
     return found, (after - score(fresh)).abs().max().item()
 
 

@@ -13,10 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import grpo_core.train
 import sft_core.train
-from gen.engine import make_engine
-from gen.torch_engine import TorchEngine
-from sft_core import architectures
-from sft_core.model import load_whole
+from gen.engine.base import make_engine
+from gen.engine.torch import TorchEngine
+from sft_core.model.policy import architectures, load_whole
 from tests.eval.helpers import stones, write
 from tests.grpo_core.test_train import options
 from tests.launch import flags, run

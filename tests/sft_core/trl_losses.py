@@ -47,7 +47,7 @@ def case_rows(name: str) -> list[dict[str, Any]]:
 
     Ten are longer than the case's max_length, and in some of these nothing is left to learn.
     """
-    from grpo_core.quickstart_task import make_splits, write_demonstration
+    from grpo_core.quickstart.task import make_splits, write_demonstration
 
     rng = random.Random(0)
     problems = make_splits(0, {"rows": 150})["rows"]
@@ -89,7 +89,7 @@ def trl_steps(model: str, rows: list[dict[str, Any]], options: dict[str, Any]) -
     from trl import SFTConfig, SFTTrainer
 
     sys.path.append(str(ROOT))
-    from sft_core.data import row_order
+    from sft_core.data.rows import row_order
 
     accuracies: list[tuple[float, int]] = []  # of each micro-batch, and its trained tokens
 

@@ -1,0 +1,1 @@
+"""`python -m grpo_core.quickstart`: GRPO teaches arithmetic to a small model, on any machine."""

@@ -1,0 +1,1 @@
+"""Rows, conversations and chat templates, and packing of sequences into micro-batches."""

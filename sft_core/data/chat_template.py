@@ -1,0 +1,121 @@
+"""Chat templates: which one, where its turns end, and whether it fits the tokenizer and the model.
+
+`set_up` is called once by either trainer, before anything is rendered; `check_template` says in one line that all is
+well, or what is not and the remedy. Left out on purpose: templates of our own for models that have one.
+"""
+
+import re
+from collections.abc import Collection
+
+from transformers import AddedToken, PreTrainedTokenizerBase
+
+from sft_core.data.conversation import encode, render
+
+# What base models get (as in open-r1); Qwen's own tokens, and Qwen's layout without its default system prompt.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+PROBE = [{"role": "user", "content": "Is 12 + 30 = 42?\n  Ünïcode, too."}, {"role": "assistant", "content": "Yes!"}]
+
+
+def set_up(
+    tokenizer: PreTrainedTokenizerBase, eos_token: str | None, conversations: bool, chatml_default: bool
+) -> None:
+    """For `conversations` give a base model's tokenizer ChatML where that is the default, and have EOS end a turn.
+
+    `eos_token`: the user's choice of EOS. ChatML's two tokens are added where the vocabulary lacks them; the model's
+    embedding then has to grow (`sft_core.model.policy.load_policy`).
+    """
+    if conversations and tokenizer.chat_template is None and chatml_default:
+        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos(tokenizer) else "") + CHATML
+        tokenizer.add_tokens([AddedToken(token, special=True) for token in CHATML_TOKENS])
+    before = tokenizer.eos_token
+    if eos_token is not None:
+        if tokenizer.convert_tokens_to_ids(eos_token) in (None, tokenizer.unk_token_id):
+            raise ValueError(f"eos_token {eos_token!r} is not in the tokenizer's vocabulary: name one of its tokens.")
+        tokenizer.eos_token = eos_token
+    elif conversations and tokenizer.chat_template is not None and (end := end_of_turn(tokenizer)) is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    if tokenizer.eos_token != before and tokenizer.eos_token == tokenizer.pad_token:
+        tokenizer.pad_token = before  # nothing is padded here, but others mask what they take for padding
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the template puts right after what the assistant says, or None."""
+    text = render(tokenizer, PROBE)
+    _, found, after = text.rpartition(PROBE[-1]["content"])
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    for token in encode(tokenizer, after) if found else []:
+        if token in special:
+            return token
+        if tokenizer.decode([token]).strip():
+            break
+    return None
+
+
+def opens_think(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template begins the assistant's answer with `<think>` by itself."""
+    return render(tokenizer, PROBE[:1], prompt=True).rstrip().endswith("<think>")
+
+
+def has_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template marks what the assistant says: {% generation %} ... {% endgeneration %}."""
+    return re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)) is not None
+
+
+def has_prompt(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template has a generation prompt, something that the assistant's words follow."""
+    return render(tokenizer, PROBE[:1], prompt=True) != render(tokenizer, PROBE[:1])
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts a BOS before plain text."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], supervised: bool = False) -> str:
+    """One line if the template fits tokenizer, stop tokens and what is trained; else each fault with its remedy."""
+    if tokenizer.chat_template is None:
+        return "chat template: none"
+    text = render(tokenizer, PROBE[:1], prompt=True)
+    ids, bos, end, faults = encode(tokenizer, text), tokenizer.bos_token_id, end_of_turn(tokenizer), []
+    if bos is not None and ids[:2] == [bos, bos]:
+        faults.append(f"a prompt begins with {tokenizer.bos_token} twice: write it once in the template.")
+    if adds_bos(tokenizer) and ids[:1] != [bos]:
+        faults.append(
+            f"a prompt has no {tokenizer.bos_token}, which this tokenizer puts before any other text: begin the "
+            "template with {{ bos_token }}."
+        )
+    if end is None:
+        faults.append(
+            "the assistant's turn does not end with a special token: end it with {{ eos_token }} in the template."
+        )
+    elif end not in stop_ids:
+        faults.append(
+            f"the assistant's turn ends with {tokenizer.convert_ids_to_tokens(end)}, which is no stop token: give it "
+            "as --eos_token."
+        )
+    if supervised and not has_markers(tokenizer) and not render(tokenizer, PROBE).startswith(text):
+        faults.append(
+            "a finished turn does not begin as the generation prompt does, so what the assistant says cannot be told "
+            "apart: give a --chat_template with {% generation %} markers."
+        )
+    if "strftime_now" in str(tokenizer.chat_template):
+        faults.append(
+            "it writes today's date, so a run that goes on tomorrow is not quite the same: write a fixed one."
+        )
+    if tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) != text:
+        faults.append("a prompt does not come back from the tokenizer as it was: rewards may see other text.")
+    if faults:
+        return "\n".join(f"chat template: {fault}" for fault in faults)
+    bos_text = f"one {tokenizer.bos_token}" if ids[:1] == [bos] else "no BOS"
+    think = "opened by the template" if opens_think(tokenizer) else "left to the model"
+    return (
+        f"chat template: all is well ({bos_text}; turns end with {tokenizer.convert_ids_to_tokens(end)}, trained and a "
+        f"stop token; <think> {think}; prompts survive a round trip)"
+    )

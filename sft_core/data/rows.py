@@ -1,0 +1,221 @@
+"""Rows from the Hub or local files, whole or streamed, and an order of them that can be resumed.
+
+What is made of a row: `sft_core/dataset.py`, `grpo_core/rollout.py`. Left out on purpose: formats other than these.
+`datasets` is imported by what reads rows: the update and its benches do without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sft_core.run.config import ScriptArguments
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+FILES = (".json", ".jsonl", ".parquet")
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it cannot read is said below, better
+
+
+def load_splits(
+    arguments: ScriptArguments, test: bool, streaming: bool = False
+) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    """The rows to train on, and those to evaluate on where `test` asks for them; `streaming` is of the former.
+
+    Raises:
+        ValueError: nothing is there, or no such split, or no rows to evaluate on; the message names the remedy.
+    """
+    if arguments.dataset_mixture is not None:
+        if streaming:
+            raise ValueError("a mixture is shuffled whole and cannot be streamed: leave out --dataset_streaming.")
+        return _mix(arguments.dataset_mixture, test)
+    load = stream_rows if streaming else load_rows
+    train = load(arguments.dataset_name, arguments.dataset_config, arguments.dataset_train_split)
+    if not test:
+        return train, None
+    name = arguments.dataset_test_split
+    if Path(name).suffix in FILES:
+        return train, load_rows(name, None, name)
+    if Path(arguments.dataset_name).suffix in FILES:
+        raise ValueError(
+            f"evaluation needs a test split, and {arguments.dataset_name} is one file: name another with "
+            "--dataset_test_split FILE, or leave out do_eval and eval_strategy."
+        )
+    return train, load_rows(arguments.dataset_name, arguments.dataset_config, name)
+
+
+def _mix(mixture: dict[str, Any], test: bool) -> tuple[Dataset, Dataset | None]:
+    """open-r1's mixture: a share of each set's shuffled rows, put together and shuffled, and a test split of them."""
+    from datasets import concatenate_datasets
+
+    if not mixture.get("datasets") or set(mixture) - {"datasets", "seed", "test_split_size"}:
+        raise ValueError(f"dataset_mixture takes a list `datasets`, `seed` and `test_split_size`; got {mixture}.")
+    seed = mixture.get("seed", 0)
+    parts: list[Dataset] = []
+    for entry in mixture["datasets"]:
+        if not entry.get("id") or set(entry) - {"id", "config", "split", "columns", "weight"}:
+            raise ValueError(f"a set of dataset_mixture takes id, config, split, columns and weight; got {entry}.")
+        rows = load_rows(entry["id"], entry.get("config"), entry.get("split", "train"))
+        if columns := entry.get("columns"):
+            if missing := set(columns) - set(rows.column_names):
+                raise ValueError(f"{entry['id']} has no columns {sorted(missing)}; it has {rows.column_names}.")
+            rows = rows.select_columns(columns)
+        weight = entry.get("weight", 1.0)
+        count = int(len(rows) * weight)
+        if not 0 < weight <= 1 or count == 0:
+            raise ValueError(
+                f"weight {weight} of {entry['id']}, a share of its {len(rows)} rows, must be above 0 and at most 1 and "
+                "leave a row."
+            )
+        parts.append(rows.shuffle(seed=seed).select(range(count)))
+        if set(rows.column_names) != set(parts[0].column_names):
+            raise ValueError(
+                f"the sets of a mixture must have the same columns: {entry['id']} has {sorted(rows.column_names)}, "
+                f"the first has {sorted(parts[0].column_names)}; choose them with `columns`."
+            )
+    try:
+        mixed = concatenate_datasets(parts).shuffle(seed=seed)
+    except ValueError as error:
+        raise ValueError(f"the sets of the mixture hold different types: {' '.join(str(error).split())}") from error
+    if size := mixture.get("test_split_size"):
+        split = mixed.train_test_split(test_size=size, seed=seed)
+        return split["train"], split["test"] if test else None
+    if test:
+        raise ValueError("evaluation needs a test split: give the mixture a test_split_size.")
+    return mixed, None
+
+
+def load_rows(name: str, config: str | None = None, split: str = "train", option: str = "--dataset_name") -> Dataset:
+    """The rows of `split`. A local file or an undivided saved data set is one split, whatever its name.
+
+    option: what the user named it by, for the message.
+
+    Raises:
+        ValueError: nothing is there, or no such split; the message says what there is.
+    """
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    path = Path(name).expanduser()
+    if path.suffix in FILES:
+        data = _read_file(name, option=option)
+    elif path.is_dir() and (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        try:
+            data = load_from_disk(str(path))
+        except IndexError as error:  # it looks into the first of no tables
+            raise ValueError(f"{name} has no rows.") from error
+    elif name.startswith((".", "/", "~")) and not path.is_dir():
+        raise ValueError(f"there is no data set at {name}: check {option}.")
+    else:
+        try:
+            data = load_dataset(name, config)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no data set {name!r} to be had: it is neither a .json, .jsonl or .parquet file, a saved set, nor "
+                f"a Hub id that can be reached from here (check {option}). Cause: {str(error).splitlines()[0]}"
+            ) from error
+    if isinstance(data, DatasetDict):
+        if split not in data:
+            raise ValueError(f"{name} has no split {split!r}: it has {', '.join(data)}.")
+        data = data[split]
+    if len(data) == 0:
+        raise ValueError(f"{name} has no rows.")
+    return data
+
+
+def _read_file(name: str, streaming: bool = False, option: str = "--dataset_name and --dataset_test_split") -> Any:
+    """The rows of a data file; where it cannot be read, ValueError says which line is damaged."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"there is no data file at {name}: check {option}.")
+    kind = path.suffix[1:].replace("jsonl", "json")
+    try:
+        rows = load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+        first_row(rows)  # a stream is not read before
+        return rows
+    except (DatasetGenerationError, StopIteration, ValueError) as error:
+        cause = damaged_line(path) or " ".join(str(error.__cause__ or error).split())[:200]
+        raise ValueError(f"{name} cannot be read as {path.suffix}: {cause or 'no rows'} (one row a line).") from error
+
+
+def damaged_line(path: Path) -> str | None:
+    """What is wrong with the first line of a JSON-lines file that is no JSON object, and which line it is."""
+    if path.suffix not in (".json", ".jsonl"):
+        return None
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except ValueError as error:
+                end = "the file ends in the middle of it" if not line.endswith("\n") else str(error)
+                return f"line {number} is not complete JSON: {end}"
+            if not isinstance(row, dict):
+                return f"line {number} is no JSON object"
+    return None
+
+
+def stream_rows(name: str, config: str | None = None, split: str = "train") -> IterableDataset:
+    """The rows of `split`, read as they are needed, in the order of the files; see `load_rows`."""
+    from datasets import load_dataset
+
+    path = Path(name).expanduser()
+    if path.suffix in FILES:
+        rows = _read_file(name, streaming=True)
+    elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        rows = load_rows(name, config, split).to_iterable_dataset()
+    else:
+        try:
+            rows = load_dataset(name, config, split=split, streaming=True)
+        except (OSError, ValueError) as error:
+            cause = str(error).splitlines()[0]
+            raise ValueError(f"no data set {name!r} to be streamed: check --dataset_name. Cause: {cause}") from error
+    return rows
+
+
+def first_row(rows: Dataset | IterableDataset) -> dict[str, Any]:
+    """The first row; of a stream without moving it, which an iterator left alone would.
+
+    Raises:
+        ValueError: there is none.
+    """
+    first = next(iter(rows.take(1)), None)
+    if first is None:
+        raise ValueError("the data has no rows: check --dataset_name.")
+    return first
+
+
+def fingerprint(rows: Dataset | IterableDataset) -> str:
+    """Identity of a data set: its columns and every value of every row, in order (streamed: of the first 100 rows)."""
+    from datasets import IterableDataset
+
+    if isinstance(rows, IterableDataset):
+        text = json.dumps(list(rows.take(100)), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(str(rows.features).encode())
+    for table in rows.with_format("arrow").iter(1000):
+        copy = table.take([*range(len(table))])  # without what lies around it in memory
+        for batch in copy.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()[:16]
+
+
+def row_order(num_rows: int, seed: int, start: int, count: int) -> list[int]:
+    """Rows `start` to `start + count` of the endless sequence of shuffles, one an epoch: `start` is all of its state.
+
+    >>> row_order(3, seed=0, start=0, count=5)[:4] == row_order(3, seed=0, start=0, count=4)
+    True
+    """
+    order: list[int] = []
+    for epoch in range(start // num_rows, (start + count - 1) // num_rows + 1):
+        generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
+        order += torch.randperm(num_rows, generator=generator).tolist()
+    skip = start % num_rows
+    return order[skip : skip + count]

@@ -1,0 +1,283 @@
+"""From rows to token ids with loss masks: conversations, prompt and completion, plain text; tokenised once and cached.
+
+What is trained by default: in `messages` what the assistant says, with `prompt` and `completion` the completion, in
+plain text everything; always with the token that ends it. Where the assistant speaks is read off the template's
+generation markers, or found by comparing renderings turn by turn, row by row; a row where that is ambiguous is refused.
+Left out on purpose: images, weights per message.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+import sft_core.data.chat_template
+import sft_core.data.conversation
+from sft_core.data.chat_template import adds_bos, has_markers, has_prompt
+from sft_core.data.conversation import COLUMNS, check_shown, messages_of, options_of, render, text_of
+from sft_core.run.config import SFTConfig
+from sft_core.run.distributed import on_first_rank
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Example = tuple[list[int], list[bool]]  # token ids and loss mask, of one length
+KEPT, CUT, TOO_LONG, NOTHING = range(4)  # what became of a row
+ROWS_PER_PROCESS = 2_000  # fewer are not worth another process
+
+
+def check_columns(columns: list[str], config: SFTConfig) -> list[str]:
+    """The columns that are not used; raises ValueError where they fit no form that is known."""
+    for form in (("messages",), ("prompt", "completion"), (config.dataset_text_field,)):
+        if set(form) <= set(columns):
+            return [name for name in columns if name not in form + COLUMNS]
+    raise ValueError(
+        f"the data needs a column `messages`, or `prompt` and `completion`, or `{config.dataset_text_field}` "
+        f"(--dataset_text_field); it has {', '.join(columns)}."
+    )
+
+
+def needs_template(row: dict[str, Any]) -> bool:
+    """Whether rows like this one are conversations."""
+    return "messages" in row or ("prompt" in row and isinstance(row.get("completion"), list))
+
+
+def supervised_example(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], stop_ids: frozenset[int], config: SFTConfig
+) -> Example:
+    """Token ids and loss mask of one whole row, whose text is tokenised in one piece.
+
+    Raises:
+        ValueError: the row has no text where it should, or what the assistant says cannot be told apart in it.
+    """
+    if "messages" in row:
+        return _conversation(tokenizer, messages_of(row["messages"], "messages"), 0, options_of(row), stop_ids, config)
+    if needs_template(row):
+        given, answer = (messages_of(row[name], name) for name in ("prompt", "completion"))
+        trained_from = 0 if config.completion_only_loss is False else len(given)
+        return _conversation(tokenizer, given + answer, trained_from, options_of(row), stop_ids, config)
+    column = "completion" if {"prompt", "completion"} <= row.keys() else config.dataset_text_field
+    if more := options_of(row):
+        raise ValueError(f"plain text has no place for `{next(iter(more))}`: make it messages, or take that out.")
+    prompt, text = text_of(row["prompt"], "prompt") if column == "completion" else "", text_of(row.get(column), column)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token, so the model would never learn to stop: give --eos_token.")
+    trained = (0 if config.completion_only_loss is False else len(prompt), len(prompt) + len(text))
+    ids, [(start, end)] = _encode_spans(tokenizer, prompt + text, [trained])
+    mask = [start <= t < end for t in range(len(ids))]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if ids[:1] != [bos] and adds_bos(tokenizer):
+        ids, mask = [bos, *ids], [False, *mask]  # as the tokenizer begins any text
+    return (ids, mask) if ids[-1:] == [eos] else ([*ids, eos], [*mask, True])
+
+
+def _encode_spans(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of `text`, and for begin and end of each span in characters the tokens that touch it."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts, ends = np.array(encoded["offset_mapping"], int).reshape(-1, 2).T
+    tokens = [(int(np.searchsorted(ends, a, "right")), int(np.searchsorted(starts, b, "left"))) for a, b in spans]
+    return encoded["input_ids"], tokens
+
+
+def _conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], trained_from: int, more: dict[str, Any],
+    stop_ids: frozenset[int], config: SFTConfig,
+) -> Example:  # fmt: skip
+    """Ids and mask of a conversation; nothing before message `trained_from` is trained."""
+    check_shown(tokenizer, messages, more)
+    if not config.assistant_only_loss:
+        whole = render(tokenizer, messages, more)
+        before = _before(tokenizer, messages, trained_from, more, whole) if trained_from else ""
+        ids, [(start, end)] = _encode_spans(tokenizer, whole, [(len(before), len(whole))])
+        return ids, [start <= t < end for t in range(len(ids))]
+    find = _marked_spans if has_markers(tokenizer) else _compared_spans
+    ids, spans = find(tokenizer, messages, trained_from, more, stop_ids)
+    mask = [False] * len(ids)
+    limits = [*(start for start, _ in spans[1:]), len(ids)]  # where the next turn begins
+    for (start, said), limit in zip(spans, limits, strict=False):
+        stop = next((t for t in range(said, limit) if ids[t] in stop_ids), None)
+        if stop is None:
+            raise ValueError(
+                "the chat template does not end the assistant's turn with a stop token, so the model would never learn "
+                f"to stop: set eos_token to the template's end of turn (stop ids are {sorted(stop_ids)}), or put "
+                "{{ eos_token }} there."
+            )
+        mask[start : stop + 1] = [True] * (stop + 1 - start)
+    return ids, mask
+
+
+Spans = list[tuple[int, int]]  # of each trained turn: its first token, and the token from which on a stop token ends it
+
+
+def _marked_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], trained_from: int, more: dict[str, Any],
+    stop_ids: frozenset[int],
+) -> tuple[list[int], Spans]:  # fmt: skip
+    """Token ids and trained turns by the template's generation markers, whether or not these hold the stop token."""
+    encoded = tokenizer.apply_chat_template(
+        messages, **more, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids = encoded["input_ids"]
+    edges = np.flatnonzero(np.diff([0, *encoded["assistant_masks"], 0])).tolist()
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(edges) != 2 * len(turns):
+        raise ValueError(
+            f"the chat template marks {len(edges) // 2} assistant turns of {len(turns)}, so what is trained cannot be "
+            "told: put {% generation %} around every assistant message, or leave the markers out."
+        )
+    spans = []
+    for turn, start, end in zip(turns, edges[::2], edges[1::2], strict=True):
+        if turn >= trained_from:
+            _end_of_words(messages[turn]["content"], tokenizer.decode(ids[start:end]))
+            spans.append((start, max((t for t in range(start, end) if ids[t] in stop_ids), default=end)))
+    return ids, spans
+
+
+def _compared_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], trained_from: int, more: dict[str, Any],
+    stop_ids: frozenset[int],
+) -> tuple[list[int], Spans]:  # fmt: skip
+    """The same by rendering up to where each turn begins: what follows is the turn, from its first word to its last."""
+    whole = render(tokenizer, messages, more)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and i >= trained_from:
+            start = len(_before(tokenizer, messages, i, more, whole))
+            spans.append((start, start + _end_of_words(message["content"], whole[start:])))
+            if not whole[start:].lstrip().startswith(message["content"].strip()) and not has_prompt(tokenizer):
+                raise ValueError(
+                    "the chat template has neither {% generation %} markers nor a generation prompt, so the "
+                    "assistant's words cannot be told from their heading: add one of them, or train all with "
+                    "--assistant_only_loss false."
+                )
+    return _encode_spans(tokenizer, whole, spans)
+
+
+def _before(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], turn: int, more: dict[str, Any], whole: str
+) -> str:
+    """The text before message `turn`, up to where the assistant would begin to speak."""
+    if turn == 0:
+        raise ValueError("a conversation begins with the assistant: put a message of the user or the system before.")
+    before = render(tokenizer, messages[:turn], more, prompt=True)
+    if whole.startswith(before):
+        return before
+    why = "earlier turns are rendered otherwise once later ones follow"
+    if whole.startswith(render(tokenizer, messages[:turn], more)):
+        why = "a finished turn does not begin as the generation prompt does"
+    raise ValueError(
+        f"in the chat template {why}, so the assistant's tokens cannot be told apart: give a --chat_template with "
+        "{% generation %} markers, or train all with --assistant_only_loss false."
+    )
+
+
+def _end_of_words(content: str, answer: str) -> int:
+    """Where in `answer`, what the template made of it, `content` ends; it may have put spaces around thoughts."""
+    at = 0
+    for part in re.split("</?think>", content):
+        found = answer.find(part.strip(), at)
+        if found < 0:
+            raise ValueError(
+                f"the chat template leaves out a part of what the assistant says ({part.strip()[:40]!r}): give a "
+                "--chat_template that keeps it."
+            )
+        at = found + len(part.strip())
+    return at
+
+
+def fit(example: Example, config: SFTConfig) -> tuple[Example, int]:
+    """The example within max_length, and what became of it."""
+    ids, mask = example
+    outcome = KEPT
+    if len(ids) > config.max_length:
+        if config.truncation_mode == "drop":
+            return ([], []), TOO_LONG
+        part = slice(config.max_length) if config.truncation_mode == "keep_start" else slice(-config.max_length, None)
+        ids, mask, outcome = ids[part], mask[part], CUT
+    return ((ids, mask), outcome) if any(mask[1:]) else (([], []), NOTHING)
+
+
+def encode_row(
+    row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], config: SFTConfig
+) -> dict[str, Any]:
+    """A row as it is stored: input_ids, loss_mask, length and outcome."""
+    try:
+        (ids, mask), outcome = fit(supervised_example(tokenizer, row, stop_ids, config), config)
+    except ValueError as error:
+        raise ValueError(f"row {index + 1} of the data: {error}") from error
+    return {"input_ids": np.array(ids, np.int32), "loss_mask": np.array(mask, bool), "length": len(ids),
+            "outcome": outcome}  # fmt: skip
+
+
+def what_is_trained(config: SFTConfig) -> dict[str, Any]:
+    """The options that say what becomes of a row."""
+    names = ("max_length", "truncation_mode", "assistant_only_loss", "completion_only_loss", "dataset_text_field")
+    return {name: getattr(config, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows that teach something, memory-mapped."""
+
+    rows: Dataset  # columns input_ids, loss_mask
+    lengths: np.ndarray  # [rows] in tokens
+    counts: dict[str, int]  # rows that were cut or left out, by reason
+
+    def __str__(self) -> str:
+        return ", ".join(f"{number} {name}" for name, number in self.counts.items())
+
+
+def supervised_examples(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], config: SFTConfig
+) -> Examples:
+    """All rows, tokenised. A collective: the first rank does it in parallel, the others read what it wrote into the
+    cache of datasets.
+
+    Raises:
+        ValueError: the columns fit no form, a row is not as its form says, or no row is left.
+    """
+    check_columns(rows.column_names, config)
+    modules = (sft_core.data.chat_template, sft_core.data.conversation, sys.modules[__name__])
+    code = [Path(module.__file__ or "").read_bytes() for module in modules]
+    template = str(tokenizer.chat_template)
+    today = datetime.date.today() if "strftime_now" in template else None
+    options = (code, today, what_is_trained(config), sorted(stop_ids), tokenizer.special_tokens_map, template,
+               tokenizer.backend_tokenizer.to_str(), rows._fingerprint)  # fmt: skip
+    cores = min(16, len(os.sched_getaffinity(0)))
+    processes = max(1, min(config.dataset_num_proc or cores, len(rows) // ROWS_PER_PROCESS))
+    tokenise: Callable[[], Dataset] = partial(
+        rows.map,
+        encode_row,
+        with_indices=True,
+        fn_kwargs={"tokenizer": tokenizer, "stop_ids": stop_ids, "config": config},
+        remove_columns=rows.column_names,
+        num_proc=processes if processes > 1 else None,
+        new_fingerprint=hashlib.sha256(repr(options).encode()).hexdigest()[:32],
+        desc="tokenise",
+    )
+    on_first_rank(lambda: len(tokenise()), patient=True)
+    examples = tokenise().with_format("numpy")
+    outcomes, lengths = (examples.data.column(name).to_numpy() for name in ("outcome", "length"))
+    counts = {name: int((outcomes == code).sum())
+              for name, code in (("cut", CUT), ("too long", TOO_LONG), ("nothing to learn", NOTHING))}  # fmt: skip
+    kept = np.flatnonzero(outcomes <= CUT)
+    if len(kept) == 0:
+        raise ValueError(
+            f"none of the {len(rows)} rows has anything to learn within max_length {config.max_length} "
+            f"({counts['too long']} are too long, {counts['nothing to learn']} have no words of the "
+            "assistant in it): raise --max_length, or check the data."
+        )
+    return Examples(examples if len(kept) == len(rows) else examples.select(kept), lengths[kept], counts)

@@ -1,0 +1,182 @@
+"""Whether a model's architecture can be trained here, found out from its configuration before a weight is loaded.
+
+Sequences packed into one row are right only where nothing but attention lets one token see another, and only if that
+attention is what `kernels.attention` computes. A short convolution, a state space, ALiBi or a window that is handed on
+as a mask would train on the neighbours without an error. No list of names can keep up with transformers, so a small
+copy of the model with random weights computes the log-probs of a few sequences twice: packed by the policy, and each
+sequence alone by the model's own forward pass with its own attention (`eager`). Every layer and option of the
+configuration is kept. Widths, heads, vocabulary and experts become few; windows, chunks and caps become so small that
+short sequences meet them; and no parameter is left at zero or one, where it might have no effect.
+
+Left out on purpose: what depends on lengths that nobody can run here. Rotary types whose factor does are refused from
+the configuration (`sft_core.model.policy.check_positions`).
+"""
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from sft_core.data.packing import pack_sequences
+from sft_core.model.policy import Policy, count_parameters
+from sft_core.run.config import ModelConfig, require
+from sft_core.run.distributed import on_first_rank
+
+LENGTHS = (7, 1, 24, 13, 20)  # 24 and 20 share a batch of `kernels.attention`
+SEQUENCES = [[2 + (7 * i * i + 3 * length) % 61 for i in range(length)] for length in LENGTHS]
+LARGEST_COPY = 200_000_000  # parameters
+# Of the log-probs' differences, in standard deviations (root mean square). Rounding gives 1e-5 in float32 and 0.01 in
+# bfloat16; in the small copy what is wrong gives 0.03 and more.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
+
+# Numbers of a configuration, by name. A hidden size is often heads x head size, so those three are divided together.
+HEADS = r"heads$|n_head$|query_groups$"
+HEAD_SIZE = r"head_?(dim|size)$|_head$|dim_head$|kv_channels$|rotary_dim$"
+WIDTH = r"hidden_size|d_model|n_embd|embedding_size|embed_dim|proj_dim|lru_width|d_ssm|d_inner"
+AT_MOST = {  # the first that matches
+    r"vocab": 64,
+    r"layer": 1 << 60,
+    r"intermediate|ffn|feed_forward_size|d_ff$|dim_ff$|dff$|n_inner": 32,
+    r"rank$|state(_size)?$": 16,
+    r"experts$": 8,
+    r"window|chunk|block_size": 5,  # less than most sequences have
+    r"groups?$": 1,
+    r"per_tok|top_?k|moe_k$": 2,
+    r"soft_?cap": 1.0,
+    r"_token_(id|index)$": 0,
+}
+
+
+def check_architecture(info: PretrainedConfig, config: ModelConfig) -> bool:
+    """Whether a small copy of the model could be made, and is right; False: the loaded one is to be checked. A
+    collective.
+
+    Raises:
+        ValueError: packed sequences would not be what each is alone, or the weights are quantised already.
+    """
+    require(getattr(info, "quantization_config", None) is None,
+            f"{config.model_name_or_path} is quantised already: such weights can be neither trained nor saved. Give "
+            "the model it was made from, with --use_peft true --load_in_4bit true if memory is short.")  # fmt: skip
+    return on_first_rank(lambda: _check_copy(info, config))
+
+
+@torch.no_grad()
+def _check_copy(info: PretrainedConfig, config: ModelConfig) -> bool:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            small = shrunken(info)
+            assert count_parameters(small, config.trust_remote_code) < LARGEST_COPY
+            alone = _build(small, config, "eager")
+            expected = _logits(alone)
+        except Exception:  # sizes that do not fit together raise anything
+            return False
+        with _refusal(info.model_type, config):
+            model = _build(small, config, "packed")
+            model.load_state_dict(alone.state_dict())
+            _compare(Policy(model), expected)
+    return True
+
+
+@torch.no_grad()
+def check_loaded(policy: Policy, config: ModelConfig) -> None:
+    """The same for a model that has been loaded, on the CPU. Raises ValueError."""
+    model: Any = policy.model
+    with _refusal(model.config.model_type, config):
+        model.set_attn_implementation("eager")
+        expected = _logits(model)
+        model.set_attn_implementation("packed")
+        _compare(policy, expected)
+
+
+@contextmanager
+def _refusal(architecture: str, config: ModelConfig) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of the model's own code, anything
+        reason = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(
+            f"{config.model_name_or_path} cannot be trained here: its architecture, {architecture}, is not one whose "
+            f"sequences may lie in one row ({reason}). Choose a model of another."
+        ) from error
+
+
+def _logits(model: Any) -> Tensor:  # [N, V]: of each sequence alone, but for its last token
+    rows = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1] for ids in SEQUENCES]
+    return torch.cat(rows).float()
+
+
+def _compare(policy: Policy, logits: Tensor) -> None:
+    batch = pack_sequences(SEQUENCES, [[True] * length for length in LENGTHS], torch.device("cpu"))
+    expected = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    gap = float((policy(batch)[0] - expected).square().mean().sqrt() / expected.std())
+    require(
+        gap < TOLERANCE[policy.model.dtype],
+        f"packed, tokens have other log-probs than alone, {gap:.2g} standard deviations away",
+    )
+
+
+def _build(info: PretrainedConfig, config: ModelConfig, attention: str) -> Any:
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(info), attn_implementation=attention, dtype=torch.float32,
+        trust_remote_code=config.trust_remote_code,
+    ).eval()  # fmt: skip
+    for parameter in model.parameters():  # none may be left at 0 or 1, where it might have no effect
+        parameter.add_(torch.randn_like(parameter) * (parameter.shape or [9])[-1] ** -0.5)
+    return model
+
+
+# --- the small copy ----------------------------------------------------------------------------------------------
+
+
+def shrunken(info: PretrainedConfig) -> PretrainedConfig:
+    """The same configuration with small numbers."""
+    small = copy.deepcopy(info)
+    entries = list(_entries(vars(small)))
+
+    def divisor(pattern: str, multiple: int, least: int, default: int = 1) -> int:
+        """The largest power of two that leaves these numbers multiples of `multiple`, and at least `least`."""
+        found = [value for _, name, value in entries if re.search(pattern, name) and type(value) is int]
+        numbers = [value for value in found if value >= least] or [default]
+        power = 1
+        while all(n % (2 * power * multiple) == 0 and n // power >= 2 * least for n in numbers):
+            power *= 2
+        return power
+
+    text = small.get_text_config()
+    widths = divisor(WIDTH, 4, 8)
+    heads = min(divisor(HEADS, 1, 2), widths)
+    size = divisor(HEAD_SIZE, 8, 8, default=text.hidden_size // getattr(text, "num_attention_heads", 1))
+    size = min(size, widths // heads)
+    factors = {HEADS: heads, HEAD_SIZE: size, WIDTH: heads * size}
+
+    def smaller(name: str, value: Any) -> Any:
+        if isinstance(value, list):  # longrope has a factor for each frequency
+            return value[: len(value) // size] if name.endswith("_factor") else [smaller(name, v) for v in value]
+        if type(value) not in (int, float) or value <= 0:
+            return value
+        if "position" in name:  # the sequences fit, and stay below where rotary factors change
+            return max(value, 64)
+        for pattern, largest in AT_MOST.items():
+            if re.search(pattern, name):
+                return min(value, largest)
+        factor = next((factor for pattern, factor in factors.items() if re.search(pattern, name)), None)
+        return value if factor is None else max(1, value // factor)
+
+    for fields, name, value in entries:
+        fields[name] = smaller(name, value)
+    return small
+
+
+def _entries(fields: dict) -> Iterator[tuple[dict, str, Any]]:
+    """Every entry of a configuration and of those within it, with the dict that holds it."""
+    for name, value in fields.items():
+        if isinstance(value, dict | PretrainedConfig):
+            yield from _entries(value if isinstance(value, dict) else vars(value))
+        elif isinstance(name, str):
+            yield fields, name, value

@@ -1,0 +1,289 @@
+"""Models and tokenizers, and the policy: a transformers model that scores packed sequences.
+
+Left out on purpose: models whose logits are more than `hidden @ head.T` (bias, soft-cap, scale); they are refused,
+since log-probs come straight from hidden states (`kernels/linear_logprob.py`).
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+import kernels.attention
+from kernels.linear_logprob import linear_logprob
+from kernels.linear_loss import TokenLoss, linear_loss
+from sft_core.data.packing import PackedSequences, pack_sequences
+from sft_core.model.adapters import add_adapters, is_tied, quantization
+from sft_core.run.config import ModelConfig, require
+
+kernels.attention.register()
+# What its warnings are about, `load_whole` says in a sentence.
+logging.getLogger("transformers.modeling_utils").addFilter(lambda record: record.levelno > logging.WARNING)
+logger = logging.getLogger(__name__)
+ADAPTER_FOLDER = "{} holds an adapter, not a model: train it with --merge_adapter true and give its folder `merged`."
+
+
+class Policy(nn.Module):
+    """A causal language model that gives the log-probs of given tokens, never a [T, V] tensor.
+
+    Raises:
+        ValueError: the model has no list of blocks, or more than a matrix for its head.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        kind, head = type(model).__name__, model.get_output_embeddings()
+        require(isinstance(getattr(model.get_decoder(), "layers", None), nn.ModuleList),
+                f"{kind} has no list of blocks at get_decoder().layers")  # fmt: skip
+        require(getattr(head, "bias", None) is None and hasattr(head, "weight"),
+                f"{kind} has a head that is not one matrix, but has a bias, say")  # fmt: skip
+        self.model = model
+        self.tied = is_tied(model)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.get_decoder().layers
+
+    def forward(
+        self,
+        batch: PackedSequences,
+        temperature: float = 1.0,
+        token_loss: TokenLoss | None = None,
+        active: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Log-probs of the scored tokens, entropies and log-probs of the likeliest tokens [N], float32, all of
+        softmax(logits / temperature).
+
+        With `token_loss`, before these its sum over the tokens [], which alone can be differentiated then: cheaper
+        than to compute it from the log-probs (`kernels.linear_loss`, where `active` is explained too).
+        """
+        hidden = self.model.get_decoder()(
+            input_ids=batch.input_ids,
+            position_ids=batch.layout.position_ids[None],
+            use_cache=False,
+            packed=batch.layout,
+        ).last_hidden_state[0]  # [T, D]
+        # Beside adapters the embedding may be trained as a copy, which a tied head then is too.
+        head = self.model.get_input_embeddings() if self.tied else self.model.get_output_embeddings()
+        scored = hidden.index_select(0, batch.rows)  # unlike hidden[rows] its backward need not sort
+        if token_loss is None:
+            return linear_logprob(scored, head.weight, batch.targets, temperature=temperature)
+        return linear_loss(scored, head.weight, batch.targets, token_loss, temperature=temperature, active=active)
+
+    @torch.no_grad()
+    def score(
+        self, prompt: list[int], completions: list[list[int]], temperature: float, device: torch.device
+    ) -> Tensor:
+        """Log-probs [N] of the tokens of all `completions`, one after the other, each after the prompt. A collective,
+        like every pass."""
+        sequences = [prompt + completion for completion in completions]
+        masks = [[False] * len(prompt) + [True] * len(completion) for completion in completions]
+        return self(pack_sequences(sequences, masks, device), temperature)[0]
+
+
+def check_positions(config: PretrainedConfig, tokens: int, what: str, remedy: str) -> None:
+    """Raise ValueError where `tokens`, which `what` takes, are more than the model has positions for, or more than its
+    rotary embedding takes without another factor, which a whole packed row would get with its longest sequence.
+
+    `remedy` may name the limit: {limit}.
+    """
+    text = config.get_text_config()
+    limits = {getattr(text, "max_position_embeddings", None): "the model has {limit} positions"}
+    rope = getattr(text, "rope_parameters", None) or {}
+    for entry in (rope, *rope.values()):  # some models have one for each type of layer
+        if isinstance(entry, dict) and entry.get("rope_type") == "longrope":
+            limits[entry["original_max_position_embeddings"]] = "the model's longrope changes its factors after {limit}"
+    for limit, says in limits.items():
+        if limit is not None and tokens > limit:
+            raise ValueError(f"{what} may take {tokens} tokens, {says}: {remedy}.".format(limit=limit))
+
+
+def load_model_info(config: ModelConfig) -> PretrainedConfig:
+    """The model's configuration alone: a folder needs no more than its config.json.
+
+    Raises:
+        ValueError: there is no such model, or it is of a kind that is refused.
+    """
+    model_config = _from_files(AutoConfig, config)
+    for attribute in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model_config.get_text_config(), attribute, None) not in (None, 1.0):
+            raise ValueError(
+                f"{config.model_name_or_path} caps or scales its scores or logits ({attribute}), which is not "
+                "supported: choose another model."
+            )
+    return model_config
+
+
+def _from_files(kind: Any, config: ModelConfig) -> Any:
+    """`kind`.from_pretrained of the model's folder or Hub id."""
+    name = config.model_name_or_path
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
+        raise ValueError(f"there is no model folder at {name}: check --model_name_or_path.")
+    require(not (Path(name) / "adapter_config.json").is_file(), ADAPTER_FOLDER.format(name))
+    try:
+        return kind.from_pretrained(name, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
+    except OSError as error:
+        raise ValueError(
+            f"no model {name!r} to be had: it is neither a model folder nor a Hub id that can be reached from here "
+            f"(check --model_name_or_path). Cause: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def load_tokenizer(
+    config: ModelConfig, chat_template: str | None = None
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """The model's configuration and tokenizer, without its weights.
+
+    `chat_template` (Jinja text, or a file with it) takes the place of the tokenizer's own.
+
+    Raises:
+        ValueError: there is no such model, or it is of a kind that is refused.
+    """
+    model_config, tokenizer = load_model_info(config), _from_files(AutoTokenizer, config)
+    if chat_template is not None:
+        tokenizer.chat_template = _template(chat_template)
+    return model_config, tokenizer
+
+
+def _template(text: str) -> str:
+    if len(text) < 1000 and "{" not in text:  # a Jinja template has braces
+        if not Path(text).is_file():
+            raise ValueError(f"chat_template {text!r} is neither Jinja text nor a file: check --chat_template.")
+        text = Path(text).read_text(encoding="utf-8")
+    return text
+
+
+def architecture(config: PretrainedConfig) -> str:
+    """A short digest of what the weights of a model look like."""
+    ignored = {"transformers_version", "_name_or_path", "dtype", "use_cache"}
+    described = {key: value for key, value in config.to_dict().items() if key not in ignored}
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def count_parameters(config: PretrainedConfig, trust_remote_code: bool = False) -> int:
+    """Parameters of the model that `config` describes, without making it."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).num_parameters()
+
+
+def local_copy(config: ModelConfig) -> ModelConfig:
+    """The same model as a folder on this machine, so that policy, reference and engine read the same files."""
+    if Path(config.model_name_or_path).is_dir():
+        return config
+    files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *(["*.py"] if config.trust_remote_code else [])]
+    folder = snapshot_download(config.model_name_or_path, revision=config.model_revision, allow_patterns=files)
+    return dataclasses.replace(config, model_name_or_path=folder)
+
+
+def load_whole(name: str, **options: Any) -> Any:
+    """The model of a folder or Hub id, all of whose weights must be in its files: transformers would make up the rest.
+
+    What the files hold beside the model, a value head for one, is left out with a warning.
+
+    Raises:
+        ValueError: a weight is missing or has another shape, one within the model's body has no place there, or a file
+            cannot be read.
+    """
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(
+            f"the weights of {name} cannot be loaded: are its files whole? "
+            f"Cause: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    require(not getattr(model, "_hf_peft_config_loaded", False), ADAPTER_FOLDER.format(name))
+    missing, unexpected = found["missing_keys"], found["unexpected_keys"]
+    shapes = {f"{key} {list(there)} for {list(here)}" for key, there, here in found["mismatched_keys"]}
+    tied = model.config.tie_word_embeddings and model.device.type != "meta"
+    apart = {"embedding and head"} if tied and not is_tied(model) else set()  # then engines and others would tie them
+    kinds = {"missing": missing, "of another shape": shapes, "without a place in the model": unexpected,
+             "not equal, though tied": apart}  # fmt: skip
+    says = "; ".join(
+        f"{kind}: {', '.join(sorted(keys)[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+        for kind, keys in kinds.items()
+        if keys
+    )
+    inside = any(key.startswith(f"{model.base_model_prefix}.") for key in unexpected)
+    require(not (missing or shapes or apart or inside),
+            f"the weights of {name} are not those of its config.json ({says}): give one that they fit.")  # fmt: skip
+    if says:
+        logger.warning("weights of %s are left out, %s", name, says)
+    return model
+
+
+def load_policy(
+    config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0, known_as: str = "", vocab_size: int = 0
+) -> Policy:
+    """The policy on the CPU, in the dtype of its files; `sft_core.model.parallel.shard` makes float32 shards of it.
+
+    With adapters the model is frozen, in the `dtype` that is computed in, or quantised (then on the rank's device);
+    `seed` and `known_as` are theirs (`sft_core.model.adapters.add_adapters`).
+
+    `vocab_size`: tokens that it must at least know; new ones begin as the mean of the others.
+
+    It is put in eval mode for good: dropout would make the policy that is trained another than the one sampled
+    (adapters' own is on in SFT's training passes: `sft_core.model.adapters.dropout`).
+    """
+    quantised = quantization(config, dtype)
+    model = load_whole(
+        config.model_name_or_path,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        dtype=dtype if config.use_peft else "auto",
+        attn_implementation="packed",
+        **({"quantization_config": quantised} if quantised else {}),
+    ).eval()
+    known = model.get_input_embeddings().num_embeddings
+    if vocab_size > known:
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+        for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+            end.weight.data[known:] = end.weight.data[:known].float().mean(0).to(end.weight.dtype)
+    return Policy(add_adapters(model, config, seed, known_as) if config.use_peft else model)
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> frozenset[int]:
+    """Every token that ends a completion: the tokenizer's EOS and those of the model's generation_config.json."""
+    ids = {tokenizer.eos_token_id}
+    try:
+        declared = GenerationConfig.from_pretrained(
+            config.model_name_or_path, revision=config.model_revision
+        ).eos_token_id
+    except OSError:  # the file is optional
+        declared = None
+    ids |= set(declared if isinstance(declared, list) else [declared])
+    ids.discard(None)
+    if not ids:
+        raise ValueError(f"{config.model_name_or_path} has no EOS token, so completions would never end: set one.")
+    return frozenset(ids)
+
+
+def compute_in_bf16(bf16: bool | None, dtype: str | None, device: torch.device) -> bool:
+    """Whether to compute in bfloat16: as `bf16` says, else the model's `dtype`, else on CUDA.
+
+    Raises:
+        ValueError: bfloat16 was asked for on a GPU without it.
+    """
+    if bf16 is None and dtype in ("bfloat16", "float32"):
+        bf16 = dtype == "bfloat16"
+    if bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError("this GPU has no bfloat16: use --bf16 false (float32).")
+    return device.type == "cuda" and torch.cuda.is_bf16_supported() if bf16 is None else bf16

@@ -1,0 +1,265 @@
+"""What either trainer learns and checks before it loads a weight; wrong input is said here.
+
+`join` is common to both; `prepare` makes a supervised run of it (`grpo_core/prepare.py` makes a GRPO run).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
+
+from sft_core.data.chat_template import check_template, set_up
+from sft_core.data.rows import fingerprint, first_row, load_splits
+from sft_core.dataset import (
+    Examples,
+    check_columns,
+    encode_row,
+    needs_template,
+    supervised_examples,
+    what_is_trained,
+)
+from sft_core.model.adapters import check_adapters, describe
+from sft_core.model.architectures import check_architecture
+from sft_core.model.checkpoint import STATE, differences, prepare_output_dir
+from sft_core.model.memory_plan import Plan, dry_run, memory_plan
+from sft_core.model.optim import check_schedule
+from sft_core.model.parallel import check_compile
+from sft_core.model.policy import (
+    architecture,
+    check_positions,
+    compute_in_bf16,
+    count_parameters,
+    load_model_info,
+    load_tokenizer,
+    local_copy,
+    stop_token_ids,
+)
+from sft_core.run import distributed
+from sft_core.run.announce import set_log_level, start_logging
+from sft_core.run.benchmarks import check_benchmarks, get_callbacks, init_wandb_training
+from sft_core.run.cli import as_yaml, parse
+from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig, require
+from sft_core.run.hub import check_hub
+from sft_core.run.logging import check_report_to
+from sft_core.sampler import Shuffled, Streamed
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+
+@dataclass(frozen=True)
+class Base:
+    """What both trainers know of a run."""
+
+    algorithm: str
+    model: ModelConfig
+    data: ScriptArguments
+    options: dict[str, Any]  # all of them, for the record
+    recipe: str  # the same as YAML
+    rank: int
+    world_size: int
+    device: torch.device
+    bf16: bool
+    model_info: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    architecture_checked: bool  # else the loaded model is to be checked
+    stop_ids: frozenset[int]
+    template: str  # what is to be said of the chat template
+    rows: Dataset | IterableDataset
+    test_rows: Dataset | None  # where the run evaluates
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def num_parameters(self) -> int:
+        return count_parameters(self.model_info, self.model.trust_remote_code)
+
+
+def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: TrainingConfig) -> Base:
+    """Join the process group, then read what is cheap: tokenizer and rows. A collective.
+
+    Raises:
+        ValueError: the user's input, in one sentence that names the remedy.
+    """
+    set_log_level(config)
+    set_seed(config.seed)
+    check_schedule(config)
+    init_wandb_training(config)
+    check_report_to(config.report_to)
+    get_callbacks(config, model)  # refuses unknown names
+    rank, world_size, _, device = distributed.init_distributed(config.ddp_timeout)
+    check_compile(config, device)
+    bf16 = compute_in_bf16(config.bf16, model.dtype, device)
+    distributed.on_first_rank(lambda: check_hub(config))
+    distributed.on_first_rank(lambda: check_benchmarks(config))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes that tokenise are forks
+    model_info, tokenizer = load_tokenizer(model, config.chat_template)
+    copied = check_architecture(model_info, model)
+    check_adapters(model, config, model_info)
+    supervised = config if isinstance(config, SFTConfig) else None
+    rows, test_rows = load_splits(data, config.evaluates, supervised is not None and supervised.dataset_streaming)
+    conversations = supervised is None or needs_template(first_row(rows))
+    eos_token = None if supervised is None else supervised.eos_token
+    set_up(tokenizer, eos_token, conversations, chatml_default=supervised is not None)
+    require(not model.use_peft or len(tokenizer) <= model_info.get_text_config().vocab_size,
+            f"{model.model_name_or_path} has no chat template, and the tokens of ChatML would be new to it, which an "
+            "adapter cannot hold: give a --chat_template whose tokens it knows, or train the whole model.")  # fmt: skip
+    require(supervised is not None or len(tokenizer) <= model_info.get_text_config().vocab_size,
+            f"the tokenizer of {model.model_name_or_path} has {len(tokenizer)} tokens, more than the model's "
+            "embedding: train with sft_core.train first, which enlarges it.")  # fmt: skip
+    require(supervised is None or tokenizer.is_fast, f"{model.model_name_or_path} has no fast tokenizer, which says "
+            "where in the text a token is: save one beside it (AutoTokenizer with use_fast=True).")  # fmt: skip
+    stop_ids = stop_token_ids(tokenizer, model)
+    template = check_template(tokenizer, stop_ids, supervised is not None) if conversations else ""
+    return Base(
+        algorithm=algorithm, model=model, data=data, options=asdict(model) | asdict(data) | asdict(config),
+        recipe=as_yaml([model, data, config]), rank=rank, world_size=world_size, device=device, bf16=bf16,
+        model_info=model_info, architecture_checked=copied, tokenizer=tokenizer, stop_ids=stop_ids,
+        template=template, rows=rows, test_rows=test_rows,
+    )  # fmt: skip
+
+
+def claim(base: Base, config: TrainingConfig, **more: Any) -> tuple[dict[str, Any], Path | None]:
+    """Make output_dir this run's; returns what makes it this run, and the checkpoint to resume from. A collective.
+
+    Options that differ from the interrupted run's are listed in one line; those that must not differ are refused.
+    """
+    data, test_data = distributed.on_first_rank(
+        lambda: [rows and fingerprint(rows) for rows in (base.rows, base.test_rows)], patient=True
+    )
+    options = base.options | {"chat_template": base.tokenizer.chat_template, "test_data": test_data}
+    identity = (
+        {
+            "algorithm": base.algorithm,
+            "model": base.model.model_name_or_path,
+            "architecture": architecture(base.model_info),
+            "data": data,
+            "seed": config.seed,
+            "options": options,
+        }
+        | describe(base.model)
+        | more
+    )
+    distributed.on_first_rank(lambda: distributed.lock_output_dir(config.output_dir))
+    checkpoint = prepare_output_dir(
+        config.output_dir, identity, config.overwrite_output_dir, config.resume_from_checkpoint
+    )
+    if checkpoint is not None and base.rank == 0:
+        before = json.loads((checkpoint / STATE).read_text())["identity"].get("options", options)
+        if changed := differences(json.dumps(before), options):
+            print(f"warning: options are not those of the interrupted run: {changed}", flush=True)
+    return identity, checkpoint
+
+
+@dataclass(frozen=True)
+class Run(Base):
+    """A supervised run that has been checked and may start."""
+
+    config: SFTConfig
+    local_model: ModelConfig  # the model's folder on this machine
+    source: Shuffled | Streamed  # of the rows to train on
+    samples: int | None  # how many those are; None: streamed
+    test_examples: Examples | None
+    identity: dict[str, Any]
+    checkpoint: Path | None  # to resume from
+    sequences_per_step: int  # rows, or with packing bins
+    total_steps: int
+    summary: str
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Streamed rows are not counted beforehand: the run is their epoch."""
+        if isinstance(self.source, Streamed):
+            return self.total_steps
+        return self.source.sequences_per_pass / self.sequences_per_step
+
+
+def prepare(argv: list[str]) -> Run:
+    """Read the options of a supervised run and check everything that can be checked. A collective.
+
+    Raises:
+        ValueError: the user's input, in one sentence that names the remedy.
+    """
+    start_logging()
+    model, data, config = parse((ModelConfig, ScriptArguments, SFTConfig), argv)
+    if config.dry_run:
+        rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        info = load_model_info(model)
+        check_architecture(info, model)
+        check_lengths(info, config.max_length)
+        check_adapters(model, config, info)
+        dry_run(info, model, config, rows=rows, longest=config.max_length)
+    base = join("sft", model, data, config)
+    source, rows_line = training_rows(base, config)
+    test_examples = None
+    if base.test_rows is not None:
+        test_examples = supervised_examples(base.test_rows, base.tokenizer, base.stop_ids, config)
+        check_lengths(base.model_info, int(test_examples.lengths.max()))
+    samples = None if isinstance(source, Streamed) else len(source.lengths)
+    of_rows = {"examples": samples, "packing": config.packing, "row_lengths": source.digest}
+    identity, checkpoint = claim(base, config, **of_rows, **what_is_trained(config))
+    sequences_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * base.world_size
+    per_pass = source.sequences_per_pass if isinstance(source, Shuffled) else 0
+    total_steps = config.total_steps(per_pass / sequences_per_step)
+    plan = Plan(
+        base.model_info, model, config, base.num_parameters, base.world_size,
+        rows=sequences_per_step // base.world_size, longest=source.longest or config.max_length,
+        itemsize=base.dtype.itemsize,
+    )  # fmt: skip
+    what = f"bins of at most {config.max_length} tokens" if config.packing else "rows"
+    summary = [
+        base.template,
+        rows_line
+        + (f"; {len(test_examples.lengths)} rows to evaluate on; {test_examples}" if test_examples is not None else ""),
+        f"{total_steps} steps of {sequences_per_step} {what}",
+        memory_plan(plan, base.device),
+    ]
+    return Run(
+        **vars(base), config=config, local_model=local_copy(model), source=source, samples=samples,
+        test_examples=test_examples, identity=identity, checkpoint=checkpoint, sequences_per_step=sequences_per_step,
+        total_steps=total_steps, summary="\n".join(line for line in summary if line),
+    )  # fmt: skip
+
+
+def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, str]:
+    """The rows to train on in the order of training, and what is to be said of them. A collective.
+
+    Raises:
+        ValueError: the data is not as its form says (streamed: its first rows), or a row is too long for the model.
+    """
+    from datasets import IterableDataset
+
+    bin_size = config.max_length if config.packing else None
+    unused = check_columns(list(first_row(base.rows)), config)
+    note = f"; columns not used: {', '.join(unused)}" if unused else ""
+    if isinstance(base.rows, IterableDataset):
+        own = copy.deepcopy(base.tokenizer)  # it is used by a thread
+        encode = partial(encode_row, tokenizer=own, stop_ids=base.stop_ids, config=config)
+        for i, row in enumerate(base.rows.take(8)):
+            encode(row, i)
+        check_lengths(base.model_info, config.max_length)
+        return Streamed(
+            base.rows, encode, bin_size, config.seed, base.data.dataset_name
+        ), f"rows are streamed in the order of their files{note}"
+    examples = supervised_examples(base.rows, base.tokenizer, base.stop_ids, config)
+    check_lengths(base.model_info, int(examples.lengths.max()))
+    shuffled = Shuffled(examples, bin_size, config.seed)
+    line = f"{len(examples.lengths)} rows to train on"
+    if bin_size is not None:
+        fill = examples.lengths.sum() / (shuffled.sequences_per_pass * bin_size)
+        line += f" in {shuffled.sequences_per_pass} bins, {100 * fill:.1f} % full"
+    return shuffled, f"{line}; {examples}{note}"
+
+
+def check_lengths(info: PretrainedConfig, longest: int) -> None:
+    check_positions(info, longest, "a row", "lower --max_length to {limit}")

@@ -1,0 +1,1 @@
+"""What every run needs and no model: options, process group, files, logs, the Hub, the end of a run."""

@@ -1,0 +1,184 @@
+"""What a run does after each checkpoint, as open-r1 names it, and benchmarks as processes of their own.
+
+A callback has `on_save(step, checkpoint)`, `finished()` for benchmark results that came in since it was last asked, and
+`close()`, which waits and returns what failed. First rank only; none of them can stop the training.
+
+Left out on purpose: other callbacks, and jobs of a cluster's scheduler (open-r1 hands benchmarks to Slurm, and nothing
+comes back into the run; here their figures do).
+"""
+
+import functools
+import json
+import logging
+import os
+import queue
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sft_core.run.config import ModelConfig, TrainingConfig
+from sft_core.run.hub import TRAINING_STATE, InOrder, Uploader, stage
+from sft_core.run.model_card import write_checkpoint_card
+
+logger = logging.getLogger(__name__)
+
+# eval.run, which ends with this process: the kernel kills it when the thread that started it is gone.
+EVALUATE = (
+    "import runpy, sys; from sft_core.run.distributed import die_with_parent; die_with_parent(int(sys.argv.pop(1))); "
+    "runpy.run_module('eval.run', run_name='__main__', alter_sys=True)"
+)
+# What its parser, its tasks and its engine say before it starts.
+CHECK = (
+    "import sys; from eval.config import EvalConfig; from eval.tasks import find_tasks, load_custom_tasks; "
+    "from gen.engine.base import check_engine_available; from sft_core.run.cli import parse; "
+    "[c] = parse((EvalConfig,), sys.argv[1:]); c.base_url or check_engine_available(c.engine); "
+    "find_tasks(c.tasks, load_custom_tasks(c.custom_tasks) if c.custom_tasks else ())"
+)
+FAILURES = (RuntimeError, OSError, ValueError, KeyError)  # of `run_benchmarks`
+
+
+class PushToHubRevision:
+    """Each checkpoint's model to branch `<hub_model_revision>-step-<step, nine digits>`, then its benchmarks.
+
+    Both happen in the background, in order, from a copy that outlives the checkpoint. Uploads slower than saves queue
+    up, and each one waiting keeps a model on the disk. On GPUs, which belong to the training, benchmarks wait for its
+    end. With adapters, no whole model, only the final, merged one is measured.
+    """
+
+    def __init__(self, config: TrainingConfig, model: ModelConfig) -> None:
+        self.config, self.model = config, model
+        self.uploader = Uploader(config)
+        self._benchmarks = InOrder()  # a line of their own: they take longer than an upload
+        self._results: queue.SimpleQueue[tuple[int, dict[str, float]]] = queue.SimpleQueue()
+        self._failures: list[str] = []
+        self._waiting: list[Callable[[], None]] = []
+
+    def on_save(self, step: int, checkpoint: Path) -> None:
+        staged = stage(checkpoint, TRAINING_STATE)
+        write_checkpoint_card(staged, self.model, step)
+        self.uploader.start(
+            staged,
+            revision=f"{self.config.hub_model_revision}-step-{step:09d}",
+            message=f"Checkpoint of step {step}",
+            then=functools.partial(self._uploaded, step, staged),
+        )
+
+    def _uploaded(self, step: int, staged: Path) -> None:
+        if self.config.benchmarks and not self.model.use_peft:
+            measure = functools.partial(self._measure, step, staged)
+            if torch.cuda.is_available():
+                self._waiting.append(measure)
+            else:
+                self._benchmarks.add(measure)
+        else:
+            shutil.rmtree(staged)
+
+    def _measure(self, step: int, staged: Path) -> None:
+        folder = Path(self.config.output_dir) / "benchmarks" / f"checkpoint-{step}"
+        try:
+            self._results.put((step, run_benchmarks(staged, self.config, folder)))
+        except FAILURES as error:
+            self._failures.append(f"benchmarks of checkpoint-{step}: {error}")
+            logger.warning("%s", self._failures[-1])
+        finally:
+            shutil.rmtree(staged)
+
+    def finished(self) -> list[tuple[int, dict[str, float]]]:
+        """(step, {`benchmarks/<task>/<metric>`: value}) of benchmarks that came in since the last call."""
+        return [self._results.get() for _ in range(self._results.qsize())]
+
+    def close(self) -> list[str]:
+        """Wait for uploads and benchmarks; returns what failed, a sentence each."""
+        failed = self.uploader.wait()
+        for measure in self._waiting:
+            self._benchmarks.add(measure)
+        self._benchmarks.wait()
+        return failed + self._failures
+
+
+CALLBACKS = {"push_to_hub_revision": PushToHubRevision}
+
+
+def get_callbacks(training_args: TrainingConfig, model_args: ModelConfig) -> list[PushToHubRevision]:
+    """The callbacks that `training_args.callbacks` names; ValueError for one that is not known."""
+    for name in training_args.callbacks:
+        if name not in CALLBACKS:
+            raise ValueError(f"unknown callback {name!r} in callbacks: known are {', '.join(CALLBACKS)}.")
+    return [CALLBACKS[name](training_args, model_args) for name in training_args.callbacks]
+
+
+def init_wandb_training(training_args: TrainingConfig) -> None:
+    """WANDB_ENTITY, WANDB_PROJECT and WANDB_RUN_GROUP from the options that are given."""
+    for name in ("entity", "project", "run_group"):
+        value = getattr(training_args, f"wandb_{name}")
+        if value is not None:
+            os.environ[f"WANDB_{name.upper()}"] = value
+
+
+def check_benchmarks(config: TrainingConfig) -> None:
+    """Raise ValueError for benchmarks that could not run: unknown task or option, no engine. Asked of a process, since
+    sft_core does not import eval."""
+    if not config.benchmarks:
+        return
+    if taken := {"model", "tasks", "output_dir", "shard"} & set(config.benchmark_kwargs or {}):
+        raise ValueError(f"benchmark_kwargs may not hold {', '.join(sorted(taken))}: the run says these itself.")
+    flags = _flags(config, Path("model"), Path("results"))
+    asked = subprocess.run([sys.executable, "-c", CHECK, *flags], capture_output=True, text=True, env=_environment())
+    if asked.returncode != 0:
+        raise ValueError(f"benchmarks: {asked.stderr.strip().splitlines()[-1].removeprefix('ValueError: ')}")
+
+
+def _flags(config: TrainingConfig, model: Path, output_dir: Path) -> list[str]:
+    """The options of eval.run."""
+    options = {"model": str(model), "tasks": ",".join(config.benchmarks), "output_dir": str(output_dir)}
+    options["fit_context"] = "true"  # a short context is no reason to measure nothing
+    options |= {"system_prompt": config.system_prompt} if config.system_prompt else {}
+    options |= config.benchmark_kwargs or {}
+    flags = []
+    for name, value in options.items():
+        flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+    return flags
+
+
+def _environment() -> dict[str, str]:
+    """eval lies beside sft_core, wherever the trainer was started from."""
+    places = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return os.environ | {"PYTHONPATH": places}
+
+
+def run_benchmarks(model_folder: Path, config: TrainingConfig, output_dir: Path) -> dict[str, float]:
+    """Measure a model with `eval.run` in a process of its own; returns {`benchmarks/<task>/<metric>`: value}.
+
+    `config`: `benchmarks`, `system_prompt` and `benchmark_kwargs` (further options of eval.run). Details, results and
+    the process's output (log.txt) go to `output_dir`; what another model's benchmarks left there is moved aside.
+
+    Raises:
+        RuntimeError: the process failed; with the end of what it wrote.
+    """
+    old = [path for path in output_dir.glob("*") if not path.name.startswith("previous-")]
+    if old:  # eval.run goes on with samples that it finds, and these are of other weights
+        aside = output_dir / f"previous-{1 + len(list(output_dir.glob('previous-*')))}"
+        aside.mkdir()
+        for path in old:
+            path.rename(aside / path.name)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    log = output_dir / "log.txt"
+    with open(log, "w") as file:
+        command = [sys.executable, "-c", EVALUATE, str(os.getpid()), *_flags(config, model_folder, output_dir)]
+        code = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=_environment()
+        ).returncode
+    if code != 0:
+        tail = " ".join(log.read_text(errors="replace")[-600:].split())
+        raise RuntimeError(f"eval.run ended with exit code {code} (all of it in {log}): {tail}")
+    results = json.loads((output_dir / "results.json").read_text())["results"]
+    return {
+        f"benchmarks/{task}/{metric}": value
+        for task, values in results.items()
+        for metric, value in values.items()
+        if isinstance(value, int | float)
+    }

@@ -1,0 +1,125 @@
+"""From `--config run.yaml --field value ...` to validated dataclasses.
+
+YAML values are turned into the same tokens as a command line and put before the real one, so there is one conversion
+of types and the command line wins. An unknown key or flag is refused with the nearest known name; one of open-r1's that
+means nothing here is accepted with a warning (`foreign_keys.py`). A key `env:` in the YAML sets environment variables
+(those of libraries that read them when they are imported, such as HF_ENDPOINT, belong into the shell). `--parse_only`
+prints the resolved configuration as YAML and ends. Types, `--help` and choices come from transformers'
+HfArgumentParser.
+"""
+
+import dataclasses
+import difflib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from sft_core.run.open_r1_keys import FOREIGN_KEYS
+
+logger = logging.getLogger(__name__)
+
+
+def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
+    """One validated instance of each dataclass type; with `--parse_only`, prints them as YAML and exits with 0.
+
+    Raises:
+        ValueError: unknown key or flag, unreadable YAML, or a value that a dataclass refuses.
+    """
+    parse_only = "--parse_only" in argv
+    path, argv = _take_config_path([text for text in argv if text != "--parse_only"])
+    known = {name: field for config_type in config_types for field in dataclasses.fields(config_type)
+             for name in (field.name, *(alias[2:] for alias in field.metadata.get("aliases", [])))}  # fmt: skip
+    tokens = []
+    for key, value in (_read_yaml(path) if path else {}).items():
+        if key == "env":
+            os.environ.update({name: str(text) for name, text in (value or {}).items()})
+        elif key in FOREIGN_KEYS and key not in known:
+            _warn(key)
+        elif key not in known:
+            raise ValueError(f"unknown key `{key}` in {path}{_nearest(key, known)}")
+        else:
+            tokens += _as_tokens(key, value, known[key])
+    parser = HfArgumentParser(config_types, allow_abbrev=False)
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its whole usage first
+    *configs, remaining = parser.parse_args_into_dataclasses(
+        [*tokens, *argv], return_remaining_strings=True, look_for_args_file=False
+    )
+    foreign = False  # values that follow a key of others go with it
+    for text in remaining:
+        name = text.lstrip("-").split("=")[0].replace("-", "_")
+        if text.startswith("--"):
+            foreign = name in FOREIGN_KEYS
+        if not foreign:
+            raise ValueError(f"unknown flag `{text}`{_nearest(name, known)}")
+        if text.startswith("--"):
+            _warn(name)
+    if parse_only:
+        if os.environ.get("RANK", "0") == "0":
+            print(as_yaml(configs), end="")
+        raise SystemExit(0)
+    return tuple(configs)
+
+
+def as_yaml(configs: list[Any]) -> str:
+    """The resolved options of all dataclasses as one YAML recipe, which parses to the same again."""
+    options = {field.name for config in configs for field in dataclasses.fields(config) if field.init}
+    values = {key: value for config in configs for key, value in dataclasses.asdict(config).items()
+              if key in options and value != []}  # fmt: skip
+    plain = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _warn(key: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("`%s` has no meaning here and is passed over: %s.", key, FOREIGN_KEYS[key])
+
+
+def _take_config_path(argv: list[str]) -> tuple[str | None, list[str]]:
+    for i, text in enumerate(argv):
+        if text == "--config":
+            if i + 1 == len(argv):
+                raise ValueError("--config needs the path of a YAML file.")
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+        if text.startswith("--config="):
+            return text.removeprefix("--config="), argv[:i] + argv[i + 1 :]
+    return None, argv
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise ValueError(f"there is no recipe at {path}: check --config.")
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold `key: value` lines.")
+    return content
+
+
+def _as_tokens(key: str, value: Any, field: dataclasses.Field) -> list[str]:
+    if value is None:
+        if field.default is not None and os.environ.get("RANK", "0") == "0":
+            logger.warning("`%s` without a value leaves its default, %s.", key, field.default)
+        return []
+    if value == []:
+        empty = field.default_factory is not dataclasses.MISSING and field.default_factory() == []
+        return [] if empty else [f"--{key}", "none"]  # `report_to` knows none; a reward of that name is refused
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"{message} (see --help)")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f": did you mean `{close[0]}`?" if close else ": see --help for every option."

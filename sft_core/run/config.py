@@ -1,0 +1,304 @@
+"""What a run can be told: flat frozen dataclasses, one field an option, validated as they are made.
+
+`ModelConfig` and `ScriptArguments` (model and data) are shared by both trainers; `TrainingConfig` holds the options of
+any training run, `SFTConfig` adds those of supervised training (`grpo_core.config` adds those of GRPO). Names and
+meanings follow Hugging Face's TrainingArguments, TRL and open-r1 wherever an option exists there; every step counted
+here is an optimizer step. How they are read from YAML and the command line: `sft_core/run/cli.py`.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+OPTIMIZERS = (
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+)
+SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup")
+
+
+class JsonDict(dict):
+    """A dict that can also be written as a JSON object on the command line."""
+
+    def __init__(self, value: Any) -> None:
+        parsed = json.loads(value) if isinstance(value, str) else dict(value)  # dataclasses.asdict gives pairs
+        if not isinstance(parsed, dict):
+            raise ValueError(f"expected a JSON object, got {value!r}")
+        super().__init__(parsed)
+
+
+def option(default: Any, help: str, alias: str | None = None) -> Any:
+    """A dataclass field with its one-line documentation (also the source of README's option tables).
+
+    `alias`: another name under which recipes know it.
+    """
+    metadata: dict[str, Any] = {"help": help} | ({"aliases": [f"--{alias}"]} if alias else {})
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def option_table(config_type: type, base: type | None = None) -> str:
+    """README's table of a configuration: a row an option, without those that `base` has in the same form."""
+    inherited = {f.name: (f.default, f.metadata["help"]) for f in dataclasses.fields(base)} if base else {}
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    for f in (f for f in dataclasses.fields(config_type) if f.init):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if inherited.get(f.name) == (f.default, f.metadata["help"]):
+            continue
+        shown = "required" if default == "" else " ".join(default) if isinstance(default, list) else default
+        rows.append(f"| `{f.name}` | {shown} | {f.metadata['help'].replace('|', '/')} |")
+    return "\n".join(rows)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model_name_or_path: str = option("", "Model to start from: a Hub id or a folder.")
+    model_revision: str = option("main", "Branch, tag or commit of a Hub model.")
+    dtype: str | None = option(
+        None, "Precision of computing where bf16 is not given: bfloat16, float32 or auto; masters are float32 always.",
+        alias="torch_dtype",
+    )  # fmt: skip
+    trust_remote_code: bool = option(False, "Run the model code that comes with a Hub model.")
+    attn_implementation: str | None = option(
+        None, "Any of transformers' names: attention here is always the packed one (varlen kernels on a GPU)."
+    )
+    use_peft: bool = option(
+        False, "Train low-rank adapters (LoRA, arXiv:2106.09685) through peft; the model is frozen."
+    )
+    lora_r: int = option(16, "Rank of the adapters.")
+    lora_alpha: float = option(32, "Adapters are scaled by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.05, "Dropout before the adapters in SFT; GRPO, whose sampler has none, takes 0.")
+    lora_target_modules: list[str] | None = option(
+        None,
+        "Modules that get adapters, by the end of their names, or all-linear; default: peft's for the architecture.",
+    )
+    lora_modules_to_save: list[str] | None = option(None, "Modules trained whole beside the adapters.")
+    lora_task_type: Literal["CAUSAL_LM"] = option("CAUSAL_LM", "The only task there is here.")
+    use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_r) instead (arXiv:2312.03732).")
+    use_dora: bool = option(False, "Train each adapted weight's column norms apart (DoRA, arXiv:2402.09353).")
+    load_in_8bit: bool = option(False, "Freeze the model in 8 bits (bitsandbytes); needs use_peft.")
+    load_in_4bit: bool = option(False, "Freeze the model in 4 bits (QLoRA, arXiv:2305.14314); needs use_peft.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "The 4-bit type.")
+    use_bnb_nested_quant: bool = option(False, "Quantise the 4-bit scales too.")
+
+    def __post_init__(self) -> None:
+        require(self.model_name_or_path != "", "--model_name_or_path is missing: give a Hub id or a model folder.")
+        require(self.dtype in (None, "auto", "bfloat16", "float32"),
+                f"dtype {self.dtype!r} is not supported (float16 needs loss scaling): use bfloat16.")  # fmt: skip
+        require(not (self.load_in_4bit and self.load_in_8bit), "give one of load_in_4bit and load_in_8bit.")
+        require(self.use_peft or not (self.load_in_4bit or self.load_in_8bit),
+                "a quantised model cannot be trained whole: give --use_peft true with load_in_4bit or load_in_8bit, or "
+                "leave them out.")  # fmt: skip
+        require(self.lora_r >= 1, f"lora_r must be at least 1, got {self.lora_r}.")
+        require(0 <= self.lora_dropout < 1, f"lora_dropout is a share from 0 to below 1, got {self.lora_dropout}.")
+
+
+@dataclass(frozen=True)
+class ScriptArguments:
+    dataset_name: str = option("", "Data: a Hub id, a .json/.jsonl/.parquet file, or a folder of either kind.")
+    dataset_config: str | None = option(None, "Configuration (subset) of a Hub data set.")
+    dataset_train_split: str = option("train", "Split to train on.")
+    dataset_test_split: str = option("test", "Split to evaluate on; beside a data file, another data file.")
+    dataset_mixture: JsonDict | None = option(
+        None,
+        "Instead of dataset_name: {datasets: [{id, config, split, columns, weight}], seed, test_split_size}; weight is "
+        "the share of that set's rows.",
+    )
+
+    def __post_init__(self) -> None:
+        require(bool(self.dataset_name) != bool(self.dataset_mixture),
+                "give either --dataset_name (a Hub id or a data file) or a dataset_mixture, not both."
+                if self.dataset_name else "--dataset_name is missing: give a Hub id or a data file.")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    output_dir: str = option("", "Folder for checkpoints, logs and the final model.")
+    overwrite_output_dir: bool = option(
+        False, "Move what another run left in output_dir aside instead of refusing (nothing is ever deleted)."
+    )
+    seed: int = option(42, "Seed of the data order and of sampling.")
+    num_train_epochs: float = option(1.0, "Passes over the training rows (used where max_steps is not given).")
+    max_steps: int = option(-1, "Optimizer steps; -1: as many as num_train_epochs needs.")
+    per_device_train_batch_size: int = option(8, "Sequences per device and accumulation step.")
+    gradient_accumulation_steps: int = option(1, "Accumulation steps; a step takes the product of the two x devices.")
+    max_tokens_per_micro_batch: int = option(
+        8192, "Token budget of one packed forward and backward pass; bounds memory, never changes the gradient."
+    )
+    learning_rate: float = option(2e-5, "Peak learning rate.")
+    lr_scheduler_type: str = option("linear", f"Schedule after the warm-up: {', '.join(SCHEDULES)}.")
+    lr_scheduler_kwargs: JsonDict | None = option(
+        None, 'JSON; cosine_with_min_lr takes {"min_lr_rate": share of the peak} or {"min_lr": value}.'
+    )
+    warmup_ratio: float = option(0.0, "Share of the steps that warm up linearly.")
+    warmup_steps: int = option(0, "Warm-up steps; above 0 it replaces warmup_ratio.")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay (matrices only).")
+    adam_beta1: float = option(0.9, "AdamW's beta 1.")
+    adam_beta2: float = option(0.999, "AdamW's beta 2.")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = option(1.0, "Gradient norm clipped to this; 0: not clipped.")
+    bf16: bool | None = option(None, "Compute in bfloat16 (masters stay float32); default: on CUDA yes, on CPU no.")
+    fp16: bool = option(False, "Refused: float16 needs loss scaling; use bf16.")
+    gradient_checkpointing: bool = option(False, "Recompute each block's activations in the backward pass.")
+    gradient_checkpointing_every: int = option(1, "Do so for every k-th block only: more memory, less recomputing.")
+    activation_offloading: bool = option(
+        False, "Keep what checkpointed blocks save in host memory; needs gradient_checkpointing."
+    )
+    cpu_offload: bool = option(False, "Keep parameters, gradients and optimizer state in host memory (FSDP2's policy).")
+    torch_compile: bool = option(False, "Compile the decoder blocks (torch.compile); the first steps take longer.")
+    torch_compile_backend: Literal["inductor", "aot_eager"] = option(
+        "inductor", "Of torch.compile; aot_eager traces the blocks and generates no code, for tests."
+    )
+    merge_adapter: bool = option(False, "Beside the adapter, write the merged model to output_dir/merged.")
+    dry_run: bool = option(False, "Predict memory and time of a step, refuse what cannot fit, and end.")
+    dry_run_gpus: int = option(8, "GPUs that dry_run plans for.")
+    dry_run_gpu_gib: float = option(80.0, "Memory of each of them [GiB].")
+    optim: str = option("adamw_torch", f"Always AdamW with float32 moments; known: {', '.join(OPTIMIZERS)}.")
+    logging_strategy: Literal["no", "steps", "epoch"] = option("steps", "Log every logging_steps, each epoch, or not.")
+    logging_steps: float = option(1, "Steps between log lines; below 1: a share of all steps.")
+    logging_first_step: bool = option(False, "Log the first step too.")
+    log_level: Literal["debug", "info", "warning", "error", "critical", "passive"] = option(
+        "passive", "Verbosity of this program, datasets and transformers; passive: as they are set."
+    )
+    report_to: list[str] = option(["tensorboard"], "Any of tensorboard, wandb; or none.")
+    run_name: str | None = option(None, "Name of the run in wandb.")
+    wandb_entity: str | None = option(None, "wandb's team or user.")
+    wandb_project: str | None = option(None, "wandb's project.")
+    wandb_run_group: str | None = option(None, "wandb's group of runs.")
+    do_eval: bool = option(False, "Evaluate on the test split after training.")
+    eval_strategy: Literal["no", "steps", "epoch"] = option(
+        "no", "Evaluate during training too: every eval_steps, or each epoch."
+    )
+    eval_steps: float | None = option(None, "Steps between evaluations; below 1: a share; default: logging_steps.")
+    benchmarks: list[str] = option([], "Tasks of eval.run to measure the final model with; all: every one.")
+    benchmark_kwargs: JsonDict | None = option(
+        None, 'JSON; options of eval.run for the benchmarks, such as {"num_samples": 4, "limit": 100}.'
+    )
+    system_prompt: str | None = option(None, "System prompt of the benchmarks.")
+    chat_template: str | None = option(
+        None, "Jinja text, or a file with it, in place of the tokenizer's template.", alias="chat_template_path"
+    )
+    save_strategy: Literal["no", "steps", "epoch"] = option(
+        "steps", "Write checkpoints every save_steps, each epoch, or none."
+    )
+    save_steps: float = option(500, "Steps between checkpoints; below 1: a share of all steps.")
+    save_total_limit: int | None = option(None, "Checkpoints to keep; older ones are removed.")
+    save_only_model: bool = option(False, "Checkpoints hold the model alone: small, but no run resumes from them.")
+    resume_from_checkpoint: str | None = option(
+        None, "Checkpoint folder to go on from; default: the last one in output_dir."
+    )
+    callbacks: list[str] = option([], "push_to_hub_revision: each checkpoint to a branch of its own, and benchmarks.")
+    push_to_hub: bool = option(False, "Push the model and its card to the Hub.")
+    hub_model_id: str | None = option(None, "Repository to push to; default: output_dir's name.")
+    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = option(
+        "every_save", "When push_to_hub pushes: after training, or at each checkpoint too."
+    )
+    hub_always_push: bool = option(False, "Push a checkpoint even while the one before is still being pushed.")
+    hub_private_repo: bool = option(False, "Make the repository private where it is new.")
+    hub_model_revision: str = option("main", "Branch of push_to_hub_revision and its callback.")
+    overwrite_hub_revision: bool = option(False, "Push there even if the branch holds a model.")
+    push_to_hub_revision: bool = option(False, "Push the final model to hub_model_revision.")
+    ddp_timeout: int = option(
+        1800, "Seconds a collective or a phase may take before all stacks are dumped and it ends."
+    )
+
+    def __post_init__(self) -> None:
+        require(self.output_dir != "", "--output_dir is missing: give a folder for checkpoints, logs and the model.")
+        require(not self.fp16, "fp16 is not supported (it needs loss scaling): use --bf16 true.")
+        if str(self.resume_from_checkpoint).lower() == "true":  # the last one in output_dir, as without it
+            object.__setattr__(self, "resume_from_checkpoint", None)
+        require(str(self.resume_from_checkpoint).lower() != "false",
+                "a run always goes on from its last checkpoint: to start anew give another --output_dir.")  # fmt: skip
+        names = ", ".join(SCHEDULES)
+        require(self.lr_scheduler_type in SCHEDULES, f"unknown lr_scheduler_type {self.lr_scheduler_type!r}: {names}.")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_micro_batch",
+                     "ddp_timeout", "gradient_checkpointing_every", "dry_run_gpus"):  # fmt: skip
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "warmup_steps"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}.")
+        require(self.warmup_ratio <= 1, f"warmup_ratio is a share of the run (0 to 1), got {self.warmup_ratio}.")
+        for name in ("save_steps", "logging_steps", "eval_steps"):
+            require(getattr(self, name) is None or getattr(self, name) > 0,
+                    f"{name} must be positive, got {getattr(self, name)}.")  # fmt: skip
+        require(self.optim in OPTIMIZERS, f"unknown optim {self.optim!r}: {', '.join(OPTIMIZERS)}.")
+        require(
+            self.gradient_checkpointing or not self.activation_offloading,
+            "activation_offloading moves what checkpointed blocks save: give --gradient_checkpointing true too.",
+        )
+        require(
+            self.gradient_checkpointing or self.gradient_checkpointing_every == 1,
+            "gradient_checkpointing_every says which blocks are checkpointed: give --gradient_checkpointing true too.",
+        )
+        require(self.torch_compile or self.torch_compile_backend == "inductor",
+                "torch_compile_backend says how blocks are compiled: give --torch_compile true too.")  # fmt: skip
+        require(self.max_steps > 0 or self.num_train_epochs > 0, "give --max_steps or --num_train_epochs above 0.")
+
+    def total_steps(self, steps_per_epoch: float) -> int:
+        """Optimizer steps of the whole run, for a data set that takes `steps_per_epoch` of them."""
+        return self.max_steps if self.max_steps > 0 else max(1, math.ceil(self.num_train_epochs * steps_per_epoch))
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run needs a test split."""
+        return self.do_eval or self.eval_strategy != "no"
+
+    def due(self, what: Literal["logging", "save", "eval"], step: int, total: int, steps_per_epoch: float) -> bool:
+        """Whether `what` is due after `step` of `total`: `<what>_strategy` and `<what>_steps` say so."""
+        strategy, every = getattr(self, f"{what}_strategy"), getattr(self, f"{what}_steps")
+        if what == "eval" and every is None:
+            every = self.logging_steps
+        if strategy == "epoch":
+            done, before = (int(n / steps_per_epoch + 1e-9) for n in (step, step - 1))  # whole epochs
+            return step == total or done > before
+        between = int(every) if every >= 1 else max(1, math.ceil(every * total))
+        return strategy == "steps" and step % between == 0
+
+
+@dataclass(frozen=True)
+class SFTConfig(TrainingConfig):
+    max_length: int = option(1024, "Longest row in tokens, and with packing the size of a bin.", alias="max_seq_length")
+    truncation_mode: Literal["keep_start", "keep_end", "drop"] = option(
+        "keep_start", "What becomes of longer rows: their start or end is kept, or they are left out."
+    )
+    packing: bool = option(
+        False,
+        "A sequence of the batch size is a bin of max_length tokens, filled with whole rows, instead of one row; rows "
+        "never see each other, and a batch of the same rows has the same loss.",
+    )
+    loss_type: Literal["nll", "dft"] = option(
+        "nll", "nll: -log p; dft: -p log p with p held constant, dynamic fine-tuning (arXiv:2508.05629)."
+    )
+    assistant_only_loss: bool = option(True, "In conversations train what the assistant says; false: everything.")
+    completion_only_loss: bool | None = option(
+        None,
+        "With prompt and completion train the completion; false: the prompt too (or what the assistant says in it).",
+    )
+    dataset_text_field: str = option("text", "Column of plain text, trained whole.")
+    dataset_num_proc: int | None = option(
+        None, "Processes that tokenise, unless streaming; default: one a core, at most 16."
+    )
+    dataset_streaming: bool = option(
+        False, "Read and tokenise the rows as they are needed, in the order of the files; needs max_steps."
+    )
+    eos_token: str | None = option(None, "Token that ends a turn; default: the chat template's.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.max_length >= 2, f"max_length must be at least 2, got {self.max_length}.")
+        require(self.dataset_num_proc is None or self.dataset_num_proc >= 1, "dataset_num_proc must be at least 1.")
+        require(not self.dataset_streaming or self.max_steps > 0,
+                "the length of a streamed data set is not known: say how long to train with --max_steps.")  # fmt: skip
+        require(not self.dataset_streaming or "epoch" not in (self.save_strategy, self.eval_strategy,
+                self.logging_strategy), "a streamed data set has no epochs: use steps as strategy.")  # fmt: skip

@@ -1,0 +1,74 @@
+"""Files that survive kill -9: written whole, flushed to the disk, and known by size and checksum."""
+
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sft_core.run.config import require
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """`with whole_file(path) as temporary`: what is written there becomes `path`, on the disk, or is removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        os.replace(temporary, path)
+        flush_to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Old content or new content, never half of it, whenever the process or the machine dies."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def keep_settings(folder: Path, settings: dict[str, Any], used: bool, option: str = "--output_dir") -> None:
+    """Write settings.json, on which a folder's results depend; a folder that is `used`, and for others, is refused.
+
+    `settings`: JSON-able. Raises ValueError, saying what differs; `option` is what the folder was named with.
+    """
+    file, remedy = folder / "settings.json", f"Choose another {option}."
+    if used:
+        try:
+            theirs = json.loads(file.read_text())
+            found = [(name, theirs.get(name), now) for name, now in settings.items()]
+        except (OSError, ValueError, AttributeError):  # not there, damaged, or something else
+            raise ValueError(f"{file} cannot be read, so whose results these are is not known. {remedy}") from None
+        changed = "; ".join(f"{name} ({there}, now {now})" for name, there, now in found if there != now)
+        require(not changed, f"{folder} holds results of other settings: {changed}. {remedy}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(settings, indent=1))
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file's bytes, or a folder's entries (a rename is on the disk once its folder is)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _describe(path: Path) -> tuple[int, int]:
+    crc, size = 0, 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return size, crc
+
+
+def manifest(folder: Path) -> dict[str, list[int]]:
+    """{file name: [bytes, crc32]} of every file below `folder` but the manifest itself."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    with ThreadPoolExecutor(8) as pool:  # crc32 and read release the interpreter's lock
+        described = pool.map(_describe, files)
+    return {str(path.relative_to(folder)): list(found) for path, found in zip(files, described, strict=True)}

@@ -1,0 +1,184 @@
+"""What a run says about itself: one reduction a step, then TensorBoard, JSONL, wandb, a console line and text samples.
+
+Left out on purpose: averaging over logging windows (a logged number is that of the step it stands at) and plots.
+Watch with `tensorboard --logdir OUTPUT_DIR/runs`, or read `metrics.jsonl` and `completions.jsonl`, one object a line.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import textwrap
+import uuid
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from sft_core.run.distributed import is_first_rank
+from sft_core.run.files import write_atomically
+
+Values = Mapping[str, Tensor | float]
+
+
+def reduce_metrics(
+    sums: Values,
+    maxes: Values | None = None,
+    mins: Values | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """Sums, maxima and minima over all ranks, in ONE collective and one copy to the host.
+
+    Scalars, tensors on `device` or floats; every rank gives the same keys, in any order, and each key once. Packed as
+    float64 and added in rank order, so that every rank gets the same bits. NaN in, NaN out.
+    """
+    kinds = [dict(sorted(values.items())) for values in (sums, maxes or {}, mins or {})]
+    names = [name for values in kinds for name in values]
+    assert len(set(names)) == len(names), f"a metric given twice: {names}"
+    fingerprint = float(zlib.crc32(repr([list(values) for values in kinds]).encode()))
+    parts = [fingerprint, *(value for values in kinds for value in values.values())]
+    own = torch.stack([torch.as_tensor(part, dtype=torch.float64, device=device).detach() for part in parts])
+    gathered = own[None]  # [ranks, 1 + metrics]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, own)
+        gathered = torch.stack(rows)
+    a, b = 1 + len(kinds[0]), 1 + len(kinds[0]) + len(kinds[1])
+    reduced = [gathered[:, 1:a].sum(0)]
+    reduced += [gathered[:, a:b].amax(0)] if b > a else []
+    reduced += [gathered[:, b:].amin(0)] if len(names) >= b else []
+    fingerprints, *values = torch.cat([(gathered[:, 0] - gathered[0, 0]).abs().sum()[None], *reduced]).tolist()
+    assert fingerprints == 0, f"ranks reduce different metrics; this one has {names}"
+    return dict(zip(names, values, strict=True))
+
+
+class MetricsLogger:
+    """Logs on the first rank; elsewhere the same calls do nothing.
+
+    On resume the JSONL files are cut back to `resume_step`, and TensorBoard is told to forget what came after it: a
+    step that is computed twice is logged once.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        report_to: str | Sequence[str] = "tensorboard",
+        resume_step: int = 0,
+        config: Mapping[str, Any] | None = None,
+        console: Sequence[str] = (),
+        total_steps: int | None = None,
+        max_text_samples: int = 4,
+    ) -> None:
+        """`console`: the metrics worth a console line, in order, those present; `config`: flat, for the record.
+
+        Raises ValueError for an unknown `report_to`, or wandb without its package, on every rank.
+        """
+        destinations = check_report_to(report_to)
+        self.console, self.total_steps, self.max_text_samples = tuple(console), total_steps, max_text_samples
+        self._files: dict[str, TextIO] = {}
+        self._tensorboard: SummaryWriter | None = None
+        self._wandb: Any = None
+        if not is_first_rank():
+            return
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics", "completions"):
+            path = folder / f"{name}.jsonl"
+            cut_back(path, resume_step)
+            self._files[name] = open(path, "a", encoding="utf-8")
+        record = {key: str(value) for key, value in (config or {}).items()}
+        if "tensorboard" in destinations:
+            self._tensorboard = SummaryWriter(folder / "runs", purge_step=resume_step + 1)
+            rows = [f"| {key} | {value} |" for key, value in record.items()]
+            self._tensorboard.add_text("config", "\n".join(["| option | value |", "| - | - |", *rows]), resume_step)
+        if "wandb" in destinations:
+            import wandb
+
+            identity = folder / "wandb_id"  # in the run's folder, so that a restart continues the same wandb run
+            if not identity.is_file():
+                write_atomically(identity, uuid.uuid4().hex)
+            wandb.init(
+                name=(config or {}).get("run_name"), id=identity.read_text(), resume="allow", dir=folder, config=record
+            )
+            wandb.define_metric("*", step_metric="step")  # wandb's own step cannot go back on resume
+            self._wandb = wandb
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log floats under their names at `step`, durable against kill -9 when this returns."""
+        if not self._files:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        self._append("metrics", [{"step": step, **finite}])
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log({**values, "step": step})
+        shown = [f"{name} {values[name]:.4g}" for name in self.console if name in values]
+        if shown:
+            of_total = f"/{self.total_steps}" if self.total_steps else ""
+            tqdm.write(f"step {step}{of_total} | " + " | ".join(shown))
+
+    def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Sampled text, one mapping each, such as {prompt, completion, rewards..., advantage}: all rows to
+        completions.jsonl, the first `max_text_samples` to TensorBoard as text."""
+        if not self._files or not rows:
+            return
+        self._append("completions", [{"step": step, **row} for row in rows])
+        if self._tensorboard is not None:
+            samples = [_markdown(row) for row in rows[: self.max_text_samples]]
+            self._tensorboard.add_text("completions", "\n\n---\n\n".join(samples), step)
+            self._tensorboard.flush()
+
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._files[name].write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self._files[name].flush()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.fsync(file.fileno())
+            file.close()
+        self._files = {}
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def check_report_to(report_to: str | Sequence[str]) -> set[str]:
+    """The destinations in `report_to` (a name, a comma-separated string or a list); ValueError says what is wrong."""
+    names = report_to.split(",") if isinstance(report_to, str) else report_to
+    destinations = {name.strip() for name in names} - {"", "none"}
+    unknown = destinations - {"tensorboard", "wandb"}
+    if unknown:
+        raise ValueError(f"unknown report_to {', '.join(sorted(unknown))}: choose from tensorboard, wandb, none.")
+    if "wandb" in destinations and importlib.util.find_spec("wandb") is None:
+        raise ValueError("report_to wandb needs a package that is not here: pip install wandb, or take tensorboard.")
+    return destinations
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Keep the lines of a JSONL file up to and including `step`, atomically; a line torn by a kill goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    write_atomically(path, "".join(kept))
+
+
+def _markdown(row: Mapping[str, Any]) -> str:
+    numbers = " | ".join(f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, int | float))
+    texts = [f"**{key}**\n\n{textwrap.indent(text, '    ')}" for key, text in row.items() if isinstance(text, str)]
+    return "\n\n".join([*texts, numbers])

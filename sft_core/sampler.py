@@ -1,0 +1,246 @@
+"""Which rows the next step takes: single rows, or bins of whole rows, in an order that a small state resumes.
+
+The rows come in windows of at most WINDOW rows (streamed ones also of about WINDOW_BYTES). A window is shuffled, or
+with packing filled into bins of max_length tokens by best-fit decreasing, whose order is shuffled; what a step takes
+never depends on the number of ranks.
+
+* `Shuffled`: rows that are all there (tokenised, memory-mapped). Each pass over them is a new shuffle, cut into
+  windows. Its state is how many sequences were taken.
+* `Streamed`: rows read as they are needed, in the order of the files, for sets that do not fit the disk. Its state is
+  where the window began and how many of its sequences were taken: a resumed run reads that window again, so there is
+  no buffer whose content could be lost.
+
+Left out on purpose: curricula, resampling.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sft_core.data.packing import pack
+from sft_core.data.rows import damaged_line, row_order
+from sft_core.dataset import CUT, Example, Examples
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+WINDOW = 4096  # rows
+WINDOW_BYTES = 64 << 20  # of a streamed window's rows as they are read
+
+
+def sequences_of(lengths: list[int], bin_size: int | None, seed: int) -> list[list[int]]:
+    """One window's sequences, shuffled: single rows, or with `bin_size` bins of at most so many tokens; as places."""
+    bins = [[i] for i in range(len(lengths))] if bin_size is None else pack(lengths, bin_size)
+    order = torch.randperm(len(bins), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [bins[i] for i in order]
+
+
+class Shuffled:
+    """An endless sequence of shuffled passes over `examples`."""
+
+    def __init__(self, examples: Examples, bin_size: int | None, seed: int) -> None:
+        self.examples, self.bin_size, self.seed = examples, bin_size, seed
+        self.lengths = examples.lengths
+        self.taken = 0  # sequences, all passes together
+        self._pass, self._first, self._sequences = -1, 0, list[list[int]]()
+
+    def _load_pass(self, number: int) -> None:
+        """The sequences of one pass, as row numbers."""
+        rows = len(self.lengths)
+        order = np.array(row_order(rows, self.seed, number * rows, rows))
+        if self.bin_size is None:
+            sequences = [[i] for i in order.tolist()]
+        else:
+            sequences = []
+            for start in range(0, rows, WINDOW):
+                window = order[start : start + WINDOW]
+                seed = self.seed + 1_000_003 * number + start
+                bins = sequences_of(self.lengths[window].tolist(), self.bin_size, seed)
+                sequences += [window[places].tolist() for places in bins]
+        self._first = 0 if number == 0 else self._first + len(self._sequences)
+        self._pass, self._sequences = number, sequences
+
+    @property
+    def digest(self) -> str:
+        """Of the lengths: other ones make other bins, of which a saved state would count others."""
+        return hashlib.sha256(np.ascontiguousarray(self.lengths, np.int64).tobytes()).hexdigest()[:16]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.lengths.max()) if self.bin_size is None else self.bin_size
+
+    @property
+    def sequences_per_pass(self) -> int:
+        """Of the first pass; with packing those of later ones differ by a few."""
+        if self._pass != 0:
+            self._load_pass(0)
+        return len(self._sequences)
+
+    def take(self, count: int) -> list[Example]:
+        """The rows of the next `count` sequences."""
+        rows: list[int] = []
+        if self._pass < 0 or self.taken < self._first:
+            self._load_pass(0)
+        for _ in range(count):
+            while self.taken >= self._first + len(self._sequences):
+                self._load_pass(self._pass + 1)
+            rows += self._sequences[self.taken - self._first]
+            self.taken += 1
+        chosen = self.examples.rows[rows]
+        return list(zip(chosen["input_ids"], chosen["loss_mask"], strict=True))
+
+    def figures(self) -> dict[str, float]:
+        return {}  # what was cut or dropped is said before the run
+
+    def state(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self.taken = state["taken"]
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A window that has been read and is being tokenised."""
+
+    rows: int
+    following: dict[str, Any]  # where the window after it begins
+    own: Future  # this rank's share, and what is wrong with it
+
+
+class Streamed:
+    """An endless sequence of passes over `rows` in their own order. `take` is a collective.
+
+    The first rank reads a window, each rank tokenises its share of it (`encode(row, number)`, see
+    `sft_core.dataset.encode_row`) while the window before it is trained on, and then all get the whole.
+    """
+
+    def __init__(
+        self,
+        rows: IterableDataset,
+        encode: Callable[[dict, int], dict[str, Any]],
+        bin_size: int | None,
+        seed: int,
+        name: str = "the data",
+    ) -> None:
+        self.rows, self.encode, self.bin_size, self.seed, self.name = rows, encode, bin_size, seed, name
+        self._start = rows.state_dict()  # of every pass
+        self._next = {"reader": self._start, "rows": 0, "outcomes": [0] * 4}  # where the next window begins
+        self._begin = self._next  # where this one began
+        self._iterator: Iterator[dict] | None = None
+        self._ahead: Ahead | None = None  # the window that begins at `_next`
+        self._window: list[Example] = []
+        self._sequences: list[list[int]] = []
+        self.taken = 0  # sequences of this window
+
+    digest = None  # of the lengths, and
+    longest = None  # tokens of the longest sequence: not known
+
+    @property
+    def outcomes(self) -> list[int]:
+        """Rows of all windows so far: kept, cut, too long, nothing to learn."""
+        return self._next["outcomes"]
+
+    def figures(self) -> dict[str, float]:
+        """For the log: rows that were cut, and that were dropped, in all windows so far."""
+        _, cut, too_long, nothing = self.outcomes
+        return {"rows_cut": cut, "rows_dropped": too_long + nothing}
+
+    def take(self, count: int) -> list[Example]:
+        """The rows of the next `count` sequences.
+
+        Raises:
+            ValueError: a row is not as its form says, or a whole pass has nothing to learn.
+        """
+        examples: list[Example] = []
+        for _ in range(count):
+            empty = 0
+            while self.taken >= len(self._sequences):
+                self._fill()
+                empty += not self._window
+                if empty > 1 and self._next["rows"] == 0:
+                    raise ValueError("no row of the data has anything to learn: raise --max_length, or check it.")
+            examples += [self._window[place] for place in self._sequences[self.taken]]
+            self.taken += 1
+        return examples
+
+    def state(self) -> dict[str, Any]:
+        return {"begin": self._begin, "taken": self.taken}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self._next, self._iterator, self._ahead = state["begin"], None, None
+        self._fill()
+        self.taken = state["taken"]
+
+    def _fill(self) -> None:
+        ahead = self._ahead or self._look_ahead()
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, ahead.own.result())
+        if errors := [error for _, error in parts if error is not None]:
+            raise ValueError(errors[0])
+        encoded = [parts[i % len(parts)][0][i // len(parts)] for i in range(ahead.rows)]
+        self._window = [(row["input_ids"], row["loss_mask"]) for row in encoded if row["outcome"] <= CUT]
+        lengths = [len(ids) for ids, _ in self._window]
+        self._sequences = sequences_of(lengths, self.bin_size, self.seed + self._next["rows"])
+        met = np.bincount([row["outcome"] for row in encoded], minlength=4)
+        self._begin, self.taken = self._next, 0
+        self._next = ahead.following | {"outcomes": (np.array(self._begin["outcomes"]) + met).tolist()}
+        self._ahead = self._look_ahead()
+
+    def _look_ahead(self) -> Ahead:
+        """Read the window that begins at `_next`, and have this rank's share of it tokenised in the background."""
+        shares = self._read(dist.get_world_size()) if dist.get_rank() == 0 else None
+        share: list[Any] = [None]
+        dist.scatter_object_list(share, shares, src=0)
+        own, rows, following = share[0]
+        future: Future = Future()
+        # A daemon: a run that is over does not wait for rows that it will not need.
+        Thread(target=self._encode_all, args=(own, future), daemon=True).start()
+        return Ahead(rows, following, future)
+
+    def _encode_all(self, rows: list[tuple[int, dict]] | str, done: Future) -> None:
+        """`rows`: (number, row) each, or what is wrong with the data. All ranks have to leave in the same way."""
+        try:
+            if isinstance(rows, str):
+                raise ValueError(rows)
+            done.set_result(([self.encode(row, number) for number, row in rows], None))
+        except ValueError as error:
+            done.set_result(([], str(error)))
+        except BaseException as error:
+            done.set_exception(error)
+
+    def _read(self, ranks: int) -> list[tuple[list[tuple[int, dict]] | str, int, dict[str, Any]]]:
+        """On the first rank: for each rank its share of a window, the window's rows, and where the next one begins."""
+        from datasets.exceptions import DatasetGenerationError  # not needed where no rows are read
+
+        window: list[tuple[int, dict]] = []
+        size, number = 0, self._next["rows"]
+        try:
+            if self._iterator is None:
+                self.rows.load_state_dict(copy.deepcopy(self._next["reader"]))
+                self._iterator = iter(self.rows)
+            while len(window) < WINDOW and size < WINDOW_BYTES:
+                if (row := next(self._iterator, None)) is None:  # this pass is over
+                    self._iterator = None
+                    break
+                window.append((number + len(window), row))
+                size += len(repr(row))
+        except (DatasetGenerationError, ValueError) as error:
+            cause = damaged_line(Path(self.name)) or f"after row {number + len(window)}: {' '.join(str(error).split())}"
+            return [(f"{self.name} cannot be read: {cause}.", 0, {})] * ranks
+        following = {"reader": self._start, "rows": 0}
+        if self._iterator is not None:
+            following = {"reader": copy.deepcopy(self.rows.state_dict()), "rows": number + len(window)}
+        return [(window[rank::ranks], len(window), following) for rank in range(ranks)]

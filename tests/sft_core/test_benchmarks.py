@@ -1,0 +1,73 @@
+"""The push_to_hub_revision callback from a saved checkpoint to its branch and its benchmark figures."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from sft_core.run.benchmarks import get_callbacks, init_wandb_training, run_benchmarks
+from sft_core.run.config import ModelConfig, SFTConfig
+from tests.hub_server import HubServer
+
+
+@pytest.fixture
+def options(tmp_path):
+    problems = tmp_path / "bench.jsonl"
+    rows = [{"problem": f"Ben has {i}.", "solution": f"\\boxed{{{i}}}", "answer": str(i)} for i in range(2)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "output_dir": str(tmp_path / "out"), "benchmarks": ["math_500"], "system_prompt": "Be right.",
+        "hub_model_id": "me/m", "hub_model_revision": "v1", "callbacks": ["push_to_hub_revision"],
+        "benchmark_kwargs": {"dataset": [f"math_500={problems}"], "engine": "torch", "max_new_tokens": 4},
+    }  # fmt: skip
+
+
+def test_branch_and_benchmarks_of_a_checkpoint_that_is_gone(tiny_model, options, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "out/checkpoint-7"
+    shutil.copytree(tiny_model, checkpoint)
+    (checkpoint / "state").mkdir()
+    (checkpoint / "state/optimizer").write_text("x")
+    model = (checkpoint / "model.safetensors").read_bytes()
+    with HubServer() as hub:
+        hub.take_over(monkeypatch)
+        [callback] = get_callbacks(SFTConfig(**options), ModelConfig(model_name_or_path=tiny_model))
+        assert not hub.requests and callback.finished() == []
+        callback.on_save(7, checkpoint)
+        shutil.rmtree(checkpoint)  # save_total_limit
+        assert callback.close() == []
+        [(step, figures)] = callback.finished()
+        assert callback.finished() == []
+        pushed = hub.repos["me/m"].files("v1-step-000000007")
+        assert hub.repos["me/m"].files("main") == {}
+    assert step == 7 and 0 <= figures["benchmarks/math_500/pass@1"] <= 1
+    assert pushed["model.safetensors"] == model and b"Step 7" in pushed["README.md"]
+    assert not [name for name in pushed if name.startswith("state")]
+    assert not list((tmp_path / "out").glob(".upload-*"))
+    details = json.loads((tmp_path / "out/benchmarks/checkpoint-7/results.json").read_text())
+    assert details["config"]["math_500"]["system_prompt"] == "Be right."
+
+
+@pytest.mark.slow
+def test_benchmarks_of_other_weights_do_not_go_on_with_old_samples(tiny_model, options, tmp_path):
+    model, folder = tmp_path / "model", tmp_path / "benchmarks"
+    shutil.copytree(tiny_model, model)
+    first = run_benchmarks(model, SFTConfig(**options), folder)
+    os.utime(model / "model.safetensors")  # trained on
+    assert run_benchmarks(model, SFTConfig(**options), folder).keys() == first.keys()
+    assert (folder / "previous-1/results.json").is_file() and (folder / "results.json").is_file()
+
+
+def test_a_failing_benchmark_says_why(options, tmp_path):
+    with pytest.raises(RuntimeError, match="exit code 2 .*log.txt.*nowhere"):
+        run_benchmarks(tmp_path / "nowhere", SFTConfig(**options), tmp_path / "benchmarks")
+
+
+def test_unknown_callbacks_and_wandb(options, monkeypatch):
+    with pytest.raises(ValueError, match="push_to_hub_revison.*push_to_hub_revision"):
+        get_callbacks(SFTConfig(**options | {"callbacks": ["push_to_hub_revison"]}), None)
+    assert get_callbacks(SFTConfig(**options | {"callbacks": []}), None) == []
+    for name in ("ENTITY", "PROJECT", "RUN_GROUP"):
+        monkeypatch.setenv(f"WANDB_{name}", "before")
+    init_wandb_training(SFTConfig(**options, wandb_project="p", wandb_run_group="g"))
+    assert [os.environ[f"WANDB_{name}"] for name in ("ENTITY", "PROJECT", "RUN_GROUP")] == ["before", "p", "g"]

@@ -1,0 +1,141 @@
+import json
+import math
+import os
+import signal
+import time
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sft_core.run.distributed import init_distributed, shutdown
+from sft_core.run.logging import MetricsLogger, cut_back, reduce_metrics
+from tests.processes import run_ranks, start
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def scalars(folder, name):
+    accumulator = EventAccumulator(str(folder / "runs"))
+    accumulator.Reload()
+    return [(event.step, pytest.approx(event.value)) for event in accumulator.Scalars(name)]
+
+
+def write_steps(folder, steps, resume_step, factor=1.0):
+    logger = MetricsLogger(folder, "tensorboard", resume_step, {"learning_rate": 1e-5}, console=("reward", "absent"))
+    for step in steps:
+        logger.log(step, {"reward": factor * step, "loss": math.nan})
+        logger.log_completions(step, [{"prompt": "2+2", "completion": "4\u2028\n", "reward": factor, "advantage": 0.5}])
+    logger.close()
+
+
+def test_logs_are_cut_back_to_the_step_resumed_from(tmp_path):
+    write_steps(tmp_path, range(1, 7), resume_step=0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "rew')  # torn by a kill
+    write_steps(tmp_path, range(5, 8), resume_step=4, factor=10.0)
+    expected = [1, 2, 3, 4, 50, 60, 70]
+    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["reward"] for row in lines(tmp_path / "metrics.jsonl")] == expected
+    rows = [json.loads(line) for line in open(tmp_path / "completions.jsonl", newline="\n")]
+    assert [row["reward"] for row in rows] == [1, 1, 1, 1, 10, 10, 10]
+    assert {row["completion"] for row in rows} == {"4\u2028\n"}
+    assert scalars(tmp_path, "reward") == list(enumerate(expected, start=1))
+
+
+def test_a_new_start_of_an_unsaved_run_forgets_everything(tmp_path):
+    write_steps(tmp_path, range(1, 4), resume_step=0)
+    write_steps(tmp_path, range(1, 2), resume_step=0)
+    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1]
+    assert scalars(tmp_path, "reward") == [(1, 1.0)]
+
+
+def test_text_samples_console_and_nan(tmp_path, capsys):
+    write_steps(tmp_path, [3], resume_step=0)
+    accumulator = EventAccumulator(str(tmp_path / "runs"))
+    accumulator.Reload()
+    assert {"config/text_summary", "completions/text_summary"} <= set(accumulator.Tags()["tensors"])
+    text = accumulator.Tensors("completions/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "2+2" in text and "advantage 0.5" in text
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 3, "reward": 3.0, "loss": None}]
+    assert capsys.readouterr().out == "step 3 | reward 3\n"
+
+
+def log_and_hang(folder):
+    logger = MetricsLogger(folder)
+    for step in (1, 2):
+        logger.log(step, {"reward": float(step)})
+    (folder / "logged").touch()
+    time.sleep(600)
+
+
+def test_what_was_logged_survives_kill_nine(tmp_path):
+    process = start(log_and_hang, tmp_path)
+    while not (tmp_path / "logged").exists():
+        assert process.is_alive()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    deadline = time.monotonic() + 30
+    while scalars(tmp_path, "reward") != [(1, 1.0), (2, 2.0)]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_none_writes_jsonl_only_and_unknown_destinations_are_refused(tmp_path):
+    MetricsLogger(tmp_path, "none").log(1, {"reward": 1.0})
+    assert len(lines(tmp_path / "metrics.jsonl")) == 1 and not (tmp_path / "runs").exists()
+    with pytest.raises(ValueError, match="unknown report_to mlflow: choose from tensorboard, wandb, none"):
+        MetricsLogger(tmp_path, ["tensorboard", "mlflow"])
+
+
+def test_wandb_without_its_package_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        MetricsLogger(tmp_path, "tensorboard,wandb")
+
+
+def test_cut_back_leaves_no_file_where_there_was_none(tmp_path):
+    cut_back(tmp_path / "metrics.jsonl", 3)
+    assert not any(tmp_path.iterdir())
+
+
+def reduce_on_ranks(folder):
+    rank, *_ = init_distributed(60)
+    sums = {"tokens": torch.tensor(3 + rank), "loss": 0.1 * (rank + 1)}
+    sums = sums if rank == 0 else dict(reversed(sums.items()))
+    reduced = reduce_metrics(sums, {"longest": 5.0 - rank}, {"shortest": torch.tensor(2.0 + rank), "nan": math.nan})
+    MetricsLogger(folder / str(rank)).log(1, reduced)
+    shutdown()
+    return reduced
+
+
+def test_reduce_metrics_over_ranks_and_only_the_first_writes(tmp_path):
+    first, second = run_ranks(2, reduce_on_ranks, tmp_path)
+    assert math.isnan(first.pop("nan")) and math.isnan(second.pop("nan"))
+    assert first == second == {"tokens": 7.0, "loss": 0.1 + 0.2, "longest": 5.0, "shortest": 2.0}
+    assert (tmp_path / "0" / "metrics.jsonl").exists() and not (tmp_path / "1").exists()
+
+
+def test_reduce_metrics_of_one_process():
+    assert reduce_metrics({"a": torch.tensor(2, dtype=torch.int64), "b": 0.1}) == {"a": 2.0, "b": 0.1}
+    assert reduce_metrics({}, maxes={"m": torch.tensor(1.5)}) == {"m": 1.5}
+    assert reduce_metrics({"s": 1}, mins={"n": True}) == {"s": 1.0, "n": 1.0}
+    assert reduce_metrics({}) == {}
+    with pytest.raises(AssertionError, match="given twice"):
+        reduce_metrics({"a": 1.0}, {"a": 1.0})
+
+
+def reduce_different_keys():
+    rank, *_ = init_distributed(60)
+    try:
+        reduce_metrics({f"metric_{rank}": 1.0})
+    except AssertionError as error:
+        return str(error)
+
+
+def test_ranks_that_reduce_different_metrics_are_found_out():
+    assert all("different metrics" in said for said in run_ranks(2, reduce_different_keys))

@@ -1,0 +1,275 @@
+"""The plan against measured figures, its remedies, its verdicts through `main`."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config
+
+import grpo_core.train
+import sft_core.model.memory_plan as costs
+import sft_core.train
+from sft_core.model.flops import (
+    PEAK_FLOPS,
+    block_weights,
+    saved_per_token,
+    shape,
+    tail_per_token,
+)
+from sft_core.model.memory_plan import Plan, dry_run, memory, memory_plan, seconds, table
+from sft_core.model.policy import count_parameters
+from sft_core.run.config import ModelConfig, SFTConfig
+from sft_core.run.distributed import GIB
+from tests.launch import flags
+
+QWEN_0_5B = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+                 num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True)  # fmt: skip
+QWEN_1_5B = dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+                 num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True)  # fmt: skip
+QWEN_7B = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+               num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False)  # fmt: skip
+QWEN_32B = dict(hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40,
+                num_key_value_heads=8, vocab_size=152064, tie_word_embeddings=False)  # fmt: skip
+LLAMA_70B = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+                 num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)  # fmt: skip
+
+
+def plan(info, *, model=None, rows=8, longest=8192, gpus=8, **config):
+    config = SFTConfig(output_dir="out", **config)
+    model = ModelConfig(model_name_or_path="model", **(model or {}))
+    return Plan(info, model, config, count_parameters(info), gpus, rows, longest)
+
+
+def gib(parts):
+    return sum(parts.values()) / GIB
+
+
+# --- sums against measured figures -------------------------------------------------------------------------------
+
+# Forward and backward, no optimizer, of a prototype on one H100 80GB (torch 2.11): 8 documents of 2,048 tokens in one
+# micro-batch, bf16 parameters and gradients, a head that makes its logits once, 4,096 rows at a time in float32 and
+# their gradient in bf16. GiB and ms: eager, compiled blocks, compiled and checkpointed.
+MEASURED = {
+    "0.5b": (QWEN_0_5B, (27.4, 21.2, 5.8), (193, 135, 169)),
+    "1.5b": (QWEN_1_5B, (53.9, 41.0, 8.9), (425, 323, 414)),
+}
+
+
+@pytest.mark.parametrize("size", MEASURED)
+def test_the_prototype_measured_on_a_gpu(size):
+    sizes, measured_gib, measured_ms = MEASURED[size]
+    info = Qwen2Config(**sizes)
+    s, tokens, parameters = shape(info), 16384, count_parameters(info)
+    weights = 2 * parameters
+    head = (4 + 2) * 4096 * s.vocab + 4 * s.vocab * s.hidden
+    end = tokens * tail_per_token(s) + head
+    eager = weights + s.layers * tokens * saved_per_token(s) + end
+    compiled = weights + s.layers * tokens * saved_per_token(s, compiled=True) + end
+    checkpointed = weights + s.layers * tokens * 2 * s.hidden + end
+    assert [eager / GIB, compiled / GIB, checkpointed / GIB] == pytest.approx(measured_gib, rel=0.02)
+
+    milliseconds = []
+    for checkpointing, compile_blocks in ((False, False), (False, True), (True, True)):
+        flags = {"gradient_checkpointing": checkpointing, "torch_compile": compile_blocks}
+        parts = seconds(plan(info, longest=2048, gpus=1, max_tokens_per_micro_batch=tokens, **flags))
+        blocks = sum(parts[name] for name in ("matrix products of the blocks", "attention", "element-wise"))
+        products = 6 * tokens * s.vocab * s.hidden / (costs.GEMM_EFFICIENCY * PEAK_FLOPS["H100"])
+        milliseconds.append(1e3 * (blocks + products + 12 * tokens * s.vocab / costs.BANDWIDTH))
+    assert milliseconds == pytest.approx(measured_ms, rel=0.1)
+
+
+# --- verdicts ----------------------------------------------------------------------------------------------------
+
+
+def verdict(info, capsys, **options):
+    """What `dry_run` prints, and its refusal ('' where it fits)."""
+    model = ModelConfig(model_name_or_path="model", **options.pop("model", {}))
+    more = {name: options.pop(name) for name in ("reference", "engine_share", "engine_kv_bytes") if name in options}
+    more = {"rows": 8, "longest": 8192} | more
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            dry_run(info, model, SFTConfig(output_dir="out", **options), **more)
+    except ValueError as error:
+        return capsys.readouterr().out, str(error)
+    assert stopped.value.code == 0
+    return capsys.readouterr().out, ""
+
+
+def test_examples_of_the_readme(capsys):
+    small, middle, large = Qwen2Config(**QWEN_7B), Qwen2Config(**QWEN_32B), LlamaConfig(**LLAMA_70B)
+    for info, parameters in ((small, 7_615_616_512), (middle, 32_763_876_352), (large, 70_553_706_496)):
+        assert count_parameters(info) == parameters
+    printed, refusal = verdict(small, capsys, gradient_checkpointing=True)
+    assert not refusal and "| sum | 27.81 of 80.00 |" in printed and "| parameters | 3.55 |" in printed
+    _, refusal = verdict(middle, capsys, gradient_checkpointing=True)
+    assert refusal == ("This needs 84.1 GiB on each GPU (8 of 80 GiB are planned for): use --activation_offloading "
+                       "true (40 GiB of host memory in all).")  # fmt: skip
+    assert not verdict(middle, capsys, gradient_checkpointing=True, activation_offloading=True)[1]
+    _, refusal = verdict(large, capsys, gradient_checkpointing=True)
+    assert "use --cpu_offload true (1,051 GiB of host memory in all)" in refusal
+    printed, refusal = verdict(large, capsys, gradient_checkpointing=True, model={"use_peft": True})
+    assert not refusal and "| frozen model | 16.43 |" in printed
+
+
+QWEN = dict(info=Qwen2Config(**QWEN_7B), longest=2048)
+CHECKPOINTED = QWEN | {"gradient_checkpointing": True}
+LLAMA = dict(info=LlamaConfig(**LLAMA_70B), gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "room_gib", "says"),
+    [
+        (QWEN, 60, "use --gradient_checkpointing true"),
+        (CHECKPOINTED | {"gradient_checkpointing_every": 4}, 30, "use --gradient_checkpointing_every 1"),
+        (CHECKPOINTED, 24, "use --max_tokens_per_micro_batch 4096"),
+        (LLAMA | {"gpus": 24}, 70, "use --activation_offloading true (240 GiB of host memory in all)"),
+        (CHECKPOINTED | {"gpus": 1}, 60, "use --cpu_offload true (113 GiB of host memory in all)"),
+        (LLAMA | {"gpus": 4}, 77, "use 24 GPUs"),
+        (CHECKPOINTED | {"longest": 32768}, 24, "use --use_peft true"),
+        (LLAMA | {"gpus": 1}, 77, "use --use_peft true --load_in_4bit true"),
+        (QWEN | {"gpus": 1}, 40,
+         "use --gradient_checkpointing true and --cpu_offload true (113 GiB of host memory in all)"),
+        (QWEN | {"longest": 2**22}, 60,
+         "choose a smaller model or shorter sequences, for no option of memory is enough"),
+    ],
+)  # fmt: skip
+def test_remedies(options, room_gib, says):
+    step = plan(**options)
+    assert gib(memory(step)) > room_gib
+    assert costs.remedy(step, room_gib * GIB, 80 * GIB) == says
+
+
+def test_parts_follow_the_options():
+    info = Qwen2Config(**QWEN_7B)
+    base = plan(info, gradient_checkpointing=True)
+    parts = memory(base)
+    state = base.parameters / 8 * 4
+    assert (parts["parameters"], parts["gradients"], parts["optimizer"]) == (state, state, 2 * state)
+    offloaded = memory(plan(info, gradient_checkpointing=True, cpu_offload=True))
+    assert gib(parts) - gib(offloaded) == pytest.approx(4 * state / GIB)
+    assert gib(memory(plan(info, gpus=16, gradient_checkpointing=True))) < gib(parts)
+    half = memory(plan(info, gradient_checkpointing=True, gradient_checkpointing_every=2))
+    assert half["activations"] == 8192 * (14 * 2 * 3584 + 14 * saved_per_token(shape(info)))
+    compiled = memory(plan(info, torch_compile=True))
+    assert compiled["activations"] == 8192 * 28 * saved_per_token(shape(info), compiled=True)
+    quantised = memory(plan(info, gradient_checkpointing=True, model={"use_peft": True, "load_in_4bit": True}))
+    assert quantised["quantised weights"] == block_weights(shape(info)) * (0.5 + 4 / 64)
+    adapters = plan(info, model={"use_peft": True, "lora_r": 8, "lora_target_modules": ["q_proj", "down_proj"]})
+    assert adapters.trained == 28 * 8 * (3584 + 3584 + 18944 + 3584)
+    everything = plan(info, model={"use_peft": True, "lora_target_modules": ["all-linear"]})
+    assert everything.trained == 28 * 16 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
+
+
+def test_tokens_of_a_micro_batch():
+    info = Qwen2Config(**QWEN_0_5B)
+    for rows, longest, budget, tokens, number in (
+        (8, 1024, 8192, 8192, 1), (8, 1024, 2048, 2048, 4), (8, 1024, 512, 1024, 8), (2, 1024, 8192, 2048, 1),
+        (8, 3000, 8192, 8192, 4),
+    ):  # fmt: skip
+        step = plan(info, rows=rows, longest=longest, max_tokens_per_micro_batch=budget)
+        assert (step.tokens, step.micro_batches) == (tokens, number)
+
+
+def test_time_follows_the_options():
+    info = Qwen2Config(**QWEN_7B)
+
+    def total(**options):
+        return sum(seconds(plan(info, **options)).values())
+
+    assert total() < total(gradient_checkpointing=True, gradient_checkpointing_every=2)
+    assert total(gradient_checkpointing=True, gradient_checkpointing_every=2) < total(gradient_checkpointing=True)
+    assert total(cpu_offload=True) > total()
+    assert total(model={"use_peft": True}) < total()
+    assert seconds(plan(info, longest=16, rows=1))["communication not hidden"] > 0  # nothing to hide it behind
+    assert "MFU" in table(plan(info), 80 * GIB)
+
+
+# --- a real start, and the command line --------------------------------------------------------------------------
+
+
+def start(device="cuda", **options):
+    """The plan of a real start: a model of 2**30 parameters on 4 ranks."""
+    info = Qwen2Config(**QWEN_0_5B)
+    config = SFTConfig(output_dir="out", gradient_checkpointing=True)
+    options = dict(gpus=4, rows=1, longest=1024) | options
+    step = Plan(info, ModelConfig(model_name_or_path="model"), config, 2**30, **options)
+    return memory_plan(step, torch.device(device))
+
+
+def test_the_line_of_a_real_start():
+    line = start("cpu", reference=True, engine_kv_bytes=2**31)
+    for part in ("parameters 1.00", "gradients 1.00", "optimizer 2.00", "reference model 0.50", "engine weights 2.00",
+                 "engine KV cache 2.00", "activations 0.0", "workspace"):  # fmt: skip
+        assert part in line
+    assert "engine" not in start("cpu") and "reference" not in start("cpu")
+
+
+def test_a_real_start_is_refused_where_a_gpu_is_too_small(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 12 * GIB))
+    assert "engine KV cache 1.00" in start(engine_share=0.25)
+    # Asleep during the update, it takes room beside parameters and optimizer alone: 4 GiB of 10 are left for it.
+    assert "engine KV cache 3.00" in (line := start(engine_share=5 / 12, engine_sleeps=True)), line
+    assert "activations" not in line
+    with pytest.raises(ValueError, match=r"lower vllm_gpu_memory_utilization from 0.80 to at most 0.\d\d \(memory on"):
+        start(engine_share=0.8)
+    with pytest.raises(ValueError, match="cannot hold its weights, 2.0 GiB: raise vllm_gpu_memory_utilization"):
+        start(engine_share=0.1)
+    with pytest.raises(ValueError, match="Not enough GPU memory: use --cpu_offload true"):
+        start(gpus=1)
+
+
+@pytest.fixture
+def config_only(tmp_path):
+    """A model folder that holds nothing but config.json."""
+    folder = tmp_path / "model"
+    Qwen2Config(**QWEN_7B).save_pretrained(folder)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    return folder
+
+
+TRAINERS = [sft_core.train.main, grpo_core.train.main]
+
+
+@pytest.mark.parametrize("main", TRAINERS)
+def test_dry_run_by_command(main, config_only, tmp_path, capsys):
+    """No process group, no tokenizer, no data, and nothing written."""
+    argv = flags(model_name_or_path=config_only, dataset_name="no/such/data", output_dir=tmp_path / "out",
+                 dry_run="true", gradient_checkpointing="true", max_length=8192)  # fmt: skip
+    if main is grpo_core.train.main:
+        argv = [text for text in argv if "max_length" not in text] + flags(max_completion_length=7680)
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    printed, errors = capsys.readouterr()
+    assert stopped.value.code == 0 and "error" not in errors
+    assert "| sum |" in printed and "tokens/s in all, MFU" in printed
+    assert ("| engine KV cache |" in printed) == ("| reference model |" in printed) == (main is grpo_core.train.main)
+    assert not torch.distributed.is_initialized() and not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as stopped:
+        main(argv + flags(dry_run_gpus=1))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and line.startswith("error: This needs ") and "use --cpu_offload true" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"dry_run_gpus": 0}, "dry_run_gpus must be at least 1"),
+        ({"dry_run_gpu_gib": 2}, "dry_run_gpu_gib must be above 3, got 2"),
+        ({"model_name_or_path": "./nowhere"}, "no model folder at ./nowhere"),
+    ],
+)
+def test_bad_values(change, says, config_only, tmp_path, capsys):
+    argv = flags(model_name_or_path=config_only, dataset_name="x", output_dir=tmp_path / "out", dry_run="true")
+    with pytest.raises(SystemExit) as stopped:
+        sft_core.train.main(argv + flags(**change))
+    assert stopped.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_a_config_that_is_no_model(tmp_path, capsys):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"hidden_size": 8}))
+    argv = flags(model_name_or_path=folder, dataset_name="x", output_dir=tmp_path / "out", dry_run="true")
+    with pytest.raises(SystemExit) as stopped:
+        sft_core.train.main(argv)
+    assert stopped.value.code == 2 and "error: " in capsys.readouterr().err

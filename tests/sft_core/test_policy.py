@@ -1,0 +1,49 @@
+"""The policy against transformers' own forward, sharded and not, in float32 and bfloat16."""
+
+import numpy as np
+import torch
+
+from tests.processes import run_ranks
+
+SEQUENCES = [[(7 * i + j) % 300 + 5 for i in range(length)] for j, length in enumerate((200, 31, 90))]
+
+
+def scored(model: str, bf16: bool, frozen: bool, checkpointing: bool) -> np.ndarray:
+    """On one rank: the policy's log-probs of all tokens but each sequence's first, packed into one row."""
+    from sft_core.data.packing import pack_sequences
+    from sft_core.model.parallel import freeze, make_mesh, shard
+    from sft_core.model.policy import load_policy
+    from sft_core.run import distributed
+    from sft_core.run.config import ModelConfig
+
+    device = distributed.init_distributed(60)[3]
+    policy = load_policy(ModelConfig(model))
+    policy = shard(
+        freeze(policy) if frozen else policy, make_mesh(device), bf16=bf16, gradient_checkpointing=checkpointing
+    )
+    batch = pack_sequences(SEQUENCES, [[True] * len(sequence) for sequence in SEQUENCES], device)
+    logps = policy(batch, temperature=0.7)[0].detach().numpy().copy()
+    distributed.shutdown()
+    return logps
+
+
+def test_policy_scores_as_transformers_does(tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    expected = []
+    for sequence in SEQUENCES:
+        with torch.no_grad():
+            logps = (model(torch.tensor([sequence])).logits[0, :-1] / 0.7).log_softmax(-1)
+        expected.append(logps.gather(1, torch.tensor(sequence[1:])[:, None])[:, 0].numpy())
+    for ranks in (1, 2):
+        for found in run_ranks(ranks, scored, tiny_model, False, False, ranks == 2):
+            np.testing.assert_allclose(found, np.concatenate(expected), atol=2e-5)
+
+
+def test_frozen_reference_scores_as_the_policy_in_bfloat16(tiny_model):
+    """Its shards are bfloat16, the policy's masters float32: what is computed with is the same, rotary tables too."""
+    [policy], [reference] = (run_ranks(1, scored, tiny_model, True, frozen, False) for frozen in (False, True))
+    [exact] = run_ranks(1, scored, tiny_model, False, False, False)
+    np.testing.assert_array_equal(policy, reference)
+    assert 0 < np.abs(policy - exact).max() < 0.5

@@ -1,0 +1,201 @@
+"""Order and packing of training rows; schedules; options from YAML."""
+
+import json
+from itertools import zip_longest
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset, concatenate_datasets, load_from_disk
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sft_core.data.packing import balance, pack
+from sft_core.data.rows import fingerprint, load_splits, row_order
+from sft_core.model.optim import check_schedule, make_scheduler
+from sft_core.run.cli import parse
+from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig
+
+
+@given(st.integers(1, 50), st.integers(0, 200), st.integers(1, 120), st.integers(1, 120))
+def test_order_is_one_sequence_wherever_it_is_cut(rows, start, first, second):
+    whole = row_order(rows, 7, start, first + second)
+    assert whole == row_order(rows, 7, start, first) + row_order(rows, 7, start + first, second)
+    epoch = row_order(rows, 7, rows * (start // rows), rows)
+    assert sorted(epoch) == list(range(rows))
+
+
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 50))
+def test_packing_takes_every_sequence_once_and_keeps_the_budget(lengths, budget):
+    bins = pack(lengths, budget)
+    assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
+    assert all(len(members) == 1 or sum(lengths[i] for i in members) <= budget for members in bins)
+    if lengths and max(lengths) <= budget:  # no two bins could be one
+        fills = sorted(sum(lengths[i] for i in members) for members in bins)
+        assert len(fills) < 2 or fills[0] + fills[1] > budget
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 50), st.integers(1, 5))
+def test_micro_batches_are_balanced_over_the_ranks(lengths, budget, ranks):
+    shares = balance(lengths, budget, ranks, quadratic=0.05)
+    assert len({len(own) for own in shares}) == 1 and len(shares) == ranks
+    everything = [members for own in shares for members in own]
+    assert sorted(i for members in everything for i in members) == list(range(len(lengths)))
+    assert all(len(members) == 1 or sum(lengths[i] for i in members) <= budget for members in everything)
+    for own in shares:  # what is empty comes last, so that a rank's own micro-batches are the first
+        assert sorted(own, key=lambda members: not members) == own
+    cost = [[sum(lengths[i] + 0.05 * lengths[i] ** 2 for i in members) for members in own] for own in shares]
+    assert all(a >= b - 1e-9 for own in cost for a, b in zip(own, own[1:], strict=False))
+
+
+def test_rows_just_over_half_the_budget_are_told_at_once():
+    """No two fit together: as many micro-batches as rows, found without trying every number below."""
+    shares = balance([5000] * 2048, 8192, 8)
+    assert [len(own) for own in shares] == [256] * 8
+
+
+def test_ranks_that_go_in_step_wait_little_for_each_other():
+    """Lengths as reasoning data has them: the time of the slowest rank of each step, beyond an even share."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (torch.randn(2000, generator=generator) + 7).exp().clamp(20, 32768).int().tolist()
+    shares = balance(lengths, 32768, 8, quadratic=1e-4)
+
+    def waited(shares):
+        cost = [[sum(lengths[i] + 1e-4 * lengths[i] ** 2 for i in members) for members in own] for own in shares]
+        slowest = sum(max(step) for step in zip_longest(*cost, fillvalue=0.0))
+        return slowest / (sum(map(sum, cost)) / 8) - 1
+
+    own = [range(rank, 2000, 8) for rank in range(8)]
+    packed_apart = [[[rows[i] for i in b] for b in pack([lengths[i] for i in rows], 32768)] for rows in own]
+    assert waited(shares) < 0.06 and waited(packed_apart) > 0.2
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "expected"),
+    [
+        ("constant", {}, {0: 1, 5: 1, 10: 1}),
+        ("constant_with_warmup", {"warmup_steps": 4}, {0: 0, 2: 0.5, 4: 1, 10: 1}),
+        ("linear", {"warmup_ratio": 0.2}, {0: 0, 1: 0.5, 2: 1, 6: 0.5, 10: 0}),
+        ("cosine", {}, {0: 1, 5: 0.5, 10: 0}),
+        ("cosine_with_min_lr", {"lr_scheduler_kwargs": '{"min_lr_rate": 0.1}'}, {0: 1, 5: 0.55, 10: 0.1}),
+    ],
+)
+def test_schedules(kind, more, expected):
+    argv = [f"--{name}={value}" for name, value in ({"lr_scheduler_type": kind} | more).items()]
+    [config] = parse((SFTConfig,), [*argv, "--output_dir=x", "--learning_rate=1.0"])
+    check_schedule(config)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    scheduler = make_scheduler(optimizer, config, total_steps=10)
+    for step in range(11):
+        if step in expected:
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(expected[step])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_command_line_over_yaml_over_defaults(tmp_path, monkeypatch):
+    monkeypatch.delenv("OF_A_RECIPE", raising=False)
+    recipe = tmp_path / "recipe.yaml"
+    content = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o", "learning_rate": "1e-3",
+               "report_to": ["none"], "save_total_limit": None, "max_steps": 7, "bf16": True,
+               "lr_scheduler_kwargs": {"min_lr": 0.5}, "env": {"OF_A_RECIPE": 1}}  # fmt: skip
+    recipe.write_text(yaml.safe_dump(content))
+    types = (ModelConfig, ScriptArguments, SFTConfig)
+    model, data, config = parse(types, ["--max_steps", "9", "--config", str(recipe), "--seed=3"])
+    assert (model.model_name_or_path, data.dataset_name, config.learning_rate) == ("m", "d", 1e-3)
+    assert (config.max_steps, config.seed, config.bf16, config.max_length) == (9, 3, True, 1024)
+    assert config.report_to == ["none"] and config.lr_scheduler_kwargs == {"min_lr": 0.5}
+    import os
+
+    assert os.environ["OF_A_RECIPE"] == "1"
+
+
+def test_when_something_is_due():
+    """Steps, a share of all steps, and the ends of epochs of 2.5 steps (steps 3, 5, 8, 10)."""
+    [config] = parse(
+        (SFTConfig,), ["--output_dir=x", "--save_steps=0.25", "--eval_strategy=epoch", "--logging_steps=4"]
+    )
+    due = {
+        what: [step for step in range(1, 11) if config.due(what, step, 10, 2.5)] for what in ("save", "eval", "logging")
+    }
+    assert due == {"save": [3, 6, 9], "eval": [3, 5, 8, 10], "logging": [4, 8]}
+    assert config.total_steps(12.3) == 13
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_mixture_takes_its_shares_and_splits(tmp_path):
+    first = jsonl(tmp_path / "a.jsonl", [{"prompt": f"a{i}", "solution": str(i), "extra": i} for i in range(40)])
+    second = jsonl(tmp_path / "b.jsonl", [{"prompt": f"b{i}", "solution": str(i)} for i in range(20)])
+    sets = [{"id": first, "columns": ["prompt", "solution"], "weight": 0.5}, {"id": second}]
+    mixture = {"datasets": sets, "seed": 3, "test_split_size": 0.1}
+    train, test = load_splits(ScriptArguments(dataset_mixture=mixture), test=True)
+    every = train["prompt"][:] + test["prompt"][:]
+    assert (len(train), len(test), len(set(every))) == (36, 4, 40)
+    assert sum(text.startswith("a") for text in every) == 20
+    again, _ = load_splits(ScriptArguments(dataset_mixture=mixture), test=True)
+    assert again["prompt"][:] == train["prompt"][:]
+    other, _ = load_splits(ScriptArguments(dataset_mixture=mixture | {"seed": 4}), test=True)
+    assert other["prompt"][:] != train["prompt"][:]
+    assert load_splits(ScriptArguments(dataset_mixture=mixture), test=False)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"datasets": []}, "takes a list `datasets`"),
+        ({"fraction": 1}, "got {.*'fraction': 1"),
+        ({"datasets": [{"id": "A", "weight": 1.5}]}, "weight 1.5 of .* above 0 and at most 1"),
+        ({"datasets": [{"id": "A", "weight": 0.5}]}, "weight 0.5 of .*, a share of its 1 rows, must .* leave a row"),
+        ({"datasets": [{"id": "A", "columns": ["answer"]}]}, r"has no columns \['answer'\]; it has"),
+        ({"datasets": [{"id": "A"}, {"id": "B"}]}, "must have the same columns"),
+        ({}, "give the mixture a test_split_size"),
+    ],
+)
+def test_a_mixture_that_cannot_be_made(change, says, tmp_path):
+    files = {"A": jsonl(tmp_path / "a.jsonl", [{"x": 1}]), "B": jsonl(tmp_path / "b.jsonl", [{"y": 1}])}
+    mixture = {"datasets": [{"id": "A"}]} | change
+    mixture["datasets"] = [entry | {"id": files[entry["id"]]} for entry in mixture["datasets"]]
+    with pytest.raises(ValueError, match=says):
+        load_splits(ScriptArguments(dataset_mixture=mixture), test=True)
+
+
+def test_the_test_split_of_a_data_file(tmp_path):
+    """Never the training rows themselves."""
+    train, test = jsonl(tmp_path / "a.jsonl", [{"x": 1}] * 3), jsonl(tmp_path / "b.jsonl", [{"x": 1}] * 2)
+    with pytest.raises(ValueError, match="is one file: name another with --dataset_test_split FILE"):
+        load_splits(ScriptArguments(dataset_name=train), test=True)
+    both = load_splits(ScriptArguments(dataset_name=train, dataset_test_split=test), test=True)
+    assert [len(rows) for rows in both] == [3, 2]
+
+
+def messy(count):
+    """Rows with empty fields, nested ones and texts of all lengths."""
+    calls = [{"name": "add", "arguments": {"a": 1, "b": None}}]
+    messages = [{"role": "user", "content": "é" * i, "tool_calls": calls if i % 3 else None} for i in range(5)]
+    return [{"messages": messages[: 1 + i % 5], "n": i if i % 4 else None, "ok": i % 2 == 0} for i in range(count)]
+
+
+def test_the_fingerprint_is_of_every_value_and_of_nothing_else(tmp_path):
+    rows = messy(2345)
+    data = Dataset.from_list(rows)
+    known = fingerprint(data)
+    data.save_to_disk(tmp_path / "saved", num_shards=3)
+    backwards = list(range(len(data)))[::-1]
+    same = [load_from_disk(tmp_path / "saved"), concatenate_datasets([data.select(range(77)), data.skip(77)]),
+            data.select(backwards).select(backwards), Dataset.from_list(rows)]  # fmt: skip
+    assert [fingerprint(other) for other in same] == [known] * 4  # however it lies in memory
+    changed = [
+        data.select(backwards),
+        data.select(range(2344)),
+        data.rename_column("n", "m"),
+        data.remove_columns("ok"),
+    ]
+    for row in (1, 1233, 2344):
+        for change in ({"n": 7}, {"ok": None}, {"messages": rows[row]["messages"] * 2}):
+            changed.append(Dataset.from_list([*rows[:row], rows[row] | change, *rows[row + 1 :]]))
+    found = [fingerprint(other) for other in changed]
+    assert len({known, *found}) == 1 + len(changed)
