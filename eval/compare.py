@@ -44,10 +44,14 @@ def compare(a: Path, b: Path) -> dict[str, dict]:
             flips = [pair for pair in pairs if (pair[1] > 0.5) != (pair[2] > 0.5)]
             half = t_quantile(len(common) - 1) * error if error > 0 else None  # no spread tells nothing
             result[task] = {
-                "problems": len(common), "of": [len(first[task]), len(second[task])], "difference": mean,
-                "stderr": error, "ci95_low": None if half is None else mean - half,
-                "ci95_high": None if half is None else mean + half, "flipped": flips,
-            }  # fmt: skip
+                "problems": len(common),
+                "of": [len(first[task]), len(second[task])],
+                "difference": mean,
+                "stderr": error,
+                "ci95_low": None if half is None else mean - half,
+                "ci95_high": None if half is None else mean + half,
+                "flipped": flips,
+            }
     if not result:
         raise ValueError(f"{a} and {b} have no problem in common: compare runs of the same task.")
     return dict(sorted(result.items()))

@@ -48,8 +48,10 @@ STOCK = 3  # a run in as many problems is a phrase
 SHOWN = 20  # matches printed
 Place = tuple[str, int]  # a task's name, a problem of it
 
-_GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma sigma tau "
-          "upsilon phi chi psi omega").split()  # fmt: skip
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma sigma tau "
+    "upsilon phi chi psi omega"
+).split()
 _NAMES = {ord("α") + i: f" {name} " for i, name in enumerate(_GREEK)} | {ord("√"): " sqrt "}
 _FUNCTIONS = "sin cos tan cot sec csc log ln exp lim max min gcd lcm det dim deg arcsin arccos arctan sqrt".split()
 _KEPT = {*_GREEK, *_FUNCTIONS}  # commands that are words of their own in plain text; all others are notation
@@ -106,8 +108,16 @@ class Index:
         best: dict[str, Place] = {}
         for place in sorted(shared, key=lambda place: len(shared[place]) / self.runs_of[place]):
             best[place[0]] = place
-        return [{"set": task, "problem": place[1], "ngram": shared[place][0], "shared": len(shared[place]),
-                 "of": self.runs_of[place]} for task, place in sorted(best.items())]  # fmt: skip
+        return [
+            {
+                "set": task,
+                "problem": place[1],
+                "ngram": shared[place][0],
+                "shared": len(shared[place]),
+                "of": self.runs_of[place],
+            }
+            for task, place in sorted(best.items())
+        ]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -171,16 +181,22 @@ def report(config: DecontaminateConfig, paths: list[Path], rows: Dataset, sets: 
                 match["row_text"] = rows[match["row"]][config.problem_column]
                 file.write(json.dumps(match) + "\n")
                 if len(shown) < SHOWN:
-                    shown.append(f"row {match['row']}: {match['set']} {match['problem']}, {match['shared']} of "
-                                 f"{match['of']} runs, \"{match['ngram']}\"")  # fmt: skip
+                    shown.append(
+                        f"row {match['row']}: {match['set']} {match['problem']}, {match['shared']} of "
+                        f'{match["of"]} runs, "{match["ngram"]}"'
+                    )
     lines = [f"{'evaluation set':16} {'problems':>9} {'rows flagged':>13}"]
     lines += [f"{task:16} {len(problems):9} {flagged[task]:13}" for task, problems in sets.items()]
     lines += [f"{total} of {len(rows)} rows flagged, {len(rows) - total} are left.", *shown]
     if sum(flagged.values()) > SHOWN:
         lines.append(f"and {sum(flagged.values()) - SHOWN} more: matches.jsonl has all")
-    content = {"dataset": config.dataset, "rows": len(rows), "flagged": total, "ngram_size": config.ngram_size,
-               "sets": {task: {"problems": len(problems), "rows_flagged": flagged[task]}
-                        for task, problems in sets.items()}}  # fmt: skip
+    content = {
+        "dataset": config.dataset,
+        "rows": len(rows),
+        "flagged": total,
+        "ngram_size": config.ngram_size,
+        "sets": {task: {"problems": len(problems), "rows_flagged": flagged[task]} for task, problems in sets.items()},
+    }
     write_atomically(folder / "report.json", json.dumps(content, indent=1))
     write_atomically(folder / "report.txt", "\n".join(lines) + "\n")
     print("\n".join(lines))

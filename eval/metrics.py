@@ -238,9 +238,13 @@ def multilingual_extractive_match_metric(
     if fallback_mode not in ("first_match", "no_fallback") or extraction_mode not in ("first_match", "any_match"):
         raise ValueError("fallback_mode is first_match or no_fallback, extraction_mode is first_match or any_match")
     return ExtractiveMatch(
-        tuple(gold_extraction_target), tuple(pred_extraction_target), aggregation_function, fallback_mode,
-        extraction_mode, precision,
-    )  # fmt: skip
+        tuple(gold_extraction_target),
+        tuple(pred_extraction_target),
+        aggregation_function,
+        fallback_mode,
+        extraction_mode,
+        precision,
+    )
 
 
 _EXPR_THEN_LATEX = (ExprExtractionConfig(), LatexExtractionConfig(boxed_match_priority=0))

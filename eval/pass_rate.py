@@ -94,9 +94,13 @@ def make_task(config: PassRateConfig) -> LightevalTaskConfig:
         return Doc(query=query, choices=[row[config.solution_column] or "no answer"], task_name=task_name)
 
     return LightevalTaskConfig(
-        name=NAME, prompt_function=ask, hf_repo=config.dataset_name,
-        hf_subset=config.dataset_config or "default", evaluation_splits=[config.dataset_split], metric=[AnswerMetric()],
-    )  # fmt: skip
+        name=NAME,
+        prompt_function=ask,
+        hf_repo=config.dataset_name,
+        hf_subset=config.dataset_config or "default",
+        evaluation_splits=[config.dataset_split],
+        metric=[AnswerMetric()],
+    )
 
 
 def check_column(config: PassRateConfig, task: LightevalTaskConfig, rows: Dataset) -> Parts:
@@ -122,11 +126,16 @@ def check_column(config: PassRateConfig, task: LightevalTaskConfig, rows: Datase
                 there = [sample for sample in samples if sample["completion"] is not None]
                 check(Work(task, docs, [], 0, 0, folder), there, pool)
                 missing = {"score": None, "extracted": None, "error": MISSING}
-                write_rows(path, [
-                    {"task": NAME} | missing | sample | {"problem": part.start + sample["problem"],
-                                                              "completion": None}
-                    for sample in samples
-                ])  # fmt: skip
+                write_rows(
+                    path,
+                    [
+                        {"task": NAME}
+                        | missing
+                        | sample
+                        | {"problem": part.start + sample["problem"], "completion": None}
+                        for sample in samples
+                    ],
+                )
             bar.update(len(part))
     return parts
 
@@ -157,10 +166,15 @@ def scored(rows: Dataset, parts: Parts, sampled: bool, counts: Counter[str]) -> 
                 errors = [sample["error"] for sample in samples[i] if sample["error"] is not None]
                 unanswered = sum(sample["extracted"] == "" for sample in samples[i])
                 counts.update(
-                    rows=1, generations=len(scores), correct=int(sum(sound)), without_an_answer=unanswered,
-                    generations_missing=errors.count(MISSING), checks_given_up=len(errors) - errors.count(MISSING),
-                    rows_with_unparseable_gold=unparseable, rows_without_generations=not scores,
-                )  # fmt: skip
+                    rows=1,
+                    generations=len(scores),
+                    correct=int(sum(sound)),
+                    without_an_answer=unanswered,
+                    generations_missing=errors.count(MISSING),
+                    checks_given_up=len(errors) - errors.count(MISSING),
+                    rows_with_unparseable_gold=unparseable,
+                    rows_without_generations=not scores,
+                )
             table = kept[part.start : part.stop]
             for name in new:
                 table = table.append_column(name, pa.array(columns[name], schema.field(name).type))

@@ -93,8 +93,11 @@ def run(
         elif missing:
             start_shards(module, argv, copies, config.tensor_parallel_size)
     except (RequestError, ServerError) as error:
-        print(f"error: {error}. See to the server (--base_url) or change what is asked (see --help); the same command "
-              "goes on with what is missing.", file=sys.stderr)  # fmt: skip
+        print(
+            f"error: {error}. See to the server (--base_url) or change what is asked (see --help); the same command "
+            "goes on with what is missing.",
+            file=sys.stderr,
+        )
         raise SystemExit(1) from None
     except ShardsFailed as error:
         print(f"error: {error}", file=sys.stderr)
@@ -220,32 +223,52 @@ def start_engine(config: EvalConfig, works: list[Work]) -> Engine:
     auto = "bfloat16" if torch.cuda.is_available() else "float32"
     with distributed.usage_errors():  # weights that are not the model's
         return make_engine(
-            config.engine, config.model, dtype=auto if config.dtype == "auto" else config.dtype, seed=config.seed,
+            config.engine,
+            config.model,
+            dtype=auto if config.dtype == "auto" else config.dtype,
+            seed=config.seed,
             max_model_len=max(work.context for work in works),
-            max_batch=min(config.batch_size, 512), tensor_parallel_size=config.tensor_parallel_size,
+            max_batch=min(config.batch_size, 512),
+            tensor_parallel_size=config.tensor_parallel_size,
             gpu_memory_utilization=config.gpu_memory_utilization,
-        )  # fmt: skip
+        )
 
 
 def sample(
-    config: EvalConfig, work: Work, problems: list[int], engine: Engine | Server,
-    tokenizer: PreTrainedTokenizerBase | None, stop_ids: frozenset[int],
-) -> list[dict[str, Any]]:  # fmt: skip
+    config: EvalConfig,
+    work: Work,
+    problems: list[int],
+    engine: Engine | Server,
+    tokenizer: PreTrainedTokenizerBase | None,
+    stop_ids: frozenset[int],
+) -> list[dict[str, Any]]:
     """A row a sample of these problems."""
     seeds = [config.seed * 1_000_003 + p * config.num_samples for p in problems]
     prompts = [work.prompts[p] for p in problems]
     if isinstance(engine, Server):
         texts = [json.dumps(prompt, ensure_ascii=False) for prompt in prompts]
         groups = engine.sample(
-            prompts, seeds=seeds, temperature=config.temperature, n=config.num_samples, max_tokens=work.max_tokens,
+            prompts,
+            seeds=seeds,
+            temperature=config.temperature,
+            n=config.num_samples,
+            max_tokens=work.max_tokens,
             top_p=config.top_p,
-        )  # fmt: skip
+        )
     else:
         assert tokenizer is not None
-        found = engine.sample(prompts, Sampling(
-            config.num_samples, work.max_tokens, config.temperature or 1.0, stop_ids, config.temperature == 0,
-            config.top_p,
-        ), seeds)  # fmt: skip
+        found = engine.sample(
+            prompts,
+            Sampling(
+                config.num_samples,
+                work.max_tokens,
+                config.temperature or 1.0,
+                stop_ids,
+                config.temperature == 0,
+                config.top_p,
+            ),
+            seeds,
+        )
         texts = [tokenizer.decode(prompt) for prompt in prompts]
         groups = [[_read(completion, tokenizer) for completion in group] for group in found]
     rows = []
@@ -253,11 +276,20 @@ def sample(
         for i, (text, length, reason) in enumerate(group):
             for stop in work.task.stop_sequence or []:
                 text = text.partition(stop)[0]
-            rows.append({
-                "task": work.task.name, "problem": p, "sample": i, "seed": seed + i, "query": work.docs[p].query,
-                "prompt": prompt, "gold": work.docs[p].get_golds()[0], "completion": text, "length": length,
-                "finish_reason": reason,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "task": work.task.name,
+                    "problem": p,
+                    "sample": i,
+                    "seed": seed + i,
+                    "query": work.docs[p].query,
+                    "prompt": prompt,
+                    "gold": work.docs[p].get_golds()[0],
+                    "completion": text,
+                    "length": length,
+                    "finish_reason": reason,
+                }
+            )
     return rows
 
 

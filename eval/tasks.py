@@ -99,18 +99,30 @@ def gsm8k_prompt_fn(line: dict[str, Any], task_name: str | None = None) -> Doc:
 
 def _math_task(name: str, repo: str, split: str, prompt_function: Callable[..., Doc], metric: Any, **fields: Any):
     return LightevalTaskConfig(
-        name=name, suite=["custom"], prompt_function=prompt_function, hf_repo=repo, metric=[metric],
-        hf_avail_splits=[split], evaluation_splits=[split], **fields,
-    )  # fmt: skip
+        name=name,
+        suite=["custom"],
+        prompt_function=prompt_function,
+        hf_repo=repo,
+        metric=[metric],
+        hf_avail_splits=[split],
+        evaluation_splits=[split],
+        **fields,
+    )
 
 
 aime24 = _math_task("aime24", "HuggingFaceH4/aime_2024", "train", aime_prompt_fn, expr_gold_metric)
 aime25_part1 = _math_task("aime25:part1", "open-r1/aime_2025_1", "train", aime_prompt_fn, expr_gold_metric)
 math_500 = _math_task("math_500", "HuggingFaceH4/MATH-500", "test", prompt_fn, latex_gold_metric)
 gpqa_diamond = LightevalTaskConfig(
-    name="gpqa:diamond", suite=["custom"], prompt_function=gpqa_prompt_fn, hf_repo="Idavidrein/gpqa",
-    hf_subset="gpqa_diamond", metric=[gpqa_metric], stop_sequence=[], trust_dataset=True,
-)  # fmt: skip
+    name="gpqa:diamond",
+    suite=["custom"],
+    prompt_function=gpqa_prompt_fn,
+    hf_repo="Idavidrein/gpqa",
+    hf_subset="gpqa_diamond",
+    metric=[gpqa_metric],
+    stop_sequence=[],
+    trust_dataset=True,
+)
 TASKS_TABLE = [aime24, aime25_part1, math_500, gpqa_diamond]
 
 aime25 = _math_task("aime25", "yentinglin/aime_2025", "train", aime_prompt_fn, expr_gold_metric)

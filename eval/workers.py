@@ -232,10 +232,12 @@ class WorkerPool:
             prints = self._output is not None and not any(worker.prints for worker in self._workers)
             process = subprocess.Popen(
                 [sys.executable, "-u", "-P", "-c", "from eval.workers import _serve; _serve()", *arguments],
-                stdin=subprocess.DEVNULL, stdout=self._output if prints else subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()], env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=self._output if prints else subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=env,
                 start_new_session=True,  # what a check starts is killed with it
-            )  # fmt: skip
+            )
             theirs.close()
             self._workers.append(_Worker(process, ours, deadline=time.monotonic() + self.START_LIMIT, prints=prints))
 

@@ -30,10 +30,13 @@ from gen.store import open_rows
 AT_ONCE = 64
 REQUEST: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "What is 6 times 7?"}], "seed": 1}
 REPLY = {
-    "id": "x", "object": "chat.completion", "created": 1, "model": "m",
+    "id": "x",
+    "object": "chat.completion",
+    "created": 1,
+    "model": "m",
     "choices": [{"index": 0, "message": {"role": "assistant", "content": "42"}, "finish_reason": "stop"}],
     "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11},
-}  # fmt: skip
+}
 
 
 class Instant(asyncio.Protocol):

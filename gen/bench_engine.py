@@ -25,20 +25,34 @@ from gen.engine.vllm import VLLMEngine
 from gen.engine.weight_sync import sync_weights
 from kernels.bench import failure, machine, show
 
-SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-               num_key_value_heads=3, tie_word_embeddings=True)  # fmt: skip
-TINY = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2)  # fmt: skip
+SMOLLM2 = dict(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+TINY = dict(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+)
 
 
 def generate(engine: VLLMEngine, prompts: list[list[int]], n: int, tokens: int, logprobs: int | None) -> None:
     """The same request in vLLM's usual way."""
     engine.llm.reset_prefix_cache()
     params = [
-        engine.vllm.SamplingParams(n=n, max_tokens=tokens, seed=n * i, logprobs=logprobs, detokenize=False,
-                                   ignore_eos=True)
+        engine.vllm.SamplingParams(
+            n=n, max_tokens=tokens, seed=n * i, logprobs=logprobs, detokenize=False, ignore_eos=True
+        )
         for i in range(len(prompts))
-    ]  # fmt: skip
+    ]
     with torch.compiler.set_stance("force_eager") if engine.on_cpu else nullcontext():  # as the engine does
         engine.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
 
@@ -64,15 +78,20 @@ def main(argv: list[str] | None = None) -> None:
             config = LlamaConfig(**(SMOLLM2 if on_gpu else TINY), max_position_embeddings=tokens + 128)
             AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
         model = options.model or folder
-        engine = VLLMEngine(model, dtype=torch.bfloat16 if on_gpu else torch.float32, max_model_len=tokens + 128,
-                            max_batch=options.prompts * n, sleep_mode=True)  # fmt: skip
+        engine = VLLMEngine(
+            model,
+            dtype=torch.bfloat16 if on_gpu else torch.float32,
+            max_model_len=tokens + 128,
+            max_batch=options.prompts * n,
+            sleep_mode=True,
+        )
         prompts = [[1 + (i * j) % 500 for j in range(1, 101)] for i in range(options.prompts)]
         seeds = [n * i for i in range(options.prompts)]
         ways = {
             "LLM.generate": lambda: generate(engine, prompts, n, tokens, 0),
             "LLM.generate without log-probs": lambda: generate(engine, prompts, n, tokens, None),
             "gen.engine.vllm": lambda: engine.sample(prompts, Sampling(n, tokens), seeds),
-        }  # fmt: skip
+        }
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
 
         def line(what: str, wall: float, cpu: float) -> None:

@@ -93,9 +93,14 @@ class Client:
     """See the module's docstring. Use it inside `async with`, in one event loop."""
 
     def __init__(
-        self, urls: list[str], *, timeout: float, retries: int, patience: float | None = None,
+        self,
+        urls: list[str],
+        *,
+        timeout: float,
+        retries: int,
+        patience: float | None = None,
         stopping: Callable[[], bool] = lambda: False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.servers = [_Server(url) for url in urls]
         self.timeout, self.retries = timeout, retries
         self.patience = timeout if patience is None else patience

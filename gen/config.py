@@ -63,26 +63,38 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         require(self.hf_dataset != "", "--hf-dataset is missing: give a Hub id or a data file.")
         require(self.model != "", "--model is missing: give the name that the server knows.")
-        for name in ("max_new_tokens", "num_generations", "input_batch_size", "client_replicas", "max_concurrent",
-                     "limit"):  # fmt: skip
+        for name in (
+            "max_new_tokens",
+            "num_generations",
+            "input_batch_size",
+            "client_replicas",
+            "max_concurrent",
+            "limit",
+        ):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{_flag(name)} must be at least 1, got {value}.")
         require(self.retries >= 0, f"--retries must be at least 0, got {self.retries}.")
         require(self.timeout > 0, f"--timeout must be above 0, got {self.timeout}.")
-        require(self.temperature is None or self.temperature >= 0,
-                f"--temperature must be at least 0, got {self.temperature}.")  # fmt: skip
-        require(self.top_p is None or 0 < self.top_p <= 1,
-                f"--top-p must be above 0 and at most 1, got {self.top_p}.")  # fmt: skip
-        require(self.temperature != 0 or self.num_generations == 1,
-                "temperature 0 gives the same text every time: use --num-generations 1 or a temperature above 0.",
-                )  # fmt: skip
-        require(self.executor == "local" or self.engine == "server",
-                "--executor ray asks servers: start them (vllm serve), or use --executor local, which has an engine "
-                "on every GPU of this machine.")  # fmt: skip
+        require(
+            self.temperature is None or self.temperature >= 0,
+            f"--temperature must be at least 0, got {self.temperature}.",
+        )
+        require(self.top_p is None or 0 < self.top_p <= 1, f"--top-p must be above 0 and at most 1, got {self.top_p}.")
+        require(
+            self.temperature != 0 or self.num_generations == 1,
+            "temperature 0 gives the same text every time: use --num-generations 1 or a temperature above 0.",
+        )
+        require(
+            self.executor == "local" or self.engine == "server",
+            "--executor ray asks servers: start them (vllm serve), or use --executor local, which has an engine "
+            "on every GPU of this machine.",
+        )
         require(bool(self.urls), "--vllm-server-url is empty: write it as http://host:8000/v1.")
         for url in self.urls:
-            require(re.match(r"https?://[^/]", url) is not None,
-                    f"--vllm-server-url {url!r} is no address: write it as http://host:8000/v1.")  # fmt: skip
+            require(
+                re.match(r"https?://[^/]", url) is not None,
+                f"--vllm-server-url {url!r} is no address: write it as http://host:8000/v1.",
+            )
 
     @property
     def urls(self) -> list[str]:

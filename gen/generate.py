@@ -91,8 +91,10 @@ class Run:
         self.sampler = None if config.engine == "server" else Sampler(config)
         first, step = map(int, (config.shard or "0/1").split("/"))
         self.indices = range(first, self.store.num_batches, step)
-        require(config.executor == "local" or find_spec("ray") is not None,
-                "--executor ray needs Ray: run pip install 'grpo_core[ray]'.")  # fmt: skip
+        require(
+            config.executor == "local" or find_spec("ray") is not None,
+            "--executor ray needs Ray: run pip install 'grpo_core[ray]'.",
+        )
         if self.sampler is None:
             asyncio.run(self._check_servers())
         else:
@@ -222,12 +224,20 @@ def build_distilabel_pipeline(
     """open-r1's function of this name; without a `prompt_column` the prompts are in `instruction`."""
     return Pipeline(
         {
-            "model": model, "vllm_server_url": [base_url], "prompt_column": prompt_column or "instruction",
-            "prompt_template": prompt_template, "temperature": temperature, "top_p": top_p,
-            "max_new_tokens": max_new_tokens, "num_generations": num_generations, "input_batch_size": input_batch_size,
-            "client_replicas": client_replicas, "timeout": timeout, "retries": retries,
+            "model": model,
+            "vllm_server_url": [base_url],
+            "prompt_column": prompt_column or "instruction",
+            "prompt_template": prompt_template,
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_new_tokens": max_new_tokens,
+            "num_generations": num_generations,
+            "input_batch_size": input_batch_size,
+            "client_replicas": client_replicas,
+            "timeout": timeout,
+            "retries": retries,
         }
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -48,9 +48,12 @@ def ask_on_ray(store: Store, progress: Any, stop: Any) -> None:
     together = max(1, min(16, store.num_batches // (4 * replicas)))  # enough for a worker to have no slow tail
     blocks = -(-store.num_batches // together)
     done = ray.data.range(store.num_batches, override_num_blocks=blocks).map_batches(
-        Worker, batch_size=together, concurrency=replicas, num_cpus=0.01,  # it waits; on few cores Ray would, for it
+        Worker,
+        batch_size=together,
+        concurrency=replicas,
+        num_cpus=0.01,  # it waits; on few cores Ray would, for it
         fn_constructor_args=(store.config, str(store.folder.absolute()), store.digest),
-    )  # fmt: skip
+    )
     for row in done.iter_rows():
         progress.add(row["prompts"], row["generations"], row["tokens"], row["failed"])
         if row["trouble"]:

@@ -65,10 +65,14 @@ class Sampler:
         cuda = torch.cuda.is_available()
         with usage_errors():  # weights that are not the model's
             self.engine = make_engine(
-                self.config.engine, self.config.model, dtype="bfloat16" if cuda else "float32",
-                seed=self.config.seed or 0, max_model_len=longest + self.config.max_new_tokens,
-                max_batch=min(self.config.at_once, 512), gpu_memory_utilization=0.85,
-            )  # fmt: skip
+                self.config.engine,
+                self.config.model,
+                dtype="bfloat16" if cuda else "float32",
+                seed=self.config.seed or 0,
+                max_model_len=longest + self.config.max_new_tokens,
+                max_batch=min(self.config.at_once, 512),
+                gpu_memory_utilization=0.85,
+            )
 
     def answer(self, batch: Batch) -> None:
         """Sample all that is missing of a batch."""
@@ -82,9 +86,13 @@ class Sampler:
         if self.engine is None or not rows:
             return
         sampling = Sampling(
-            n, config.max_new_tokens, config.temperature or 1.0, self.stop_ids,
-            greedy=config.temperature == 0, top_p=1.0 if config.top_p is None else config.top_p,
-        )  # fmt: skip
+            n,
+            config.max_new_tokens,
+            config.temperature or 1.0,
+            self.stop_ids,
+            greedy=config.temperature == 0,
+            top_p=1.0 if config.top_p is None else config.top_p,
+        )
         seeds = [sample_seed(config, batch.start + row) for row in rows]
         groups = self.engine.sample([ids[row] for row in rows], sampling, seeds)
         for row, group in zip(rows, groups, strict=True):

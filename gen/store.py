@@ -44,11 +44,15 @@ from sft_core.run.files import keep_settings, whole_file
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 STATISTICS = pa.struct([("input_tokens", pa.int64()), ("output_tokens", pa.int64())])
 METADATA = pa.list_(
-    pa.struct([
-        ("raw_output_text_generation_0", pa.string()), ("raw_input_text_generation_0", MESSAGES),
-        ("statistics_text_generation_0", STATISTICS), ("finish_reason_text_generation_0", pa.string()),
-    ])
-)  # fmt: skip
+    pa.struct(
+        [
+            ("raw_output_text_generation_0", pa.string()),
+            ("raw_input_text_generation_0", MESSAGES),
+            ("statistics_text_generation_0", STATISTICS),
+            ("finish_reason_text_generation_0", pa.string()),
+        ]
+    )
+)
 ADDED = {"generation": pa.list_(pa.string()), "distilabel_metadata": METADATA, "model_name": pa.string()}
 ROW_GROUP, GROUP_BYTES = 1024, 64 << 20  # rows, and bytes, of train.parquet that are in memory together
 
@@ -150,25 +154,39 @@ class Store:
             with whole_file(batch.path) as temporary:
                 pq.write_table(table.replace_schema_metadata(note), temporary, compression="zstd")
         if batch.failed:
-            lines = [json.dumps({"position": batch.start + row, "error": error,
-                                 "prompt": None if isinstance(batch.prompts[row], str) else batch.prompts[row]},
-                                ensure_ascii=False) + "\n" for row, error in sorted(batch.failed.items())]  # fmt: skip
+            lines = [
+                json.dumps(
+                    {
+                        "position": batch.start + row,
+                        "error": error,
+                        "prompt": None if isinstance(batch.prompts[row], str) else batch.prompts[row],
+                    },
+                    ensure_ascii=False,
+                )
+                + "\n"
+                for row, error in sorted(batch.failed.items())
+            ]
             with open(self.folder / "failed.jsonl", "a", encoding="utf-8") as file:
                 file.write("".join(lines))
 
     def _table(self, batch: Batch, rows: list[int]) -> pa.Table:
         groups = [(batch.prompts[row], batch.answers[row]) for row in rows]
         metadata = [
-            [{
-                "raw_output_text_generation_0": full_text(answer),
-                "raw_input_text_generation_0": prompt,
-                "statistics_text_generation_0": {
-                    "input_tokens": answer.prompt_tokens, "output_tokens": answer.tokens,
-                },
-                "finish_reason_text_generation_0": answer.finish_reason,
-            } for answer in group if answer]
+            [
+                {
+                    "raw_output_text_generation_0": full_text(answer),
+                    "raw_input_text_generation_0": prompt,
+                    "statistics_text_generation_0": {
+                        "input_tokens": answer.prompt_tokens,
+                        "output_tokens": answer.tokens,
+                    },
+                    "finish_reason_text_generation_0": answer.finish_reason,
+                }
+                for answer in group
+                if answer
+            ]
             for prompt, group in groups
-        ]  # fmt: skip
+        ]
         added = {
             "generation": [[full_text(answer) for answer in group if answer] for _, group in groups],
             "distilabel_metadata": metadata,

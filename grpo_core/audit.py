@@ -16,18 +16,19 @@ import os
 import re
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import mean
 
 from eval.verify import parse_gold
 from eval.workers import Unscored, WorkerPool
 from gen.engine.base import check_engine_available
 from grpo_core.advantage import group_advantages
+from grpo_core.audit_probes import Report, audit_rewards, tell
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.prepare import Run, start_engine
 from grpo_core.rewards import accuracy_reward, get_reward_funcs, gold_text, reward_name
 from grpo_core.rollout import GOLD_REWARDS, Prompt, Rollout, Scorer, load_prompts, sample
-from grpo_core.scoring import gold_answers, start_scoring, unparseable_golds
+from grpo_core.scoring import gold_answers, unparseable_golds
 from sft_core.data.rows import row_order
 from sft_core.model.policy import check_positions, local_copy
 from sft_core.prepare import join
@@ -35,28 +36,6 @@ from sft_core.run import distributed
 from sft_core.run.announce import start_logging
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig, option, require
-
-IDEAL, EMPTY, TAGS = "what the prompt asks", "empty text", "tags repeated"
-JUNK, HUGE = "trailing junk", "huge repetition"
-NOTATIONS = {
-    "gold, bare": "{}",
-    "gold in $..$": "${}$",
-    r"gold in \boxed{}": r"\boxed{{{}}}",
-    "gold in <answer>": "<answer>{}</answer>",
-    "the answer is gold": "The answer is {}.",
-}
-# Which probes a reward must not pay as much as the ideal completion: a right answer said twice is right, for accuracy.
-REFUSED = {
-    "format": (EMPTY, TAGS, JUNK, HUGE),
-    "tag_count": (EMPTY, TAGS, JUNK, HUGE),
-    "repetition_penalty": (TAGS, HUGE),
-    "soft_overlong_punishment": (HUGE,),
-}
-REMEDY = {
-    "reasoning_steps": "it counts marks, whatever they say; add repetition_penalty, or give it a small weight.",
-    "soft_overlong_punishment": "it starts beyond max_completion_length; lower max_completion_len.",
-}
-THOUGHT = "First, I read the problem.\nSecond, I work it out.\nFinally, I check it."  # three steps, no repetition
 
 
 @dataclass(frozen=True)
@@ -68,12 +47,6 @@ class AuditConfig:
 
     def __post_init__(self) -> None:
         require(self.audit_prompts >= 1, f"audit_prompts must be at least 1, got {self.audit_prompts}.")
-
-
-@dataclass
-class Report:
-    advice: list[str] = field(default_factory=list)
-    no_signal: list[str] = field(default_factory=list)  # why training would learn nothing
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -108,25 +81,49 @@ def set_up(argv: list[str]) -> tuple[Run, bool]:
     start_logging()
     # An output_dir need not be given, for none is touched; nor are the errands of a training run done.
     model, data, config, audit = parse(types, ["--output_dir=none", *argv])
-    config = replace(config, push_to_hub=False, push_to_hub_revision=False, callbacks=[], benchmarks=[],
-                     report_to=["none"], do_eval=False, eval_strategy="no", rollouts_from=None)  # fmt: skip
+    config = replace(
+        config,
+        push_to_hub=False,
+        push_to_hub_revision=False,
+        callbacks=[],
+        benchmarks=[],
+        report_to=["none"],
+        do_eval=False,
+        eval_strategy="no",
+        rollouts_from=None,
+    )
     if audit.audit_samples:
         check_engine_available(config.engine or "vllm")
-        require(config.vllm_tensor_parallel_size == 1, "the audit is one process: give --vllm_tensor_parallel_size 1, "
-                "or --audit_samples false.")  # fmt: skip
+        require(
+            config.vllm_tensor_parallel_size == 1,
+            "the audit is one process: give --vllm_tensor_parallel_size 1, or --audit_samples false.",
+        )
     functions = get_reward_funcs(data)
     base = join("grpo", model, data, config)
-    check_positions(base.model_info, config.max_prompt_length + config.max_completion_length, "prompt and completion",
-                    "lower --max_prompt_length or --max_completion_length")  # fmt: skip
+    check_positions(
+        base.model_info,
+        config.max_prompt_length + config.max_completion_length,
+        "prompt and completion",
+        "lower --max_prompt_length or --max_completion_length",
+    )
     order = row_order(len(base.rows), config.seed, 0, min(audit.audit_prompts, len(base.rows)))
     prompts, _ = load_prompts(base.rows.select(order), data, replace(config, max_prompt_length=10**9), base.tokenizer)
     at_once = min(len(prompts), config.prompts_a_rollout(1))
     run = Run(
-        **vars(base), config=config, local_model=local_copy(model) if audit.audit_samples else model, prompts=prompts,
-        test_prompts=[], reward_funcs=functions, reward_names=[reward_name(function) for function in functions],
-        identity={}, checkpoint=None, prompts_per_rollout=at_once, total_steps=0, summary="",
+        **vars(base),
+        config=config,
+        local_model=local_copy(model) if audit.audit_samples else model,
+        prompts=prompts,
+        test_prompts=[],
+        reward_funcs=functions,
+        reward_names=[reward_name(function) for function in functions],
+        identity={},
+        checkpoint=None,
+        prompts_per_rollout=at_once,
+        total_steps=0,
+        summary="",
         max_batch=min(1024, at_once * config.num_generations),
-    )  # fmt: skip
+    )
     return run, audit.audit_samples
 
 
@@ -155,11 +152,14 @@ def audit_data(run: Run, pool: WorkerPool, report: Report) -> tuple[list[Prompt]
     assert isinstance(run.data, GRPOScriptArguments)
     if needy := sorted(GOLD_REWARDS & set(run.data.reward_funcs)):
         if len(unparseable) == n:
-            report.no_signal.append(f"no gold answer can be parsed, so {', '.join(needy)} pay nothing: "
-                                    "check the column `solution` (or `answer`).")  # fmt: skip
+            report.no_signal.append(
+                f"no gold answer can be parsed, so {', '.join(needy)} pay nothing: "
+                "check the column `solution` (or `answer`)."
+            )
         elif unparseable and not run.data.drop_unparseable_golds:
-            report.advice.append(f"{len(unparseable)} of {n} gold answers cannot be compared with: leave "
-                                 "drop_unparseable_golds at true.")  # fmt: skip
+            report.advice.append(
+                f"{len(unparseable)} of {n} gold answers cannot be compared with: leave drop_unparseable_golds at true."
+            )
         if run.data.drop_unparseable_golds:
             usable = [i for i in usable if i not in unparseable]
     usable.sort(key=lambda i: (i in unparseable, len(golds[i])))
@@ -168,102 +168,6 @@ def audit_data(run: Run, pool: WorkerPool, report: Report) -> tuple[list[Prompt]
         parsed = pool.map(parse_gold, [gold])[0]
         gold = gold if isinstance(parsed, Unscored) or not parsed else str(parsed[-1])
     return [run.prompts[i] for i in usable], gold
-
-
-def ideal_completion(rendered: str, answer: str) -> tuple[str, list[str], str]:
-    """The completion that a rendered prompt asks for, as far as it names tags and notations; those it names; and the
-    thought that the prompt's end has opened ("<think>"), or opened and closed, or "".
-
-    >>> ideal_completion("Your answer goes between <answer> and </answer> tags: <answer> 1 </answer>", "63")[0][-21:]
-    '<answer> 63 </answer>'
-    """
-    match = re.search(r"<think>\s*(?:</think>\s*)?\Z", rendered)
-    opened = match.group() if match else ""
-    asked = rendered.removesuffix(opened)
-    named = [mark for mark in ("<think>", "<answer>", r"\boxed", "####") if mark in asked]
-
-    def block(tag: str, text: str) -> str:
-        """`text` in these tags, with the white space of the last example that the prompt shows."""
-        *_, shown = ["", *re.findall(rf"<{tag}>([^<]*)</{tag}>", asked)]
-        before, after = shown[: len(shown) - len(shown.lstrip())], shown[len(shown.rstrip()) :]
-        return f"<{tag}>{before}{text}{after}</{tag}>"
-
-    if r"\boxed" in named:
-        final = rf"\boxed{{{answer}}}"
-    elif "####" in named:
-        final = f"#### {answer}"
-    else:
-        final = answer if "<answer>" in named else f"The answer is {answer}."
-    if "<answer>" in named:
-        final = block("answer", final)
-    if "</think>" in opened:
-        return final, named, opened
-    if opened or "<think>" in named:
-        *_, between = ["\n", *re.findall(r"</think>(\s*)<answer>", asked)]
-        thought = block("think", THOUGHT)
-        return (thought.removeprefix("<think>").lstrip() if opened else thought) + between + final, named, opened
-    return f"{THOUGHT}\n{final}", named, opened
-
-
-def audit_rewards(run: Run, prompt: Prompt, answer: str, pool: WorkerPool, report: Report, decisive: bool) -> None:
-    """How each reward answers to probes, in a table, and whether it agrees with the prompt.
-
-    decisive: there are no samples, so a reward that has no value for any probe means no signal.
-    """
-    data = run.data
-    assert isinstance(data, GRPOScriptArguments)
-    rendered = run.tokenizer.decode(prompt.ids, clean_up_tokenization_spaces=False)
-    ideal, named, opened = ideal_completion(rendered, answer)
-    tagged = f"<think>\n{THOUGHT}\n</think>\n<answer>\n{answer}\n</answer>\n"
-    continued = tagged.removeprefix("<think>\n") if opened and "</think>" not in opened else tagged
-    limit = run.config.max_completion_length  # no more tokens could be sampled, so a reward cannot see more
-    probes = {IDEAL: ideal, EMPTY: "", TAGS: continued + 2 * tagged, JUNK: f"{ideal}\nThat was easy! Next one?",
-              HUGE: f"{THOUGHT} " * max(1000, limit // 10)}  # fmt: skip
-    probes |= {name: notation.format(answer) for name, notation in NOTATIONS.items()}
-    only_ids = {"add_special_tokens": False, "truncation": True, "max_length": limit}
-    # One group: the rewards that compare a group's completions compare these.
-    result = start_scoring(
-        run.reward_funcs, run.config.reward_weights, completions=list(probes.values()),
-        completion_ids=run.tokenizer(list(probes.values()), **only_ids)["input_ids"], group_ids=[0] * len(probes),
-        prompts=[prompt.messages] * len(probes), prompt_texts=[rendered] * len(probes),
-        columns={name: [value] * len(probes) for name, value in prompt.columns.items()}, pool=pool,
-    )()  # fmt: skip
-    prefilled = f"; the chat template itself begins the completion with {opened!r}" if opened else ""
-    tell("the prompt asks for", (", ".join(named) or "no tags, no notation") + prefilled)
-    full = {"accuracy": 1.0, "format": 1.0, "tag_count": 1.0, "reasoning_steps": 1.0, "repetition_penalty": 0.0,
-            "soft_overlong_punishment": 0.0, "length": 0.25, "cosine": data.cosine_min_value_correct}  # fmt: skip
-    columns = []
-    for name, function in zip(data.reward_funcs, run.reward_names, strict=True):
-        values = dict(zip(probes, result.per_function[function], strict=True))
-        paid, due = values[IDEAL], full.get(name)
-        exploits: list[str] = []
-        if all(value is None for value in values.values()):
-            (report.no_signal if decisive else report.advice).append(f"{name} has no value for any probe.")
-        elif due is not None and (paid is None or paid < due):
-            report.advice.append(disagreement(name, paid, due, ideal, named))
-        elif paid is not None:
-            exploits = [p for p in REFUSED.get(name, (EMPTY, HUGE)) if (v := values[p]) is not None and v >= paid]
-        if exploits:
-            report.advice.append(f"{name} pays as much for {', '.join(exploits)} as for {IDEAL}: "
-                                 + REMEDY.get(name, "see that another reward pays for the difference."))  # fmt: skip
-        if due is not None and name in GOLD_REWARDS:
-            accepted = [n for n in NOTATIONS if (v := values[n]) is not None and v >= due]
-            tell(name, f"accepts {answer!r} in {len(accepted)} of {len(NOTATIONS)} notations")
-        shown = {p: "-" if v is None else f"{v + 0.0:.3g}" + " !" * (p in exploits) for p, v in values.items()}
-        columns.append([name, *shown.values()])
-    report.advice += [f"a probe failed: {cause} ({text})." for cause, text in dict(result.gaps).items() if text]
-    print(table(["probe", *probes], columns))
-
-
-def disagreement(name: str, paid: float | None, due: float, ideal: str, named: list[str]) -> str:
-    missing = [tag for tag in ("<think>", "<answer>") if tag not in named]
-    if name in ("format", "tag_count") and missing:
-        return (f"{name} pays for <think> and <answer>, but the prompt never asks for {' and '.join(missing)}: name "
-                "them in system_prompt, or drop the reward.")  # fmt: skip
-    text = f"{name} gives {paid} instead of {due:g} to what the prompt asks for, {ideal[:30]!r}...{ideal[-60:]!r}"
-    if name == "tag_count":
-        return f"{text}: it wants each tag on a line of its own; let system_prompt show it so."
-    return f"{text}: prompt and reward disagree; mend one."
 
 
 def audit_samples(run: Run, usable: list[Prompt], pool: WorkerPool, report: Report) -> None:
@@ -316,22 +220,13 @@ def pass_rate(rollouts: list[Rollout], cut: float) -> list[str]:
     advice = []
     if wrong > 0.8 * n:
         longer = ", a longer max_completion_length" if cut > 0.1 else ""
-        advice.append(f"{wrong} of {n} groups are all wrong: take easier data, an SFT warm start{longer}, or have "
-                      "system_prompt show the answer's format.")  # fmt: skip
+        advice.append(
+            f"{wrong} of {n} groups are all wrong: take easier data, an SFT warm start{longer}, or have "
+            "system_prompt show the answer's format."
+        )
     if right > 0.8 * n:
         advice.append(f"{right} of {n} groups are all right: take harder data.")
     return advice
-
-
-def tell(name: str, fact: str) -> None:
-    print(f"{name:<22}{fact}")
-
-
-def table(labels: list[str], columns: list[list[str]]) -> str:
-    cells = [labels, *columns]
-    widths = [max(map(len, column)) + 2 for column in cells]
-    rows = zip(*cells, strict=True)
-    return "\n".join("".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 if __name__ == "__main__":

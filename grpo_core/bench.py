@@ -43,8 +43,10 @@ from sft_core.run.config import require
 
 PROMPT, GROUP, LONGEST = 16, 8, 2048
 AIMS = {  # (shape, checkpointing) -> TFLOP/s of the pass and of the whole step, 16,384 tokens on one H100
-    ("0.5b", False): (400.0,), ("1.5b", False): (500.0, 460.0), ("1.5b", True): (400.0,),
-}  # fmt: skip
+    ("0.5b", False): (400.0,),
+    ("1.5b", False): (500.0, 460.0),
+    ("1.5b", True): (400.0,),
+}
 TIMED = (
     "Timed, the device synchronised before and after each phase: packing (of the peer: padding), forward and backward "
     "with the objective and its metrics (the pass), clipping, the check that all is finite, AdamW. TFLOP/s a GPU: "
@@ -98,8 +100,9 @@ class Clock:
         self.phases[phase], self.last = now(self.device) - self.last, now(self.device)
 
 
-def timed(make: Callable, info: Qwen2Config, tokens: int, config: GRPOConfig, steps: int,
-          device: torch.device) -> list[Phases]:  # fmt: skip
+def timed(
+    make: Callable, info: Qwen2Config, tokens: int, config: GRPOConfig, steps: int, device: torch.device
+) -> list[Phases]:
     """Seconds of each phase of each step after the warm-up."""
     rank, world_size, taken = torch.distributed.get_rank(), torch.distributed.get_world_size(), []
     step = make(info, config, device)
@@ -135,10 +138,14 @@ def in_trls_way(info: Qwen2Config, config: GRPOConfig, device: torch.device) -> 
                 logps = model(ids[rows], attention_mask=mask, labels=labels[rows], fused_lm_head=True).log_probs
             logps = logps[:, PROMPT - 1 :].flatten()  # [N]
             loss, _ = policy_loss(
-                logps, logps.detach(), torch.tensor([r.advantage for r in rollouts[rows]], device=device),
-                (labels[rows] >= 0).nonzero()[:, 0], config.objective(), num_tokens=int((labels >= 0).sum()),
+                logps,
+                logps.detach(),
+                torch.tensor([r.advantage for r in rollouts[rows]], device=device),
+                (labels[rows] >= 0).nonzero()[:, 0],
+                config.objective(),
+                num_tokens=int((labels >= 0).sum()),
                 num_sequences=len(rollouts),
-            )  # fmt: skip
+            )
             loss.backward()
         clock("forward, backward")
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -149,8 +156,9 @@ def in_trls_way(info: Qwen2Config, config: GRPOConfig, device: torch.device) -> 
     return step
 
 
-def measure(make: Any, name: str, info: Qwen2Config, tokens: int, config: GRPOConfig, steps: int,
-            device: torch.device) -> tuple[str, bool, tuple[float, float]]:  # fmt: skip
+def measure(
+    make: Any, name: str, info: Qwen2Config, tokens: int, config: GRPOConfig, steps: int, device: torch.device
+) -> tuple[str, bool, tuple[float, float]]:
     """A line of the table; whether it failed; TFLOP/s a GPU of forward and backward alone and of the whole step."""
     taken, note, failed = with_fresh_memory(timed, make, info, tokens, config, steps, device)
     if note:
@@ -193,14 +201,21 @@ def main(argv: list[str] | None = None) -> None:
     if options.peer and world_size == 1:
         trainers["TRL's way"] = in_trls_way
     if rank == 0:
-        show(f"{world_size} x {machine('torch', 'transformers', 'trl')}; mean of {options.steps} steps\ngradient "
-             f"checkpointing {'on' if checkpointing else 'off'}, blocks "
-             f"{'compiled' if options.torch_compile else 'eager'}. {TIMED}")  # fmt: skip
+        show(
+            f"{world_size} x {machine('torch', 'transformers', 'trl')}; mean of {options.steps} steps\ngradient "
+            f"checkpointing {'on' if checkpointing else 'off'}, blocks "
+            f"{'compiled' if options.torch_compile else 'eager'}. {TIMED}"
+        )
         if options.peer and world_size > 1:
             show("No TRL: it gets one GPU only.")
     for shape, tokens in itertools.product(options.shape, options.tokens):
-        config = GRPOConfig("none", max_tokens_per_micro_batch=tokens, beta=0.0, gradient_checkpointing=checkpointing,
-                            torch_compile=options.torch_compile)  # fmt: skip
+        config = GRPOConfig(
+            "none",
+            max_tokens_per_micro_batch=tokens,
+            beta=0.0,
+            gradient_checkpointing=checkpointing,
+            torch_compile=options.torch_compile,
+        )
         info = shape_config(shape)
         if options.profile:
             step, rollouts = this_trainer(info, config, device), make_rollouts(tokens, info.vocab_size, 1)

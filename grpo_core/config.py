@@ -14,15 +14,7 @@ from gen.config import GenerateConfig
 from gen.engine.base import ENGINES
 from grpo_core.advantage import SCALES
 from grpo_core.loss import LOSS_TYPES, Objective
-from sft_core.run.config import (
-    ModelConfig,
-    ScriptArguments,
-    SFTConfig,
-    TrainingConfig,
-    option,
-    option_table,
-    require,
-)
+from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig, option, option_table, require
 
 SYSTEM_PROMPT = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
@@ -122,20 +114,35 @@ class GRPOConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._resolve()
-        require(self.num_generations >= 2, f"num_generations must be at least 2, got {self.num_generations}: an "
-                "advantage compares the completions of a group.")  # fmt: skip
-        require(self.num_generations_eval is None or self.num_generations_eval >= 1,
-                f"num_generations_eval must be at least 1, got {self.num_generations_eval}.")  # fmt: skip
+        require(
+            self.num_generations >= 2,
+            f"num_generations must be at least 2, got {self.num_generations}: an "
+            "advantage compares the completions of a group.",
+        )
+        require(
+            self.num_generations_eval is None or self.num_generations_eval >= 1,
+            f"num_generations_eval must be at least 1, got {self.num_generations_eval}.",
+        )
         self.objective()  # checks its options
-        require(self.engine != "torch" or self.vllm_tensor_parallel_size == 1,
-                "engine torch has no tensor parallelism: leave out --vllm_tensor_parallel_size.")  # fmt: skip
+        require(
+            self.engine != "torch" or self.vllm_tensor_parallel_size == 1,
+            "engine torch has no tensor parallelism: leave out --vllm_tensor_parallel_size.",
+        )
         require(self.reward_timeout > 0, f"reward_timeout must be above 0 seconds, got {self.reward_timeout}.")
         neutral = self.top_p == 1.0 and self.top_k <= 0 and not self.min_p and self.repetition_penalty == 1.0
-        require(neutral, "top_p, top_k, min_p and repetition_penalty change what is sampled but not what is scored: "
-                "leave them out in training (temperature is fine).")  # fmt: skip
+        require(
+            neutral,
+            "top_p, top_k, min_p and repetition_penalty change what is sampled but not what is scored: "
+            "leave them out in training (temperature is fine).",
+        )
         require(self.temperature > 0, f"temperature must be above 0 in training, got {self.temperature}.")
-        for name in ("num_iterations", "max_prompt_length", "max_completion_length", "vllm_tensor_parallel_size",
-                     "reward_num_workers"):  # fmt: skip
+        for name in (
+            "num_iterations",
+            "max_prompt_length",
+            "max_completion_length",
+            "vllm_tensor_parallel_size",
+            "reward_num_workers",
+        ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
         require(self.prompts_per_step is None or self.prompts_per_step >= 1, "prompts_per_step must be at least 1.")
         require(0 < self.vllm_gpu_memory_utilization < 1, "vllm_gpu_memory_utilization is a share between 0 and 1.")
@@ -145,9 +152,11 @@ class GRPOConfig(TrainingConfig):
         scale = {"true": "group", "false": "none"}.get(self.scale_rewards.lower(), self.scale_rewards)
         require(scale in SCALES, f"unknown scale_rewards {scale!r}: group, batch or none.")
         chosen = "torch" if self.use_vllm is False else "vllm"
-        require(self.use_vllm is None or self.engine in (None, chosen),
-                f"engine {self.engine} and use_vllm {self.use_vllm} contradict each other: leave one out, or "
-                f"give --use_vllm {str(chosen == 'torch').lower()}.")  # fmt: skip
+        require(
+            self.use_vllm is None or self.engine in (None, chosen),
+            f"engine {self.engine} and use_vllm {self.use_vllm} contradict each other: leave one out, or "
+            f"give --use_vllm {str(chosen == 'torch').lower()}.",
+        )
         object.__setattr__(self, "scale_rewards", scale)
         object.__setattr__(self, "engine", self.engine or chosen)
 

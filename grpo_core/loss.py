@@ -104,9 +104,7 @@ def policy_loss(
     totals = {"num_tokens": num_tokens, "num_sequences": num_sequences}
     losses = token_objective(logps, log_ratios, token_advantages, objective, **others)
     weights = aggregation_weights(sequence_ids, lengths, objective, **totals)
-    metrics = loss_metrics(
-        logps, log_ratios, token_advantages, sequence_ids, lengths, objective, **others, **totals
-    )  # fmt: skip
+    metrics = loss_metrics(logps, log_ratios, token_advantages, sequence_ids, lengths, objective, **others, **totals)
     return (weights.to(losses.dtype) * losses).sum(), metrics
 
 
@@ -126,9 +124,7 @@ def token_loss(
     plus `entropy_bonus`.
     """
     lengths = sequence_lengths(sequence_ids, advantages.shape[0])
-    weights = aggregation_weights(
-        sequence_ids, lengths, objective, num_tokens=num_tokens, num_sequences=num_sequences
-    )  # fmt: skip
+    weights = aggregation_weights(sequence_ids, lengths, objective, num_tokens=num_tokens, num_sequences=num_sequences)
     entropy_weight = entropy_coef / _at_least_one(num_tokens)
 
     def losses(logps: Tensor, entropies: Tensor, rows: Tensor | slice) -> Tensor:
@@ -137,9 +133,14 @@ def token_loss(
 
         old = logps.detach() if old_logps is None else old_logps[rows].detach()
         values = token_objective(
-            logps, logps - old, advantages.to(logps.dtype)[sequence_ids[rows]], objective, old_logps=old,
-            ref_logps=of_rows(ref_logps), sampler_logps=of_rows(sampler_logps),
-        )  # fmt: skip
+            logps,
+            logps - old,
+            advantages.to(logps.dtype)[sequence_ids[rows]],
+            objective,
+            old_logps=old,
+            ref_logps=of_rows(ref_logps),
+            sampler_logps=of_rows(sampler_logps),
+        )
         weighted = weights[rows].to(values.dtype) * values
         return weighted - entropy_weight * entropies if entropy_coef else weighted
 

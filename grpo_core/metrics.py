@@ -15,9 +15,17 @@ from grpo_core.rollout import Rollout, Summary
 from sft_core.run.logging import reduce_metrics
 
 CONSOLE = (
-    "reward", "eval_reward", "effective_groups", "unscored", "completions/mean_length", "kl", "clip_ratio/region_mean",
-    "entropy", "sampling/sampling_logp_difference/mean", "tokens_per_second",
-)  # fmt: skip
+    "reward",
+    "eval_reward",
+    "effective_groups",
+    "unscored",
+    "completions/mean_length",
+    "kl",
+    "clip_ratio/region_mean",
+    "entropy",
+    "sampling/sampling_logp_difference/mean",
+    "tokens_per_second",
+)
 MISMATCH_NAMES = {
     "mean_abs": "sampling/sampling_logp_difference/mean",
     "abs_max": "sampling/sampling_logp_difference/max",
@@ -82,8 +90,10 @@ def check_scores(figures: Mapping[str, float], steps_unscored: int) -> int:
     """Rollouts in a row in which nothing could be scored; the third raises RuntimeError: that is not bad luck."""
     steps_unscored = steps_unscored + 1 if math.isnan(figures["reward"]) else 0
     if steps_unscored == 3:
-        raise RuntimeError("no completion of the last three rollouts could be scored: mend the reward functions or the "
-                           "gold answers; the lines above say which gave none.")  # fmt: skip
+        raise RuntimeError(
+            "no completion of the last three rollouts could be scored: mend the reward functions or the "
+            "gold answers; the lines above say which gave none."
+        )
     return steps_unscored
 
 

@@ -73,18 +73,27 @@ def prepare(argv: list[str]) -> Run:
         raise ValueError(f"there is no folder of rollouts at {config.rollouts_from}: check --rollouts_from.")
     reward_funcs = get_reward_funcs(data)
     weights = config.reward_weights
-    require(weights is None or len(weights) == len(reward_funcs) and any(weights) and all(map(math.isfinite, weights)),
-            f"reward_weights {weights} for reward_funcs {data.reward_funcs}: give one weight each, finite and not all "
-            "0.")  # fmt: skip
+    require(
+        weights is None or len(weights) == len(reward_funcs) and any(weights) and all(map(math.isfinite, weights)),
+        f"reward_weights {weights} for reward_funcs {data.reward_funcs}: give one weight each, finite and not all 0.",
+    )
     base = join("grpo", model, data, config)
     world_size, dtype = base.world_size, base.dtype
     tensor_parallel = config.vllm_tensor_parallel_size
-    require(not config.vllm_enable_sleep_mode or config.engine == "torch" or base.device.type == "cuda",
-            "vLLM cannot sleep on the CPU: leave out --vllm_enable_sleep_mode.")  # fmt: skip
-    require(world_size % tensor_parallel == 0,
-            f"vllm_tensor_parallel_size {tensor_parallel} does not divide {world_size} ranks.")  # fmt: skip
-    check_positions(base.model_info, config.max_prompt_length + config.max_completion_length, "prompt and completion",
-                    "lower --max_prompt_length or --max_completion_length")  # fmt: skip
+    require(
+        not config.vllm_enable_sleep_mode or config.engine == "torch" or base.device.type == "cuda",
+        "vLLM cannot sleep on the CPU: leave out --vllm_enable_sleep_mode.",
+    )
+    require(
+        world_size % tensor_parallel == 0,
+        f"vllm_tensor_parallel_size {tensor_parallel} does not divide {world_size} ranks.",
+    )
+    check_positions(
+        base.model_info,
+        config.max_prompt_length + config.max_completion_length,
+        "prompt and completion",
+        "lower --max_prompt_length or --max_completion_length",
+    )
     distributed.on_first_rank(lambda: check_columns(base.rows, data.dataset_name, data, reward_funcs), patient=True)
     if base.test_rows is not None:
         test = (base.test_rows, data.dataset_test_split)
@@ -92,8 +101,10 @@ def prepare(argv: list[str]) -> Run:
     prompts, left_out = prompts_to_use(base, base.rows, config)
     test_prompts: list[Prompt] = []
     if base.test_rows is not None:
-        require(config.rollouts_from is None, "a replay of rollouts has no engine to evaluate with: leave out do_eval "
-                "and eval_strategy.")  # fmt: skip
+        require(
+            config.rollouts_from is None,
+            "a replay of rollouts has no engine to evaluate with: leave out do_eval and eval_strategy.",
+        )
         test_prompts, test_left_out = prompts_to_use(base, base.test_rows, config)
     prompts_per_rollout = config.prompts_a_rollout(world_size)
     total_steps = config.total_steps(config.num_iterations * len(prompts) / prompts_per_rollout)
@@ -111,12 +122,20 @@ def prepare(argv: list[str]) -> Run:
         kv_bytes = max_batch * kv_cache_bytes(base.model_info, dtype, max_model_len)
     on_gpu = base.device.type == "cuda" and config.engine == "vllm" and config.rollouts_from is None
     plan = Plan(
-        base.model_info, model, config, base.num_parameters, world_size,
-        rows=rows, longest=max_model_len, itemsize=dtype.itemsize, reference=config.beta > 0,
-        engine_ranks=tensor_parallel, engine_kv_bytes=kv_bytes,
+        base.model_info,
+        model,
+        config,
+        base.num_parameters,
+        world_size,
+        rows=rows,
+        longest=max_model_len,
+        itemsize=dtype.itemsize,
+        reference=config.beta > 0,
+        engine_ranks=tensor_parallel,
+        engine_kv_bytes=kv_bytes,
         engine_share=config.vllm_gpu_memory_utilization if on_gpu else 0,
         engine_sleeps=config.vllm_enable_sleep_mode,
-    )  # fmt: skip
+    )
     batch = f"{prompts_per_rollout} prompts x {config.num_generations} completions"
     if config.prompts_per_step is None:
         batch += (
@@ -131,11 +150,20 @@ def prepare(argv: list[str]) -> Run:
         memory_plan(plan, base.device),
     ]
     return Run(
-        **vars(base), config=config, local_model=local_copy(model), prompts=prompts, test_prompts=test_prompts,
-        reward_funcs=reward_funcs, reward_names=[reward_name(function) for function in reward_funcs],
-        identity=identity, checkpoint=checkpoint, prompts_per_rollout=prompts_per_rollout,
-        max_batch=max_batch, total_steps=total_steps, summary="\n".join(summary),
-    )  # fmt: skip
+        **vars(base),
+        config=config,
+        local_model=local_copy(model),
+        prompts=prompts,
+        test_prompts=test_prompts,
+        reward_funcs=reward_funcs,
+        reward_names=[reward_name(function) for function in reward_funcs],
+        identity=identity,
+        checkpoint=checkpoint,
+        prompts_per_rollout=prompts_per_rollout,
+        max_batch=max_batch,
+        total_steps=total_steps,
+        summary="\n".join(summary),
+    )
 
 
 def plan_only(model: ModelConfig, config: GRPOConfig) -> NoReturn:
@@ -148,11 +176,17 @@ def plan_only(model: ModelConfig, config: GRPOConfig) -> NoReturn:
     engine = config.rollouts_from is None
     cache = min(1024, rows) * kv_cache_bytes(info, torch.bfloat16, longest)
     dry_run(
-        info, model, config, rows=rows, longest=longest, reference=config.beta > 0,
+        info,
+        model,
+        config,
+        rows=rows,
+        longest=longest,
+        reference=config.beta > 0,
         engine_share=config.vllm_gpu_memory_utilization if engine and config.engine == "vllm" else 0.0,
-        engine_kv_bytes=cache if engine else -1, engine_ranks=config.vllm_tensor_parallel_size,
+        engine_kv_bytes=cache if engine else -1,
+        engine_ranks=config.vllm_tensor_parallel_size,
         engine_sleeps=config.vllm_enable_sleep_mode,
-    )  # fmt: skip
+    )
 
 
 def prompts_to_use(base: Base, rows: Dataset, config: GRPOConfig) -> tuple[list[Prompt], str]:
@@ -173,9 +207,12 @@ def prompts_to_use(base: Base, rows: Dataset, config: GRPOConfig) -> tuple[list[
 
     dropped = set(distributed.on_first_rank(find, patient=True))
     kept = [prompt for i, prompt in enumerate(prompts) if i not in dropped]
-    require(len(kept) > 0, f"none of the {len(prompts)} gold answers can be parsed, so the rewards "
-            f"{', '.join(sorted(GOLD_REWARDS & set(data.reward_funcs)))} would have no signal: check the column "
-            "`solution` (or `answer`).")  # fmt: skip
+    require(
+        len(kept) > 0,
+        f"none of the {len(prompts)} gold answers can be parsed, so the rewards "
+        f"{', '.join(sorted(GOLD_REWARDS & set(data.reward_funcs)))} would have no signal: check the column "
+        "`solution` (or `answer`).",
+    )
     return kept, f"{reason}, {len(dropped)} whose gold answer cannot be parsed"
 
 
@@ -239,9 +276,12 @@ def dry_call(base: Base, config: GRPOConfig, prompts: list[Prompt], functions: l
                 except Exception as error:  # of a user's function anything
                     raise ValueError(f"{reward_name(function)} cannot be called where rewards run: {error}") from error
                 for cause, text in gaps:
-                    require(not text, f"{cause} on a real row with the completion {str(gold)!r:.50} ({text}): mend "
-                            "it, or raise --reward_timeout if it is slow; it may take completions, completion_ids, "
-                            f"prompts, prompt_texts, group_ids, {', '.join(prompt.columns)}.")  # fmt: skip
+                    require(
+                        not text,
+                        f"{cause} on a real row with the completion {str(gold)!r:.50} ({text}): mend "
+                        "it, or raise --reward_timeout if it is slow; it may take completions, completion_ids, "
+                        f"prompts, prompt_texts, group_ids, {', '.join(prompt.columns)}.",
+                    )
 
 
 def start_engine(run: Run) -> Engine | None:

@@ -75,9 +75,12 @@ def load_prompts(
         )
     system = SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
     role = "system" if not system or shows_system(tokenizer) else "user"
-    require(role == "system" or config.system_prompt is None, "the chat template has no system role and would lose "
-            "--system_prompt: write it into the prompts and give --system_prompt '', or give a --chat_template with "
-            "that role.")  # fmt: skip
+    require(
+        role == "system" or config.system_prompt is None,
+        "the chat template has no system role and would lose "
+        "--system_prompt: write it into the prompts and give --system_prompt '', or give a --chat_template with "
+        "that role.",
+    )
     prompts: list[Prompt] = []
     fit_without = 0
     for number, row in enumerate(tqdm(rows, desc="prompts", disable=None, leave=False), 1):

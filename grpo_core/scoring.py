@@ -110,8 +110,11 @@ def start_scoring(
     messages = [[{"role": "assistant", "content": text}] for text in completions]
     gold = gold_column(columns)
     given: dict[str, list] = {
-        "prompts": prompts, "completions": messages, "completion_ids": completion_ids, "group_ids": group_ids,
-    }  # fmt: skip
+        "prompts": prompts,
+        "completions": messages,
+        "completion_ids": completion_ids,
+        "group_ids": group_ids,
+    }
     if prompt_texts is not None:
         given["prompt_texts"] = prompt_texts
     if taken := given.keys() & columns:

@@ -85,9 +85,15 @@ def train(run: Run) -> Errands:
     optimizer = make_optimizer(policy, config)
     scheduler = make_scheduler(optimizer, config, run.total_steps)
     progress: dict[str, Any] = {
-        "step": 0, "prompts": 0, "num_tokens": 0, "loss_sum": 0.0, "seconds": 0.0, "uses": 0, "figures": {},
+        "step": 0,
+        "prompts": 0,
+        "num_tokens": 0,
+        "loss_sum": 0.0,
+        "seconds": 0.0,
+        "uses": 0,
+        "figures": {},
         "effective_groups": 0.0,
-    }  # fmt: skip
+    }
     rollouts: list[Rollout] = []  # this rank's
     if run.checkpoint is not None:
         progress |= load_checkpoint(run.checkpoint, policy, optimizer, scheduler)
@@ -95,9 +101,14 @@ def train(run: Run) -> Errands:
     engine = start_engine(run)
     pool = WorkerPool(config.reward_num_workers, config.reward_timeout, prints=rank == 0)
     logger = MetricsLogger(
-        config.output_dir, config.report_to, progress["step"], run.options, CONSOLE, run.total_steps,
+        config.output_dir,
+        config.report_to,
+        progress["step"],
+        run.options,
+        CONSOLE,
+        run.total_steps,
         max_text_samples=config.num_completions_to_print,
-    )  # fmt: skip
+    )
     errands = Errands(run, logger, samples=len(run.prompts), steps_per_epoch=run.steps_per_epoch)
     phases = distributed.Phases(config.ddp_timeout)
     stop = distributed.StopSignal()
@@ -109,10 +120,14 @@ def train(run: Run) -> Errands:
         with phases("sync"):
             sync_weights(engine, full_weights(policy, run.dtype), weight_names(policy), progress["step"])
             probe(
-                engine, partial(policy.score, temperature=config.temperature, device=device), run.prompts[0].ids,
-                temperature=config.temperature, max_tokens=min(16, config.max_completion_length),
-                seed=config.seed, tolerance=config.max_logp_difference,
-            )  # fmt: skip
+                engine,
+                partial(policy.score, temperature=config.temperature, device=device),
+                run.prompts[0].ids,
+                temperature=config.temperature,
+                max_tokens=min(16, config.max_completion_length),
+                seed=config.seed,
+                tolerance=config.max_logp_difference,
+            )
             reshard(policy)
 
     def evaluate() -> None:
@@ -129,11 +144,18 @@ def train(run: Run) -> Errands:
         if progress["uses"]:
             keep_old_logps(micro_batches)
         folder = save_checkpoint(
-            config.output_dir, progress["step"], policy, optimizer, scheduler,
-            progress=progress, identity=run.identity, save_total_limit=config.save_total_limit,
+            config.output_dir,
+            progress["step"],
+            policy,
+            optimizer,
+            scheduler,
+            progress=progress,
+            identity=run.identity,
+            save_total_limit=config.save_total_limit,
             write_extra=lambda folder: write_rollouts(folder, progress["step"], rollouts if progress["uses"] else []),
-            write_model=write_model, only_model=config.save_only_model and not stopping,
-        )  # fmt: skip
+            write_model=write_model,
+            only_model=config.save_only_model and not stopping,
+        )
         errands.on_save(progress["step"], folder)
 
     micro_batches: list[MicroBatch] = []  # of the rollouts; made anew for each rollout, and after a resume within one
@@ -199,14 +221,20 @@ def train(run: Run) -> Errands:
         progress["seconds"] += seconds
         progress["figures"] |= {name: value for name, value in metrics.items() if name.startswith("sampling/")}
         if errands.due("logging", step):
-            logger.log(step, progress["figures"] | metrics | timing | {
-                "grad_norm": float(grad_norm),
-                "learning_rate": learning_rate,
-                "epoch": progress["prompts"] / len(run.prompts),
-                "num_tokens": progress["num_tokens"],
-                "step_time": seconds,
-                "tokens_per_second": metrics["tokens"] / seconds,
-            })  # fmt: skip
+            logger.log(
+                step,
+                progress["figures"]
+                | metrics
+                | timing
+                | {
+                    "grad_norm": float(grad_norm),
+                    "learning_rate": learning_rate,
+                    "epoch": progress["prompts"] / len(run.prompts),
+                    "num_tokens": progress["num_tokens"],
+                    "step_time": seconds,
+                    "tokens_per_second": metrics["tokens"] / seconds,
+                },
+            )
             samples = spread(rollouts, config.num_completions_to_print if config.log_completions else 0)
             logger.log_completions(step, completion_rows(samples, run.reward_names, run.tokenizer))
         errands.log_benchmarks()
@@ -227,8 +255,10 @@ def train(run: Run) -> Errands:
             evaluate()
         errands.trained(progress)
         if rank == 0 and progress["effective_groups"] == 0:
-            print("no group of this run had a gradient: the rewards of each were all equal, so nothing was learnt from "
-                  "them. `python -m grpo_core.audit` with the same options says why.")  # fmt: skip
+            print(
+                "no group of this run had a gradient: the rewards of each were all equal, so nothing was learnt from "
+                "them. `python -m grpo_core.audit` with the same options says why."
+            )
     elif rank == 0:
         print(f"stopped by a signal after step {progress['step']}: the same command goes on from there")
     pool.close()
@@ -266,9 +296,11 @@ def update(
     for batch in micro_batches:
         n, ids = len(batch.positions), batch.sequences.sequence_ids[: len(batch.positions)]  # 0 in an idle pass
         given = {
-            "num_tokens": counts.num_tokens, "num_sequences": counts.num_sequences, "ref_logps": batch.ref_logps,
+            "num_tokens": counts.num_tokens,
+            "num_sequences": counts.num_sequences,
+            "ref_logps": batch.ref_logps,
             "sampler_logps": batch.sampler_logps if config.old_logps == "policy" else None,
-        }  # fmt: skip
+        }
         if batch.old_logps is None and config.old_logps == "sampler":
             batch.old_logps = batch.sampler_logps
         if objective.by_token:  # the head takes the loss with it, in one sweep

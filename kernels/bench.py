@@ -136,8 +136,13 @@ def extra_memory(run: Callable, case: Case) -> tuple[float, float]:
 
 def exactly(part: Case) -> Case:
     """The same in float64, with log-probs in `seen`, and gradients."""
-    exact = Case(part.hidden.detach().double().requires_grad_(), part.weight.detach().double().requires_grad_(),
-                 part.targets, part.old_logps.double(), part.advantages.double())  # fmt: skip
+    exact = Case(
+        part.hidden.detach().double().requires_grad_(),
+        part.weight.detach().double().requires_grad_(),
+        part.targets,
+        part.old_logps.double(),
+        part.advantages.double(),
+    )
     exact.loss(reference.linear_logprob(exact.hidden, exact.weight, exact.targets)[0]).sum().backward()
     return exact
 
@@ -190,9 +195,15 @@ def bench(
             f.ms, f.floor = in_turn([run, floor], case, cache, options.rounds)
         except Exception as error:
             f.note, f.failed = failure(error)
-        cells = [f.note or f"{f.ms:.2f}", f"{6e-9 * tokens * hidden * vocab / f.ms:.4g}", f"{f.ratio:.2f}",
-                 f"{f.peak:.2f}", f"{f.workspace:.2f}", *(f"{error:.1e}" for error in f.errors),
-                 {True: "yes", False: "no", None: "-"}[f.repeats]]  # fmt: skip
+        cells = [
+            f.note or f"{f.ms:.2f}",
+            f"{6e-9 * tokens * hidden * vocab / f.ms:.4g}",
+            f"{f.ratio:.2f}",
+            f"{f.peak:.2f}",
+            f"{f.workspace:.2f}",
+            *(f"{error:.1e}" for error in f.errors),
+            {True: "yes", False: "no", None: "-"}[f.repeats],
+        ]
         show(f"| {name} | {' | '.join(cells)} |".replace("| nan", "| -"))
 
 

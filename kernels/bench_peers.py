@@ -107,8 +107,14 @@ def liger_grpo() -> Callable[[Case], Tensor]:
         hidden = case.hidden.view(*rows, case.hidden.shape[-1])
         mask = torch.ones_like(case.targets.view(rows))
         advantages = case.advantages.view(rows)[:, 0]
-        return fused(hidden, case.weight, case.targets.view(rows), mask, advantages,
-                     old_per_token_logps=case.old_logps.view(rows))[0]  # fmt: skip
+        return fused(
+            hidden,
+            case.weight,
+            case.targets.view(rows),
+            mask,
+            advantages,
+            old_per_token_logps=case.old_logps.view(rows),
+        )[0]
 
     return loss
 

@@ -115,9 +115,14 @@ class _LinearLogprob(torch.autograd.Function):
                     logits, out = chunks.logits(states[part], part)
                     stats = softmax_stats(logits, targets[rows], ctx.temperature, out)
                     logits_gradient(
-                        logits, stats, targets[rows], ctx.temperature, grad_logps[rows],
-                        None if grad_entropies is None else grad_entropies[rows], out=out,
-                    )  # fmt: skip
+                        logits,
+                        stats,
+                        targets[rows],
+                        ctx.temperature,
+                        grad_logps[rows],
+                        None if grad_entropies is None else grad_entropies[rows],
+                        out=out,
+                    )
                     del logits, out
                 chunks.products(block, states)
         grad_hidden, grad_weight = chunks.gradients()

@@ -49,9 +49,20 @@ def _sweep(logits, slopes, target, base, vocab, scale, block: tl.constexpr):
 
 @triton.jit
 def _stats_kernel(
-    logits, slopes, targets, logps, entropies, bests, scales, normalisers,
-    stride, slopes_stride, vocab, scale, block: tl.constexpr,
-):  # fmt: skip
+    logits,
+    slopes,
+    targets,
+    logps,
+    entropies,
+    bests,
+    scales,
+    normalisers,
+    stride,
+    slopes_stride,
+    vocab,
+    scale,
+    block: tl.constexpr,
+):
     """One row, relative to the target's logit: read once, but for a target 2^-32 as likely as the likeliest token."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -84,9 +95,20 @@ def _stats_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    logits, gradient, targets, normalisers, entropies, grad_logps, grad_entropies,
-    stride, gradient_stride, vocab, scale, inverse_temperature, block: tl.constexpr,
-):  # fmt: skip
+    logits,
+    gradient,
+    targets,
+    normalisers,
+    entropies,
+    grad_logps,
+    grad_entropies,
+    stride,
+    gradient_stride,
+    vocab,
+    scale,
+    inverse_temperature,
+    block: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     gradient += row * gradient_stride
@@ -115,24 +137,51 @@ def softmax_stats(logits: Tensor, targets: Tensor, temperature: float, slopes: T
     rows, vocab = logits.shape
     if rows:
         _stats_kernel[(rows,)](
-            logits, slopes, targets, stats.logps, stats.entropies, stats.best_logps, stats.scales, stats.normalisers,
-            logits.stride(0), 0 if slopes is None else slopes.stride(0), vocab, LOG2E.value / temperature,
-            block=_block(vocab), num_warps=WARPS,
-        )  # fmt: skip
+            logits,
+            slopes,
+            targets,
+            stats.logps,
+            stats.entropies,
+            stats.best_logps,
+            stats.scales,
+            stats.normalisers,
+            logits.stride(0),
+            0 if slopes is None else slopes.stride(0),
+            vocab,
+            LOG2E.value / temperature,
+            block=_block(vocab),
+            num_warps=WARPS,
+        )
 
 
 def logits_gradient(
-    logits: Tensor, stats: Stats, targets: Tensor, temperature: float, grad_logps: Tensor,
-    grad_entropies: Tensor | None, out: Tensor,
-) -> None:  # fmt: skip
+    logits: Tensor,
+    stats: Stats,
+    targets: Tensor,
+    temperature: float,
+    grad_logps: Tensor,
+    grad_entropies: Tensor | None,
+    out: Tensor,
+) -> None:
     """The gradient [C, V], written to `out`."""
     rows, vocab = logits.shape
     if rows:
         _gradient_kernel[(rows,)](
-            logits, out, targets, stats.normalisers, stats.entropies, grad_logps.contiguous(),
-            None if grad_entropies is None else grad_entropies.contiguous(), logits.stride(0), out.stride(0), vocab,
-            LOG2E.value / temperature, 1 / temperature, block=_block(vocab), num_warps=WARPS,
-        )  # fmt: skip
+            logits,
+            out,
+            targets,
+            stats.normalisers,
+            stats.entropies,
+            grad_logps.contiguous(),
+            None if grad_entropies is None else grad_entropies.contiguous(),
+            logits.stride(0),
+            out.stride(0),
+            vocab,
+            LOG2E.value / temperature,
+            1 / temperature,
+            block=_block(vocab),
+            num_warps=WARPS,
+        )
 
 
 def _block(vocab: int) -> int:

@@ -40,8 +40,10 @@ from sft_core.run.config import ModelConfig, SFTConfig, require
 LONGEST = 2048
 WARM_UP = 3  # steps that are not timed: compilation of kernels, the optimizer's state
 SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary
-    "tiny": (64, 128, 2, 4, 2, 256), "0.5b": (896, 4864, 24, 14, 2, 151936), "1.5b": (1536, 8960, 28, 12, 2, 151936),
-}  # fmt: skip
+    "tiny": (64, 128, 2, 4, 2, 256),
+    "0.5b": (896, 4864, 24, 14, 2, 151936),
+    "1.5b": (1536, 8960, 28, 12, 2, 151936),
+}
 TIMED = (
     "Timed, the device synchronised before and after: packing a micro-batch, forward, backward with the reduction of "
     "gradients, clipping, the check that all is finite, AdamW, the schedule; of TRL from on_step_begin to on_step_end. "
@@ -63,9 +65,15 @@ def documents(tokens: int, vocab: int, seed: int) -> list[list[int]]:
 def shape_config(name: str) -> Qwen2Config:
     hidden, ffn, layers, heads, kv_heads, vocab = SHAPES[name]
     return Qwen2Config(
-        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocab, tie_word_embeddings=True, max_position_embeddings=32768,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+        tie_word_embeddings=True,
+        max_position_embeddings=32768,
+    )
 
 
 def now(device: torch.device) -> float:
@@ -132,8 +140,16 @@ def with_fresh_memory(make: Any, *arguments: Any) -> tuple[Any, str, bool]:
         return None, *failure(error)
 
 
-def measure(make: Any, name: str, info: Qwen2Config, tokens: int, config: SFTConfig, steps: int,
-            device: torch.device, world_size: int) -> tuple[str, bool]:  # fmt: skip
+def measure(
+    make: Any,
+    name: str,
+    info: Qwen2Config,
+    tokens: int,
+    config: SFTConfig,
+    steps: int,
+    device: torch.device,
+    world_size: int,
+) -> tuple[str, bool]:
     """A line of the table: one trainer at one shape; and whether it failed."""
     taken, note, failed = with_fresh_memory(make, info, tokens, config, steps, device)
     if note:
@@ -178,9 +194,11 @@ def main(argv: list[str] | None = None) -> None:
         trainers["TRL and Liger"] = trl_and_liger
     if rank == 0:
         where = machine("torch", "transformers", "trl", "liger-kernel")
-        show(f"{world_size} x {where}; mean of {options.steps} steps, gradient checkpointing "
-             f"{'on' if options.gradient_checkpointing else 'off'}, blocks "
-             f"{'compiled' if options.torch_compile else 'eager'}. {TIMED}")  # fmt: skip
+        show(
+            f"{world_size} x {where}; mean of {options.steps} steps, gradient checkpointing "
+            f"{'on' if options.gradient_checkpointing else 'off'}, blocks "
+            f"{'compiled' if options.torch_compile else 'eager'}. {TIMED}"
+        )
         if options.peer and world_size > 1:
             show("No TRL: it gets one GPU only.")
         show("\n| trainer | tokens a GPU | s a step | tokens/s in all | TFLOP/s a GPU | MFU | peak GiB |")

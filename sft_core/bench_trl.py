@@ -55,11 +55,22 @@ def trl(info: PretrainedConfig, tokens: int, config: SFTConfig, steps: int, devi
     clock, on_gpu = Clock(device), device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         arguments = TRLConfig(
-            output_dir=folder, max_steps=total, per_device_train_batch_size=len(rows) // total, padding_free=True,
-            max_length=None, bf16=on_gpu, use_cpu=not on_gpu, use_liger_kernel=on_gpu, optim="adamw_torch_fused",
-            gradient_checkpointing=config.gradient_checkpointing, max_grad_norm=config.max_grad_norm,
-            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=folder,
+            max_steps=total,
+            per_device_train_batch_size=len(rows) // total,
+            padding_free=True,
+            max_length=None,
+            bf16=on_gpu,
+            use_cpu=not on_gpu,
+            use_liger_kernel=on_gpu,
+            optim="adamw_torch_fused",
+            gradient_checkpointing=config.gradient_checkpointing,
+            max_grad_norm=config.max_grad_norm,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
         data = Dataset.from_dict({"input_ids": rows, "labels": rows})
         InOrder(model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[clock]).train()
     return clock.seconds[WARM_UP:]

@@ -93,9 +93,13 @@ def _encode_spans(
 
 
 def _conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], trained_from: int, more: dict[str, Any],
-    stop_ids: frozenset[int], config: SFTConfig,
-) -> Example:  # fmt: skip
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    trained_from: int,
+    more: dict[str, Any],
+    stop_ids: frozenset[int],
+    config: SFTConfig,
+) -> Example:
     """Ids and mask of a conversation; nothing before message `trained_from` is trained."""
     check_shown(tokenizer, messages, more)
     if not config.assistant_only_loss:
@@ -123,9 +127,12 @@ Spans = list[tuple[int, int]]  # of each trained turn: its first token, and the 
 
 
 def _marked_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], trained_from: int, more: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    trained_from: int,
+    more: dict[str, Any],
     stop_ids: frozenset[int],
-) -> tuple[list[int], Spans]:  # fmt: skip
+) -> tuple[list[int], Spans]:
     """Token ids and trained turns by the template's generation markers, whether or not these hold the stop token."""
     encoded = tokenizer.apply_chat_template(
         messages, **more, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -147,9 +154,12 @@ def _marked_spans(
 
 
 def _compared_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], trained_from: int, more: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    trained_from: int,
+    more: dict[str, Any],
     stop_ids: frozenset[int],
-) -> tuple[list[int], Spans]:  # fmt: skip
+) -> tuple[list[int], Spans]:
     """The same by rendering up to where each turn begins: what follows is the turn, from its first word to its last."""
     whole = render(tokenizer, messages, more)
     spans = []
@@ -218,8 +228,12 @@ def encode_row(
         (ids, mask), outcome = fit(supervised_example(tokenizer, row, stop_ids, config), config)
     except ValueError as error:
         raise ValueError(f"row {index + 1} of the data: {error}") from error
-    return {"input_ids": np.array(ids, np.int32), "loss_mask": np.array(mask, bool), "length": len(ids),
-            "outcome": outcome}  # fmt: skip
+    return {
+        "input_ids": np.array(ids, np.int32),
+        "loss_mask": np.array(mask, bool),
+        "length": len(ids),
+        "outcome": outcome,
+    }
 
 
 def what_is_trained(config: SFTConfig) -> dict[str, Any]:
@@ -254,8 +268,16 @@ def supervised_examples(
     code = [Path(module.__file__ or "").read_bytes() for module in modules]
     template = str(tokenizer.chat_template)
     today = datetime.date.today() if "strftime_now" in template else None
-    options = (code, today, what_is_trained(config), sorted(stop_ids), tokenizer.special_tokens_map, template,
-               tokenizer.backend_tokenizer.to_str(), rows._fingerprint)  # fmt: skip
+    options = (
+        code,
+        today,
+        what_is_trained(config),
+        sorted(stop_ids),
+        tokenizer.special_tokens_map,
+        template,
+        tokenizer.backend_tokenizer.to_str(),
+        rows._fingerprint,
+    )
     cores = min(16, len(os.sched_getaffinity(0)))
     processes = max(1, min(config.dataset_num_proc or cores, len(rows) // ROWS_PER_PROCESS))
     tokenise: Callable[[], Dataset] = partial(
@@ -271,8 +293,10 @@ def supervised_examples(
     on_first_rank(lambda: len(tokenise()), patient=True)
     examples = tokenise().with_format("numpy")
     outcomes, lengths = (examples.data.column(name).to_numpy() for name in ("outcome", "length"))
-    counts = {name: int((outcomes == code).sum())
-              for name, code in (("cut", CUT), ("too long", TOO_LONG), ("nothing to learn", NOTHING))}  # fmt: skip
+    counts = {
+        name: int((outcomes == code).sum())
+        for name, code in (("cut", CUT), ("too long", TOO_LONG), ("nothing to learn", NOTHING))
+    }
     kept = np.flatnonzero(outcomes <= CUT)
     if len(kept) == 0:
         raise ValueError(

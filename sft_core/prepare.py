@@ -18,14 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from sft_core.data.chat_template import check_template, set_up
 from sft_core.data.rows import fingerprint, first_row, load_splits
-from sft_core.dataset import (
-    Examples,
-    check_columns,
-    encode_row,
-    needs_template,
-    supervised_examples,
-    what_is_trained,
-)
+from sft_core.dataset import Examples, check_columns, encode_row, needs_template, supervised_examples, what_is_trained
 from sft_core.model.adapters import check_adapters, describe
 from sft_core.model.architectures import check_architecture
 from sft_core.model.checkpoint import STATE, differences, prepare_output_dir
@@ -111,22 +104,41 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
     conversations = supervised is None or needs_template(first_row(rows))
     eos_token = None if supervised is None else supervised.eos_token
     set_up(tokenizer, eos_token, conversations, chatml_default=supervised is not None)
-    require(not model.use_peft or len(tokenizer) <= model_info.get_text_config().vocab_size,
-            f"{model.model_name_or_path} has no chat template, and the tokens of ChatML would be new to it, which an "
-            "adapter cannot hold: give a --chat_template whose tokens it knows, or train the whole model.")  # fmt: skip
-    require(supervised is not None or len(tokenizer) <= model_info.get_text_config().vocab_size,
-            f"the tokenizer of {model.model_name_or_path} has {len(tokenizer)} tokens, more than the model's "
-            "embedding: train with sft_core.train first, which enlarges it.")  # fmt: skip
-    require(supervised is None or tokenizer.is_fast, f"{model.model_name_or_path} has no fast tokenizer, which says "
-            "where in the text a token is: save one beside it (AutoTokenizer with use_fast=True).")  # fmt: skip
+    require(
+        not model.use_peft or len(tokenizer) <= model_info.get_text_config().vocab_size,
+        f"{model.model_name_or_path} has no chat template, and the tokens of ChatML would be new to it, which an "
+        "adapter cannot hold: give a --chat_template whose tokens it knows, or train the whole model.",
+    )
+    require(
+        supervised is not None or len(tokenizer) <= model_info.get_text_config().vocab_size,
+        f"the tokenizer of {model.model_name_or_path} has {len(tokenizer)} tokens, more than the model's "
+        "embedding: train with sft_core.train first, which enlarges it.",
+    )
+    require(
+        supervised is None or tokenizer.is_fast,
+        f"{model.model_name_or_path} has no fast tokenizer, which says "
+        "where in the text a token is: save one beside it (AutoTokenizer with use_fast=True).",
+    )
     stop_ids = stop_token_ids(tokenizer, model)
     template = check_template(tokenizer, stop_ids, supervised is not None) if conversations else ""
     return Base(
-        algorithm=algorithm, model=model, data=data, options=asdict(model) | asdict(data) | asdict(config),
-        recipe=as_yaml([model, data, config]), rank=rank, world_size=world_size, device=device, bf16=bf16,
-        model_info=model_info, architecture_checked=copied, tokenizer=tokenizer, stop_ids=stop_ids,
-        template=template, rows=rows, test_rows=test_rows,
-    )  # fmt: skip
+        algorithm=algorithm,
+        model=model,
+        data=data,
+        options=asdict(model) | asdict(data) | asdict(config),
+        recipe=as_yaml([model, data, config]),
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        bf16=bf16,
+        model_info=model_info,
+        architecture_checked=copied,
+        tokenizer=tokenizer,
+        stop_ids=stop_ids,
+        template=template,
+        rows=rows,
+        test_rows=test_rows,
+    )
 
 
 def claim(base: Base, config: TrainingConfig, **more: Any) -> tuple[dict[str, Any], Path | None]:
@@ -212,10 +224,15 @@ def prepare(argv: list[str]) -> Run:
     per_pass = source.sequences_per_pass if isinstance(source, Shuffled) else 0
     total_steps = config.total_steps(per_pass / sequences_per_step)
     plan = Plan(
-        base.model_info, model, config, base.num_parameters, base.world_size,
-        rows=sequences_per_step // base.world_size, longest=source.longest or config.max_length,
+        base.model_info,
+        model,
+        config,
+        base.num_parameters,
+        base.world_size,
+        rows=sequences_per_step // base.world_size,
+        longest=source.longest or config.max_length,
         itemsize=base.dtype.itemsize,
-    )  # fmt: skip
+    )
     what = f"bins of at most {config.max_length} tokens" if config.packing else "rows"
     summary = [
         base.template,
@@ -225,10 +242,18 @@ def prepare(argv: list[str]) -> Run:
         memory_plan(plan, base.device),
     ]
     return Run(
-        **vars(base), config=config, local_model=local_copy(model), source=source, samples=samples,
-        test_examples=test_examples, identity=identity, checkpoint=checkpoint, sequences_per_step=sequences_per_step,
-        total_steps=total_steps, summary="\n".join(line for line in summary if line),
-    )  # fmt: skip
+        **vars(base),
+        config=config,
+        local_model=local_copy(model),
+        source=source,
+        samples=samples,
+        test_examples=test_examples,
+        identity=identity,
+        checkpoint=checkpoint,
+        sequences_per_step=sequences_per_step,
+        total_steps=total_steps,
+        summary="\n".join(line for line in summary if line),
+    )
 
 
 def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, str]:

@@ -55,9 +55,12 @@ def train(run: Run) -> Errands:
     config, device, total_steps = run.config, run.device, run.total_steps
     with distributed.usage_errors():  # weights that are not the model's
         policy = load_policy(
-            run.local_model, dtype=run.dtype, seed=config.seed, known_as=run.model.model_name_or_path,
+            run.local_model,
+            dtype=run.dtype,
+            seed=config.seed,
+            known_as=run.model.model_name_or_path,
             vocab_size=len(run.tokenizer),
-        )  # fmt: skip
+        )
         if not run.architecture_checked:
             check_loaded(policy, run.model)
     policy = shard(policy, make_mesh(device), bf16=run.bf16, **memory_options(config))
@@ -79,10 +82,17 @@ def train(run: Run) -> Errands:
 
     def save() -> None:
         folder = save_checkpoint(
-            config.output_dir, progress["step"], policy, optimizer, scheduler,
-            progress=progress, identity=run.identity, save_total_limit=config.save_total_limit,
-            write_model=write_model, only_model=config.save_only_model and not stopping,
-        )  # fmt: skip
+            config.output_dir,
+            progress["step"],
+            policy,
+            optimizer,
+            scheduler,
+            progress=progress,
+            identity=run.identity,
+            save_total_limit=config.save_total_limit,
+            write_model=write_model,
+            only_model=config.save_only_model and not stopping,
+        )
         errands.on_save(progress["step"], folder)
 
     peak_rate, quadratic = peak_flops(device), attention_share(run.model_info)

@@ -22,8 +22,11 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 # Their files alone, and on several processes only where pytest-xdist is: a machine may lack what the other tests need.
-GPU_TESTS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/**/test_*.py"))
-             if "pytest.mark.gpu" in path.read_text()]  # fmt: skip
+GPU_TESTS = [
+    str(path.relative_to(ROOT))
+    for path in sorted(ROOT.glob("tests/**/test_*.py"))
+    if "pytest.mark.gpu" in path.read_text()
+]
 AT_ONCE = ["-n", "4", "--dist", "load"] if importlib.util.find_spec("xdist") else []
 BLOCKS = "tests/sft_core/test_compile.py"  # in one process: inductor's own do not bear others of pytest-xdist
 OTHERS = [path for path in GPU_TESTS if path != BLOCKS]
@@ -43,15 +46,31 @@ STEPS = [
     # Alone: vLLM, while it measures free memory, does not bear that others give some back.
     Step("vllm", ["pytest", "-m", "gpu", "-k", "vllm", *GPU_TESTS], 100),  # three starts of a tiny model
     Step("kernels", ["kernels.bench"], 130),  # 50 of rounds, 20 of errors and memory, the rest compilation of the peers
-    Step("update", ["grpo_core.bench", "--peer", *COMPILED], 55,  # two shapes, two ways, 6 steps below 1 s each
-         ["grpo_core.bench", "--peer", *TINY, "--tokens", "2048"]),
-    Step("checkpointed", ["grpo_core.bench", "--shape", "1.5b", "--gradient_checkpointing", *COMPILED], 30,
-         ["grpo_core.bench", "--gradient_checkpointing", *TINY, "--tokens", "2048"]),
-    Step("step", ["tests.e2e.beside_trl", "MODEL", "--steps", "3", "--torch_compile=true"], 175,  # two starts of vLLM
-         ["tests.e2e.beside_trl", "MODEL", *"--prompts 2 --completions 2 --tokens 16 --steps 1 --warm_up 1".split()]),
-    Step("sft", ["sft_core.bench", "--shape", "1.5b", "--tokens", "16384", "--peer", "--steps", "3"], 40,
-         ["sft_core.bench", "--peer", *TINY, "--tokens", "64"]),
-]  # fmt: skip
+    Step(
+        "update",
+        ["grpo_core.bench", "--peer", *COMPILED],
+        55,  # two shapes, two ways, 6 steps below 1 s each
+        ["grpo_core.bench", "--peer", *TINY, "--tokens", "2048"],
+    ),
+    Step(
+        "checkpointed",
+        ["grpo_core.bench", "--shape", "1.5b", "--gradient_checkpointing", *COMPILED],
+        30,
+        ["grpo_core.bench", "--gradient_checkpointing", *TINY, "--tokens", "2048"],
+    ),
+    Step(
+        "step",
+        ["tests.e2e.beside_trl", "MODEL", "--steps", "3", "--torch_compile=true"],
+        175,  # two starts of vLLM
+        ["tests.e2e.beside_trl", "MODEL", *"--prompts 2 --completions 2 --tokens 16 --steps 1 --warm_up 1".split()],
+    ),
+    Step(
+        "sft",
+        ["sft_core.bench", "--shape", "1.5b", "--tokens", "16384", "--peer", "--steps", "3"],
+        40,
+        ["sft_core.bench", "--peer", *TINY, "--tokens", "64"],
+    ),
+]
 PARTS = list(dict.fromkeys(step.part for step in STEPS))
 PACKAGES = ("torch", "triton", "transformers", "vllm", "trl", "liger-kernel", "cut-cross-entropy")
 
@@ -59,10 +78,15 @@ PACKAGES = ("torch", "triton", "transformers", "vllm", "trl", "liger-kernel", "c
 def run(command: list[str], limit: float, log: Path, see: Callable[[str], None]) -> int:
     """Exit code (-9: it took too long); `see` gets each line, which is shown and logged as it comes."""
     process = subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=ROOT, text=True, errors="replace", start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         env=os.environ | {"PYTHONUNBUFFERED": "1", "VLLM_NO_USAGE_STATS": "1"},
-    )  # fmt: skip
+    )
     timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
     timer.start()
     with log.open("a", buffering=1) as file:
@@ -79,8 +103,20 @@ def run(command: list[str], limit: float, log: Path, see: Callable[[str], None])
 def table(head: str, aims: list[str], rows: list[list[str]]) -> str:
     """`rows`: command, seconds, what became of it."""
     parts = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([head, "", "| aim | what | figure | bound |", "|---|---|---|---|", *aims, "",
-                      "| python -m | s | |", "|---|---|---|", *parts, ""])  # fmt: skip
+    return "\n".join(
+        [
+            head,
+            "",
+            "| aim | what | figure | bound |",
+            "|---|---|---|---|",
+            *aims,
+            "",
+            "| python -m | s | |",
+            "|---|---|---|",
+            *parts,
+            "",
+        ]
+    )
 
 
 def check(steps: list[Step], head: str, output: Path, on_gpu: bool = True) -> int:

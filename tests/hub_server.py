@@ -88,15 +88,24 @@ class HubServer:
     def environment(self, token: str = TOKEN) -> dict[str, str]:
         """What a child process needs to take this for the Hub; `token=""` for one that is not logged in."""
         return {
-            "HF_ENDPOINT": self.url, "HF_TOKEN": token, "HF_TOKEN_PATH": "/nonexistent/token", "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
-        }  # fmt: skip
+            "HF_ENDPOINT": self.url,
+            "HF_TOKEN": token,
+            "HF_TOKEN_PATH": "/nonexistent/token",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
 
     def take_over(self, monkeypatch: Any) -> None:
         """The same for the client in this process, which read its environment when it was imported."""
         template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
-        for name, value in {"ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": template,
-                            "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False}.items():  # fmt: skip
+        for name, value in {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_OFFLINE": False,
+        }.items():
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
 
@@ -171,19 +180,37 @@ class HubServer:
             sha = repo.branches.get(revision, revision)
             return _json({"id": name, "sha": sha, "siblings": [{"rfilename": path} for path in files]})
         if what == "commits":
-            return _json([{"id": oid, "title": title, "message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}
-                          for oid, title in repo.history(revision)])  # fmt: skip
+            return _json(
+                [
+                    {"id": oid, "title": title, "message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}
+                    for oid, title in repo.history(revision)
+                ]
+            )
         if what == "tree":
             if below and not any(path.startswith(below) for path in files):
                 raise Refused(404, "Entry not found", "EntryNotFound")
-            return _json([{"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                          for path, data in files.items() if path.startswith(below)])  # fmt: skip
+            return _json(
+                [
+                    {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                    for path, data in files.items()
+                    if path.startswith(below)
+                ]
+            )
         if what == "preupload":
-            return _json({"files": [
-                {"path": item["path"], "shouldIgnore": False,
-                 "uploadMode": "lfs" if any(fnmatch(item["path"], pattern) for pattern in LFS)
-                 else "regular"} for item in json.loads(body)["files"]
-            ]})  # fmt: skip
+            return _json(
+                {
+                    "files": [
+                        {
+                            "path": item["path"],
+                            "shouldIgnore": False,
+                            "uploadMode": "lfs"
+                            if any(fnmatch(item["path"], pattern) for pattern in LFS)
+                            else "regular",
+                        }
+                        for item in json.loads(body)["files"]
+                    ]
+                }
+            )
         if what == "commit":
             return self._commit(name, repo, revision, [json.loads(line) for line in body.splitlines()])
         raise Refused(404, f"this Hub does not know {method} {what}")

@@ -137,8 +137,11 @@ CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
         (CHAT.replace("assistant", "user"), {}, "none of the 1 rows has anything to learn within max_length 1024"),
         (CHAT, {"max_length": 3}, "none of the 1 rows has anything to learn within max_length 3"),
         (CHAT.replace('"ho"', '"' + "ho " * 300 + '"'), {}, "has 256 positions: lower --max_length to 256"),
-        (CHAT, {"chat_template": "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"},
-         "neither {% generation %} markers nor a generation prompt"),
+        (
+            CHAT,
+            {"chat_template": "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"},
+            "neither {% generation %} markers nor a generation prompt",
+        ),
         (CHAT, {"eos_token": "<nothing>"}, "eos_token '<nothing>' is not in the tokenizer's vocabulary"),
         ('{"story": "x"}\n', {}, "or `text` (--dataset_text_field); it has story"),
         (CHAT, {"dataset_streaming": "true"}, "say how long to train with --max_steps"),
@@ -156,7 +159,7 @@ CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
         (CHAT, {"truncation_mode": "middle"}, "invalid choice: 'middle'"),
         (CHAT, {"dataset_num_proc": 0}, "dataset_num_proc must be at least 1"),
     ],
-)  # fmt: skip
+)
 def test_rows_and_options_of_supervised_training(text, change, says, tiny_model, tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
     data.write_text(text)

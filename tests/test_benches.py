@@ -56,25 +56,34 @@ def in_an_engine(hang):
 
 CASES = {  # arguments, fault, lines: measured before it, of what failed, measured after it
     "kernels.bench": (
-        ["--tokens", "512", "--rounds", "1", "--only", FLOOR, OURS, OTHER, NAIVE], in_a_candidate,
-        [f"| {FLOOR} | ", f"| {OURS} | "], [f"| {OTHER} | failed: RuntimeError no / luck | - | "], [f"| {NAIVE} | "],
+        ["--tokens", "512", "--rounds", "1", "--only", FLOOR, OURS, OTHER, NAIVE],
+        in_a_candidate,
+        [f"| {FLOOR} | ", f"| {OURS} | "],
+        [f"| {OTHER} | failed: RuntimeError no / luck | - | "],
+        [f"| {NAIVE} | "],
     ),
     "grpo_core.bench": (
-        ["--shape", "tiny", "--tokens", "2048", "3072", "4096", "--steps", "1"], in_updates,
-        ["| tiny this trainer | 2048 | "], ["| tiny this trainer | 3072 | failed: RuntimeError no / luck |"],
+        ["--shape", "tiny", "--tokens", "2048", "3072", "4096", "--steps", "1"],
+        in_updates,
+        ["| tiny this trainer | 2048 | "],
+        ["| tiny this trainer | 3072 | failed: RuntimeError no / luck |"],
         ["| tiny this trainer | 4096 | "],
     ),
     "sft_core.bench": (
-        ["--shape", "tiny", "--tokens", "64", "96", "128", "--steps", "1"], in_supervised_updates,
-        ["| tiny this trainer | 64 | "], ["| tiny this trainer | 96 | failed: RuntimeError no / luck |"],
+        ["--shape", "tiny", "--tokens", "64", "96", "128", "--steps", "1"],
+        in_supervised_updates,
+        ["| tiny this trainer | 64 | "],
+        ["| tiny this trainer | 96 | failed: RuntimeError no / luck |"],
         ["| tiny this trainer | 128 | "],
     ),
     "gen.bench_engine": (
-        ["--prompts", "2", "--n", "2", "--tokens", "4", "--rounds", "1"], in_an_engine,
-        ["| warm-up | gen.engine.vllm | "], ["| warm-up | LLM.generate | failed: AttributeError "],
+        ["--prompts", "2", "--n", "2", "--tokens", "4", "--rounds", "1"],
+        in_an_engine,
+        ["| warm-up | gen.engine.vllm | "],
+        ["| warm-up | LLM.generate | failed: AttributeError "],
         ["| 1 | gen.engine.vllm | ", "| median | gen.engine.vllm | "],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("module", CASES)

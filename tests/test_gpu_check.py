@@ -8,8 +8,20 @@ from tests import gpu_check
 from tests.commands import ROOT, environment
 from tests.gpu_check import PARTS, STEPS, Step, check, chosen
 
-ABSENT = ("datasets", "math_verify", "latex2sympy2_extended", "latex2mathml", "vllm", "trl", "peft", "hypothesis",
-          "pyarrow", "pandas", "aiohttp", "xdist")  # fmt: skip
+ABSENT = (
+    "datasets",
+    "math_verify",
+    "latex2sympy2_extended",
+    "latex2mathml",
+    "vllm",
+    "trl",
+    "peft",
+    "hypothesis",
+    "pyarrow",
+    "pandas",
+    "aiohttp",
+    "xdist",
+)
 BENCHES = ["grpo_core.bench", "sft_core.bench", "kernels.bench", "gen.bench_engine", "tests.e2e.beside_trl"]
 
 

@@ -4,8 +4,16 @@ import ast
 from pathlib import Path
 
 ORDER = [
-    "kernels", "sft_core.run", "sft_core.data", "sft_core.model", "sft_core", "gen.engine", "gen", "eval", "grpo_core",
-]  # fmt: skip
+    "kernels",
+    "sft_core.run",
+    "sft_core.data",
+    "sft_core.model",
+    "sft_core",
+    "gen.engine",
+    "gen",
+    "eval",
+    "grpo_core",
+]
 ROOT = Path(__file__).parents[1]
 
 

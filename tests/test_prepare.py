@@ -12,12 +12,14 @@ from tests.eval import helpers
 
 SCRIPT = Path(__file__).parents[1] / "recipes" / "SmolLM2-135M-Instruct" / "prepare.py"
 GSM8K = [
-    {"question": "Ann has 48 pens and buys half as many. How many now?",
-     "answer": "She buys 48/2 = <<48/2=24>>24 pens.\nThat makes 48+24 = <<48+24=72>>72.\n#### 72"},
+    {
+        "question": "Ann has 48 pens and buys half as many. How many now?",
+        "answer": "She buys 48/2 = <<48/2=24>>24 pens.\nThat makes 48+24 = <<48+24=72>>72.\n#### 72",
+    },
     {"question": " A car costs $1,200 and a van 4 < 5 times that. Both? ", "answer": "Both: $7,200.\n#### 7,200"},
     {"question": "What is half of 5?", "answer": "5 / 2 = <<5/2=2.5>>2.5\n#### 2.5"},
     {"question": "Who owes 3 dollars more than 1?", "answer": "1 - 3 = -2\n#### -2"},
-]  # fmt: skip
+]
 ARITHMETIC = [
     {"problem": "Ben has 7 pens and finds 2. How many now?", "answer": "9", "source": "x"},
     {"problem": "Ben has 2 pens and finds 2. How many now?", "answer": "4", "source": "x"},  # 2 + 2 or 2 x 2
@@ -100,11 +102,14 @@ def test_what_the_rewards_would_not_pay_is_left_out(script, tmp_path):
     assert counts["left out"] == 2 and check_pay(tmp_path / "out") == (4, 4)
 
 
-@pytest.mark.parametrize(("row", "sentence"), [
-    ({"question": "What?", "answer": "No mark, 3"}, "ends in a line `#### N`; this one does not: 'No mark, 3'"),
-    ({"text": "What?"}, "this one has text"),
-    (None, "there is no data file at"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"question": "What?", "answer": "No mark, 3"}, "ends in a line `#### N`; this one does not: 'No mark, 3'"),
+        ({"text": "What?"}, "this one has text"),
+        (None, "there is no data file at"),
+    ],
+)
 def test_bad_input_is_one_sentence(script, row, sentence, tmp_path, monkeypatch, capsys):
     file = write(tmp_path / "rows.jsonl", [row]) if row else str(tmp_path / "none.jsonl")
     monkeypatch.setattr("sys.argv", ["prepare.py", "--dataset_name", file, "--output_dir", str(tmp_path / "out")])

@@ -27,16 +27,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from gen.engine import vllm_internals
-from gen.engine.base import (
-    ASLEEP,
-    INITIAL_VERSION,
-    Completion,
-    Loaded,
-    Sampling,
-    Synced,
-    check_request,
-    kv_cache_bytes,
-)
+from gen.engine.base import ASLEEP, INITIAL_VERSION, Completion, Loaded, Sampling, Synced, check_request, kv_cache_bytes
 
 GIB = 1 << 30
 CPU_KV_LIMIT = GIB  # above it vLLM queues sequences; VLLM_CPU_KVCACHE_SPACE (whole GiB) in the environment overrules

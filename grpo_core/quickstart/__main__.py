@@ -26,14 +26,30 @@ from tqdm import tqdm
 from sft_core.run.files import write_atomically
 
 SFT: dict[str, Any] = {
-    "max_steps": 200, "per_device_train_batch_size": 32, "learning_rate": 3e-3, "lr_scheduler_type": "cosine",
-    "warmup_steps": 20, "weight_decay": 0.1, "adam_beta2": 0.95, "max_length": 128,
-}  # fmt: skip
+    "max_steps": 200,
+    "per_device_train_batch_size": 32,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 20,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "max_length": 128,
+}
 GRPO: dict[str, Any] = {
-    "max_steps": 80, "prompts_per_step": 24, "num_generations": 8, "max_prompt_length": 64,
-    "max_completion_length": 32, "learning_rate": 3e-4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5,
-    "adam_beta2": 0.95, "beta": 0.0, "temperature": 1.0, "reward_funcs": "accuracy", "system_prompt": "",
-}  # fmt: skip
+    "max_steps": 80,
+    "prompts_per_step": 24,
+    "num_generations": 8,
+    "max_prompt_length": 64,
+    "max_completion_length": 32,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 5,
+    "adam_beta2": 0.95,
+    "beta": 0.0,
+    "temperature": 1.0,
+    "reward_funcs": "accuracy",
+    "system_prompt": "",
+}
 SHARED: dict[str, Any] = {"save_strategy": "no", "logging_steps": 10, "max_tokens_per_micro_batch": 8192}
 SAMPLES = 4  # per held-out problem, for pass@1
 
@@ -140,11 +156,15 @@ def evaluate(folder: Path, engine_name: str, models: list[Path]) -> None:
             flat = [(i, sample.token_ids) for i, samples in enumerate(completions) for sample in samples]
             texts = tokenizer.batch_decode([ids for _, ids in flat], skip_special_tokens=True)
             scores = start_scoring(
-                [accuracy_reward], None, completions=texts,
-                prompts=[rows[i]["prompt"] for i, _ in flat], group_ids=[i for i, _ in flat],
-                completion_ids=[ids for _, ids in flat], columns={"solution": [rows[i]["solution"] for i, _ in flat]},
+                [accuracy_reward],
+                None,
+                completions=texts,
+                prompts=[rows[i]["prompt"] for i, _ in flat],
+                group_ids=[i for i, _ in flat],
+                completion_ids=[ids for _, ids in flat],
+                columns={"solution": [rows[i]["solution"] for i, _ in flat]},
                 pool=pool,
-            )().rewards  # fmt: skip
+            )().rewards
             result[name] = interval(np.nan_to_num(scores).reshape(len(rows), n).mean(axis=1).tolist())
         result["problems"] = len(rows)
         write_atomically(model / "heldout.json", json.dumps(result))

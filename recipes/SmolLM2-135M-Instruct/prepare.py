@@ -42,8 +42,10 @@ def read_problem(row: dict[str, Any]) -> tuple[str, str | None, str]:
     if {"question", "answer"} <= row.keys():
         steps, mark, answer = str(row["answer"]).rpartition("####")
         if not mark:
-            raise ValueError("an `answer` beside a `question` ends in a line `#### N`; this one does not: "
-                             f"{str(row['answer'])[-80:]!r}.")  # fmt: skip
+            raise ValueError(
+                "an `answer` beside a `question` ends in a line `#### N`; this one does not: "
+                f"{str(row['answer'])[-80:]!r}."
+            )
         return row["question"].strip(), re.sub(r"<<.*?>>", "", steps).strip(), answer.strip().replace(",", "")
     if {"problem", "answer"} <= row.keys():
         problem, answer = str(row["problem"]).strip(), str(row["answer"]).strip()

@@ -106,8 +106,10 @@ def messages_of(value: Any, column: str, wanted: str = "a list of messages") -> 
         if isinstance(content, list) and content and all(map(_is_text, content)):
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str) and not (content is None and fields.get("tool_calls")):
-            raise ValueError(f"a message of the {role} in `{column}` is not text but {type(content).__name__}: "
-                             "give every message one text.")  # fmt: skip
+            raise ValueError(
+                f"a message of the {role} in `{column}` is not text but {type(content).__name__}: "
+                "give every message one text."
+            )
         messages.append({name: part for name, part in fields.items() if part not in EMPTY} | {"content": content or ""})
     return messages
 
@@ -141,8 +143,10 @@ def options_of(row: dict[str, Any]) -> dict[str, Any]:
         try:
             found[name] = json.loads(value) if isinstance(value, str) and value else value
         except ValueError as error:
-            raise ValueError(f"`{name}` is neither a list nor one as JSON, as chat templates take it ({error}): "
-                             "rename the column if it is meant for something else.") from error  # fmt: skip
+            raise ValueError(
+                f"`{name}` is neither a list nor one as JSON, as chat templates take it ({error}): "
+                "rename the column if it is meant for something else."
+            ) from error
     if isinstance(found["chat_template_kwargs"], dict):
         found |= found.pop("chat_template_kwargs")
     return {name: without_none(value) for name, value in found.items() if value not in EMPTY}
@@ -160,16 +164,20 @@ def check_shown(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any
     for name, value in more.items():  # some matter to the generation prompt alone
         other = render(tokenizer, messages, more | {name: _other(value)}, prompt=True)
         if other == render(tokenizer, messages, more, prompt=True):
-            raise ValueError(f"the chat template knows no {name} and would leave them out: give a --chat_template that "
-                             "shows them, or take them out of the data.")  # fmt: skip
+            raise ValueError(
+                f"the chat template knows no {name} and would leave them out: give a --chat_template that "
+                "shows them, or take them out of the data."
+            )
     whole = render(tokenizer, messages, more)
     for i, message in enumerate(messages):
         for name, value in message.items():
             changed = [*messages[:i], message | {name: _other(value)}, *messages[i + 1 :]]
             link = name in LINKS or (name == "name" and message["role"] == "tool")
             if not link and value != "" and render(tokenizer, changed, more) == whole:
-                raise ValueError(f"the chat template leaves out `{name}` of message {i + 1} (role {message['role']}): "
-                                 "give a --chat_template that shows it, or take it out.")  # fmt: skip
+                raise ValueError(
+                    f"the chat template leaves out `{name}` of message {i + 1} (role {message['role']}): "
+                    "give a --chat_template that shows it, or take it out."
+                )
 
 
 def _other(value: Any) -> Any:

@@ -43,13 +43,19 @@ def check_adapters(config: ModelConfig, training: TrainingConfig, info: Pretrain
         return
     quantised = "load_in_4bit" if config.load_in_4bit else "load_in_8bit" if config.load_in_8bit else ""
     for option, package in (("use_peft", "peft"), (quantised, "bitsandbytes")):
-        require(not option or importlib.util.find_spec(package) is not None,
-                f"{option} needs {package}, which is not installed: pip install 'grpo_core[adapters]'.")  # fmt: skip
+        require(
+            not option or importlib.util.find_spec(package) is not None,
+            f"{option} needs {package}, which is not installed: pip install 'grpo_core[adapters]'.",
+        )
     for option in ("use_dora", "load_in_8bit"):  # peft asks for a weight's type; bitsandbytes' layers change in use
-        require(not (training.torch_compile and getattr(config, option)),
-                f"layers of {option} cannot be compiled: leave out one of {option} and torch_compile.")  # fmt: skip
-    require(training.merge_adapter or not training.benchmarks, "benchmarks measure a whole model: give --merge_adapter "
-            "true beside use_peft, or leave them out.")  # fmt: skip
+        require(
+            not (training.torch_compile and getattr(config, option)),
+            f"layers of {option} cannot be compiled: leave out one of {option} and torch_compile.",
+        )
+    require(
+        training.merge_adapter or not training.benchmarks,
+        "benchmarks measure a whole model: give --merge_adapter true beside use_peft, or leave them out.",
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(info, trust_remote_code=config.trust_remote_code)
     names = [name for name, _ in model.named_modules()]
@@ -58,22 +64,36 @@ def check_adapters(config: ModelConfig, training: TrainingConfig, info: Pretrain
     for option in ("lora_target_modules", "lora_modules_to_save"):
         for entry in getattr(config, option) or []:
             found = any(name == entry or name.endswith(f".{entry}") for name in names)
-            require(found or (option, entry) == ("lora_target_modules", "all-linear"),
-                    f"{option} names {entry!r}, which is no module: {remedy}.")  # fmt: skip
+            require(
+                found or (option, entry) == ("lora_target_modules", "all-linear"),
+                f"{option} names {entry!r}, which is no module: {remedy}.",
+            )
     try:
         adapted = add_adapters(model, config, 0)
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"peft refuses lora_target_modules or lora_modules_to_save ({reason}); {remedy}.") from error
-    require(not any(_is_adapted(layer) for layer in (adapted.get_input_embeddings(), adapted.get_output_embeddings())),
-            "lora_target_modules may not name the embedding or the head: train them whole by lora_modules_to_save; "
-            f"{remedy}.")  # fmt: skip
+    require(
+        not any(_is_adapted(layer) for layer in (adapted.get_input_embeddings(), adapted.get_output_embeddings())),
+        "lora_target_modules may not name the embedding or the head: train them whole by lora_modules_to_save; "
+        f"{remedy}.",
+    )
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:
     """What makes the adapters these adapters, for a run's identity."""
-    names = ("lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora",
-             "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")  # fmt: skip
+    names = (
+        "lora_r",
+        "lora_alpha",
+        "lora_target_modules",
+        "lora_modules_to_save",
+        "use_rslora",
+        "use_dora",
+        "load_in_4bit",
+        "load_in_8bit",
+        "bnb_4bit_quant_type",
+        "use_bnb_nested_quant",
+    )
     return {"adapters": {name: getattr(config, name) for name in names}} if config.use_peft else {}
 
 
@@ -253,8 +273,11 @@ def write_adapter(model: Any, trained: dict[str, Tensor], folder: Any) -> None:
         twin: Any = get_peft_model(empty_twin(base), copy.deepcopy(lora))
     state = get_peft_model_state_dict(twin, state_dict=trained, save_embedding_layers=False)
     assert len(state) == len(trained), "peft would not write every trained tensor"
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     lora.inference_mode = True
     lora.save_pretrained(folder)
 

@@ -59,9 +59,11 @@ def check_architecture(info: PretrainedConfig, config: ModelConfig) -> bool:
     Raises:
         ValueError: packed sequences would not be what each is alone, or the weights are quantised already.
     """
-    require(getattr(info, "quantization_config", None) is None,
-            f"{config.model_name_or_path} is quantised already: such weights can be neither trained nor saved. Give "
-            "the model it was made from, with --use_peft true --load_in_4bit true if memory is short.")  # fmt: skip
+    require(
+        getattr(info, "quantization_config", None) is None,
+        f"{config.model_name_or_path} is quantised already: such weights can be neither trained nor saved. Give "
+        "the model it was made from, with --use_peft true --load_in_4bit true if memory is short.",
+    )
     return on_first_rank(lambda: _check_copy(info, config))
 
 
@@ -123,9 +125,11 @@ def _compare(policy: Policy, logits: Tensor) -> None:
 
 def _build(info: PretrainedConfig, config: ModelConfig, attention: str) -> Any:
     model = AutoModelForCausalLM.from_config(
-        copy.deepcopy(info), attn_implementation=attention, dtype=torch.float32,
+        copy.deepcopy(info),
+        attn_implementation=attention,
+        dtype=torch.float32,
         trust_remote_code=config.trust_remote_code,
-    ).eval()  # fmt: skip
+    ).eval()
     for parameter in model.parameters():  # none may be left at 0 or 1, where it might have no effect
         parameter.add_(torch.randn_like(parameter) * (parameter.shape or [9])[-1] ** -0.5)
     return model

@@ -276,10 +276,7 @@ def _prune(folder: Path, newest: Path, limit: int | None) -> None:
 
 
 def load_checkpoint(
-    checkpoint: str | Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any = None,
+    checkpoint: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any = None
 ) -> dict[str, Any]:
     """Restore model, optimizer, schedule and random generators in place; returns the saved `progress`. A collective.
 

@@ -15,10 +15,26 @@ from kernels.linear_logprob import CHUNKS_IN_BLOCK, chunk_rows
 
 # Dense bf16 FLOP/s of NVIDIA's data sheets by a word of torch.cuda.get_device_name; the first one found counts.
 PEAK_FLOPS = {
-    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
-    "H100": 989e12, "H800": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "A40": 150e12, "A30": 165e12,
-    "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
 
 
 class Shape(NamedTuple):
@@ -40,17 +56,29 @@ def shape(info: PretrainedConfig) -> Shape:
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
     kv_heads = getattr(c, "num_key_value_heads", None) or heads
     ffn = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-    return Shape(c.num_hidden_layers, c.hidden_size, ffn, heads * head_dim, kv_heads * head_dim, c.vocab_size,
-                 bool(c.tie_word_embeddings), c.model_type.startswith("qwen3"))  # fmt: skip
+    return Shape(
+        c.num_hidden_layers,
+        c.hidden_size,
+        ffn,
+        heads * head_dim,
+        kv_heads * head_dim,
+        c.vocab_size,
+        bool(c.tie_word_embeddings),
+        c.model_type.startswith("qwen3"),
+    )
 
 
 def linear_sizes(s: Shape) -> dict[str, tuple[int, int]]:
     """The linear layers of a block: name -> (inputs, outputs)."""
     return {
-        "q_proj": (s.hidden, s.query), "k_proj": (s.hidden, s.kv), "v_proj": (s.hidden, s.kv),
-        "o_proj": (s.query, s.hidden), "gate_proj": (s.hidden, s.ffn), "up_proj": (s.hidden, s.ffn),
+        "q_proj": (s.hidden, s.query),
+        "k_proj": (s.hidden, s.kv),
+        "v_proj": (s.hidden, s.kv),
+        "o_proj": (s.query, s.hidden),
+        "gate_proj": (s.hidden, s.ffn),
+        "up_proj": (s.hidden, s.ffn),
         "down_proj": (s.ffn, s.hidden),
-    }  # fmt: skip
+    }
 
 
 def block_weights(s: Shape) -> int:

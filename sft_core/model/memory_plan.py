@@ -290,9 +290,12 @@ def memory_plan(plan: Plan, device: torch.device) -> str:
 
 def check_engine(plan: Plan, device_bytes: float) -> None:
     share, weights = plan.engine_share * device_bytes, plan.itemsize * plan.parameters / plan.engine_ranks
-    require(not 0 < share < weights, f"The engine's share of {share / GIB:.1f} GiB cannot hold its weights, "
-            f"{weights / GIB:.1f} GiB: raise vllm_gpu_memory_utilization above {weights / device_bytes:.2f} or use a "
-            "smaller model.")  # fmt: skip
+    require(
+        not 0 < share < weights,
+        f"The engine's share of {share / GIB:.1f} GiB cannot hold its weights, "
+        f"{weights / GIB:.1f} GiB: raise vllm_gpu_memory_utilization above {weights / device_bytes:.2f} or use a "
+        "smaller model.",
+    )
 
 
 def dry_run(info: PretrainedConfig, model: ModelConfig, config: TrainingConfig, **more: Any) -> NoReturn:
@@ -301,24 +304,33 @@ def dry_run(info: PretrainedConfig, model: ModelConfig, config: TrainingConfig, 
     Raises:
         ValueError: it does not fit; the sentence names what to change.
     """
-    plan = Plan(info, model, config, count_parameters(info, model.trust_remote_code), config.dry_run_gpus,
-                itemsize=4 if config.bf16 is False or model.dtype == "float32" else 2, **more)  # fmt: skip
+    parameters = count_parameters(info, model.trust_remote_code)
+    itemsize = 4 if config.bf16 is False or model.dtype == "float32" else 2
+    plan = Plan(info, model, config, parameters, config.dry_run_gpus, itemsize=itemsize, **more)
     total = config.dry_run_gpu_gib * GIB
     require(total > RESERVE, f"dry_run_gpu_gib must be above {RESERVE / GIB:.0f}, got {config.dry_run_gpu_gib}.")
     check_engine(plan, total)
     planned = sum(memory(plan, total).values()) + RESERVE
     if os.environ.get("RANK", "0") == "0":
         print(table(plan, total), flush=True)
-    require(planned <= total, f"This needs {planned / GIB:.1f} GiB on each GPU ({plan.gpus} of "
-            f"{config.dry_run_gpu_gib:g} GiB are planned for): {remedy(plan, total - RESERVE, total)}.")  # fmt: skip
+    require(
+        planned <= total,
+        f"This needs {planned / GIB:.1f} GiB on each GPU ({plan.gpus} of "
+        f"{config.dry_run_gpu_gib:g} GiB are planned for): {remedy(plan, total - RESERVE, total)}.",
+    )
     raise SystemExit(0)
 
 
 def table(plan: Plan, device_bytes: float) -> str:
     """The plan as Markdown, and the predicted speed in a sentence."""
     parts = memory(plan, device_bytes) | {"reserve (CUDA, NCCL, fragmentation)": RESERVE}
-    lines = [f"{plan.parameters / 1e9:.2f}B parameters, {plan.trained / 1e9:.2f}B trained; GPUs: {plan.gpus}; "
-             f"micro-batches of {plan.tokens} tokens", "", "| on each GPU | GiB |", "|---|---|"]  # fmt: skip
+    lines = [
+        f"{plan.parameters / 1e9:.2f}B parameters, {plan.trained / 1e9:.2f}B trained; GPUs: {plan.gpus}; "
+        f"micro-batches of {plan.tokens} tokens",
+        "",
+        "| on each GPU | GiB |",
+        "|---|---|",
+    ]
     lines += [f"| {name} | {size / GIB:.2f} |" for name, size in parts.items()]
     lines += [f"| sum | {sum(parts.values()) / GIB:.2f} of {device_bytes / GIB:.2f} |", ""]
     if host := host_memory(plan):
@@ -328,6 +340,8 @@ def table(plan: Plan, device_bytes: float) -> str:
     mfu = training_flops(plan.info, [plan.longest] * plan.rows) / step / PEAK_FLOPS["H100"]
     usage = "" if plan.model.use_peft else f", MFU {mfu:.0%}"  # with adapters a third of those FLOPs is not done
     shares = ", ".join(f"{name} {value / step:.0%}" for name, value in times.items() if value >= 0.005 * step)
-    lines += [f"Predicted for H100 SXM cards in bf16: {step:.2f} s a step of {plan.rows} x {plan.longest} tokens a GPU "
-              f"({shares}), {tokens * plan.gpus / step:,.0f} tokens/s in all{usage}."]  # fmt: skip
+    lines += [
+        f"Predicted for H100 SXM cards in bf16: {step:.2f} s a step of {plan.rows} x {plan.longest} tokens a GPU "
+        f"({shares}), {tokens * plan.gpus / step:,.0f} tokens/s in all{usage}."
+    ]
     return "\n".join(lines)

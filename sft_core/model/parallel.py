@@ -14,13 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from sft_core.model.policy import Policy
 from sft_core.run.config import TrainingConfig, require
@@ -101,9 +95,10 @@ def check_compile(config: TrainingConfig, device: torch.device) -> None:
     """Raise ValueError where blocks cannot be compiled on this machine."""
     needed = config.torch_compile and config.torch_compile_backend == "inductor" and device.type == "cpu"
     compiler = os.environ.get("CXX", "g++")
-    require(not needed or shutil.which(compiler) is not None,
-            f"torch_compile needs a C++ compiler on a CPU and finds no {compiler}: install it, or leave torch_compile "
-            "out.")  # fmt: skip
+    require(
+        not needed or shutil.which(compiler) is not None,
+        f"torch_compile needs a C++ compiler on a CPU and finds no {compiler}: install it, or leave torch_compile out.",
+    )
 
 
 def _compile(block: nn.Module, backend: str) -> None:

@@ -49,10 +49,14 @@ class Policy(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         kind, head = type(model).__name__, model.get_output_embeddings()
-        require(isinstance(getattr(model.get_decoder(), "layers", None), nn.ModuleList),
-                f"{kind} has no list of blocks at get_decoder().layers")  # fmt: skip
-        require(getattr(head, "bias", None) is None and hasattr(head, "weight"),
-                f"{kind} has a head that is not one matrix, but has a bias, say")  # fmt: skip
+        require(
+            isinstance(getattr(model.get_decoder(), "layers", None), nn.ModuleList),
+            f"{kind} has no list of blocks at get_decoder().layers",
+        )
+        require(
+            getattr(head, "bias", None) is None and hasattr(head, "weight"),
+            f"{kind} has a head that is not one matrix, but has a bias, say",
+        )
         self.model = model
         self.tied = is_tied(model)
 
@@ -215,16 +219,22 @@ def load_whole(name: str, **options: Any) -> Any:
     shapes = {f"{key} {list(there)} for {list(here)}" for key, there, here in found["mismatched_keys"]}
     tied = model.config.tie_word_embeddings and model.device.type != "meta"
     apart = {"embedding and head"} if tied and not is_tied(model) else set()  # then engines and others would tie them
-    kinds = {"missing": missing, "of another shape": shapes, "without a place in the model": unexpected,
-             "not equal, though tied": apart}  # fmt: skip
+    kinds = {
+        "missing": missing,
+        "of another shape": shapes,
+        "without a place in the model": unexpected,
+        "not equal, though tied": apart,
+    }
     says = "; ".join(
         f"{kind}: {', '.join(sorted(keys)[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
         for kind, keys in kinds.items()
         if keys
     )
     inside = any(key.startswith(f"{model.base_model_prefix}.") for key in unexpected)
-    require(not (missing or shapes or apart or inside),
-            f"the weights of {name} are not those of its config.json ({says}): give one that they fit.")  # fmt: skip
+    require(
+        not (missing or shapes or apart or inside),
+        f"the weights of {name} are not those of its config.json ({says}): give one that they fit.",
+    )
     if says:
         logger.warning("weights of %s are left out, %s", name, says)
     return model

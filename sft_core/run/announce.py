@@ -41,8 +41,11 @@ def announce(run: Any) -> None:
     """
     logger.warning(
         "Process rank: %d of %d, device: %s, computing in %s, masters in float32",
-        run.rank, run.world_size, run.device, "bfloat16" if run.bf16 else "float32",
-    )  # fmt: skip
+        run.rank,
+        run.world_size,
+        run.device,
+        "bfloat16" if run.bf16 else "float32",
+    )
     if run.rank != 0:
         return
     model, config = run.model, run.config

@@ -33,8 +33,12 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     """
     parse_only = "--parse_only" in argv
     path, argv = _take_config_path([text for text in argv if text != "--parse_only"])
-    known = {name: field for config_type in config_types for field in dataclasses.fields(config_type)
-             for name in (field.name, *(alias[2:] for alias in field.metadata.get("aliases", [])))}  # fmt: skip
+    known = {
+        name: field
+        for config_type in config_types
+        for field in dataclasses.fields(config_type)
+        for name in (field.name, *(alias[2:] for alias in field.metadata.get("aliases", [])))
+    }
     tokens = []
     for key, value in (_read_yaml(path) if path else {}).items():
         if key == "env":
@@ -69,8 +73,12 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
 def as_yaml(configs: list[Any]) -> str:
     """The resolved options of all dataclasses as one YAML recipe, which parses to the same again."""
     options = {field.name for config in configs for field in dataclasses.fields(config) if field.init}
-    values = {key: value for config in configs for key, value in dataclasses.asdict(config).items()
-              if key in options and value != []}  # fmt: skip
+    values = {
+        key: value
+        for config in configs
+        for key, value in dataclasses.asdict(config).items()
+        if key in options and value != []
+    }
     plain = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
 

@@ -67,9 +67,10 @@ class ModelConfig:
     model_name_or_path: str = option("", "Model to start from: a Hub id or a folder.")
     model_revision: str = option("main", "Branch, tag or commit of a Hub model.")
     dtype: str | None = option(
-        None, "Precision of computing where bf16 is not given: bfloat16, float32 or auto; masters are float32 always.",
+        None,
+        "Precision of computing where bf16 is not given: bfloat16, float32 or auto; masters are float32 always.",
         alias="torch_dtype",
-    )  # fmt: skip
+    )
     trust_remote_code: bool = option(False, "Run the model code that comes with a Hub model.")
     attn_implementation: str | None = option(
         None, "Any of transformers' names: attention here is always the packed one (varlen kernels on a GPU)."
@@ -95,12 +96,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(self.model_name_or_path != "", "--model_name_or_path is missing: give a Hub id or a model folder.")
-        require(self.dtype in (None, "auto", "bfloat16", "float32"),
-                f"dtype {self.dtype!r} is not supported (float16 needs loss scaling): use bfloat16.")  # fmt: skip
+        require(
+            self.dtype in (None, "auto", "bfloat16", "float32"),
+            f"dtype {self.dtype!r} is not supported (float16 needs loss scaling): use bfloat16.",
+        )
         require(not (self.load_in_4bit and self.load_in_8bit), "give one of load_in_4bit and load_in_8bit.")
-        require(self.use_peft or not (self.load_in_4bit or self.load_in_8bit),
-                "a quantised model cannot be trained whole: give --use_peft true with load_in_4bit or load_in_8bit, or "
-                "leave them out.")  # fmt: skip
+        require(
+            self.use_peft or not (self.load_in_4bit or self.load_in_8bit),
+            "a quantised model cannot be trained whole: give --use_peft true with load_in_4bit or load_in_8bit, or "
+            "leave them out.",
+        )
         require(self.lora_r >= 1, f"lora_r must be at least 1, got {self.lora_r}.")
         require(0 <= self.lora_dropout < 1, f"lora_dropout is a share from 0 to below 1, got {self.lora_dropout}.")
 
@@ -118,9 +123,12 @@ class ScriptArguments:
     )
 
     def __post_init__(self) -> None:
-        require(bool(self.dataset_name) != bool(self.dataset_mixture),
-                "give either --dataset_name (a Hub id or a data file) or a dataset_mixture, not both."
-                if self.dataset_name else "--dataset_name is missing: give a Hub id or a data file.")  # fmt: skip
+        require(
+            bool(self.dataset_name) != bool(self.dataset_mixture),
+            "give either --dataset_name (a Hub id or a data file) or a dataset_mixture, not both."
+            if self.dataset_name
+            else "--dataset_name is missing: give a Hub id or a data file.",
+        )
 
 
 @dataclass(frozen=True)
@@ -219,19 +227,29 @@ class TrainingConfig:
         require(not self.fp16, "fp16 is not supported (it needs loss scaling): use --bf16 true.")
         if str(self.resume_from_checkpoint).lower() == "true":  # the last one in output_dir, as without it
             object.__setattr__(self, "resume_from_checkpoint", None)
-        require(str(self.resume_from_checkpoint).lower() != "false",
-                "a run always goes on from its last checkpoint: to start anew give another --output_dir.")  # fmt: skip
+        require(
+            str(self.resume_from_checkpoint).lower() != "false",
+            "a run always goes on from its last checkpoint: to start anew give another --output_dir.",
+        )
         names = ", ".join(SCHEDULES)
         require(self.lr_scheduler_type in SCHEDULES, f"unknown lr_scheduler_type {self.lr_scheduler_type!r}: {names}.")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_micro_batch",
-                     "ddp_timeout", "gradient_checkpointing_every", "dry_run_gpus"):  # fmt: skip
+        for name in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "max_tokens_per_micro_batch",
+            "ddp_timeout",
+            "gradient_checkpointing_every",
+            "dry_run_gpus",
+        ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "warmup_steps"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}.")
         require(self.warmup_ratio <= 1, f"warmup_ratio is a share of the run (0 to 1), got {self.warmup_ratio}.")
         for name in ("save_steps", "logging_steps", "eval_steps"):
-            require(getattr(self, name) is None or getattr(self, name) > 0,
-                    f"{name} must be positive, got {getattr(self, name)}.")  # fmt: skip
+            require(
+                getattr(self, name) is None or getattr(self, name) > 0,
+                f"{name} must be positive, got {getattr(self, name)}.",
+            )
         require(self.optim in OPTIMIZERS, f"unknown optim {self.optim!r}: {', '.join(OPTIMIZERS)}.")
         require(
             self.gradient_checkpointing or not self.activation_offloading,
@@ -241,8 +259,10 @@ class TrainingConfig:
             self.gradient_checkpointing or self.gradient_checkpointing_every == 1,
             "gradient_checkpointing_every says which blocks are checkpointed: give --gradient_checkpointing true too.",
         )
-        require(self.torch_compile or self.torch_compile_backend == "inductor",
-                "torch_compile_backend says how blocks are compiled: give --torch_compile true too.")  # fmt: skip
+        require(
+            self.torch_compile or self.torch_compile_backend == "inductor",
+            "torch_compile_backend says how blocks are compiled: give --torch_compile true too.",
+        )
         require(self.max_steps > 0 or self.num_train_epochs > 0, "give --max_steps or --num_train_epochs above 0.")
 
     def total_steps(self, steps_per_epoch: float) -> int:
@@ -298,7 +318,12 @@ class SFTConfig(TrainingConfig):
         super().__post_init__()
         require(self.max_length >= 2, f"max_length must be at least 2, got {self.max_length}.")
         require(self.dataset_num_proc is None or self.dataset_num_proc >= 1, "dataset_num_proc must be at least 1.")
-        require(not self.dataset_streaming or self.max_steps > 0,
-                "the length of a streamed data set is not known: say how long to train with --max_steps.")  # fmt: skip
-        require(not self.dataset_streaming or "epoch" not in (self.save_strategy, self.eval_strategy,
-                self.logging_strategy), "a streamed data set has no epochs: use steps as strategy.")  # fmt: skip
+        require(
+            not self.dataset_streaming or self.max_steps > 0,
+            "the length of a streamed data set is not known: say how long to train with --max_steps.",
+        )
+        require(
+            not self.dataset_streaming
+            or "epoch" not in (self.save_strategy, self.eval_strategy, self.logging_strategy),
+            "a streamed data set has no epochs: use steps as strategy.",
+        )

@@ -57,8 +57,13 @@ NOT_PUSHED = (
 )  # these hold prompts and answers, which may be private
 
 # Weights that may be there from a push with another number of files: with them the folder would be two models.
-STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-         "adapter_model.safetensors", "adapter_config.json")  # fmt: skip
+STALE = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+)
 _own_dice = random.Random()  # never the global generator: that one belongs to the run, and its state to checkpoints
 
 
@@ -261,9 +266,14 @@ class Uploader:
                 initial = api.list_repo_commits(repo)[-1].commit_id
                 api.create_branch(repo, branch=revision, revision=initial, exist_ok=True)
             api.upload_folder(
-                repo_id=repo, folder_path=folder, revision=revision, commit_message=message, ignore_patterns=[*ignore],
-                path_in_repo=path_in_repo, delete_patterns=["*"] if path_in_repo else [*STALE],
-            )  # fmt: skip
+                repo_id=repo,
+                folder_path=folder,
+                revision=revision,
+                commit_message=message,
+                ignore_patterns=[*ignore],
+                path_in_repo=path_in_repo,
+                delete_patterns=["*"] if path_in_repo else [*STALE],
+            )
 
         def job() -> None:
             try:

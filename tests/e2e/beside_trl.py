@@ -91,13 +91,24 @@ def ours(options: argparse.Namespace, folder: Path, more: list[str]) -> None:
     from grpo_core.prepare import prepare
 
     arguments = {
-        "model_name_or_path": options.model, "dataset_name": folder / "prompts.jsonl", "output_dir": folder / "ours",
-        "overwrite_output_dir": True, "system_prompt": "", "reward_funcs": "tests.e2e.beside_trl:share_of_e",
-        "prompts_per_step": options.prompts, "num_generations": options.completions, "learning_rate": RATE, "beta": 0,
-        "max_prompt_length": LONGEST_PROMPT, "max_completion_length": options.tokens, "save_strategy": "no",
-        "max_steps": options.warm_up + options.steps, "vllm_gpu_memory_utilization": SHARE, "report_to": "none",
+        "model_name_or_path": options.model,
+        "dataset_name": folder / "prompts.jsonl",
+        "output_dir": folder / "ours",
+        "overwrite_output_dir": True,
+        "system_prompt": "",
+        "reward_funcs": "tests.e2e.beside_trl:share_of_e",
+        "prompts_per_step": options.prompts,
+        "num_generations": options.completions,
+        "learning_rate": RATE,
+        "beta": 0,
+        "max_prompt_length": LONGEST_PROMPT,
+        "max_completion_length": options.tokens,
+        "save_strategy": "no",
+        "max_steps": options.warm_up + options.steps,
+        "vllm_gpu_memory_utilization": SHARE,
+        "report_to": "none",
         "engine": "vllm" if torch.cuda.is_available() else "torch",
-    }  # fmt: skip
+    }
     meter, step = Meter(), trainer.guarded_step
 
     def timed_step(*arguments: Any) -> float:
@@ -149,14 +160,29 @@ def trl(options: argparse.Namespace, folder: Path, liger: bool) -> None:
     sequences = options.prompts * options.completions
     per_device = min(options.per_device, sequences)
     config = GRPOConfig(
-        output_dir=str(folder / "trl"), max_steps=options.warm_up + options.steps, learning_rate=RATE, beta=0.0,
-        per_device_train_batch_size=per_device, gradient_accumulation_steps=sequences // per_device, bf16=on_gpu,
-        num_generations=options.completions, max_completion_length=options.tokens, loss_type="grpo",
-        gradient_checkpointing=False, use_liger_kernel=liger, use_cpu=not on_gpu, use_vllm=on_gpu, vllm_mode="colocate",
-        vllm_gpu_memory_utilization=SHARE, vllm_max_model_length=LONGEST_PROMPT + options.tokens,
+        output_dir=str(folder / "trl"),
+        max_steps=options.warm_up + options.steps,
+        learning_rate=RATE,
+        beta=0.0,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=sequences // per_device,
+        bf16=on_gpu,
+        num_generations=options.completions,
+        max_completion_length=options.tokens,
+        loss_type="grpo",
+        gradient_checkpointing=False,
+        use_liger_kernel=liger,
+        use_cpu=not on_gpu,
+        use_vllm=on_gpu,
+        vllm_mode="colocate",
+        vllm_gpu_memory_utilization=SHARE,
+        vllm_max_model_length=LONGEST_PROMPT + options.tokens,
         generation_kwargs={"ignore_eos": True} if on_gpu else {"min_new_tokens": options.tokens},
-        report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
-    )  # fmt: skip
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     trainer = GRPOTrainer(options.model, share_of_e, config, Dataset.from_list(rows), callbacks=[Clock()])
     tell(dtype=str(next(trainer.model.parameters()).dtype).removeprefix("torch."))
@@ -208,9 +234,14 @@ def table(found: dict[str, list[Result]], options: argparse.Namespace) -> str:
         seconds = [second for result in results for second in result["seconds"]]
         gib = [max(result["gib"].get(name, math.nan) for result in results) for name in ("outside", "engine", "device")]
         rate = options.prompts * options.completions * options.tokens / median(results)
-        cells = [f"{median(results):.2f}", " ".join(f"{second:.2f}" for second in seconds) or "-", f"{rate:,.0f}",
-                 *(f"{x:.1f}" if on_gpu(results) else "-" for x in gib), results[0].get("dtype", "-"),
-                 "; ".join(result["note"] for result in results if result["note"])]  # fmt: skip
+        cells = [
+            f"{median(results):.2f}",
+            " ".join(f"{second:.2f}" for second in seconds) or "-",
+            f"{rate:,.0f}",
+            *(f"{x:.1f}" if on_gpu(results) else "-" for x in gib),
+            results[0].get("dtype", "-"),
+            "; ".join(result["note"] for result in results if result["note"]),
+        ]
         lines.append(f"| {side} | {' | '.join(cells)} |".replace("| nan", "| -"))
     return "\n".join(lines)
 
@@ -271,8 +302,10 @@ def main(argv: list[str] | None = None) -> None:
     if min(options.warm_up, options.steps, options.turns) < 1:
         parser.error("--warm_up, --steps and --turns must be at least 1")
     sys.path.insert(0, str(ROOT))
-    print(f"{options.model}: {options.prompts} x {options.completions} completions of {options.tokens} tokens; "
-          f"{options.steps} steps after {options.warm_up}; without a GPU TRL samples without vLLM")  # fmt: skip
+    print(
+        f"{options.model}: {options.prompts} x {options.completions} completions of {options.tokens} tokens; "
+        f"{options.steps} steps after {options.warm_up}; without a GPU TRL samples without vLLM"
+    )
     print(f"our own options: {' '.join(more) or 'none'}\n", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         options.folder = options.folder or Path(temporary)
@@ -289,8 +322,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write_prompts(path: Path, count: int) -> None:
-    texts = [f"Ben has {10 + i} pens, buys {3 + i % 7} more and gives {1 + i % 5} away. How many are left?"
-             for i in range(count)]  # fmt: skip
+    texts = [
+        f"Ben has {10 + i} pens, buys {3 + i % 7} more and gives {1 + i % 5} away. How many are left?"
+        for i in range(count)
+    ]
     path.write_text("".join(json.dumps({"prompt": [{"role": "user", "content": text}]}) + "\n" for text in texts))
 
 

@@ -61,23 +61,57 @@ CASES = {  # our side, TRL's, exit code, lines
     "both": (GOOD, {}, 0, [OURS_ROW, TRL_ROW, f"| met | {MEMORY} | 8 | <= 12 |", f"| met | {TIME} | 0.4 | <= 0.4 |"]),
     "no aim without a GPU": (GOOD | {"card": "CPU"}, {"card": "CPU"}, 0, ["our time over TRL's: 0.400"]),
     "much memory": (GOOD | {"outside": 13.0}, {}, 0, [TRL_ROW, f"| missed | {MEMORY} | 13 | <= 12 |"]),
-    "TRL fails in a step": (GOOD, {"seconds": (9, 2), "code": 3}, 1, [
-        OURS_ROW, f"| met | {MEMORY} | 8 | <= 12 |", "TRL: step 3, 2.00 s", "the cause",
-        "| TRL | 2.00 | 2.00 | 32 | 8.0 | 20.0 | 60.0 | float32 | failed: exit code 3; 1 of 2 steps |",
-        "our time over TRL's: 0.500", f"| not measured | {TIME} | - | <= 0.4 |"]),
-    "we fail in the warm-up": ({"seconds": (9,), "code": 1}, {}, 1, [
-        "| ours | - | - | - | 8.0 | 20.0 | 60.0 | float32 | failed: exit code 1; 0 of 2 steps |", TRL_ROW,
-        "our time over TRL's: - (failed: exit code 1; 0 of 2 steps)", f"| not measured | {MEMORY} | - | <= 12 |",
-        f"| not measured | {TIME} | - | <= 0.4 |"]),
+    "TRL fails in a step": (
+        GOOD,
+        {"seconds": (9, 2), "code": 3},
+        1,
+        [
+            OURS_ROW,
+            f"| met | {MEMORY} | 8 | <= 12 |",
+            "TRL: step 3, 2.00 s",
+            "the cause",
+            "| TRL | 2.00 | 2.00 | 32 | 8.0 | 20.0 | 60.0 | float32 | failed: exit code 3; 1 of 2 steps |",
+            "our time over TRL's: 0.500",
+            f"| not measured | {TIME} | - | <= 0.4 |",
+        ],
+    ),
+    "we fail in the warm-up": (
+        {"seconds": (9,), "code": 1},
+        {},
+        1,
+        [
+            "| ours | - | - | - | 8.0 | 20.0 | 60.0 | float32 | failed: exit code 1; 0 of 2 steps |",
+            TRL_ROW,
+            "our time over TRL's: - (failed: exit code 1; 0 of 2 steps)",
+            f"| not measured | {MEMORY} | - | <= 12 |",
+            f"| not measured | {TIME} | - | <= 0.4 |",
+        ],
+    ),
     "TRL fails at its exit": (GOOD, {"code": 134}, 1, [f"| met | {TIME} | 0.4 | <= 0.4 |", "the cause"]),
-    "short completions": (GOOD | {"length": 7.5}, {}, 1, [
-        TRL_ROW, "| ours | 1.00 | 1.00 1.00 | 64 | 8.0 | 20.0 | 60.0 | float32 | "
-        "2 steps of completions of 7.5 tokens in the mean, not 8 |", f"| not measured | {TIME} | - | <= 0.4 |"]),
-    "no TRL": (GOOD, {"absent": "trl is not installed"}, 0, [
-        OURS_ROW, "| TRL | - | - | - | - | - | - | - | trl is not installed |",
-        "our time over TRL's: - (trl is not installed)", f"| not measured | {TIME} | - | <= 0.4 |"]),
+    "short completions": (
+        GOOD | {"length": 7.5},
+        {},
+        1,
+        [
+            TRL_ROW,
+            "| ours | 1.00 | 1.00 1.00 | 64 | 8.0 | 20.0 | 60.0 | float32 | "
+            "2 steps of completions of 7.5 tokens in the mean, not 8 |",
+            f"| not measured | {TIME} | - | <= 0.4 |",
+        ],
+    ),
+    "no TRL": (
+        GOOD,
+        {"absent": "trl is not installed"},
+        0,
+        [
+            OURS_ROW,
+            "| TRL | - | - | - | - | - | - | - | trl is not installed |",
+            "our time over TRL's: - (trl is not installed)",
+            f"| not measured | {TIME} | - | <= 0.4 |",
+        ],
+    ),
     "no Python": (GOOD, None, 1, [OURS_ROW, f"| not measured | {TIME} | - | <= 0.4 |"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -96,13 +130,24 @@ def test_a_side_that_fails_costs_only_itself(name, tmp_path, monkeypatch, capsys
 
 def test_what_is_killed_has_shown_one_side_and_the_steps_of_the_other(tmp_path):
     python = script(tmp_path / "trl.sh", seconds=(9, 2), hangs=True)
-    command = ["-c", "import sys; from tests.e2e import beside_trl as b; sys.executable = sys.argv.pop(1); b.main()",
-               script(tmp_path / "ours.sh", **GOOD), "model", *SMALL, "--warm_up", "2", "--folder", str(tmp_path),
-               "--trl_python", python]  # fmt: skip
+    command = [
+        "-c",
+        "import sys; from tests.e2e import beside_trl as b; sys.executable = sys.argv.pop(1); b.main()",
+        script(tmp_path / "ours.sh", **GOOD),
+        "model",
+        *SMALL,
+        "--warm_up",
+        "2",
+        "--folder",
+        str(tmp_path),
+        "--trl_python",
+        python,
+    ]
     log = tmp_path / "log"
     with log.open("w") as file:
-        process = subprocess.Popen([sys.executable, *command], stdout=file, cwd=ROOT, env=environment(),
-                                   start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, *command], stdout=file, cwd=ROOT, env=environment(), start_new_session=True
+        )
     deadline = time.time() + 60
     while "TRL: step 3" not in log.read_text():
         assert process.poll() is None and time.time() < deadline

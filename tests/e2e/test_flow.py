@@ -28,8 +28,14 @@ def data(tmp_path):
     """Rows that both trainers take, a test split beside them, and a benchmark's problems."""
     train, test, bench = (tmp_path / name for name in ("train.jsonl", "test.jsonl", "bench.jsonl"))
     for path, count in ((train, 12), (test, 4)):
-        rows = [{"prompt": [{"role": "user", "content": f"Ben has {i} pens."}], "solution": str(i),
-                 "completion": [{"role": "assistant", "content": str(i)}]} for i in range(10, 10 + count)]  # fmt: skip
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": f"Ben has {i} pens."}],
+                "solution": str(i),
+                "completion": [{"role": "assistant", "content": str(i)}],
+            }
+            for i in range(10, 10 + count)
+        ]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     problems = [{"problem": f"Ben has {i}.", "solution": f"\\boxed{{{i}}}", "answer": str(i)} for i in range(4)]
     bench.write_text("".join(json.dumps(row) + "\n" for row in problems))
@@ -42,16 +48,35 @@ def test_every_step_of_the_flow(algorithm, tiny_model, data, tmp_path):
     out = tmp_path / "out"
     kwargs = {"dataset": f"math_500={bench}", "engine": "torch", "max_new_tokens": 8, "batch_size": 4}
     options = dict(
-        model_name_or_path=tiny_model, dataset_name=train, dataset_test_split=test, output_dir=out, log_level="info",
-        learning_rate=1e-3, per_device_train_batch_size=4, eval_strategy="steps", eval_steps=1, save_steps=1,
-    )  # fmt: skip
+        model_name_or_path=tiny_model,
+        dataset_name=train,
+        dataset_test_split=test,
+        output_dir=out,
+        log_level="info",
+        learning_rate=1e-3,
+        per_device_train_batch_size=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+    )
     hub_options = dict(
-        push_to_hub="true", hub_model_id="me/tiny", hub_strategy="end", callbacks=["push_to_hub_revision"],
-        hub_model_revision="v1", benchmarks=["math_500"], benchmark_kwargs=json.dumps(kwargs),
-    )  # fmt: skip
+        push_to_hub="true",
+        hub_model_id="me/tiny",
+        hub_strategy="end",
+        callbacks=["push_to_hub_revision"],
+        hub_model_revision="v1",
+        benchmarks=["math_500"],
+        benchmark_kwargs=json.dumps(kwargs),
+    )
     if algorithm == "grpo":
-        options |= dict(engine="torch", num_generations=2, max_completion_length=6, max_prompt_length=99,
-                        system_prompt="", reward_funcs=["accuracy", "tests.rewards_for_tests:digits"])  # fmt: skip
+        options |= dict(
+            engine="torch",
+            num_generations=2,
+            max_completion_length=6,
+            max_prompt_length=99,
+            system_prompt="",
+            reward_funcs=["accuracy", "tests.rewards_for_tests:digits"],
+        )
     module = f"{algorithm}_core.train"
     with HubServer() as hub:
         code, first = run(module, flags(**options, max_steps=1), hub.environment())

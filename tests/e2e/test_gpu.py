@@ -20,10 +20,18 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_four_steps(tiny_model, problems, tmp_path, engine, sleeps):
     """Two updates a rollout against a reference model, on as many ranks as there are GPUs."""
     argv = options(
-        tiny_model, problems, tmp_path / "out", engine=engine, max_steps=4, num_iterations=2, beta=0.04,
-        prompts_per_step=8, max_tokens_per_micro_batch=1000, gradient_checkpointing="true",
+        tiny_model,
+        problems,
+        tmp_path / "out",
+        engine=engine,
+        max_steps=4,
+        num_iterations=2,
+        beta=0.04,
+        prompts_per_step=8,
+        max_tokens_per_micro_batch=1000,
+        gradient_checkpointing="true",
         vllm_enable_sleep_mode=str(sleeps).lower(),
-    )  # fmt: skip
+    )
     ranks = str(torch.cuda.device_count())
     command = [*TORCHRUN, ranks, "-m", "grpo_core.train", *argv]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -53,9 +61,24 @@ def test_supervised_training_with_every_way_to_save_memory(tiny_model, tmp_path)
     quantised = bool(importlib.util.find_spec("bitsandbytes"))
     for name, more in SUPERVISED.items() if quantised else list(SUPERVISED.items())[:-2]:
         out = tmp_path / name
-        argv = dict(model_name_or_path=tiny_model, dataset_name=rows, dataset_test_split=rows, output_dir=out,
-                    packing="true", max_length=64, per_device_train_batch_size=4, max_steps=12, learning_rate=3e-3,
-                    eval_strategy="steps", eval_steps=6, save_steps=6, report_to=["none"]) | more  # fmt: skip
+        argv = (
+            dict(
+                model_name_or_path=tiny_model,
+                dataset_name=rows,
+                dataset_test_split=rows,
+                output_dir=out,
+                packing="true",
+                max_length=64,
+                per_device_train_batch_size=4,
+                max_steps=12,
+                learning_rate=3e-3,
+                eval_strategy="steps",
+                eval_steps=6,
+                save_steps=6,
+                report_to=["none"],
+            )
+            | more
+        )
         command = [*TORCHRUN, ranks, "-m", "sft_core.train"]
         done = subprocess.run([*command, *flags(**argv)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, name + done.stdout + done.stderr

@@ -17,8 +17,15 @@ from tests.launch import metrics, run, start, wait
 ROOT = Path(__file__).parents[2]
 STEPS = 6
 # Two updates a rollout and a checkpoint each step: every other one lies between two updates on the same rollout.
-SETTINGS = dict(max_steps=STEPS, num_iterations=2, save_strategy="steps", save_steps=1, save_total_limit=3,
-                prompts_per_step=4, beta=0.1)  # fmt: skip
+SETTINGS = dict(
+    max_steps=STEPS,
+    num_iterations=2,
+    save_strategy="steps",
+    save_steps=1,
+    save_total_limit=3,
+    prompts_per_step=4,
+    beta=0.1,
+)
 TIMES = ("time/", "step_time", "tokens_per_second", "peak_memory")
 
 

@@ -17,10 +17,17 @@ def wide_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wide")
     tokenizer = make_tokenizer()
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=0.3,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
         eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -29,12 +36,21 @@ def wide_model(tmp_path_factory):
 
 def test_logits_of_a_step_are_never_whole(wide_model, problems, tmp_path):
     """On two ranks 4 x 8 completions of 270 tokens: 8,640 rows of logits, 5.2 GB in float32, in one micro-batch."""
-    more = dict(prompts_per_step=4, num_generations=8, max_completion_length=270, max_steps=1, seed=1,
-                max_tokens_per_micro_batch=100_000, max_logp_difference=10)  # fmt: skip
+    more = dict(
+        prompts_per_step=4,
+        num_generations=8,
+        max_completion_length=270,
+        max_steps=1,
+        seed=1,
+        max_tokens_per_micro_batch=100_000,
+        max_logp_difference=10,
+    )
     code, output = run(
-        TRAIN, options(wide_model, problems, tmp_path / "out", rollouts_from=record(tmp_path), **more),
-        tmp_path / "log", ranks=2,
-    )  # fmt: skip
+        TRAIN,
+        options(wide_model, problems, tmp_path / "out", rollouts_from=record(tmp_path), **more),
+        tmp_path / "log",
+        ranks=2,
+    )
     assert code == 0, output
     [row] = metrics(tmp_path / "out")
     assert row["num_tokens"] > 8_640
@@ -52,12 +68,20 @@ def record(folder):
     generator = torch.Generator().manual_seed(0)
     rows = [
         {
-            "group": group, "prompt_ids": [5, 6, 7], "sampler_logps": [-12.0] * 270, "finish_reason": "length",
-            "completion_ids": torch.randint(5, VOCABULARY, (270,), generator=generator).tolist(), "version": 0,
-            "reward": float(i % 2), "rewards": [float(i % 2)], "advantage": 0.0, "old_logps": None,
+            "group": group,
+            "prompt_ids": [5, 6, 7],
+            "sampler_logps": [-12.0] * 270,
+            "finish_reason": "length",
+            "completion_ids": torch.randint(5, VOCABULARY, (270,), generator=generator).tolist(),
+            "version": 0,
+            "reward": float(i % 2),
+            "rewards": [float(i % 2)],
+            "advantage": 0.0,
+            "old_logps": None,
         }
-        for group in range(4) for i in range(8)
-    ]  # fmt: skip
+        for group in range(4)
+        for i in range(8)
+    ]
     (folder / "rollouts").mkdir()
     table = pa.Table.from_pylist(rows, schema=schema(ranks=1))
     pq.write_table(table, folder / "rollouts" / "step-000001-rank-00000.parquet")

@@ -27,8 +27,16 @@ pytestmark = [
 
 def command(model: Path, shared: Path, output: Path, **options) -> list[str]:
     data = f"gsm8k={shared / 'data' / 'gsm8k_test.jsonl'}"
-    options = {"model": model, "tasks": "gsm8k", "dataset": data, "limit": 50, "batch_size": 16, "dtype": "float32",
-               "max_new_tokens": 256, "output_dir": output} | options  # fmt: skip
+    options = {
+        "model": model,
+        "tasks": "gsm8k",
+        "dataset": data,
+        "limit": 50,
+        "batch_size": 16,
+        "dtype": "float32",
+        "max_new_tokens": 256,
+        "output_dir": output,
+    } | options
     return [sys.executable, "-m", "eval.run", *(f"--{name}={value}" for name, value in options.items())]
 
 

@@ -59,20 +59,39 @@ def test_warm_start_goes_on_into_grpo(smollm2, shared, tmp_path):
     heldout = tmp_path / "sft_heldout.jsonl"
     heldout.write_text("".join(heldout.read_text().splitlines(keepends=True)[:16]))
     small = dict(bf16="false", report_to=["none"], save_strategy="no", eval_strategy="no")
-    supervised = dict(model_name_or_path=smollm2, dataset_name=tmp_path / "sft_train.jsonl", max_length=320,
-                      dataset_test_split=heldout, per_device_train_batch_size=1, eval_strategy="steps")  # fmt: skip
+    supervised = dict(
+        model_name_or_path=smollm2,
+        dataset_name=tmp_path / "sft_train.jsonl",
+        max_length=320,
+        dataset_test_split=heldout,
+        per_device_train_batch_size=1,
+        eval_strategy="steps",
+    )
     steps = [
-        ("sft_core.train", "sft/config_warm_start.yaml", supervised | dict(
-            max_steps=1, learning_rate=0, eval_steps=1, output_dir=tmp_path / "untrained",
-        )),
-        ("sft_core.train", "sft/config_warm_start.yaml", supervised | dict(
-            max_steps=16, eval_steps=8, output_dir=tmp_path / "sft",
-        )),
-        ("grpo_core.train", "grpo/config_warm.yaml", dict(
-            model_name_or_path=tmp_path / "sft", dataset_name=tmp_path / "grpo_train.jsonl", num_generations=4,
-            prompts_per_step=3, max_completion_length=96, max_steps=2, output_dir=tmp_path / "grpo",
-        )),
-    ]  # fmt: skip
+        (
+            "sft_core.train",
+            "sft/config_warm_start.yaml",
+            supervised | dict(max_steps=1, learning_rate=0, eval_steps=1, output_dir=tmp_path / "untrained"),
+        ),
+        (
+            "sft_core.train",
+            "sft/config_warm_start.yaml",
+            supervised | dict(max_steps=16, eval_steps=8, output_dir=tmp_path / "sft"),
+        ),
+        (
+            "grpo_core.train",
+            "grpo/config_warm.yaml",
+            dict(
+                model_name_or_path=tmp_path / "sft",
+                dataset_name=tmp_path / "grpo_train.jsonl",
+                num_generations=4,
+                prompts_per_step=3,
+                max_completion_length=96,
+                max_steps=2,
+                output_dir=tmp_path / "grpo",
+            ),
+        ),
+    ]
     for module, recipe, options in steps:
         command = [sys.executable, "-m", module, "--config", folder / recipe, *flags(**(small | options))]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

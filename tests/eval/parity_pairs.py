@@ -17,23 +17,51 @@ Quadruple = tuple[str, str, list[str], str]
 
 # gold, other ways to write it, near misses
 LATEX = [
-    (r"\frac{3}{4}", [r"\dfrac34", "0.75", r"75\%", r"\frac{6}{8}", "3/4"], ["0.7", r"\frac{4}{3}", r"\frac34 \pi", "75"]),  # noqa: E501
+    (
+        r"\frac{3}{4}",
+        [r"\dfrac34", "0.75", r"75\%", r"\frac{6}{8}", "3/4"],
+        ["0.7", r"\frac{4}{3}", r"\frac34 \pi", "75"],
+    ),  # noqa: E501
     (r"-\frac{2}{7}", [r"\frac{-2}{7}", "-2/7", r"-\tfrac27"], [r"\frac27", "-0.29"]),
-    ("12", ["12.0", r"12\text{ cm}", r"12 \text{ units}", "{12}", r"\text{12}", "x = 12", "12.", "+12"], ["-12", "120", "1.2", r"12\%"]),  # noqa: E501
+    (
+        "12",
+        ["12.0", r"12\text{ cm}", r"12 \text{ units}", "{12}", r"\text{12}", "x = 12", "12.", "+12"],
+        ["-12", "120", "1.2", r"12\%"],
+    ),  # noqa: E501
     (r"1,\!250", ["1250", "1,250", "1250.00", r"1{,}250", r"\$1250"], ["1.25", "125", "1,2"]),
     (r"15\%", ["15", "0.15", r"15 \%", "15%", r"15\text{ percent}"], ["1500", "1.5"]),
     (r"\$4.50", ["4.5", "4.50", r"\$4.5", r"4.50\text{ dollars}"], ["450", "4.05"]),
     (r"90^\circ", ["90", r"90^{\circ}", r"90\text{ degrees}", r"\frac{180}{2}"], [r"\frac{\pi}{2}", "9"]),
-    (r"2\sqrt{3}", [r"\sqrt{12}", r"2 \cdot \sqrt 3", r"\frac{6}{\sqrt{3}}", "3.46410"], [r"3\sqrt{2}", "3.46", r"\sqrt{3}"]),  # noqa: E501
+    (
+        r"2\sqrt{3}",
+        [r"\sqrt{12}", r"2 \cdot \sqrt 3", r"\frac{6}{\sqrt{3}}", "3.46410"],
+        [r"3\sqrt{2}", "3.46", r"\sqrt{3}"],
+    ),  # noqa: E501
     (r"\frac{\pi}{6}", [r"\pi/6", r"\frac{1}{6}\pi", r"\frac{2\pi}{12}"], [r"\frac{\pi}{3}", "30", "0.52"]),
     (r"x^2 + 2x + 1", ["(x+1)^2", "1 + 2x + x^2", "x(x+2)+1"], ["x^2 - 2x + 1", "y^2+2y+1", "x^2+2x"]),
     (r"\{1, 2, 5\}", ["1,2,5", r"\{5,1,2\}", r"\left\{1,2,5\right\}"], [r"\{1,2\}", "(1,2,5,6)"]),
     (r"1, -2", ["-2, 1", r"\{-2,1\}", "1,-2", r"x=1, x=-2"], ["1, 2", "-2"]),
-    (r"(3, 4)", [r"\left(3,4\right)", "(3, 4)", "(3.0,4.0)", r"\left( 3, \frac{8}{2} \right)"], ["(4,3)", "[3,4]", "3,5"]),  # noqa: E501
+    (
+        r"(3, 4)",
+        [r"\left(3,4\right)", "(3, 4)", "(3.0,4.0)", r"\left( 3, \frac{8}{2} \right)"],
+        ["(4,3)", "[3,4]", "3,5"],
+    ),  # noqa: E501
     (r"[1, 4)", [r"\left[1,4\right)", "[1,4)", r"1 \le x < 4", r"x \in [1, 4)"], ["(1,4)", "[1,4]", "[1, 5)"]),
-    (r"(-\infty, 2) \cup (3, \infty)", [r"(3,\infty)\cup(-\infty,2)", r"(-\infty,2)\cup(3,+\infty)"], [r"(-\infty,2]\cup(3,\infty)", r"(2,3)"]),  # noqa: E501
-    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", [r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", r"\left(\begin{array}{cc}1&2\\3&4\end{array}\right)"], [r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"]),  # noqa: E501
-    (r"\begin{pmatrix} -1/3 \\ 2 \end{pmatrix}", [r"\begin{pmatrix} -\frac13 \\ 2 \end{pmatrix}", r"\begin{pmatrix} -1/3 \\ 2.0 \end{pmatrix}"], [r"\begin{pmatrix} 2 \\ -1/3 \end{pmatrix}"]),  # noqa: E501
+    (
+        r"(-\infty, 2) \cup (3, \infty)",
+        [r"(3,\infty)\cup(-\infty,2)", r"(-\infty,2)\cup(3,+\infty)"],
+        [r"(-\infty,2]\cup(3,\infty)", r"(2,3)"],
+    ),  # noqa: E501
+    (
+        r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
+        [r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", r"\left(\begin{array}{cc}1&2\\3&4\end{array}\right)"],
+        [r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"],
+    ),  # noqa: E501
+    (
+        r"\begin{pmatrix} -1/3 \\ 2 \end{pmatrix}",
+        [r"\begin{pmatrix} -\frac13 \\ 2 \end{pmatrix}", r"\begin{pmatrix} -1/3 \\ 2.0 \end{pmatrix}"],
+        [r"\begin{pmatrix} 2 \\ -1/3 \end{pmatrix}"],
+    ),  # noqa: E501
     (r"\text{Evelyn}", [r"\text{ Evelyn}", r"\mathrm{Evelyn}", "Evelyn"], [r"\text{Carla}", "E"]),
     (r"\text{(C)}", [r"\text{C}", "(C)", "C"], [r"\text{(B)}", "D"]),
     (r"3 + 4i", ["4i+3", r"3+4\,i"], ["3-4i", "7i"]),
@@ -51,7 +79,7 @@ LATEX = [
     (r"x < 5", ["x<5", "5 > x", r"(-\infty,5)"], ["x>5", r"x \le 5"]),
     (r"\pm 2", ["2, -2", r"\{2,-2\}", r"\pm 2"], ["2", r"\pm 3"]),
     (r"10^{-3}", ["0.001", r"\frac{1}{1000}", r"1 \times 10^{-3}"], ["0.01", "10^3"]),
-]  # fmt: skip
+]
 NUMBERS = [
     ("204", ["204", "204.0", r"$204$", "0204", r"\frac{408}{2}"], ["240", "-204", "20.4"]),
     ("25", ["25", "+25", "25 apples", "$25", "5^2", "025", "٢٥", "２５"], ["52", "2.5", "25%", "25/2"]),
@@ -67,20 +95,50 @@ NUMBERS = [
     (r"y=\frac{1}{2}x+3", [r"y=\frac{x}{2}+3", "y = 0.5x+3", "2y=x+6"], ["y=2x+3", "y=x+3"]),
 ]
 PHRASES = [
-    "The answer is {m}.", "Therefore, \\boxed{{{a}}}", "So the area is $\\boxed{{{a}}}$ as required.", "{m}",
-    "Final Answer: The final answer is {m}. I hope it is correct.", "**Answer:** {m}", "\\[ \\boxed{{{a}}} \\]",
-    "We have \\[ s = {a} \\] and are done.", "{a}", "First \\boxed{{17}}, but in truth \\boxed{{{a}}}.",
-    "I get \\boxed{{{a}}}. A check gives \\boxed{{17}} for the other one.", "Answer : {a}",
-    "<think>maybe \\boxed{{17}}</think>It is \\boxed{{{a}}}.", "There are 3 cases and 4 ways; in all {m} of them",
-    "The answer is {a}, which is 5 more than 2.", "$a = 3$ and $b = 4$. The final answer is\n\n$$ {a} $$",
-    "answer: \\({a}\\)", "It equals ${a}$ or ${a}$", "**{a}**", "\\boxed{{ {a} }} units", "\\boxed{{{a}}}%",
-]  # fmt: skip
+    "The answer is {m}.",
+    "Therefore, \\boxed{{{a}}}",
+    "So the area is $\\boxed{{{a}}}$ as required.",
+    "{m}",
+    "Final Answer: The final answer is {m}. I hope it is correct.",
+    "**Answer:** {m}",
+    "\\[ \\boxed{{{a}}} \\]",
+    "We have \\[ s = {a} \\] and are done.",
+    "{a}",
+    "First \\boxed{{17}}, but in truth \\boxed{{{a}}}.",
+    "I get \\boxed{{{a}}}. A check gives \\boxed{{17}} for the other one.",
+    "Answer : {a}",
+    "<think>maybe \\boxed{{17}}</think>It is \\boxed{{{a}}}.",
+    "There are 3 cases and 4 ways; in all {m} of them",
+    "The answer is {a}, which is 5 more than 2.",
+    "$a = 3$ and $b = 4$. The final answer is\n\n$$ {a} $$",
+    "answer: \\({a}\\)",
+    "It equals ${a}$ or ${a}$",
+    "**{a}**",
+    "\\boxed{{ {a} }} units",
+    "\\boxed{{{a}}}%",
+]
 CHOICES = [
-    "Answer: {}", "The answer is ({}).", "**Answer: {}**", "{}", "{}. because it is so", "I think\n{}: yes", "It is {}",
-    "final answer is {}", "Answer: $\\boxed{{{}}}$", "A thing that B knows; Answer: {} and no other", "answer {}",
-    "Answer: {} or D", "The final answer is {}. I hope it is correct.", "ANSWER: **{}**", "", "Answer: {}\nAnswer: B",
-    "The correct answer is: {}", "({})", "Answer:{}", "**{}**",
-]  # fmt: skip
+    "Answer: {}",
+    "The answer is ({}).",
+    "**Answer: {}**",
+    "{}",
+    "{}. because it is so",
+    "I think\n{}: yes",
+    "It is {}",
+    "final answer is {}",
+    "Answer: $\\boxed{{{}}}$",
+    "A thing that B knows; Answer: {} and no other",
+    "answer {}",
+    "Answer: {} or D",
+    "The final answer is {}. I hope it is correct.",
+    "ANSWER: **{}**",
+    "",
+    "Answer: {}\nAnswer: B",
+    "The correct answer is: {}",
+    "({})",
+    "Answer:{}",
+    "**{}**",
+]
 NOTHING = [
     "",
     "I do not know.",

@@ -16,10 +16,18 @@ from eval.report import summarise
 
 def row(problem: int, score: float | None, said: str = "5", **other) -> dict:
     empty = {"sample": 0, "seed": 0, "prompt": "", "gold": "5", "length": 3, "finish_reason": "stop", "error": None}
-    return empty | {
-        "task": "aime24", "problem": problem, "query": f"problem {problem}", "score": score, "completion": said,
-        "extracted": said,
-    } | other  # fmt: skip
+    return (
+        empty
+        | {
+            "task": "aime24",
+            "problem": problem,
+            "query": f"problem {problem}",
+            "score": score,
+            "completion": said,
+            "extracted": said,
+        }
+        | other
+    )
 
 
 def write_run(folder, *scores: float):
@@ -63,8 +71,14 @@ def test_mathematics_of_pages():
     assert with_math("at $5 each, $10 for two; 1 < 2").count("<") == 0  # prices
     assert with_math("\\begin{align*}\nx &= 1 \\\\\ny &= 2\n\\end{align*}").count("<mtr") == 2
     # What the converter copies or refuses is shown as it was written.
-    for bad in (r"$\text{<img src=x onerror=alert(1)>}$", r"$\text{<mi onclick='x'>y</mi>}$", r"$\left(1$", "$a & b$",
-                r"$\href{javascript:alert(1)}{x}$", "$" + "{" * 3000 + "}" * 3000 + "$"):  # fmt: skip
+    for bad in (
+        r"$\text{<img src=x onerror=alert(1)>}$",
+        r"$\text{<mi onclick='x'>y</mi>}$",
+        r"$\left(1$",
+        "$a & b$",
+        r"$\href{javascript:alert(1)}{x}$",
+        "$" + "{" * 3000 + "}" * 3000 + "$",
+    ):
         assert with_math(bad) == html.escape(bad)
 
 

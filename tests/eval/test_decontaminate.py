@@ -92,8 +92,19 @@ def planted(shared, tmp_path):
 
 def arguments(shared: Path, data: Path, output: Path, *more: str) -> list[str]:
     sets = [f"aime24={shared}/data/aime_2024.jsonl", f"math_500={shared}/data/math_500.jsonl"]
-    return ["--dataset", str(data), "--problem-column", "question", "--output_dir", str(output),
-            "--tasks", "aime24,math_500", "--eval_dataset", *sets, *more]  # fmt: skip
+    return [
+        "--dataset",
+        str(data),
+        "--problem-column",
+        "question",
+        "--output_dir",
+        str(output),
+        "--tasks",
+        "aime24,math_500",
+        "--eval_dataset",
+        *sets,
+        *more,
+    ]
 
 
 def run(argv: list[str]) -> None:
@@ -169,8 +180,18 @@ def test_the_instructions_of_a_task_are_no_match(tmp_path):
     form = GPQA_QUERY.replace("{question}", "{}").replace("{0}", "red").replace("{1}", "blue").replace("{2}", "a")
     texts = [form.replace("{3}", "b").format(text) for text in ("What is the colour of a clear sky?", asked[1])]
     write(tmp_path / "rows.jsonl", [{"problem": text} for text in texts])
-    run(["--dataset", str(tmp_path / "rows.jsonl"), "--tasks", "gpqa:diamond", "--eval_dataset",
-         f"gpqa={tmp_path}/gpqa.jsonl", "--output_dir", str(tmp_path / "out")])  # fmt: skip
+    run(
+        [
+            "--dataset",
+            str(tmp_path / "rows.jsonl"),
+            "--tasks",
+            "gpqa:diamond",
+            "--eval_dataset",
+            f"gpqa={tmp_path}/gpqa.jsonl",
+            "--output_dir",
+            str(tmp_path / "out"),
+        ]
+    )
     assert [(m["row"], m["problem"]) for m in matches(tmp_path / "out")] == [(1, 1)]
 
 
@@ -178,9 +199,20 @@ def test_pushed(tmp_path, monkeypatch):
     rows = [{"problem": f"what is {i} and {i}?", "id": i} for i in range(5)]
     write(tmp_path / "rows.jsonl", rows)
     write(tmp_path / "aime.jsonl", [{"problem": "What is $3$ and 3", "answer": "6"}])
-    argv = ["--dataset", str(tmp_path / "rows.jsonl"), "--tasks", "aime24", "--eval_dataset",
-            f"aime24={tmp_path}/aime.jsonl", "--output_dir", str(tmp_path / "out"), "--cleanup",
-            "--new_dataset_name", "me/clean", "--private"]  # fmt: skip
+    argv = [
+        "--dataset",
+        str(tmp_path / "rows.jsonl"),
+        "--tasks",
+        "aime24",
+        "--eval_dataset",
+        f"aime24={tmp_path}/aime.jsonl",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--cleanup",
+        "--new_dataset_name",
+        "me/clean",
+        "--private",
+    ]
     with HubServer() as hub:
         hub.take_over(monkeypatch)
         monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)

@@ -58,8 +58,12 @@ def test_generations_that_are_there(tmp_path, capsys):
     }
     assert {name: report[name] for name in wanted} == wanted
     assert {name: count for name, count in report["histogram"].items() if count} == {
-        "0": 1, "0.1 to 0.2": 1, "0.5 to 0.6": 1, "0.6 to 0.7": 1, "1": 2,
-    }  # fmt: skip
+        "0": 1,
+        "0.1 to 0.2": 1,
+        "0.5 to 0.6": 1,
+        "0.6 to 0.7": 1,
+        "1": 2,
+    }
     assert "checks given up: 1" in capsys.readouterr().out
     # another range of the same folder checks nothing again
     [details] = (tmp_path / "out" / "details" / "pass_rate").glob("*.parquet")
@@ -111,8 +115,13 @@ def test_samples_of_a_model(tiny_model, problems, tmp_path, capfd):
     } == {0}
     assert rows_of(tmp_path / "first", "filtered") == []
     assert load_rows(str(tmp_path / "first" / "scored.parquet")).column_names == [
-        "problem", "solution", "id", "generation", "correct", "pass_rate"
-    ]  # fmt: skip
+        "problem",
+        "solution",
+        "id",
+        "generation",
+        "correct",
+        "pass_rate",
+    ]
     # a batch is lost: the same command makes it again
     expected = (tmp_path / "first" / "scored.parquet").read_bytes()
     (tmp_path / "first" / "details" / "pass_rate" / "00004.parquet").unlink()

@@ -47,6 +47,10 @@ def test_what_is_checked():
     ]
     assert notations(r"\frac12")[1] == r"<answer>\dfrac12</answer>"
     assert near_misses(r"\frac{1}{2}", []) == [
-        r"\frac{1}{3}", r"\frac{1}{12}", r"\frac{2}{2}", r"\frac{11}{2}", r"\frac{1}{2} + 1",
-    ]  # fmt: skip
+        r"\frac{1}{3}",
+        r"\frac{1}{12}",
+        r"\frac{2}{2}",
+        r"\frac{11}{2}",
+        r"\frac{1}{2} + 1",
+    ]
     assert near_misses("5", ["x=5", "5", "9", "9", "7"]) == ["6", "15", "5 + 1", "9", "7"]

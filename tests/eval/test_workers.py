@@ -167,8 +167,11 @@ def test_what_one_worker_prints_is_kept_until_it_is_asked_for(pool):
         assert len(set(lines[::2])) == 1 and set(lines[1::2]) == {"raw"}
         assert heard(talking, "print('line\\n' * 50, end='')") == ["line"] * 10
         assert talking.printed() == []
-        ends = ["print('last words') or 1 / 0", "print('last words') or __import__('os')._exit(1)",
-                "print('last words') or exec('while True: pass')"]  # fmt: skip
+        ends = [
+            "print('last words') or 1 / 0",
+            "print('last words') or __import__('os')._exit(1)",
+            "print('last words') or exec('while True: pass')",
+        ]
         for task in [*ends, "print('last words')"]:
             assert set(heard(talking, task)) == {"last words"}
         assert set(heard(talking, "print('x' * 10**6)")) == {"x" * 10**6}  # far more than a pipe holds

@@ -28,18 +28,36 @@ def peer(options: argparse.Namespace) -> Any:
 
     with Pipeline() as pipeline:
         sampling = {"max_new_tokens": options.max_new_tokens, "temperature": 0.7}
-        llm = OpenAILLM(base_url=options.url, api_key="something", model=options.model, timeout=900, max_retries=0,
-                        generation_kwargs=sampling)  # fmt: skip
-        TextGeneration(llm=llm, template="{{ instruction }}", input_mappings={"instruction": "prompt"},
-                       input_batch_size=64, num_generations=options.n, group_generations=True)  # fmt: skip
+        llm = OpenAILLM(
+            base_url=options.url,
+            api_key="something",
+            model=options.model,
+            timeout=900,
+            max_retries=0,
+            generation_kwargs=sampling,
+        )
+        TextGeneration(
+            llm=llm,
+            template="{{ instruction }}",
+            input_mappings={"instruction": "prompt"},
+            input_batch_size=64,
+            num_generations=options.n,
+            group_generations=True,
+        )
     return pipeline
 
 
 def ours(options: argparse.Namespace) -> Any:
     from gen.generate import build_distilabel_pipeline
 
-    return build_distilabel_pipeline(options.model, options.url, "prompt", temperature=0.7, num_generations=options.n,
-                                     max_new_tokens=options.max_new_tokens)  # fmt: skip
+    return build_distilabel_pipeline(
+        options.model,
+        options.url,
+        "prompt",
+        temperature=0.7,
+        num_generations=options.n,
+        max_new_tokens=options.max_new_tokens,
+    )
 
 
 def run(name: str, options: argparse.Namespace) -> None:

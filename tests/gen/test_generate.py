@@ -48,8 +48,10 @@ def rows(folder: Path) -> list[dict]:
 
 def expected(n: int = 2, count: int = 100) -> list[list[str]]:
     """What the server says to every prompt, in order."""
-    asked = [[{"messages": [{"role": "user", "content": f"Say {i}."}], "seed": 1_000_003 + i * n + j} for j in range(n)]
-             for i in range(count)]  # fmt: skip
+    asked = [
+        [{"messages": [{"role": "user", "content": f"Say {i}."}], "seed": 1_000_003 + i * n + j} for j in range(n)]
+        for i in range(count)
+    ]
     return [list(map(words, group)) for group in asked]
 
 
@@ -247,8 +249,9 @@ def test_an_engine_in_process_needs_no_server(tiny_model, data, tmp_path):
     said = found[9]["distilabel_metadata"]
     assert [m["finish_reason_text_generation_0"] for m in said] == [c.finish_reason for c in group]
     assert said[0]["statistics_text_generation_0"] == {
-        "input_tokens": len(prompt), "output_tokens": len(group[0].token_ids),
-    }  # fmt: skip
+        "input_tokens": len(prompt),
+        "output_tokens": len(group[0].token_ids),
+    }
     file = tmp_path / "some.jsonl"
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("Say 1.", "Say 2. " * 60)))
     for _ in range(2):  # nothing is left that fits, which is no reason to refuse what is there
@@ -268,9 +271,11 @@ def test_the_pipeline_has_the_face_of_distilabels(server, data, tmp_path, monkey
     assert train[3]["model_name"] == "served" and len(train[3]["generation"]) == 3 and len(train) == 20
     said = train[3]["distilabel_metadata"]
     assert len(said) == 3 and list(said[0]) == [
-        "raw_output_text_generation_0", "raw_input_text_generation_0", "statistics_text_generation_0",
+        "raw_output_text_generation_0",
+        "raw_input_text_generation_0",
+        "statistics_text_generation_0",
         "finish_reason_text_generation_0",
-    ]  # fmt: skip
+    ]
     assert said[0]["raw_input_text_generation_0"] == [{"content": "Say 3.", "role": "user"}]
     assert said[0]["statistics_text_generation_0"] == {"input_tokens": 5, "output_tokens": 7}
     assert "seed" not in server.requests[0] and len(server.requests) == 60
@@ -290,9 +295,15 @@ def test_flags_are_open_r1s(tmp_path):
     assert config.urls == ["http://a/v1", "http://b/v1", "http://c/v1"] and config.private and config.at_once == 10
     (config,) = parse((GenerateConfig,), join_urls(["--hf-dataset", "D", "--model", "M"]))
     assert (config.hf_dataset_split, config.prompt_column, config.prompt_template) == (
-        "train", "prompt", "{{ instruction }}",
-    )  # fmt: skip
+        "train",
+        "prompt",
+        "{{ instruction }}",
+    )
     assert (config.max_new_tokens, config.num_generations, config.timeout, config.retries, config.temperature) == (
-        8192, 1, 600, 0, None,
-    )  # fmt: skip
+        8192,
+        1,
+        600,
+        0,
+        None,
+    )
     assert config.urls == ["http://localhost:8000/v1"] and config.at_once == 64

@@ -64,8 +64,16 @@ def test_a_real_server_killed_twice(smollm2, shared, tmp_path):
 
 
 def kill_twice(url: str, model: str, shared: Path, tmp_path: Path) -> None:
-    settings = {"model": model, "prompt_column": "question", "temperature": 0.8, "max_new_tokens": 16, "limit": 200,
-                "input_batch_size": 16, "max_concurrent": 32, "timeout": 60}  # fmt: skip
+    settings = {
+        "model": model,
+        "prompt_column": "question",
+        "temperature": 0.8,
+        "max_new_tokens": 16,
+        "limit": 200,
+        "input_batch_size": 16,
+        "max_concurrent": 32,
+        "timeout": 60,
+    }
     questions = shared / "data" / "gsm8k_test.jsonl"
     command = [sys.executable, "-m", "gen.generate"]
     command += options(url, questions, tmp_path / "out", **settings)

@@ -157,7 +157,9 @@ def test_the_end_of_the_context_ends_a_completion(engine):
     prompts = [[9] * 120, PROMPTS[0]]
     found = sample(engine, prompts, SEEDS[:2], max_tokens=20, stop_ids=())
     assert [[(len(c.token_ids), c.finish_reason) for c in group] for group in found] == [
-        [(8, "length")] * 3, [(20, "length")] * 3]  # fmt: skip
+        [(8, "length")] * 3,
+        [(20, "length")] * 3,
+    ]
     [alone] = sample(engine, prompts[1:], SEEDS[1:2], max_tokens=20, stop_ids=())
     assert [c.token_ids for c in found[1]] == [c.token_ids for c in alone]
 

@@ -199,9 +199,9 @@ def test_buffers_and_parameters_of_another_dtype(tied_llama):
 
 def synced(sent, held):
     """Of numbers in place of checksums; None: it cannot be read back."""
-    return {name: ("", value) for name, value in sent.items()}, Loaded(held, {
-        name: None if value is None else ("", value) for name, value in held.items()
-    })  # fmt: skip
+    return {name: ("", value) for name, value in sent.items()}, Loaded(
+        held, {name: None if value is None else ("", value) for name, value in held.items()}
+    )
 
 
 PARTS = {f"l.attn.{part}.weight": i for i, part in enumerate(["q_proj", "k_proj", "v_proj", "o_proj"])}

@@ -125,10 +125,18 @@ def expect_faults_inside_the_loader(engine: Engine, model) -> None:
         other = {a: b, b: a}
         pairs = [(name, name[: len(a)], tensor) for name, tensor in pairs]
         linear = ("mlp", "attn")
-        return load(vllm_model, [
-            (name.replace(layer, other[layer]) if layer in other and any(part in name for part in linear) else name, t)
-            for name, layer, t in pairs
-        ])  # fmt: skip
+        return load(
+            vllm_model,
+            [
+                (
+                    name.replace(layer, other[layer])
+                    if layer in other and any(part in name for part in linear)
+                    else name,
+                    t,
+                )
+                for name, layer, t in pairs
+            ],
+        )
 
     def policy_logps(prompt, completions):
         with torch.no_grad():
@@ -278,8 +286,16 @@ def check_bfloat16(folder: str) -> None:
 def check_sleep(folder: str) -> None:
     """On a GPU: weights and cache are given back, and what is sampled after is of the weights that came then."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    engine = make_engine("vllm", folder, dtype="float32", max_model_len=128, max_batch=64, enforce_eager=True,
-                         gpu_memory_utilization=0.2, sleep_mode=True)  # fmt: skip
+    engine = make_engine(
+        "vllm",
+        folder,
+        dtype="float32",
+        max_model_len=128,
+        max_batch=64,
+        enforce_eager=True,
+        gpu_memory_utilization=0.2,
+        sleep_mode=True,
+    )
     free, total = torch.cuda.mem_get_info()
     for version in (1, 2):
         sample(engine)

@@ -82,8 +82,10 @@ def test_order_and_shift_do_not_matter(groups, scale, random, shift):
     rounded = [round(r, 3) for r in rewards]  # so that the shift cannot make different rewards equal
     torch.testing.assert_close(
         group_advantages([r + round(shift, 3) for r in rounded], ids, scale),
-        group_advantages(rounded, ids, scale), rtol=1e-6, atol=1e-6,
-    )  # fmt: skip
+        group_advantages(rounded, ids, scale),
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from grpo_core import audit
+from grpo_core import audit, audit_probes
 from grpo_core.config import SYSTEM_PROMPT
 from grpo_core.rewards import accuracy_reward, format_reward, tag_count_reward
 from grpo_core.rollout import Rollout
@@ -16,9 +16,16 @@ LINES = "Answer so: <think>\nthoughts\n</think>\n<answer>\nanswer\n</answer>"
 
 def options(tiny_model, problems, **more):
     base = dict(
-        model_name_or_path=tiny_model, dataset_name=problems, engine="torch", num_generations=4, max_prompt_length=120,
-        max_completion_length=12, system_prompt="", reward_funcs=["tests.rewards_for_tests:digits"], audit_prompts=6,
-    )  # fmt: skip
+        model_name_or_path=tiny_model,
+        dataset_name=problems,
+        engine="torch",
+        num_generations=4,
+        max_prompt_length=120,
+        max_completion_length=12,
+        system_prompt="",
+        reward_funcs=["tests.rewards_for_tests:digits"],
+        audit_prompts=6,
+    )
     return flags(**(base | more))
 
 
@@ -76,20 +83,29 @@ def test_golds_that_cannot_be_parsed(tiny_model, tmp_path, capsys):
 
 
 def test_probes_of_the_built_in_rewards(tiny_model, problems, capsys):
-    names = ["accuracy", "format", "tag_count", "reasoning_steps", "repetition_penalty", "length", "cosine",
-             "soft_overlong_punishment"]  # fmt: skip
+    names = [
+        "accuracy",
+        "format",
+        "tag_count",
+        "reasoning_steps",
+        "repetition_penalty",
+        "length",
+        "cosine",
+        "soft_overlong_punishment",
+    ]
     code, output = outcome(capsys, tiny_model, problems, reward_funcs=names, system_prompt=LINES)
     assert code == 0 and "instead of" not in output, output
     accuracy = column(output, "accuracy")
-    assert all(accuracy[notation] == "1" for notation in audit.NOTATIONS) and accuracy[audit.IDEAL] == "1"
-    assert accuracy[audit.EMPTY] == accuracy[audit.HUGE] == "0" and re.search(
+    assert all(accuracy[notation] == "1" for notation in audit_probes.NOTATIONS) and accuracy[audit_probes.IDEAL] == "1"
+    assert accuracy[audit_probes.EMPTY] == accuracy[audit_probes.HUGE] == "0" and re.search(
         r"accuracy +accepts '\d\d' in 5 of 5", output
     )
-    wrong = (audit.EMPTY, audit.TAGS, audit.JUNK, audit.HUGE)
-    assert [column(output, "format")[probe] for probe in (audit.IDEAL, *wrong)] == ["1", "0", "0", "0", "0"]
+    wrong = (audit_probes.EMPTY, audit_probes.TAGS, audit_probes.JUNK, audit_probes.HUGE)
+    assert [column(output, "format")[probe] for probe in (audit_probes.IDEAL, *wrong)] == ["1", "0", "0", "0", "0"]
     assert [column(output, "tag_count")[probe] for probe in wrong] == ["0", "0", "1 !", "0"]
-    assert column(output, "reasoning_steps")[audit.HUGE] == "1 !"
-    assert column(output, "soft_overlong_punishment")[audit.HUGE] == "0 !" and "lower max_completion_len" in output
+    assert column(output, "reasoning_steps")[audit_probes.HUGE] == "1 !"
+    assert column(output, "soft_overlong_punishment")[audit_probes.HUGE] == "0 !"
+    assert "lower max_completion_len" in output
 
 
 def test_a_prompt_that_does_not_ask_for_what_is_paid(tiny_model, problems, capsys):
@@ -112,7 +128,7 @@ def test_a_prompt_that_does_not_ask_for_what_is_paid(tiny_model, problems, capsy
     ],
 )
 def test_the_ideal_completion_is_what_the_prompt_asks_for(prompt, notation, tagged):
-    ideal, _, opened = audit.ideal_completion(prompt, "63")
+    ideal, _, opened = audit_probes.ideal_completion(prompt, "63")
     completion = [[{"role": "assistant", "content": ideal}]]
     assert ideal.endswith(notation) and ideal.count("<think>") == (tagged and not opened)
     assert accuracy_reward(completion, ["63"]) == [1.0]
@@ -128,7 +144,7 @@ def test_rewards_of_the_user_may_fail(tiny_model, problems, tmp_path, capsys, mo
     monkeypatch.syspath_prepend(tmp_path)
     code, output = outcome(capsys, tiny_model, problems, reward_funcs=["my_rewards:first"])
     assert code == 0 and "a probe failed: first failed with IndexError (IndexError: string" in output, output
-    assert column(output, "my_rewards:first")[audit.EMPTY] == "-"
+    assert column(output, "my_rewards:first")[audit_probes.EMPTY] == "-"
     assert "my_rewards:first pays as much for huge repetition" in output
     code, output = outcome(capsys, tiny_model, problems, reward_funcs=["my_rewards:broken"])
     assert code == 1 and "no value for any probe" in output and "no such service" in output

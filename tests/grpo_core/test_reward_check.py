@@ -102,33 +102,43 @@ def accept(argv):
     return run
 
 
-@pytest.mark.parametrize(("reward", "says"), [
-    ("own:waits", "waits must return a list of 1 rewards and not be async"),
-    ("own:yields", "yields must return a list of 1 rewards"),
-    ("own:no_such_column", "missing 1 required positional argument: 'difficulty'): mend it"),
-    ("own:no_such_column", "prompt_texts, group_ids, solution"),
-    ("own:no_argument", None),
-    ("own:one_too_many", "one_too_many must return a list of 1 rewards"),
-    ("own:one_for_all", "one_for_all must return a list of 1 rewards"),
-    ("own:text", "text must return finite numbers, or None where it does not apply, not '1.0'"),
-    ("own:nan", "nan must return finite numbers, or None where it does not apply, not nan"),
-    ("own:square", "square must return finite numbers"),
-    ("own:raises", "raises failed with ZeroDivisionError on a real row with the completion"),
-    ("own:exits", "exits failed with SystemExit on a real row"),
-    ("own:dies", "dies failed with crash on a real row"),
-    ("own:slow", "slow failed with timeout on a real row with the completion '10' (took too long): mend "
-     "it, or raise --reward_timeout"),
-    ("own:Reward", "the reward 'own:Reward' is a type, not a function (of a class, name an instance)"),
-    ("own:not_callable", "the reward 'own:not_callable' is a int, not a function"),
-    ("own:locked", "Locked cannot be called where rewards run: what is sent to a worker must pickle"),
-    ("own:nameless", "<lambda> cannot be called where rewards run"),
-    ("own:closure", "<lambda> cannot be called where rewards run"),
-    ("own:undecorated", "inner cannot be called where rewards run"),
-    ("here_only:reward", "reward cannot be called where rewards run"),
-    ("broken:reward", "cannot import the reward 'broken:reward' (it must be module:function): SyntaxError"),
-    ("fails:reward", "cannot import the reward 'fails:reward' (it must be module:function): RuntimeError"),
-    ("own:instance", None), ("own:bound", None), ("own:imports", None), ("own:group", None), ("own:single", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("reward", "says"),
+    [
+        ("own:waits", "waits must return a list of 1 rewards and not be async"),
+        ("own:yields", "yields must return a list of 1 rewards"),
+        ("own:no_such_column", "missing 1 required positional argument: 'difficulty'): mend it"),
+        ("own:no_such_column", "prompt_texts, group_ids, solution"),
+        ("own:no_argument", None),
+        ("own:one_too_many", "one_too_many must return a list of 1 rewards"),
+        ("own:one_for_all", "one_for_all must return a list of 1 rewards"),
+        ("own:text", "text must return finite numbers, or None where it does not apply, not '1.0'"),
+        ("own:nan", "nan must return finite numbers, or None where it does not apply, not nan"),
+        ("own:square", "square must return finite numbers"),
+        ("own:raises", "raises failed with ZeroDivisionError on a real row with the completion"),
+        ("own:exits", "exits failed with SystemExit on a real row"),
+        ("own:dies", "dies failed with crash on a real row"),
+        (
+            "own:slow",
+            "slow failed with timeout on a real row with the completion '10' (took too long): mend "
+            "it, or raise --reward_timeout",
+        ),
+        ("own:Reward", "the reward 'own:Reward' is a type, not a function (of a class, name an instance)"),
+        ("own:not_callable", "the reward 'own:not_callable' is a int, not a function"),
+        ("own:locked", "Locked cannot be called where rewards run: what is sent to a worker must pickle"),
+        ("own:nameless", "<lambda> cannot be called where rewards run"),
+        ("own:closure", "<lambda> cannot be called where rewards run"),
+        ("own:undecorated", "inner cannot be called where rewards run"),
+        ("here_only:reward", "reward cannot be called where rewards run"),
+        ("broken:reward", "cannot import the reward 'broken:reward' (it must be module:function): SyntaxError"),
+        ("fails:reward", "cannot import the reward 'fails:reward' (it must be module:function): RuntimeError"),
+        ("own:instance", None),
+        ("own:bound", None),
+        ("own:imports", None),
+        ("own:group", None),
+        ("own:single", None),
+    ],
+)
 def test_a_dry_call_of_every_reward(own, tiny_model, problems, tmp_path, capsys, reward, says):
     argv = options(tiny_model, problems, tmp_path / "out", reward_funcs=[reward, "format"], reward_timeout=1)
     if says is None:
@@ -157,23 +167,34 @@ def rows_file(folder, values, name="rows.jsonl", column="solution"):
 BLOCK = 10 << 20  # characters that `datasets` reads before it settles the types
 
 
-@pytest.mark.parametrize(("values", "says"), [
-    (["21", 3], "row 2 of the data: `solution` is 3, read as 3, in a column that begins as str: write one type"),
-    ([21, "x"], "row 2 of the data: `solution` is 'x', read as 'x', in a column that begins as number"),
-    ([None, 21, None, 2.5, "21"], "row 5 of the data: `solution` is '21', read as 21,"),
-    (["3", ["3", "4"]], "row 2 of the data: `solution` is ['3', '4'],"),
-    ([1, True], "row 2 of the data: `solution` is True,"),
-    ([{"a": 1}, "1"], "row 2 of the data: `solution` is '1',"),
-    ([["1"], ["2", 3]], "row 1 of the data: `solution` is ['1'], read as [1],"),
-    ([{"a": "1"}, {"a": 2}], "row 1 of the data: `solution` is {'a': '1'}, read as {'a': 1},"),
-    (["2024-01-01", "2024-01-02"], "row 1 of the data: `solution` is '2024-01-01', read as datetime.datetime(2024, 1"),
-    ([2**53 + 1, 0.5], "row 1 of the data: `solution` is 9007199254740993, read as 9007199254740992.0,"),
-    (["1", BLOCK, 3], "row 3 of the data: `solution` is 3, read as '3',"),
-    ([1, BLOCK, "3"], "row 3 of the data: `solution` is '3', read as 3,"),
-    (["21", "x", "", None], None), ([21, 2, None], None), ([21, 2.5, 1e-05, 1e300], None), ([None, None], None),
-    ([["1"], [], None, ["2", "3"]], None), ([{"a": 1}, {"b": [2]}, None], None), ([True, False], None),
-    ([1.5, math.nan], None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (["21", 3], "row 2 of the data: `solution` is 3, read as 3, in a column that begins as str: write one type"),
+        ([21, "x"], "row 2 of the data: `solution` is 'x', read as 'x', in a column that begins as number"),
+        ([None, 21, None, 2.5, "21"], "row 5 of the data: `solution` is '21', read as 21,"),
+        (["3", ["3", "4"]], "row 2 of the data: `solution` is ['3', '4'],"),
+        ([1, True], "row 2 of the data: `solution` is True,"),
+        ([{"a": 1}, "1"], "row 2 of the data: `solution` is '1',"),
+        ([["1"], ["2", 3]], "row 1 of the data: `solution` is ['1'], read as [1],"),
+        ([{"a": "1"}, {"a": 2}], "row 1 of the data: `solution` is {'a': '1'}, read as {'a': 1},"),
+        (
+            ["2024-01-01", "2024-01-02"],
+            "row 1 of the data: `solution` is '2024-01-01', read as datetime.datetime(2024, 1",
+        ),
+        ([2**53 + 1, 0.5], "row 1 of the data: `solution` is 9007199254740993, read as 9007199254740992.0,"),
+        (["1", BLOCK, 3], "row 3 of the data: `solution` is 3, read as '3',"),
+        ([1, BLOCK, "3"], "row 3 of the data: `solution` is '3', read as 3,"),
+        (["21", "x", "", None], None),
+        ([21, 2, None], None),
+        ([21, 2.5, 1e-05, 1e300], None),
+        ([None, None], None),
+        ([["1"], [], None, ["2", "3"]], None),
+        ([{"a": 1}, {"b": [2]}, None], None),
+        ([True, False], None),
+        ([1.5, math.nan], None),
+    ],
+)
 def test_a_column_of_mixed_types_is_refused_where_a_reward_uses_it(own, tiny_model, tmp_path, capsys, values, says):
     argv = options(tiny_model, rows_file(tmp_path, values), tmp_path / "out", reward_funcs=["own:solution"])
     if says is None:

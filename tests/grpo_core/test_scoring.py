@@ -75,9 +75,16 @@ def pool(user):
 def score(pool, functions, texts, weights=None, group_ids=None, prompt_texts=None, **columns):
     n = len(texts)
     return start_scoring(
-        functions, weights, completions=texts, prompts=["p"] * n, group_ids=group_ids or [0] * n,
-        completion_ids=[[7, 8]] * n, columns=columns, pool=pool, prompt_texts=prompt_texts,
-    )()  # fmt: skip
+        functions,
+        weights,
+        completions=texts,
+        prompts=["p"] * n,
+        group_ids=group_ids or [0] * n,
+        completion_ids=[[7, 8]] * n,
+        columns=columns,
+        pool=pool,
+        prompt_texts=prompt_texts,
+    )()
 
 
 def test_gold_column():
@@ -115,8 +122,10 @@ def test_score_leaves_failed_checks_unscored_and_none_out(pool, user):
     assert result.per_function["die_on_y"] == [1.0, 1.0, None, 1.0, 1.0]
     assert result.per_function["none_on_z"] == [0.5, 0.5, 0.5, None, 0.5]
     assert sorted(cause for cause, _ in result.gaps) == [
-        "die_on_y failed with crash", "hang_on_x failed with timeout", "none_on_z gave None",
-    ]  # fmt: skip
+        "die_on_y failed with crash",
+        "hang_on_x failed with timeout",
+        "none_on_z gave None",
+    ]
     only_none = score(pool, [user.none_on_z], ["z", "a"])
     np.testing.assert_array_equal(only_none.rewards, [math.nan, 0.5])
     assert only_none.gaps == [("none_on_z gave None", "")]
@@ -138,17 +147,57 @@ def test_columns_reach_a_reward_as_they_are(pool, user):
         assert score(pool, [user.shown], ["t"] * n, **columns).per_function["shown"] == [1.0] * n
 
 
-@pytest.mark.parametrize(("given", "expected"), [
-    ((0.5,), 0.5), ([True], 1.0), ([None], None), ([Fraction(1, 2)], 0.5), ([2], 2.0),
-    (np.array([0.5]), 0.5), (np.array([True]), 1.0), (np.array([None]), None), (np.array([2], dtype=np.int8), 2.0),
-    ([np.float32(0.5)], 0.5), ([np.bool_(True)], 1.0), ([np.array(0.5)], 0.5),
-    (torch.tensor([0.5], dtype=torch.bfloat16), 0.5), ([torch.tensor(0.5, requires_grad=True)], 0.5),
-    *[(wrong, "must return a list of 1 rewards") for wrong in (
-        0.5, None, "1", {0: 1.0}, {1.0}, [], [0.5, 0.5], np.array(0.5), np.array([0.5, 0.5]), torch.ones(2))],
-    *[(wrong, "must return finite numbers, or None where it does not apply") for wrong in (
-        ["1"], [b"1"], [[0.5]], [{"reward": 0.5}], [1j], np.array([[0.5]]), torch.ones(1, 1), np.array(["1"]),
-        [math.nan], [math.inf], np.array([np.nan]), torch.tensor([-math.inf]))],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((0.5,), 0.5),
+        ([True], 1.0),
+        ([None], None),
+        ([Fraction(1, 2)], 0.5),
+        ([2], 2.0),
+        (np.array([0.5]), 0.5),
+        (np.array([True]), 1.0),
+        (np.array([None]), None),
+        (np.array([2], dtype=np.int8), 2.0),
+        ([np.float32(0.5)], 0.5),
+        ([np.bool_(True)], 1.0),
+        ([np.array(0.5)], 0.5),
+        (torch.tensor([0.5], dtype=torch.bfloat16), 0.5),
+        ([torch.tensor(0.5, requires_grad=True)], 0.5),
+        *[
+            (wrong, "must return a list of 1 rewards")
+            for wrong in (
+                0.5,
+                None,
+                "1",
+                {0: 1.0},
+                {1.0},
+                [],
+                [0.5, 0.5],
+                np.array(0.5),
+                np.array([0.5, 0.5]),
+                torch.ones(2),
+            )
+        ],
+        *[
+            (wrong, "must return finite numbers, or None where it does not apply")
+            for wrong in (
+                ["1"],
+                [b"1"],
+                [[0.5]],
+                [{"reward": 0.5}],
+                [1j],
+                np.array([[0.5]]),
+                torch.ones(1, 1),
+                np.array(["1"]),
+                [math.nan],
+                [math.inf],
+                np.array([np.nan]),
+                torch.tensor([-math.inf]),
+            )
+        ],
+    ],
+)
 def test_what_a_reward_may_return(pool, user, given, expected):
     result = score(pool, [user.gives], ["t"], value=[given])
     if isinstance(expected, str):

@@ -15,11 +15,23 @@ TRAIN = "grpo_core.train"
 
 def options(tiny_model, problems, output_dir, **more):
     base = dict(
-        model_name_or_path=tiny_model, dataset_name=problems, output_dir=output_dir, engine="torch", max_steps=3,
-        prompts_per_step=3, num_generations=4, max_prompt_length=100, max_completion_length=12, learning_rate=1e-3,
-        max_tokens_per_micro_batch=150, system_prompt="", reward_funcs=["tests.rewards_for_tests:digits"],
-        reward_num_workers=1, save_strategy="no", report_to=["none"],
-    )  # fmt: skip
+        model_name_or_path=tiny_model,
+        dataset_name=problems,
+        output_dir=output_dir,
+        engine="torch",
+        max_steps=3,
+        prompts_per_step=3,
+        num_generations=4,
+        max_prompt_length=100,
+        max_completion_length=12,
+        learning_rate=1e-3,
+        max_tokens_per_micro_batch=150,
+        system_prompt="",
+        reward_funcs=["tests.rewards_for_tests:digits"],
+        reward_num_workers=1,
+        save_strategy="no",
+        report_to=["none"],
+    )
     return flags(**(base | more))
 
 

@@ -11,9 +11,14 @@ from kernels.attention import packed_attention, packed_layout, register
 
 LENGTHS = [5, 1, 17, 3, 9, 16, 2]
 SMALL = dict(
-    vocab_size=61, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
-    num_key_value_heads=2, max_position_embeddings=64,
-)  # fmt: skip
+    vocab_size=61,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
 CONFIGS = {
     "llama": LlamaConfig(**SMALL),
     "qwen2": Qwen2Config(**SMALL),
@@ -52,8 +57,9 @@ def test_varlen_call_means_the_same(monkeypatch, window, grouped):
     """What the CUDA path asks of varlen_attn: flash attention's documented contract, here in plain torch. torch 2.11
     has no grouped queries, later ones have a flag."""
 
-    def grouped_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1),
-                     enable_gqa=False):  # fmt: skip
+    def grouped_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+    ):
         assert enable_gqa
         key, value = key.repeat_interleave(3, 1), value.repeat_interleave(3, 1)
         return attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
@@ -167,10 +173,20 @@ def test_layout_pads_little_and_places_every_token_once():
 
 
 @pytest.mark.parametrize(
-    "change", [{"packed": None}, {"dropout": 0.1}, {"packed": packed_layout([3, 4])}, {"softcap": 30.0},
-               {"attention_mask": torch.ones(1, 1)}, {"s_aux": torch.zeros(6)}, {"position_bias": torch.zeros(1)},
-               {"is_causal": False}, {"output_attentions": True}, {"anything": 0.0}],
-)  # fmt: skip
+    "change",
+    [
+        {"packed": None},
+        {"dropout": 0.1},
+        {"packed": packed_layout([3, 4])},
+        {"softcap": 30.0},
+        {"attention_mask": torch.ones(1, 1)},
+        {"s_aux": torch.zeros(6)},
+        {"position_bias": torch.zeros(1)},
+        {"is_causal": False},
+        {"output_attentions": True},
+        {"anything": 0.0},
+    ],
+)
 def test_refuses(change):
     arguments = {"packed": packed_layout(LENGTHS), "attention_mask": None, "scaling": 0.3, **change}
     with pytest.raises(ValueError):

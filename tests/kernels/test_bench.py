@@ -21,9 +21,14 @@ def test_the_bench_runs_on_a_cpu(tmp_path):
 
 @pytest.mark.parametrize(
     ("figure", "at_least", "shown"),
-    [(1.4, False, "met"), (1.5, False, "missed"), (1.45, True, "met"), (1, True, "missed"),
-     (math.nan, False, "not measured")],
-)  # fmt: skip
+    [
+        (1.4, False, "met"),
+        (1.5, False, "missed"),
+        (1.45, True, "met"),
+        (1, True, "missed"),
+        (math.nan, False, "not measured"),
+    ],
+)
 def test_an_aim_is_met_or_missed_or_not_measured(figure, at_least, shown):
     line = bench.verdict("time", figure, 1.45, at_least)
     assert line.startswith(f"| {shown} | time | {'-' if math.isnan(figure) else figure} |")
@@ -37,8 +42,16 @@ def test_the_aims_of_a_shape():
     full = {name: figures(name) for name in CANDIDATES}
     lines = bench.verdicts("1.5b", full, 0.5)
     assert [line.split(" | ")[0].strip("| ") for line in lines] == [
-        "met", "met", "missed", "met", "met", "met", "missed", "missed", "met"
-    ]  # fmt: skip
+        "met",
+        "met",
+        "missed",
+        "met",
+        "met",
+        "met",
+        "missed",
+        "missed",
+        "met",
+    ]
     assert lines[0] == "| met | 1.5b: one sweep, time over three bare products | 1.25 | <= 1.25 |"
     del full["Liger GRPO"]
     assert sum("not measured" in line for line in bench.verdicts("1.5b", full, math.nan)) == 2
@@ -48,11 +61,13 @@ def test_the_aims_of_a_shape():
 
 @pytest.mark.parametrize(
     ("error", "note", "failed"),
-    [(torch.cuda.OutOfMemoryError("2 GiB"), "out of memory", False),
-     (ModuleNotFoundError("no", name="liger_kernel"), "liger_kernel is not installed", False),
-     (ModuleNotFoundError("no triton", name="triton"), "failed: ModuleNotFoundError no triton", True),
-     (RuntimeError("a\n| b"), "failed: RuntimeError a / b", True)],
-)  # fmt: skip
+    [
+        (torch.cuda.OutOfMemoryError("2 GiB"), "out of memory", False),
+        (ModuleNotFoundError("no", name="liger_kernel"), "liger_kernel is not installed", False),
+        (ModuleNotFoundError("no triton", name="triton"), "failed: ModuleNotFoundError no triton", True),
+        (RuntimeError("a\n| b"), "failed: RuntimeError a / b", True),
+    ],
+)
 def test_what_a_failure_is_called(error, note, failed):
     assert bench.failure(error) == (note, failed)
 
@@ -84,9 +99,22 @@ def test_the_sweep_on_a_gpu_keeps_within_the_workspace_and_then_tries_widths(mon
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
     shares = [row[0] for row in rows if row[1] == "as it is"]
     assert shares == [
-        "512 x 8", "512 x 2", "512 x 3", "512 x 4", "512 x 8", "640 x 2", "640 x 3", "640 x 4", "768 x 2", "768 x 3",
-        "768 x 4", "1024 x 2", "1024 x 3", "1280 x 2", "512 x 8",
-    ]  # fmt: skip
+        "512 x 8",
+        "512 x 2",
+        "512 x 3",
+        "512 x 4",
+        "512 x 8",
+        "640 x 2",
+        "640 x 3",
+        "640 x 4",
+        "768 x 2",
+        "768 x 3",
+        "768 x 4",
+        "1024 x 2",
+        "1024 x 3",
+        "1280 x 2",
+        "512 x 8",
+    ]
     widths = [(row[0], row[1]) for row in rows if row[1] != "as it is"]
     expected = [f"BLOCK {block}, WARPS {warps}" for block in (1024, 2048, 4096) for warps in (4, 8, 16)]
     assert widths == [("768 x 4", name) for name in expected] and rows[-1][:2] == ["512 x 8", "as it is"]

@@ -61,8 +61,12 @@ def test_one_output_used_alone(output):
 def test_low_precision_inputs_get_float32_logits(dtype):
     """Against float64 of the same numbers: the only rounding left is float32's, and the gradients' own dtype."""
     hidden, weight, targets = inputs(rows=29, dim=32, vocab=211, dtype=dtype)
-    exact = gradients(reference.linear_logprob, hidden.detach().double().requires_grad_(),
-                      weight.detach().double().requires_grad_(), targets)  # fmt: skip
+    exact = gradients(
+        reference.linear_logprob,
+        hidden.detach().double().requires_grad_(),
+        weight.detach().double().requires_grad_(),
+        targets,
+    )
     logps, entropies, grad_hidden, grad_weight, _ = gradients(linear_logprob, hidden, weight, targets, chunk_size=4)
     assert logps.dtype == entropies.dtype == torch.float32
     assert grad_hidden.dtype == grad_weight.dtype == dtype

@@ -187,7 +187,7 @@ def blind(module, query, key, value, attention_mask=None, *, packed, **kwargs):
         ("inkling_text", ignoring("position_bias")),
         ("doge", ignoring("attention_mask")),
     ],
-)  # fmt: skip
+)
 def test_an_argument_that_is_dropped_is_seen(name, fault):
     """The copy's windows, caps, sinks and biases all matter to its short sequences."""
     try:
@@ -199,15 +199,35 @@ def test_an_argument_that_is_dropped_is_seen(name, fault):
 
 
 DEEP = {
-    "llama": {"hidden_size": 16384, "num_attention_heads": 128, "num_key_value_heads": 8, "num_hidden_layers": 126,
-              "intermediate_size": 53248},
+    "llama": {
+        "hidden_size": 16384,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 126,
+        "intermediate_size": 53248,
+    },
     "qwen2": {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 80},
-    "qwen3_moe": {"hidden_size": 4096, "num_attention_heads": 64, "num_key_value_heads": 4, "num_hidden_layers": 94,
-                  "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8},
+    "qwen3_moe": {
+        "hidden_size": 4096,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 94,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+    },
     "deepseek_v3": {},
-    "phi3": {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48,
-             "long_factor": [2.0] * 48}, "original_max_position_embeddings": 4096, "max_position_embeddings": 131072},
-}  # fmt: skip
+    "phi3": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 48,
+            "long_factor": [2.0] * 48,
+        },
+        "original_max_position_embeddings": 4096,
+        "max_position_embeddings": 131072,
+    },
+}
 
 
 @pytest.mark.parametrize("name", DEEP)
@@ -221,8 +241,11 @@ def test_rotary_factors_that_depend_on_the_length():
     check_positions(phi, 4096, "a row", "lower it to {limit}")
     with pytest.raises(ValueError, match="a row may take 4097 tokens, the model's longrope .* 4096: lower it to 4096"):
         check_positions(phi, 4097, "a row", "lower it to {limit}")
-    dynamic = AutoConfig.for_model("llama", max_position_embeddings=2048, rope_parameters={
-        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})  # fmt: skip
+    dynamic = AutoConfig.for_model(
+        "llama",
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    )
     assert check_architecture(dynamic, MODEL)
     with pytest.raises(ValueError, match="a row may take 2049 tokens, the model has 2048 positions: lower it to 2048"):
         check_positions(dynamic, 2049, "a row", "lower it to {limit}")

@@ -7,8 +7,12 @@ def test_the_bench_runs_on_a_cpu(tmp_path):
     code, printed = run("sft_core.bench", argv, tmp_path / "log")
     assert code == 0, printed
     names = [line.split(" | ")[:2] for line in printed.splitlines() if line.startswith("| ")][1:]
-    assert names == [["| tiny this trainer", "64"], ["| predicted", "64"],
-                     ["| tiny this trainer", "128"], ["| predicted", "128"]]  # fmt: skip
+    assert names == [
+        ["| tiny this trainer", "64"],
+        ["| predicted", "64"],
+        ["| tiny this trainer", "128"],
+        ["| predicted", "128"],
+    ]
     assert "1 x CPU, torch" in printed and "AdamW" in printed
 
 

@@ -17,10 +17,14 @@ def options(tmp_path):
     rows = [{"problem": f"Ben has {i}.", "solution": f"\\boxed{{{i}}}", "answer": str(i)} for i in range(2)]
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
-        "output_dir": str(tmp_path / "out"), "benchmarks": ["math_500"], "system_prompt": "Be right.",
-        "hub_model_id": "me/m", "hub_model_revision": "v1", "callbacks": ["push_to_hub_revision"],
+        "output_dir": str(tmp_path / "out"),
+        "benchmarks": ["math_500"],
+        "system_prompt": "Be right.",
+        "hub_model_id": "me/m",
+        "hub_model_revision": "v1",
+        "callbacks": ["push_to_hub_revision"],
         "benchmark_kwargs": {"dataset": [f"math_500={problems}"], "engine": "torch", "max_new_tokens": 4},
-    }  # fmt: skip
+    }
 
 
 def test_branch_and_benchmarks_of_a_checkpoint_that_is_gone(tiny_model, options, tmp_path, monkeypatch):

@@ -147,10 +147,16 @@ def test_the_path_of_a_gpu_is_one_graph_a_kind_of_block(monkeypatch):
     attention.register()
     layers = 10  # more than the graphs that torch allows a function by default
     info = Qwen2Config(
-        vocab_size=61, hidden_size=48, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=6,
-        num_key_value_heads=2, use_sliding_window=True, sliding_window=4,
+        vocab_size=61,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=4,
         layer_types=["full_attention", "sliding_attention"] * (layers // 2),
-    )  # fmt: skip
+    )
     models = {}
     for name in ("packed", "varlen on a CPU"):
         torch.manual_seed(0)

@@ -35,7 +35,7 @@ def template(body="{{ m.content }}", head="", roles="<|{{ m.role }}|>"):
     return (
         "{{ bos_token }}" + head + "{% for m in messages %}" + roles + body + "{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )  # fmt: skip
+    )
 
 
 def supervised(tokenizer, row):
@@ -59,11 +59,17 @@ def prompt(tokenizer, row, **options):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("reasoning_content", "hm"), ("thinking", "hm"), ("name", "Ann"), ("weight", 0), ("weight", 1.0),
-        ("train", False), ("tool_calls", CALLS), ("function_call", {"name": "add"}),
+        ("reasoning_content", "hm"),
+        ("thinking", "hm"),
+        ("name", "Ann"),
+        ("weight", 0),
+        ("weight", 1.0),
+        ("train", False),
+        ("tool_calls", CALLS),
+        ("function_call", {"name": "add"}),
         ("audio", {"id": "7", "data": "x"}),
     ],
-)  # fmt: skip
+)
 def test_a_field_of_a_message_shows_or_is_refused(tokenizer, name, value):
     """Whichever message has it, in either trainer; and its absence is none."""
     shows = template(body="{{ m.content }}{{ m." + name + " | tojson if m." + name + " is defined }}")
@@ -145,11 +151,19 @@ def test_parts_of_text_are_one_text_and_others_are_refused(tokenizer):
         given = USER | {"content": parts}
         assert prompt(tokenizer, {"prompt": [given]}) == prompt(tokenizer, {"prompt": [USER]})
         assert supervised(tokenizer, {"messages": [given, YES]}) == supervised(tokenizer, {"messages": [USER, YES]})
-    others = ([{"type": "image"}], [], ["x"], [*text("x"), {"type": "image_url", "image_url": {"url": "a"}}],
-              [{"type": "text", "text": 5}], [{"type": "text", "text": "x", "annotations": [1]}])  # fmt: skip
+    others = (
+        [{"type": "image"}],
+        [],
+        ["x"],
+        [*text("x"), {"type": "image_url", "image_url": {"url": "a"}}],
+        [{"type": "text", "text": 5}],
+        [{"type": "text", "text": "x", "annotations": [1]}],
+    )
     for parts in others:
-        for read, row in ((supervised, {"messages": [YES | {"content": parts}]}),
-                          (prompt, {"prompt": [USER | {"content": parts}]})):  # fmt: skip
+        for read, row in (
+            (supervised, {"messages": [YES | {"content": parts}]}),
+            (prompt, {"prompt": [USER | {"content": parts}]}),
+        ):
             row = json.loads(json.dumps(row))
             with pytest.raises(ValueError, match="is not text but list: give every message one text"):
                 read(tokenizer, row) if read is supervised else read_one(tokenizer, row)
@@ -181,7 +195,7 @@ def read_one(tokenizer, row):
         ([USER | {"content": None}], "a message of the user in `prompt` is not text but NoneType"),
         ([USER, YES], "`prompt` ends with what the assistant says"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_prompt_is_refused_with_its_row(tokenizer, value, says):
     with pytest.raises(ValueError, match=f"row 1 of the data: {says}"):
         prompt(tokenizer, {"prompt": value})

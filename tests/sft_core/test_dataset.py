@@ -113,16 +113,25 @@ def turns(
     heading="<|assistant|>", words="{{ m.content }}<|end|>", prompt="<|assistant|>", rest="", user="{{ m.content }}"
 ):
     return (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}" + heading + words + "{% else %}<|user|>"
-        + user + "<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}" + prompt + "{% endif %}" + rest
-    )  # fmt: skip
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+        + heading
+        + words
+        + "{% else %}<|user|>"
+        + user
+        + "<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}"
+        + prompt
+        + "{% endif %}"
+        + rest
+    )
 
 
 # What the templates of well-known families do to the assistant's words.
 AFTER_THOUGHT = "{% set words = m.content.split('</think>')[-1] %}"
 THOUGHT = "{% set thought = m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content else '' %}"
-QWEN3 = turns(words=AFTER_THOUGHT + THOUGHT + "{% if loop.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}"
-              "{{ words }}<|end|>\n")  # fmt: skip
+QWEN3 = turns(
+    words=AFTER_THOUGHT + THOUGHT + "{% if loop.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}"
+    "{{ words }}<|end|>\n"
+)
 LLAMA3 = turns(heading="<|assistant|>\n\n", words="{{ m.content | trim }}<|end|>", prompt="<|assistant|>\n\n")
 MISTRAL = turns(heading="", words=" {{ m.content | trim }}<|end|>", prompt="")
 PHI3 = turns(rest="{% if not add_generation_prompt %}<|pad|>{% endif %}")
@@ -226,10 +235,7 @@ def test_templates_that_hide_what_is_trained_are_refused(tokenizer, template, sa
         ({"messages": []}, "`messages` must be a list of messages, and is empty"),
         ({"messages": "hello"}, "must be a list of messages"),
         ({"messages": ["hello"]}, "must hold messages with role and content"),
-        (
-            {"messages": [{"role": "bot", "content": "x"}]},
-            "unknown role 'bot' in `messages`: a message has",
-        ),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot' in `messages`: a message has"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "is not text but list"),
         ({"messages": [{"role": "user", "content": None}]}, "a message of the user in `messages` is not text but None"),
         ({"prompt": "x", "completion": None}, "`completion` must be text and is NoneType"),

@@ -13,8 +13,16 @@ from sft_core.model.policy import count_parameters
 from tests.sft_core.test_memory_plan import QWEN_1_5B
 
 register()
-SMALL = dict(hidden_size=256, intermediate_size=768, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
-             vocab_size=64, max_position_embeddings=512, attention_dropout=0.0)  # fmt: skip
+SMALL = dict(
+    hidden_size=256,
+    intermediate_size=768,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=32,
+    vocab_size=64,
+    max_position_embeddings=512,
+    attention_dropout=0.0,
+)
 TOKENS = 512
 
 
@@ -61,9 +69,18 @@ class Traffic(TorchDispatchMode):
     """Bytes that operators other than matrix products and attention read and write."""
 
     NOT_COUNTED = {
-        "mm", "addmm", "addmm_", "gather", "scatter_add_", "zeros_like", "empty", "new_empty", "empty_like",
-        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
-    }  # fmt: skip
+        "mm",
+        "addmm",
+        "addmm_",
+        "gather",
+        "scatter_add_",
+        "zeros_like",
+        "empty",
+        "new_empty",
+        "empty_like",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+    }
 
     def __init__(self):
         super().__init__()
@@ -108,11 +125,21 @@ def test_parameters_and_flops():
     assert training_flops(untied, [800]) == long
 
 
-@pytest.mark.parametrize(("name", "peak"), [
-    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA H200", 989e12), ("NVIDIA B200", 2250e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12),
-    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA A10G", None), ("Tesla T4", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA A10G", None),
+        ("Tesla T4", None),
+    ],
+)
 def test_peaks(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops("cuda") == peak

@@ -45,10 +45,16 @@ def write(folder, **files):
 def checkpoint(folder, step):
     """A checkpoint as save_checkpoint lays it out, with bytes of its step."""
     return write(
-        folder / f"checkpoint-{step}", model_dot_safetensors=os.urandom(3000) + bytes([step]), config_dot_json="{}",
-        trainer_state_dot_json="{}", state__dcp="x", scheduler_dot_pt="x", progress_dot_json="{}",
-        manifest_dot_json="{}", **{"rank-00000__rng_dot_pt": "x"},
-    )  # fmt: skip
+        folder / f"checkpoint-{step}",
+        model_dot_safetensors=os.urandom(3000) + bytes([step]),
+        config_dot_json="{}",
+        trainer_state_dot_json="{}",
+        state__dcp="x",
+        scheduler_dot_pt="x",
+        progress_dot_json="{}",
+        manifest_dot_json="{}",
+        **{"rank-00000__rng_dot_pt": "x"},
+    )
 
 
 def test_every_save_pushes_the_model_alone_and_outlives_pruning(hub, config, tmp_path):
@@ -62,9 +68,7 @@ def test_every_save_pushes_the_model_alone_and_outlives_pruning(hub, config, tmp
     for path in folder.rglob("*"):
         path.unlink() if path.is_file() else None  # save_total_limit, at the worst moment
     assert uploader.wait() == [] and not uploader.busy
-    assert hub.repos["me/m"].files() == {
-        "model.safetensors": model, "config.json": b"{}", "trainer_state.json": b"{}"
-    }  # fmt: skip
+    assert hub.repos["me/m"].files() == {"model.safetensors": model, "config.json": b"{}", "trainer_state.json": b"{}"}
     assert hub.requests.count(("POST", "/api/repos/create")) == 3
     assert not list((tmp_path / "out").glob(".upload-*"))
     assert random.getstate() == before  # the run's generator is not the jitter's
@@ -77,18 +81,28 @@ def test_whole_checkpoints_are_pushed_beside_the_model(hub, config, tmp_path, st
         uploader.push_checkpoint(step, checkpoint(tmp_path / "out", step))
     assert uploader.wait() == []
     files = hub.repos["me/m"].files()
-    whole = {str(p.relative_to(tmp_path / "out/checkpoint-2")): p.read_bytes()
-             for p in (tmp_path / "out/checkpoint-2").rglob("*") if p.is_file()}  # fmt: skip
+    whole = {
+        str(p.relative_to(tmp_path / "out/checkpoint-2")): p.read_bytes()
+        for p in (tmp_path / "out/checkpoint-2").rglob("*")
+        if p.is_file()
+    }
     assert {name.removeprefix(f"{folder}/"): data for name, data in files.items() if name.startswith(folder)} == whole
     assert files["model.safetensors"] == whole["model.safetensors"] and "scheduler.pt" not in files
     assert not list((tmp_path / "out").glob(".upload-*"))
 
 
 def test_final_push_leaves_out_what_is_the_runs_and_old_shards(hub, config, tmp_path):
-    out = write(tmp_path / "out", model_dot_safetensors=os.urandom(99), README_dot_md="---\ntags: [a]\n---\n",
-                runs__events="e", _dot_lock="x", wandb__a="x", rollouts__a_dot_parquet="x", latest="checkpoint-1",
-                **{"previous-1__config_dot_json": "x", "benchmarks__s__previous-1__a": "x",
-                   "benchmarks__s___dot_lock": "x"})  # fmt: skip
+    out = write(
+        tmp_path / "out",
+        model_dot_safetensors=os.urandom(99),
+        README_dot_md="---\ntags: [a]\n---\n",
+        runs__events="e",
+        _dot_lock="x",
+        wandb__a="x",
+        rollouts__a_dot_parquet="x",
+        latest="checkpoint-1",
+        **{"previous-1__config_dot_json": "x", "benchmarks__s__previous-1__a": "x", "benchmarks__s___dot_lock": "x"},
+    )
     checkpoint(out, 1)
     options = config(push_to_hub_revision=True, hub_model_revision="v1", hub_private_repo=True)
     check_hub(options)
@@ -96,8 +110,7 @@ def test_final_push_leaves_out_what_is_the_runs_and_old_shards(hub, config, tmp_
     shards = {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}", "notes.md": b"kept"}
     repo.commit("main", shards, "by hand")
     assert push_final(options, out) == []
-    expected = {str(p.relative_to(out)): p.read_bytes() for p in (
-        out / "model.safetensors", out / "README.md")}  # fmt: skip
+    expected = {str(p.relative_to(out)): p.read_bytes() for p in (out / "model.safetensors", out / "README.md")}
     assert repo.files("main") == expected | {"notes.md": b"kept"}
     assert repo.files("v1") == expected  # from the first commit: nothing of main
     assert [title for _, title in repo.history("v1")] == ["End of training", "initial commit"]
@@ -152,16 +165,21 @@ def test_names_and_refusals(hub, config):
         check_hub(config())
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"HF_TOKEN": ""}, "hf auth login.*HF_TOKEN"),
-    ({"HF_TOKEN": "wrong"}, "refuses the token.*hf auth login"),
-    ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
-    ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "127.0.0.1:9 cannot be reached.*HF_ENDPOINT"),
-    ({}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"HF_TOKEN": ""}, "hf auth login.*HF_TOKEN"),
+        ({"HF_TOKEN": "wrong"}, "refuses the token.*hf auth login"),
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "127.0.0.1:9 cannot be reached.*HF_ENDPOINT"),
+        ({}, None),
+    ],
+)
 def test_the_environment_is_the_clients(change, says):
-    code = ("from sft_core.run.config import SFTConfig; from sft_core.run.hub import check_hub; "
-            "check_hub(SFTConfig(output_dir='/tmp/o', push_to_hub=True))")  # fmt: skip
+    code = (
+        "from sft_core.run.config import SFTConfig; from sft_core.run.hub import check_hub; "
+        "check_hub(SFTConfig(output_dir='/tmp/o', push_to_hub=True))"
+    )
     with HubServer() as hub:
         environment = os.environ | hub.environment() | change
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -188,10 +206,13 @@ def test_model_card(hub, config, tmp_path):
     rows = [{"step": i, "loss": 1 / i, "reward": None if i == 3 else 0.5} for i in range(1, 30)]
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"step": 29, "eval_loss": 2}]))
     run = SimpleNamespace(
-        algorithm="grpo", model=ModelConfig(model_name_or_path="Qwen/Q"), world_size=8, recipe="learning_rate: 1e-06\n",
+        algorithm="grpo",
+        model=ModelConfig(model_name_or_path="Qwen/Q"),
+        world_size=8,
+        recipe="learning_rate: 1e-06\n",
         data=ScriptArguments(dataset_mixture={"datasets": [{"id": "open-r1/a"}, {"id": str(tmp_path)}]}),
         config=config(),
-    )  # fmt: skip
+    )
     figures = {"train_loss": 0.25, "train_samples": 12.0, "benchmarks/math_500/pass@1": 0.5}
     write_model_card(out, run, figures)
     card = ModelCard.load(out / "README.md")

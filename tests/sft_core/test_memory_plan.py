@@ -9,29 +9,58 @@ from transformers import LlamaConfig, Qwen2Config
 import grpo_core.train
 import sft_core.model.memory_plan as costs
 import sft_core.train
-from sft_core.model.flops import (
-    PEAK_FLOPS,
-    block_weights,
-    saved_per_token,
-    shape,
-    tail_per_token,
-)
+from sft_core.model.flops import PEAK_FLOPS, block_weights, saved_per_token, shape, tail_per_token
 from sft_core.model.memory_plan import Plan, dry_run, memory, memory_plan, seconds, table
 from sft_core.model.policy import count_parameters
 from sft_core.run.config import ModelConfig, SFTConfig
 from sft_core.run.distributed import GIB
 from tests.launch import flags
 
-QWEN_0_5B = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-                 num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True)  # fmt: skip
-QWEN_1_5B = dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-                 num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True)  # fmt: skip
-QWEN_7B = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-               num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False)  # fmt: skip
-QWEN_32B = dict(hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40,
-                num_key_value_heads=8, vocab_size=152064, tie_word_embeddings=False)  # fmt: skip
-LLAMA_70B = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-                 num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)  # fmt: skip
+QWEN_0_5B = dict(
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    vocab_size=151936,
+    tie_word_embeddings=True,
+)
+QWEN_1_5B = dict(
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    vocab_size=151936,
+    tie_word_embeddings=True,
+)
+QWEN_7B = dict(
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    vocab_size=152064,
+    tie_word_embeddings=False,
+)
+QWEN_32B = dict(
+    hidden_size=5120,
+    intermediate_size=27648,
+    num_hidden_layers=64,
+    num_attention_heads=40,
+    num_key_value_heads=8,
+    vocab_size=152064,
+    tie_word_embeddings=False,
+)
+LLAMA_70B = dict(
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    tie_word_embeddings=False,
+)
 
 
 def plan(info, *, model=None, rows=8, longest=8192, gpus=8, **config):
@@ -102,8 +131,10 @@ def test_examples_of_the_readme(capsys):
     printed, refusal = verdict(small, capsys, gradient_checkpointing=True)
     assert not refusal and "| sum | 27.81 of 80.00 |" in printed and "| parameters | 3.55 |" in printed
     _, refusal = verdict(middle, capsys, gradient_checkpointing=True)
-    assert refusal == ("This needs 84.1 GiB on each GPU (8 of 80 GiB are planned for): use --activation_offloading "
-                       "true (40 GiB of host memory in all).")  # fmt: skip
+    assert refusal == (
+        "This needs 84.1 GiB on each GPU (8 of 80 GiB are planned for): use --activation_offloading "
+        "true (40 GiB of host memory in all)."
+    )
     assert not verdict(middle, capsys, gradient_checkpointing=True, activation_offloading=True)[1]
     _, refusal = verdict(large, capsys, gradient_checkpointing=True)
     assert "use --cpu_offload true (1,051 GiB of host memory in all)" in refusal
@@ -127,12 +158,18 @@ LLAMA = dict(info=LlamaConfig(**LLAMA_70B), gradient_checkpointing=True)
         (LLAMA | {"gpus": 4}, 77, "use 24 GPUs"),
         (CHECKPOINTED | {"longest": 32768}, 24, "use --use_peft true"),
         (LLAMA | {"gpus": 1}, 77, "use --use_peft true --load_in_4bit true"),
-        (QWEN | {"gpus": 1}, 40,
-         "use --gradient_checkpointing true and --cpu_offload true (113 GiB of host memory in all)"),
-        (QWEN | {"longest": 2**22}, 60,
-         "choose a smaller model or shorter sequences, for no option of memory is enough"),
+        (
+            QWEN | {"gpus": 1},
+            40,
+            "use --gradient_checkpointing true and --cpu_offload true (113 GiB of host memory in all)",
+        ),
+        (
+            QWEN | {"longest": 2**22},
+            60,
+            "choose a smaller model or shorter sequences, for no option of memory is enough",
+        ),
     ],
-)  # fmt: skip
+)
 def test_remedies(options, room_gib, says):
     step = plan(**options)
     assert gib(memory(step)) > room_gib
@@ -163,9 +200,12 @@ def test_parts_follow_the_options():
 def test_tokens_of_a_micro_batch():
     info = Qwen2Config(**QWEN_0_5B)
     for rows, longest, budget, tokens, number in (
-        (8, 1024, 8192, 8192, 1), (8, 1024, 2048, 2048, 4), (8, 1024, 512, 1024, 8), (2, 1024, 8192, 2048, 1),
+        (8, 1024, 8192, 8192, 1),
+        (8, 1024, 2048, 2048, 4),
+        (8, 1024, 512, 1024, 8),
+        (2, 1024, 8192, 2048, 1),
         (8, 3000, 8192, 8192, 4),
-    ):  # fmt: skip
+    ):
         step = plan(info, rows=rows, longest=longest, max_tokens_per_micro_batch=budget)
         assert (step.tokens, step.micro_batches) == (tokens, number)
 
@@ -198,8 +238,16 @@ def start(device="cuda", **options):
 
 def test_the_line_of_a_real_start():
     line = start("cpu", reference=True, engine_kv_bytes=2**31)
-    for part in ("parameters 1.00", "gradients 1.00", "optimizer 2.00", "reference model 0.50", "engine weights 2.00",
-                 "engine KV cache 2.00", "activations 0.0", "workspace"):  # fmt: skip
+    for part in (
+        "parameters 1.00",
+        "gradients 1.00",
+        "optimizer 2.00",
+        "reference model 0.50",
+        "engine weights 2.00",
+        "engine KV cache 2.00",
+        "activations 0.0",
+        "workspace",
+    ):
         assert part in line
     assert "engine" not in start("cpu") and "reference" not in start("cpu")
 
@@ -233,8 +281,14 @@ TRAINERS = [sft_core.train.main, grpo_core.train.main]
 @pytest.mark.parametrize("main", TRAINERS)
 def test_dry_run_by_command(main, config_only, tmp_path, capsys):
     """No process group, no tokenizer, no data, and nothing written."""
-    argv = flags(model_name_or_path=config_only, dataset_name="no/such/data", output_dir=tmp_path / "out",
-                 dry_run="true", gradient_checkpointing="true", max_length=8192)  # fmt: skip
+    argv = flags(
+        model_name_or_path=config_only,
+        dataset_name="no/such/data",
+        output_dir=tmp_path / "out",
+        dry_run="true",
+        gradient_checkpointing="true",
+        max_length=8192,
+    )
     if main is grpo_core.train.main:
         argv = [text for text in argv if "max_length" not in text] + flags(max_completion_length=7680)
     with pytest.raises(SystemExit) as stopped:

@@ -96,9 +96,18 @@ def test_schedules(kind, more, expected):
 def test_command_line_over_yaml_over_defaults(tmp_path, monkeypatch):
     monkeypatch.delenv("OF_A_RECIPE", raising=False)
     recipe = tmp_path / "recipe.yaml"
-    content = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o", "learning_rate": "1e-3",
-               "report_to": ["none"], "save_total_limit": None, "max_steps": 7, "bf16": True,
-               "lr_scheduler_kwargs": {"min_lr": 0.5}, "env": {"OF_A_RECIPE": 1}}  # fmt: skip
+    content = {
+        "model_name_or_path": "m",
+        "dataset_name": "d",
+        "output_dir": "o",
+        "learning_rate": "1e-3",
+        "report_to": ["none"],
+        "save_total_limit": None,
+        "max_steps": 7,
+        "bf16": True,
+        "lr_scheduler_kwargs": {"min_lr": 0.5},
+        "env": {"OF_A_RECIPE": 1},
+    }
     recipe.write_text(yaml.safe_dump(content))
     types = (ModelConfig, ScriptArguments, SFTConfig)
     model, data, config = parse(types, ["--max_steps", "9", "--config", str(recipe), "--seed=3"])
@@ -185,8 +194,12 @@ def test_the_fingerprint_is_of_every_value_and_of_nothing_else(tmp_path):
     known = fingerprint(data)
     data.save_to_disk(tmp_path / "saved", num_shards=3)
     backwards = list(range(len(data)))[::-1]
-    same = [load_from_disk(tmp_path / "saved"), concatenate_datasets([data.select(range(77)), data.skip(77)]),
-            data.select(backwards).select(backwards), Dataset.from_list(rows)]  # fmt: skip
+    same = [
+        load_from_disk(tmp_path / "saved"),
+        concatenate_datasets([data.select(range(77)), data.skip(77)]),
+        data.select(backwards).select(backwards),
+        Dataset.from_list(rows),
+    ]
     assert [fingerprint(other) for other in same] == [known] * 4  # however it lies in memory
     changed = [
         data.select(backwards),

@@ -19,9 +19,17 @@ TRAIN = "sft_core.train"
 
 
 def train_any(tiny_model, rows, out, ranks=1, **more):
-    options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=out, max_steps=6, learning_rate=1e-2,
-                   lr_scheduler_type="constant", per_device_train_batch_size=8 // ranks, save_strategy="no",
-                   report_to=["none"])  # fmt: skip
+    options = dict(
+        model_name_or_path=tiny_model,
+        dataset_name=rows,
+        output_dir=out,
+        max_steps=6,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=8 // ranks,
+        save_strategy="no",
+        report_to=["none"],
+    )
     code, output = run(TRAIN, flags(**(options | more)), out.parent / f"{out.name}.log", ranks=ranks)
     assert code == 0, output
 
@@ -39,9 +47,12 @@ def test_learns_alike_however_the_step_is_cut(tiny_model, rows, tmp_path, loss_t
     if loss_type == "nll":  # -p log p first grows with p
         assert losses[-1] < 0.8 * losses[0]
         assert 0 <= logged[0]["mean_token_accuracy"] < logged[-1]["mean_token_accuracy"] <= 1
-    cuts = {"one": {"max_tokens_per_micro_batch": 1}, "two": {"ranks": 2, "max_tokens_per_micro_batch": 30}, "acc": {
-        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "gradient_checkpointing": "true",
-    }, "four": {"ranks": 4}}  # fmt: skip
+    cuts = {
+        "one": {"max_tokens_per_micro_batch": 1},
+        "two": {"ranks": 2, "max_tokens_per_micro_batch": 30},
+        "acc": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "gradient_checkpointing": "true"},
+        "four": {"ranks": 4},
+    }
     for name, more in cuts.items() if loss_type == "nll" else [("two", cuts["two"])]:
         cut = train(tiny_model, rows, tmp_path / name, loss_type=loss_type, **more)
         for key in ("loss", "entropy", "mean_token_accuracy", "grad_norm", "num_tokens", "epoch"):
@@ -77,8 +88,16 @@ def test_dft_weighs_each_token_by_its_probability():
 
 def announced(tiny_model, rows, tmp_path):
     """What a packed run says before it starts."""
-    options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=tmp_path / "said", max_steps=1,
-                   packing="true", max_length=80, report_to=["none"], save_strategy="no")  # fmt: skip
+    options = dict(
+        model_name_or_path=tiny_model,
+        dataset_name=rows,
+        output_dir=tmp_path / "said",
+        max_steps=1,
+        packing="true",
+        max_length=80,
+        report_to=["none"],
+        save_strategy="no",
+    )
     code, output = run(TRAIN, flags(**options), tmp_path / "said.log")
     assert code == 0 and "chat template: all is well" in output, output
     return output
@@ -95,8 +114,16 @@ ORDERS = {
 def test_killed_in_the_middle_of_a_pass_it_resumes_bitwise(tiny_model, rows, tmp_path, order):
     """Both ranks killed twice; the rows come in windows of 6, and a step takes part of one."""
     more = ORDERS[order] | {"per_device_train_batch_size": 1 + (order == "rows")}
-    argv = flags(model_name_or_path=tiny_model, dataset_name=rows, learning_rate=1e-2, max_steps=6, report_to=["none"],
-                 save_strategy="steps", save_steps=1, **more)  # fmt: skip
+    argv = flags(
+        model_name_or_path=tiny_model,
+        dataset_name=rows,
+        learning_rate=1e-2,
+        max_steps=6,
+        report_to=["none"],
+        save_strategy="steps",
+        save_steps=1,
+        **more,
+    )
     folders = [tmp_path / "whole", tmp_path / "killed"]
     for folder in folders:
         command = [*argv, f"--output_dir={folder}"]
@@ -155,8 +182,15 @@ def test_checkpoints_of_the_model_alone(tiny_model, rows, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_evaluation_is_the_loss_of_the_test_rows(tiny_model, rows, tmp_path, ranks):
     """With a learning rate of 0 and all rows in a step, training and evaluation see the same."""
-    more = dict(max_steps=2, learning_rate=0, per_device_train_batch_size=20 // ranks, eval_strategy="steps",
-                dataset_test_split=rows, max_tokens_per_micro_batch=50, eval_steps=2)  # fmt: skip
+    more = dict(
+        max_steps=2,
+        learning_rate=0,
+        per_device_train_batch_size=20 // ranks,
+        eval_strategy="steps",
+        dataset_test_split=rows,
+        max_tokens_per_micro_batch=50,
+        eval_steps=2,
+    )
     train(tiny_model, rows, tmp_path / "out", ranks, **more)
     first, second, evaluation = metrics(tmp_path / "out")
     assert evaluation["eval_loss"] == pytest.approx(first["loss"], rel=1e-6) and evaluation["step"] == 2
@@ -176,8 +210,16 @@ def test_a_finished_run_without_checkpoints_is_not_trained_over(tiny_model, rows
 
 
 def test_the_model_is_safe_before_the_last_evaluation(tiny_model, rows, tmp_path):
-    options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=tmp_path / "out", max_steps=1,
-                   save_strategy="no", do_eval="true", dataset_test_split=rows, report_to=["none"])  # fmt: skip
+    options = dict(
+        model_name_or_path=tiny_model,
+        dataset_name=rows,
+        output_dir=tmp_path / "out",
+        max_steps=1,
+        save_strategy="no",
+        do_eval="true",
+        dataset_test_split=rows,
+        report_to=["none"],
+    )
     code, output = run(TRAIN, flags(**options), tmp_path / "log", fault=faults.break_the_evaluation)
     assert code == 1 and "no evaluation today" in output
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -185,9 +227,17 @@ def test_the_model_is_safe_before_the_last_evaluation(tiny_model, rows, tmp_path
 
 def test_a_signal_leaves_something_to_resume_from_even_with_save_only_model(tiny_model, rows, tmp_path):
     whole = train(tiny_model, rows, tmp_path / "whole")
-    options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=tmp_path / "out", max_steps=6,
-                   learning_rate=1e-2, lr_scheduler_type="constant", save_only_model="true", report_to=["none"],
-                   per_device_train_batch_size=8)  # fmt: skip
+    options = dict(
+        model_name_or_path=tiny_model,
+        dataset_name=rows,
+        output_dir=tmp_path / "out",
+        max_steps=6,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        save_only_model="true",
+        report_to=["none"],
+        per_device_train_batch_size=8,
+    )
     code, output = run(TRAIN, flags(**options), tmp_path / "log", fault=faults.terminate_in_the_second_step)
     assert code == 0 and "stopped by a signal after step 2: the same command goes on from there" in output
     code, output = run(TRAIN, flags(**options), tmp_path / "log1")

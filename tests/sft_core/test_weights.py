@@ -52,8 +52,10 @@ def adapter(folder: Path) -> None:
 
 EMBEDDING, UP = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
 DAMAGES = {
-    "prefix": (edited(lambda t: {f"base_model.model.{k}": v for k, v in t.items()}),
-               f"missing: lm_head.weight, {EMBEDDING}, .*without a place in the model: base_model.model.model.embed_t"),
+    "prefix": (
+        edited(lambda t: {f"base_model.model.{k}": v for k, v in t.items()}),
+        f"missing: lm_head.weight, {EMBEDDING}, .*without a place in the model: base_model.model.model.embed_t",
+    ),
     "missing": (edited(lambda t: {k: v for k, v in t.items() if k != UP}), rf"\(missing: {UP}\)"),
     "no embedding": (edited(lambda t: {k: v for k, v in t.items() if k != EMBEDDING}), f"missing: lm_.*{EMBEDDING}"),
     "shape": (edited(lambda t: t | {UP: t[UP][:-1].clone()}), rf"of another shape: {UP} \[95, 64\] for \[96, 64\]"),
@@ -66,12 +68,12 @@ DAMAGES = {
     "no shard": (without_a_shard, "cannot be loaded.*model-00001-of-00002.safetensors"),
     "not fetched": (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs"), "files whole"),
     "adapter": (adapter, "adapter"),
-}  # fmt: skip
+}
 SOUND = {
     "value head": (edited(lambda t: t | {"v_head.summary.weight": torch.zeros(1, 64)}), "v_head.summary.weight"),
     "head alone": (edited(lambda t: {k.replace(EMBEDDING, "lm_head.weight"): v for k, v in t.items()}), ""),
     "no prefix": (edited(lambda t: {k.removeprefix("model."): v for k, v in t.items()}), ""),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -124,11 +126,24 @@ def test_every_program_says_it(program, name, damaged, problems, rows, tmp_path)
         argv = options(model, problems, out)
     elif program == "eval":
         data = write(tmp_path / "aime.jsonl", stones(["1", "2"]))
-        argv = flags(model=model, tasks="aime24", engine="torch", dataset=[f"aime24={data}"], output_dir=out,
-                     max_new_tokens=8)  # fmt: skip
+        argv = flags(
+            model=model, tasks="aime24", engine="torch", dataset=[f"aime24={data}"], output_dir=out, max_new_tokens=8
+        )
     else:
-        argv = ["--hf-dataset", problems, "--prompt-column", "prompt", "--output-dir", str(out), "--model", model,
-                "--engine", "torch", "--max-new-tokens", "8"]  # fmt: skip
+        argv = [
+            "--hf-dataset",
+            problems,
+            "--prompt-column",
+            "prompt",
+            "--output-dir",
+            str(out),
+            "--model",
+            model,
+            "--engine",
+            "torch",
+            "--max-new-tokens",
+            "8",
+        ]
     module = {"sft": "sft_core.train", "grpo": "grpo_core.train", "eval": "eval.run", "gen": "gen.generate"}[program]
     assert says.strip(r"\()").split(":")[0] in refused(module, argv, tmp_path)
 
@@ -136,10 +151,22 @@ def test_every_program_says_it(program, name, damaged, problems, rows, tmp_path)
 # --- before any weight is loaded ---------------------------------------------------------------------------------
 
 
-LFM2 = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "vocab_size": 640, "layer_types": ["conv", "full_attention"], "initializer_range": 0.2}  # fmt: skip
-LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [2.0] * 16,
-            "original_max_position_embeddings": 10}  # fmt: skip
+LFM2 = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 640,
+    "layer_types": ["conv", "full_attention"],
+    "initializer_range": 0.2,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 16,
+    "long_factor": [2.0] * 16,
+    "original_max_position_embeddings": 10,
+}
 CONFIGS = {  # what is changed in the tiny model's config.json, and what is said of it
     "lfm2": (AutoConfig.for_model("lfm2", **LFM2).to_dict(), "its architecture, lfm2, is"),
     "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised already"),

@@ -27,10 +27,18 @@ ROOT = Path(__file__).parents[2]
 FIXTURE = Path(__file__).with_name("trl_sft_losses.json")
 METRICS = ("loss", "grad_norm", "mean_token_accuracy")
 OPTIONS: dict[str, Any] = {
-    "max_steps": 20, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_length": 128,
-    "learning_rate": 1e-4, "lr_scheduler_type": "linear", "warmup_steps": 0, "weight_decay": 0.01,
-    "max_grad_norm": 1.0, "loss_type": "nll", "seed": 42,
-}  # fmt: skip
+    "max_steps": 20,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_length": 128,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "loss_type": "nll",
+    "seed": 42,
+}
 TINY = OPTIONS | {"per_device_train_batch_size": 4, "max_length": 72, "learning_rate": 5e-3, "warmup_steps": 3}
 CASES = {
     "messages": TINY | {"assistant_only_loss": True},
@@ -103,10 +111,20 @@ def trl_steps(model: str, rows: list[dict[str, Any]], options: dict[str, Any]) -
     with tempfile.TemporaryDirectory() as folder:
         file = write_rows(Path(folder) / "rows.jsonl", rows)
         config = SFTConfig(
-            output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, packing=False, logging_steps=1,
-            report_to="none", save_strategy="no", disable_tqdm=True, dataset_num_proc=None,
-            train_sampling_strategy="sequential", model_init_kwargs={"dtype": "float32"}, **options,
-        )  # fmt: skip
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            packing=False,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            dataset_num_proc=None,
+            train_sampling_strategy="sequential",
+            model_init_kwargs={"dtype": "float32"},
+            **options,
+        )
         data = load_dataset("json", data_files=str(file), split="train", cache_dir=folder)
         trainer = Recorder(model=model, args=config, train_dataset=data)
         kept = len(trainer.train_dataset)  # TRL has left out what has nothing to learn
