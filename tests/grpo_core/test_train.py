@@ -251,3 +251,12 @@ def test_rows_whose_gold_cannot_be_parsed_are_left_out(tiny_model, tmp_path):
     code, output = run(TRAIN, argv + more, tmp_path / "log1")
     assert code == 0 and "4 prompts; left out: 0 longer than 100 tokens; 4 to evaluate on" in output, output
     assert metrics(tmp_path / "all")[-1]["eval_rewards/accuracy_reward/mean"] == 0.0  # of those with a gold
+
+
+def test_a_short_run_learns(tiny_model, problems, tmp_path):
+    """Invariant 12: 20 steps make a tiny model of random weights write more digits."""
+    argv = options(tiny_model, problems, tmp_path / "out", max_steps=20, num_generations=8, learning_rate=5e-3)
+    code, output = run(TRAIN, argv, tmp_path / "log")
+    assert code == 0, output
+    rewards = [row["rewards/digits/mean"] for row in metrics(tmp_path / "out")]
+    assert sum(rewards[-5:]) > 2 * sum(rewards[:5]), rewards
