@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from gen.engine.base import Engine, Sampling, kv_cache_bytes, make_engine, vllm_internals
+from gen.engine import vllm_internals
+from gen.engine.base import Engine, Sampling, kv_cache_bytes, make_engine
 from gen.engine.weight_sync import probe, sync_weights
 
 STOP = frozenset(range(20, 28))

@@ -10,8 +10,9 @@ from transformers import AttentionInterface, AutoConfig
 import kernels.attention
 from kernels.attention import packed_attention, packed_layout
 from sft_core.data.packing import pack_sequences
+from sft_core.model import architectures
 from sft_core.model.architectures import LENGTHS, SEQUENCES, check_architecture, check_loaded, shrunken
-from sft_core.model.policy import Policy, architectures, check_positions
+from sft_core.model.policy import Policy, check_positions
 from sft_core.run.config import ModelConfig
 
 README = (Path(__file__).parents[2] / "README.md").read_text()

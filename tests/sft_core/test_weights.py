@@ -15,7 +15,8 @@ import grpo_core.train
 import sft_core.train
 from gen.engine.base import make_engine
 from gen.engine.torch import TorchEngine
-from sft_core.model.policy import architectures, load_whole
+from sft_core.model import architectures
+from sft_core.model.policy import load_whole
 from tests.eval.helpers import stones, write
 from tests.grpo_core.test_train import options
 from tests.launch import flags, run
