@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels.linear_logprob
 import kernels.linear_loss
-from grpo_core.loss import Objective, entropy_bonus, policy_loss, token_loss
+from grpo_core.loss import Objective, TokenBatch, entropy_bonus, policy_loss, token_loss
 from kernels import reference
 from kernels.linear_logprob import linear_logprob
 from kernels.linear_loss import linear_loss
@@ -180,9 +180,8 @@ def test_the_objective_chunk_by_chunk_is_policy_loss(name):
     entropy_coef, on_policy = options.pop("entropy_coef", 0.0), options.pop("on_policy", False)
     totals |= {"ref_logps": ref, "sampler_logps": sampler if options.pop("sampler", False) else None}
     objective = Objective(**options)
-    losses = token_loss(
-        advantages, ids, objective, old_logps=None if on_policy else old, entropy_coef=entropy_coef, **totals
-    )
+    batch = TokenBatch(advantages, ids, old_logps=None if on_policy else old, **totals)
+    losses = token_loss(batch, objective, entropy_coef)
     ours = gradients(linear_loss, (hidden, weight, targets), losses, chunk_size=5)
     logps, entropies, _ = reference.linear_logprob(hidden, weight, targets)
     loss, _ = policy_loss(logps, logps.detach() if on_policy else old, advantages, ids, objective, **totals)
