@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_core.loss import TokenBatch
 from grpo_core.rollout import Rollout
-from sft_core.data.packing import PackedSequences, idle_sequences, pack, pack_sequences
+from sft_core.data.packing import PackedSequences, StepCounts, idle_sequences, pack, pack_sequences
 
 
 @dataclass
@@ -22,6 +23,20 @@ class MicroBatch:
     old_logps: Tensor | None = None  # [N] the policy's before its first update on this rollout
     ref_logps: Tensor | None = None  # [N] the reference model's
     active: Tensor | None = None  # [N] bool, on the CPU: there is an advantage
+
+    def tokens(self, counts: StepCounts, old_logps: str) -> TokenBatch:
+        """What the objective is computed from. `old_logps`: "policy", which corrects the sampler's mismatch, or
+        "sampler", which takes its log-probs for the old ones."""
+        policy = old_logps == "policy"
+        return TokenBatch(
+            self.advantages,
+            self.sequences.sequence_ids,
+            counts.num_tokens,
+            counts.num_sequences,
+            old_logps=self.old_logps if policy else self.sampler_logps,
+            ref_logps=self.ref_logps,
+            sampler_logps=self.sampler_logps if policy else None,
+        )
 
 
 def make_micro_batches(rollouts: Sequence[Rollout], max_tokens: int, device: torch.device) -> list[MicroBatch]:

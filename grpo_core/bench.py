@@ -1,4 +1,4 @@
-"""How fast the update is: packed random rollouts through `grpo_core.train.update`, clipping and AdamW.
+"""How fast the update is: packed random rollouts through `grpo_core.update.update`, clipping and AdamW.
 
     python -m grpo_core.bench [--shape 0.5b 1.5b] [--tokens 16384] [--steps 5] [--gradient_checkpointing]
                               [--torch_compile] [--peer]
@@ -32,7 +32,7 @@ from grpo_core.batch import make_micro_batches
 from grpo_core.config import GRPOConfig
 from grpo_core.loss import policy_loss
 from grpo_core.rollout import Rollout
-from grpo_core.train import update
+from grpo_core.update import update
 from kernels.bench import machine, profiled, show, verdict
 from sft_core.bench import SHAPES, WARM_UP, now, random_policy, shape_config, with_fresh_memory
 from sft_core.data.packing import step_counts

@@ -4,8 +4,8 @@
 
 `aggregation_weights` are fixed before the first backward from the whole optimizer step, `token_objective` looks at one
 token at a time, so the loss is additive: any split of the sequences over micro-batches and ranks sums to the same
-number and the same gradient. `policy_loss` composes them for a whole micro-batch, `token_loss` for any few tokens, as
-the head that never holds all of them asks. Metrics are made to be merged the same way, by `merge_metrics`.
+number and the same gradient. `token_loss` composes them for any few tokens, as the head that never holds all of
+them asks, `policy_loss` for a whole micro-batch. Metrics are made to be merged the same way, by `merge_metrics`.
 
     GRPO    arXiv:2402.03300 (DeepSeekMath)    per-token ratios, clipped; mean over each sequence, then over sequences
     DAPO    arXiv:2503.14476                   one mean over all tokens; epsilon_high ("clip-higher")
@@ -23,12 +23,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo")
+ALL = slice(None)
+Rows: TypeAlias = Tensor | slice
 Metrics = dict[str, Tensor]
 
 
@@ -77,6 +80,30 @@ class Objective:
         return self.importance_sampling_level == "token"
 
 
+@dataclass(frozen=True)
+class TokenBatch:
+    """What the objective is computed from, besides the policy's log-probs: N completion tokens of S whole sequences,
+    packed. Sequences may be empty."""
+
+    advantages: Tensor  # [S]
+    sequence_ids: Tensor  # [N] int64 in 0..S-1
+    num_tokens: int | Tensor  # of the optimizer step, over all ranks
+    num_sequences: int | Tensor  # of the same
+    old_logps: Tensor | None = None  # [N]; None: the policy's, so that every ratio is 1
+    ref_logps: Tensor | None = None  # [N] the reference model's, needed with beta > 0
+    sampler_logps: Tensor | None = None  # [N]; with them the sampler's mismatch is corrected
+
+    @cached_property
+    def lengths(self) -> Tensor:  # [S] int64
+        # Not torch.bincount, which waits for the device to learn the largest id.
+        lengths = torch.zeros(self.advantages.shape[0], dtype=torch.int64, device=self.sequence_ids.device)
+        return lengths.index_add_(0, self.sequence_ids, torch.ones_like(self.sequence_ids))
+
+    def old(self, logps: Tensor, rows: Rows = ALL) -> Tensor:  # [C] -> [C], without gradient
+        """The old log-probs of these rows, of which the policy now gives `logps`."""
+        return (logps if self.old_logps is None else self.old_logps[rows]).detach()
+
+
 def policy_loss(
     logps: Tensor,  # [N] the policy's, with gradient: completion tokens of whole sequences, packed
     old_logps: Tensor,  # [N]
@@ -95,52 +122,23 @@ def policy_loss(
     beta > 0 and unused without; `sampler_logps` turn on the correction of the sampler's mismatch. Sequences may be
     empty. Nothing here waits for the device.
     """
-    lengths = sequence_lengths(sequence_ids, advantages.shape[0])
-    token_advantages = advantages.to(logps.dtype)[sequence_ids]  # [N]
-    log_ratios = logps - old_logps.detach()
-    if not objective.by_token:
-        log_ratios = sequence_mean(log_ratios, sequence_ids, lengths)[sequence_ids]
-    others: dict[str, Any] = {"old_logps": old_logps, "ref_logps": ref_logps, "sampler_logps": sampler_logps}
-    totals = {"num_tokens": num_tokens, "num_sequences": num_sequences}
-    losses = token_objective(logps, log_ratios, token_advantages, objective, **others)
-    weights = aggregation_weights(sequence_ids, lengths, objective, **totals)
-    metrics = loss_metrics(logps, log_ratios, token_advantages, sequence_ids, lengths, objective, **others, **totals)
-    return (weights.to(losses.dtype) * losses).sum(), metrics
+    batch = TokenBatch(advantages, sequence_ids, num_tokens, num_sequences, old_logps, ref_logps, sampler_logps)
+    losses = token_objective(logps, batch, objective)
+    weights = aggregation_weights(batch, objective).to(losses.dtype)
+    return (weights * losses).sum(), loss_metrics(logps, batch, objective)
 
 
 def token_loss(
-    advantages: Tensor,  # [S]
-    sequence_ids: Tensor,  # [N] int64 in 0..S-1
-    objective: Objective,  # by token
-    *,
-    num_tokens: int | Tensor,
-    num_sequences: int | Tensor,
-    old_logps: Tensor | None = None,  # [N]; None: the policy's own, so that all ratios are 1
-    ref_logps: Tensor | None = None,  # [N]
-    sampler_logps: Tensor | None = None,  # [N]
-    entropy_coef: float = 0.0,
-) -> Callable[[Tensor, Tensor, Tensor | slice], Tensor]:
-    """(logps [C], entropies [C], which of the N) -> losses [C], whose sum over all N is `policy_loss` less its metrics,
-    plus `entropy_bonus`.
+    batch: TokenBatch, objective: Objective, entropy_coef: float = 0.0
+) -> Callable[[Tensor, Tensor, Rows], Tensor]:
+    """(logps [C], entropies [C], which of the N) -> losses [C], weights and all. Their sum over all N is the loss of
+    `policy_loss`, plus `entropy_bonus`. Any few rows will do where the objective is by token, else all at once.
     """
-    lengths = sequence_lengths(sequence_ids, advantages.shape[0])
-    weights = aggregation_weights(sequence_ids, lengths, objective, num_tokens=num_tokens, num_sequences=num_sequences)
-    entropy_weight = entropy_coef / _at_least_one(num_tokens)
+    weights = aggregation_weights(batch, objective)
+    entropy_weight = entropy_coef / _at_least_one(batch.num_tokens)
 
-    def losses(logps: Tensor, entropies: Tensor, rows: Tensor | slice) -> Tensor:
-        def of_rows(given: Tensor | None) -> Tensor | None:
-            return None if given is None else given[rows]
-
-        old = logps.detach() if old_logps is None else old_logps[rows].detach()
-        values = token_objective(
-            logps,
-            logps - old,
-            advantages.to(logps.dtype)[sequence_ids[rows]],
-            objective,
-            old_logps=old,
-            ref_logps=of_rows(ref_logps),
-            sampler_logps=of_rows(sampler_logps),
-        )
+    def losses(logps: Tensor, entropies: Tensor, rows: Rows) -> Tensor:
+        values = token_objective(logps, batch, objective, rows)
         weighted = weights[rows].to(values.dtype) * values
         return weighted - entropy_weight * entropies if entropy_coef else weighted
 
@@ -149,13 +147,9 @@ def token_loss(
 
 def token_objective(
     logps: Tensor,  # [C] with gradient
-    log_ratios: Tensor,  # [C] logps - old_logps, or the sequence's mean of it
-    advantages: Tensor,  # [C] of each token's sequence
+    batch: TokenBatch,
     objective: Objective,
-    *,
-    old_logps: Tensor,  # [C]
-    ref_logps: Tensor | None = None,  # [C]
-    sampler_logps: Tensor | None = None,  # [C]
+    rows: Rows = ALL,  # which of the N
 ) -> Tensor:  # [C]
     """What each token adds to the loss before its weight: rho * policy term + beta * KL. To be minimised.
 
@@ -164,44 +158,48 @@ def token_objective(
     rho            stop_grad(min(exp(old - sampler), sampler_ratio_cap)); 1 without sampler_logps
     KL             exp(ref - logp) - (ref - logp) - 1, never multiplied by rho
     """
-    ratios = log_ratios.exp()
+    advantages = batch.advantages.to(logps.dtype)[batch.sequence_ids[rows]]
+    ratios = log_ratios(logps, batch, objective, rows).exp()
     if objective.loss_type == "cispo":
         losses = -ratios.detach().clamp(max=objective.high) * advantages * logps
     else:
         clipped = ratios.clamp(1 - objective.epsilon, 1 + objective.high)
         unclipped = ratios if objective.delta is None else ratios.clamp(max=objective.delta)
         losses = -torch.min(unclipped * advantages, clipped * advantages)
-    if sampler_logps is not None:
+    if batch.sampler_logps is not None:
+        old_logps, sampler_logps = batch.old(logps, rows), batch.sampler_logps[rows]
         losses = losses * sampler_ratios(old_logps, sampler_logps, objective.sampler_ratio_cap)
     if objective.beta:
-        if ref_logps is None:
+        if batch.ref_logps is None:
             raise ValueError(f"beta={objective.beta} needs ref_logps, the reference model's log-probs")
-        losses = losses + objective.beta * kl_divergence(logps, ref_logps)
+        losses = losses + objective.beta * kl_divergence(logps, batch.ref_logps[rows])
     return losses
 
 
-def aggregation_weights(
-    sequence_ids: Tensor,  # [N]
-    lengths: Tensor,  # [S] each sequence's whole length
-    objective: Objective,
-    *,
-    num_tokens: int | Tensor,
-    num_sequences: int | Tensor,
-) -> Tensor:  # [N] float64
+def log_ratios(logps: Tensor, batch: TokenBatch, objective: Objective, rows: Rows = ALL) -> Tensor:  # [C] -> [C]
+    """logps - old_logps; with one ratio a sequence its mean over each sequence, of which all tokens must be there."""
+    differences = logps - batch.old(logps, rows)
+    if objective.by_token:
+        return differences
+    return sequence_mean(differences, batch)[batch.sequence_ids]
+
+
+def aggregation_weights(batch: TokenBatch, objective: Objective) -> Tensor:  # [N] float64
     """What each token counts, from the totals of the whole optimizer step over all ranks.
 
     grpo               1 / (num_sequences * length of its sequence)
     dapo, bnpo, cispo  1 / num_tokens
     dr_grpo            1 / (num_sequences * max_completion_length)
     """
+    num_sequences = _at_least_one(batch.num_sequences)
     if objective.loss_type == "grpo":
-        return 1 / (_at_least_one(num_sequences) * lengths[sequence_ids].double())
+        return 1 / (num_sequences * batch.lengths[batch.sequence_ids].double())
     if objective.loss_type == "dr_grpo":
         assert objective.max_completion_length is not None
-        denominator = _at_least_one(num_sequences) * objective.max_completion_length
+        denominator = num_sequences * objective.max_completion_length
     else:
-        denominator = _at_least_one(num_tokens)
-    return torch.ones_like(sequence_ids, dtype=torch.float64) / denominator
+        denominator = _at_least_one(batch.num_tokens)
+    return torch.ones_like(batch.sequence_ids, dtype=torch.float64) / denominator
 
 
 def kl_divergence(logps: Tensor, ref_logps: Tensor) -> Tensor:  # [C], [C] -> [C]
@@ -212,20 +210,13 @@ def kl_divergence(logps: Tensor, ref_logps: Tensor) -> Tensor:  # [C], [C] -> [C
 
 def sampler_ratios(old_logps: Tensor, sampler_logps: Tensor, cap: float) -> Tensor:  # [C], [C] -> [C]
     """rho: how much likelier a sampled token is under the policy than under the sampler that drew it, truncated."""
-    return (old_logps.detach() - sampler_logps.detach()).exp().clamp(max=cap)
+    return (old_logps - sampler_logps).detach().exp().clamp(max=cap)
 
 
-def sequence_lengths(sequence_ids: Tensor, count: int) -> Tensor:  # [N] -> [S] int64
-    # Not torch.bincount, which waits for the device to learn the largest id.
-    return torch.zeros(count, dtype=torch.int64, device=sequence_ids.device).index_add_(
-        0, sequence_ids, torch.ones_like(sequence_ids, dtype=torch.int64)
-    )
-
-
-def sequence_mean(values: Tensor, sequence_ids: Tensor, lengths: Tensor) -> Tensor:  # [N] -> [S], differentiable
+def sequence_mean(values: Tensor, batch: TokenBatch) -> Tensor:  # [N] -> [S], differentiable
     """The mean over each sequence's tokens (0 where it has none); of log-ratios, GSPO's log s_i."""
-    sums = values.new_zeros(lengths.shape[0]).index_add(0, sequence_ids, values)
-    return sums / lengths.clamp(min=1)
+    sums = values.new_zeros(batch.lengths.shape[0]).index_add(0, batch.sequence_ids, values)
+    return sums / batch.lengths.clamp(min=1)
 
 
 def entropy_bonus(entropies: Tensor, num_tokens: int | Tensor, coef: float) -> Tensor:  # [N] -> []
@@ -234,20 +225,7 @@ def entropy_bonus(entropies: Tensor, num_tokens: int | Tensor, coef: float) -> T
 
 
 @torch.no_grad()
-def loss_metrics(
-    logps: Tensor,  # [N]
-    log_ratios: Tensor,  # [N] as in token_objective
-    advantages: Tensor,  # [N]
-    sequence_ids: Tensor,  # [N]
-    lengths: Tensor,  # [S]
-    objective: Objective,
-    *,
-    num_tokens: int | Tensor,
-    num_sequences: int | Tensor,
-    old_logps: Tensor,  # [N]
-    ref_logps: Tensor | None = None,  # [N]
-    sampler_logps: Tensor | None = None,  # [N]
-) -> Metrics:
+def loss_metrics(logps: Tensor, batch: TokenBatch, objective: Objective) -> Metrics:
     """TRL's names and definitions, each already divided by the step's total, so that shares add up (`merge_metrics`).
 
     clip_ratio/low_mean is the fraction of tokens (of sequences, with one ratio a sequence) that the lower bound takes
@@ -255,27 +233,29 @@ def loss_metrics(
     high_max are the least and greatest such fraction within one sequence.
     """
     metrics: Metrics = {}
-    if objective.beta and ref_logps is not None:
-        metrics["kl"] = kl_divergence(logps, ref_logps).sum() / _at_least_one(num_tokens)
-    if sampler_logps is not None:
+    num_tokens = _at_least_one(batch.num_tokens)
+    if objective.beta and batch.ref_logps is not None:
+        metrics["kl"] = kl_divergence(logps, batch.ref_logps).sum() / num_tokens
+    if batch.sampler_logps is not None:
         cap = objective.sampler_ratio_cap
-        rho = sampler_ratios(old_logps, sampler_logps, cap)
+        rho = sampler_ratios(batch.old(logps), batch.sampler_logps, cap)
         name = "sampling/importance_sampling_ratio"
-        metrics[f"{name}/mean"] = rho.sum() / _at_least_one(num_tokens)
+        metrics[f"{name}/mean"] = rho.sum() / num_tokens
         # With a neutral element, for a micro-batch without tokens: rho lies in [0, cap].
         metrics[f"{name}/min"] = torch.cat([rho, rho.new_full((1,), cap)]).min()
         metrics[f"{name}/max"] = torch.cat([rho, rho.new_zeros(1)]).max()
 
     def per_sequence(flags: Tensor) -> Tensor:  # [N] bool -> [S]
-        return sequence_mean(flags.to(logps.dtype), sequence_ids, lengths)
+        return sequence_mean(flags.to(logps.dtype), batch)
 
     def mean(flags: Tensor) -> Tensor:  # [N] bool -> []
         if objective.by_token:
-            return flags.to(logps.dtype).sum() / _at_least_one(num_tokens)
-        # In float32 as TRL counts sequences, else its figures would not be met to 1e-10.
-        return per_sequence(flags).float().sum() / _at_least_one(num_sequences)
+            return flags.to(logps.dtype).sum() / num_tokens
+        # In float32 as TRL counts sequences, else its metrics would not be met to 1e-10.
+        return per_sequence(flags).float().sum() / _at_least_one(batch.num_sequences)
 
-    ratios = log_ratios.exp()
+    ratios = log_ratios(logps, batch, objective).exp()
+    advantages = batch.advantages[batch.sequence_ids]
     if objective.loss_type == "cispo":
         metrics["cispo_clip_ratio"] = mean((ratios > objective.high) & (advantages > 0))
         return metrics
@@ -285,7 +265,7 @@ def loss_metrics(
     metrics["clip_ratio/high_mean"] = mean(high)
     metrics["clip_ratio/region_mean"] = mean(low | high)
     # Empty sequences take no part; the 1 and 0 added are neutral, for a micro-batch without tokens.
-    low_fractions = torch.where(lengths > 0, per_sequence(low), 1)
+    low_fractions = torch.where(batch.lengths > 0, per_sequence(low), 1)
     metrics["clip_ratio/low_min"] = torch.cat([low_fractions, low_fractions.new_ones(1)]).min()
     high_fractions = per_sequence(high)
     metrics["clip_ratio/high_max"] = torch.cat([high_fractions, high_fractions.new_zeros(1)]).max()

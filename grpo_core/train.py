@@ -26,15 +26,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from eval.workers import WorkerPool
-from gen.engine.weight_sync import mismatch_stats, probe, sync_weights
+from gen.engine.weight_sync import probe, sync_weights
 from grpo_core.batch import MicroBatch, idle_micro_batch, keep_old_logps, make_micro_batches
-from grpo_core.config import GRPOConfig
 from grpo_core.evaluation import evaluate_policy
-from grpo_core.loss import entropy_bonus, merge_metrics, policy_loss, token_loss
 from grpo_core.metrics import (
     CONSOLE,
     check_mismatch,
@@ -46,7 +43,8 @@ from grpo_core.metrics import (
 )
 from grpo_core.prepare import Run, prepare, start_engine
 from grpo_core.rollout import Rollout, Scorer, check_version, read_rollouts, sample, set_advantages, write_rollouts
-from sft_core.data.packing import StepCounts, step_counts
+from grpo_core.update import update
+from sft_core.data.packing import step_counts
 from sft_core.data.rows import row_order
 from sft_core.model.adapters import without_adapters
 from sft_core.model.architectures import check_loaded
@@ -54,7 +52,7 @@ from sft_core.model.checkpoint import load_checkpoint, save_checkpoint
 from sft_core.model.export import export_model, full_weights, reshard, weight_names
 from sft_core.model.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
 from sft_core.model.parallel import freeze, make_mesh, memory_options, shard
-from sft_core.model.policy import Policy, load_policy
+from sft_core.model.policy import load_policy
 from sft_core.run import distributed
 from sft_core.run.announce import announce
 from sft_core.run.lifecycle import Errands
@@ -268,68 +266,6 @@ def train(run: Run) -> Errands:
     distributed.shutdown()
     stop.restore()
     return errands
-
-
-def update(
-    policy: Policy,
-    reference: Callable[..., Any] | None,
-    micro_batches: list[MicroBatch],
-    counts: StepCounts,
-    config: GRPOConfig,
-    first_use: bool,
-) -> dict[str, Tensor]:
-    """Add the step's gradient to the policy; returns this rank's share of the step's figures, by name.
-
-    Old and reference log-probs are taken at the first update on a rollout and kept for the later ones. With one update
-    `old_logps` are the very log-probs that are trained, so the ratio is 1 and no extra pass is made. All ranks have as
-    many micro-batches and make the same passes.
-    """
-    objective, coef = config.objective(), config.entropy_coef
-    if reference is not None:
-        for batch in micro_batches:
-            if batch.ref_logps is None:
-                with torch.no_grad():
-                    batch.ref_logps = reference(batch.sequences, config.temperature)[0][: len(batch.positions)]
-        if isinstance(reference, Policy):
-            reshard(reference)
-    parts: list[dict[str, Tensor]] = []
-    for batch in micro_batches:
-        n, ids = len(batch.positions), batch.sequences.sequence_ids[: len(batch.positions)]  # 0 in an idle pass
-        given = {
-            "num_tokens": counts.num_tokens,
-            "num_sequences": counts.num_sequences,
-            "ref_logps": batch.ref_logps,
-            "sampler_logps": batch.sampler_logps if config.old_logps == "policy" else None,
-        }
-        if batch.old_logps is None and config.old_logps == "sampler":
-            batch.old_logps = batch.sampler_logps
-        if objective.by_token:  # the head takes the loss with it, in one sweep
-            needed = None if config.beta or coef else batch.active
-            losses = token_loss(batch.advantages, ids, objective, old_logps=batch.old_logps, entropy_coef=coef, **given)
-            loss, logps, entropies, _ = policy(
-                batch.sequences, config.temperature, losses if n else _nothing, active=needed
-            )
-        else:
-            logps, entropies, _ = policy(batch.sequences, config.temperature)
-        scored, gap = logps[:n], {}
-        if first_use:
-            stats = mismatch_stats(scored, batch.sampler_logps, batch.positions)
-            gap = {f"gap/{name}": value for name, value in stats.items()}
-        if batch.old_logps is None:
-            batch.old_logps = scored.detach()
-        whole, metrics = policy_loss(scored, batch.old_logps, batch.advantages, ids, objective, **given)
-        if not objective.by_token:
-            bonus = entropy_bonus(entropies[:n], counts.num_tokens, coef) if coef else 0.0
-            loss = whole + bonus + 0.0 * logps.sum()
-        loss.backward()
-        entropy = entropies.detach()[:n].sum() / max(1, counts.num_tokens)
-        parts.append(metrics | gap | {"loss": loss.detach(), "entropy": entropy})
-    return merge_metrics(parts)
-
-
-def _nothing(logps: Tensor, entropies: Tensor, rows: Any) -> Tensor:
-    """The losses of an idle pass."""
-    return 0.0 * logps
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What the device runs: log-probs straight from hidden states, attention over packed rows, and their plain twins."""
+"""What the device runs: log-probs straight from hidden states, packed attention, and reference implementations."""

@@ -5,7 +5,7 @@ backward is not bit-repeatable but under torch.use_deterministic_algorithms).
 Elsewhere sequences of like length are gathered into right-padded batches for `scaled_dot_product_attention`: padding
 at the right needs no mask under causal attention, for no real token looks right. Both take grouped queries and
 sliding windows, both differentiate, and both are one node of a graph that torch.compile makes, whatever the lengths.
-The plain twin is `kernels.reference.packed_attention`.
+The reference implementation is `kernels.reference.packed_attention`.
 
 Left out on purpose: dropout, key-value caches, anything bidirectional.
 

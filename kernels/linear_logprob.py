@@ -6,7 +6,7 @@ float32 (float64 for float64 input) for every caller: bfloat16 logits move log-p
 of policies feels. On CUDA bfloat16 operands keep their tensor cores (`torch.mm(..., out_dtype=torch.float32)`).
 
 Any gradient of both outputs can come back, at four matrix products in all. Where the loss is a sum over tokens,
-`kernels.linear_loss` takes three. The plain twin is `kernels.reference.linear_logprob`.
+`kernels.linear_loss` takes three. The reference implementation is `kernels.reference.linear_logprob`.
 
 Left out on purpose: vocabulary sharding, biases, soft-capping.
 

@@ -1,4 +1,4 @@
-"""Plain torch twins of everything in `kernels`: short, obvious, allowed to be slow and to hold [N, V] or [T, T].
+"""Reference implementations, in plain torch, of everything in `kernels`: short, slow, holding [N, V] or [T, T].
 
 The tests compare every fast path with these; run them in float64 to have a reference beyond rounding.
 Left out on purpose: chunking, custom gradients, packing tricks. Autograd differentiates all of it.

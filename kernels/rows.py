@@ -7,8 +7,8 @@ With p the softmax and H its entropy, dlogp/dz = 1_target - p and dH/dz = -p (lo
 sums are float32 (float64 for float64 logits), of differences to one logit of the row: logsumexp - sum(p z) would cancel
 where logits are large, and the target's p - 1 is formed before it is rounded.
 
-A function of the log-probs alone needs one look at the logits: softmax_stats writes `slopes` as it sums, and
--g / temperature * stats.scales * slopes is the gradient, a factor a row that can wait until g is known.
+A function of the log-probs alone needs one look at the logits: softmax_stats writes `unscaled`, the gradient less a
+factor a row, as it sums; -g / temperature * stats.scales is the factor, once g is known.
 
 On CUDA it is a Triton kernel for each of the two (`kernels/rows_triton.py`); in plain torch, here, it takes a pass an
 operation, and the logits hold log p in between.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 @dataclass
 class Stats:
-    """What rows say. `scales` belong to slopes; `normalisers` are the kernels' own."""
+    """What rows say. `scales` belong to the unscaled gradient; `normalisers` are the kernels' own."""
 
     logps: Tensor  # [C] of the targets
     entropies: Tensor  # [C] nats
@@ -46,7 +46,7 @@ def softmax_stats(
     temperature: float,
     scratch: Tensor | None = None,  # [C, V]
     *,
-    slopes: Tensor | None = None,  # [C, V], written
+    unscaled: Tensor | None = None,  # [C, V], written: the gradient less a factor a row
     into: Stats | None = None,  # of C rows, written
 ) -> Stats:
     """Statistics of the rows. The logits are spent: only `logits_gradient` may read them now.
@@ -57,7 +57,7 @@ def softmax_stats(
     if _fused(logits):
         from kernels.rows_triton import softmax_stats as fused
 
-        fused(logits, targets, temperature, slopes, stats)
+        fused(logits, targets, temperature, unscaled, stats)
         return stats
     log_probs = logits.div_(temperature)
     log_probs.sub_(log_probs.amax(-1, keepdim=True))
@@ -68,9 +68,9 @@ def softmax_stats(
     torch.exp(log_probs, out=probs)
     stats.logps.copy_(log_probs.gather(-1, targets[:, None])[:, 0])
     stats.scales.fill_(1.0)
-    if slopes is not None:
-        slopes.copy_(probs).scatter_add_(1, targets[:, None], -torch.ones_like(log_total, dtype=slopes.dtype))
-        probs = torch.exp(log_probs) if slopes.data_ptr() == probs.data_ptr() else probs
+    if unscaled is not None:
+        unscaled.copy_(probs).scatter_add_(1, targets[:, None], -torch.ones_like(log_total, dtype=unscaled.dtype))
+        probs = torch.exp(log_probs) if unscaled.data_ptr() == probs.data_ptr() else probs
     stats.entropies.copy_(probs.mul_(log_probs).sum(-1).neg_())
     return stats
 

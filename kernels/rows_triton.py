@@ -23,10 +23,10 @@ FAR = tl.constexpr(32.0)  # in powers of two
 
 
 @triton.jit
-def _sweep(logits, slopes, target, base, vocab, scale, block: tl.constexpr):
+def _sweep(logits, unscaled, target, base, vocab, scale, block: tl.constexpr):
     """The largest logit; s = sum w and t = sum d w of the others than the target, w = 2^d, d = (logit - base) scale.
 
-    w is written to `slopes`, 0 for the target.
+    w is written to `unscaled`, 0 for the target.
     """
     best = tl.full((block,), -float("inf"), tl.float32)
     total = tl.full((block,), 0.0, tl.float32)
@@ -42,15 +42,15 @@ def _sweep(logits, slopes, target, base, vocab, scale, block: tl.constexpr):
         weight = tl.exp2(distance)
         total += weight
         spread += tl.where(weight > 0.0, distance * weight, 0.0)
-        if slopes is not None:
-            tl.store(slopes + columns, weight.to(slopes.dtype.element_ty), mask=columns < vocab)
+        if unscaled is not None:
+            tl.store(unscaled + columns, weight.to(unscaled.dtype.element_ty), mask=columns < vocab)
     return tl.max(best, 0), tl.sum(total, 0), tl.sum(spread, 0)
 
 
 @triton.jit
 def _stats_kernel(
     logits,
-    slopes,
+    unscaled,
     targets,
     logps,
     entropies,
@@ -58,7 +58,7 @@ def _stats_kernel(
     scales,
     normalisers,
     stride,
-    slopes_stride,
+    unscaled_stride,
     vocab,
     scale,
     block: tl.constexpr,
@@ -66,16 +66,16 @@ def _stats_kernel(
     """One row, relative to the target's logit: read once, but for a target 2^-32 as likely as the likeliest token."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    if slopes is not None:
-        slopes += row * slopes_stride
+    if unscaled is not None:
+        unscaled += row * unscaled_stride
     target = tl.load(targets + row).to(tl.int32)
     at_target = tl.load(logits + target)
     base = at_target
-    best, others, spread = _sweep(logits, slopes, target, base, vocab, scale, block)
+    best, others, spread = _sweep(logits, unscaled, target, base, vocab, scale, block)
     if (best - at_target) * scale > FAR:
         base = best
         tl.debug_barrier()  # what was written is written again, maybe by other threads
-        _, others, spread = _sweep(logits, slopes, target, base, vocab, scale, block)
+        _, others, spread = _sweep(logits, unscaled, target, base, vocab, scale, block)
     distance = (at_target - base) * scale
     weight = tl.exp2(distance)
     total = others + weight
@@ -88,9 +88,9 @@ def _stats_kernel(
     tl.store(bests + row, tl.where(base == at_target, logp + (best - at_target) * scale * LN2, -log_total * LN2))
     tl.store(scales + row, 1.0 / total)
     tl.store(normalisers + row, base * scale + log_total)
-    if slopes is not None:
+    if unscaled is not None:
         tl.debug_barrier()  # after the 0 that stands there
-        tl.store(slopes + target, (-others).to(slopes.dtype.element_ty))  # p - 1 without cancellation
+        tl.store(unscaled + target, (-others).to(unscaled.dtype.element_ty))  # p - 1 without cancellation
 
 
 @triton.jit
@@ -132,13 +132,13 @@ def _gradient_kernel(
         tl.store(gradient + columns, value.to(gradient.dtype.element_ty), mask=columns < vocab)
 
 
-def softmax_stats(logits: Tensor, targets: Tensor, temperature: float, slopes: Tensor | None, stats: Stats) -> None:
+def softmax_stats(logits: Tensor, targets: Tensor, temperature: float, unscaled: Tensor | None, stats: Stats) -> None:
     """Of float32 logits [C, V], written to `stats`."""
     rows, vocab = logits.shape
     if rows:
         _stats_kernel[(rows,)](
             logits,
-            slopes,
+            unscaled,
             targets,
             stats.logps,
             stats.entropies,
@@ -146,7 +146,7 @@ def softmax_stats(logits: Tensor, targets: Tensor, temperature: float, slopes: T
             stats.scales,
             stats.normalisers,
             logits.stride(0),
-            0 if slopes is None else slopes.stride(0),
+            0 if unscaled is None else unscaled.stride(0),
             vocab,
             LOG2E.value / temperature,
             block=_block(vocab),

@@ -112,11 +112,10 @@ def train(run: Run) -> Errands:
         # 3 forward and backward
         with phases("train"), dropout(policy):
             sums = {name: torch.zeros((), device=device) for name in ("loss", "entropy", "mean_token_accuracy")}
-            for i in range(counts.micro_batches):
-                weight = float(i < len(batches)) / counts.num_tokens  # a rank that has run out passes along with zero
-
-                losses = partial(token_losses, loss_type=config.loss_type, weight=weight)
-                batch = batches[i] if weight else idle_sequences(device)
+            weight = 1 / counts.num_tokens
+            losses = partial(token_losses, loss_type=config.loss_type, weight=weight)
+            # Every rank makes as many passes, so that the collectives match.
+            for batch in batches + [idle_sequences(device)] * (counts.micro_batches - len(batches)):
                 loss, logps, entropies, best_logps = policy(batch, token_loss=losses)
                 loss.backward()
                 sums["loss"] += loss.detach()
@@ -205,11 +204,10 @@ def evaluate(policy: Policy, run: Run) -> dict[str, float]:
         rows = run.test_examples.rows[own] if own else None
         batch = pack_sequences(rows["input_ids"], rows["loss_mask"], run.device) if rows else idle_sequences(run.device)
         logps, entropies, best_logps = policy(batch)
-        if rows:
-            sums["eval_loss"] += token_losses(logps, loss_type=run.config.loss_type).sum()
-            sums["eval_entropy"] += entropies.sum()
-            sums["eval_mean_token_accuracy"] += (logps >= best_logps).sum()
-            sums["tokens"] += len(logps)
+        sums["eval_loss"] += token_losses(logps, loss_type=run.config.loss_type).sum()
+        sums["eval_entropy"] += entropies.sum()
+        sums["eval_mean_token_accuracy"] += (logps >= best_logps).sum()
+        sums["tokens"] += len(logps)
     totals = reduce_metrics(sums, device=run.device)
     tokens = totals.pop("tokens")
     return {name: value / tokens for name, value in totals.items()} | {

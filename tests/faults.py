@@ -9,6 +9,7 @@ import torch
 
 import grpo_core.batch
 import grpo_core.train
+import grpo_core.update
 import sft_core.data.packing
 import sft_core.model.policy
 import sft_core.sampler
@@ -121,7 +122,7 @@ def mask_the_stop_token():
 def nan_in_the_second_step():
     if os.environ.get("RANK", "0") != "0":
         return
-    update, token_loss, steps = grpo_core.train.update, grpo_core.train.token_loss, []
+    update, token_loss, steps = grpo_core.train.update, grpo_core.update.token_loss, []
 
     def counted(*arguments):
         steps.append(1)
@@ -131,7 +132,7 @@ def nan_in_the_second_step():
         losses = token_loss(*arguments, **options)
         return lambda *chunk: losses(*chunk) * (torch.nan if len(steps) == 2 else 1.0)
 
-    grpo_core.train.update, grpo_core.train.token_loss = counted, poisoned
+    grpo_core.train.update, grpo_core.update.token_loss = counted, poisoned
 
 
 def hang_on_the_last_rank():

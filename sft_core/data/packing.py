@@ -116,8 +116,8 @@ def pack_sequences(sequences: Sequence, masks: Sequence, device: torch.device) -
 
 
 def idle_sequences(device: torch.device) -> PackedSequences:
-    """Something to pass through the policy with weight zero, on a rank that has run out while others have not."""
-    return pack_sequences([[0, 0]], [[False, True]], device)
+    """A sequence of which no token is scored (N = 0), for a rank that has run out while others have not."""
+    return pack_sequences([[0, 0]], [[False, False]], device)
 
 
 @dataclass(frozen=True)

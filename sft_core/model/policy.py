@@ -70,12 +70,13 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         token_loss: TokenLoss | None = None,
         active: Tensor | None = None,
+        entropy_gradient: bool = False,
     ) -> tuple[Tensor, ...]:
         """Log-probs of the scored tokens, entropies and log-probs of the likeliest tokens [N], float32, all of
         softmax(logits / temperature).
 
         With `token_loss`, before these its sum over the tokens [], which alone can be differentiated then: cheaper
-        than to compute it from the log-probs (`kernels.linear_loss`, where `active` is explained too).
+        than to compute it from the log-probs. `active` and `entropy_gradient` are those of `kernels.linear_loss`.
         """
         hidden = self.model.get_decoder()(
             input_ids=batch.input_ids,
@@ -88,7 +89,15 @@ class Policy(nn.Module):
         scored = hidden.index_select(0, batch.rows)  # unlike hidden[rows] its backward need not sort
         if token_loss is None:
             return linear_logprob(scored, head.weight, batch.targets, temperature=temperature)
-        return linear_loss(scored, head.weight, batch.targets, token_loss, temperature=temperature, active=active)
+        return linear_loss(
+            scored,
+            head.weight,
+            batch.targets,
+            token_loss,
+            entropy_gradient=entropy_gradient,
+            temperature=temperature,
+            active=active,
+        )
 
     @torch.no_grad()
     def score(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_core.loss import LOSS_TYPES, Objective, aggregation_weights, entropy_bonus, merge_metrics, policy_loss
+from grpo_core.loss import LOSS_TYPES, Objective, TokenBatch, aggregation_weights, entropy_bonus, policy_loss
+from grpo_core.update import merge_metrics
 
 CASES = Path(__file__).parents[3] / "shared" / "reference" / "trl_grpo_losses.json"
 
@@ -282,7 +283,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient():
         totals = {"num_tokens": 15, "num_sequences": 5}
         loss, metrics = policy_loss(logps, logps.detach(), advantages, ids, objective, **totals)
         loss.backward()
-        weights = aggregation_weights(ids, torch.bincount(ids), objective, **totals)
+        weights = aggregation_weights(TokenBatch(advantages, ids, **totals), objective)
         torch.testing.assert_close(logps.grad, -weights * advantages[ids])
         assert not any(value.any() for value in metrics.values())
 

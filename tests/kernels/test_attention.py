@@ -1,4 +1,4 @@
-"""kernels.attention against the block-diagonal twin, and inside real transformers models against sequences alone."""
+"""kernels.attention against the block-diagonal mask, and inside real transformers models against sequences alone."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def value_and_gradients(out, inputs):
 
 @pytest.mark.parametrize("window", [None, 1, 4, 16, 100])
 @pytest.mark.parametrize("kv_heads", [6, 2, 1])
-def test_equals_the_block_diagonal_twin(window, kv_heads):
+def test_equals_the_block_diagonal_reference(window, kv_heads):
     inputs = rows(kv_heads=kv_heads)
     out, weights = packed_attention(None, *inputs, packed=packed_layout(LENGTHS), scaling=0.3, sliding_window=window)
     assert weights is None and out.shape == (1, sum(LENGTHS), 6, 8)
-    twin = reference.packed_attention(*inputs, LENGTHS, scaling=0.3, sliding_window=window)
-    pairs = zip(value_and_gradients(out, inputs), value_and_gradients(twin, inputs), strict=True)
+    expected = reference.packed_attention(*inputs, LENGTHS, scaling=0.3, sliding_window=window)
+    pairs = zip(value_and_gradients(out, inputs), value_and_gradients(expected, inputs), strict=True)
     for got, want in pairs:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
@@ -79,8 +79,8 @@ def test_varlen_call_means_the_same(monkeypatch, window, grouped):
     monkeypatch.setattr(attention, "GROUPED", {"enable_gqa": True} if grouped else {})
     inputs = rows()
     out = attention._varlen(*(x[0].transpose(0, 1) for x in inputs), packed_layout(LENGTHS), 0.3, window)
-    twin = reference.packed_attention(*inputs, LENGTHS, scaling=0.3, sliding_window=window)
-    torch.testing.assert_close(out[None], twin, rtol=1e-5, atol=1e-5)
+    expected = reference.packed_attention(*inputs, LENGTHS, scaling=0.3, sliding_window=window)
+    torch.testing.assert_close(out[None], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -96,8 +96,8 @@ def test_on_a_gpu(window, dim, dtype):
     options = {"scaling": 0.3 * (32 / dim) ** 0.5, "sliding_window": window}
     out, _ = packed_attention(None, *inputs, packed=packed_layout(LENGTHS, "cuda"), **options)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    twin = reference.packed_attention(*exact, LENGTHS, **options)
-    for got, want in zip(value_and_gradients(out, inputs), value_and_gradients(twin, exact), strict=True):
+    expected = reference.packed_attention(*exact, LENGTHS, **options)
+    for got, want in zip(value_and_gradients(out, inputs), value_and_gradients(expected, exact), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-2)
 
 
@@ -212,9 +212,9 @@ def test_values_of_another_size_than_keys(compiled):
     attend = torch.compile(packed_attention, backend="aot_eager") if compiled else packed_attention
     out, _ = attend(None, query, key, value, packed=packed_layout(LENGTHS), scaling=0.3)
     assert out.shape == (1, sum(LENGTHS), 6, 12)
-    twin = reference.packed_attention(query, key, value, LENGTHS, scaling=0.3)
+    expected = reference.packed_attention(query, key, value, LENGTHS, scaling=0.3)
     inputs = [query, key, value]
-    for got, want in zip(value_and_gradients(out, inputs), value_and_gradients(twin, inputs), strict=True):
+    for got, want in zip(value_and_gradients(out, inputs), value_and_gradients(expected, inputs), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 

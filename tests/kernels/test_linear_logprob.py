@@ -1,4 +1,4 @@
-"""kernels.linear_logprob against its plain twin, in values, gradients, memory, and under FSDP2."""
+"""kernels.linear_logprob against its reference implementation, in values, gradients, memory, and under FSDP2."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def gradients(function, hidden, weight, targets, **kwargs):
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 13, 1000, None])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_values_and_gradients_equal_the_twin(chunk_size, temperature):
+def test_values_and_gradients_equal_the_reference(chunk_size, temperature):
     args = inputs()
     ours = gradients(linear_logprob, *args, temperature=temperature, chunk_size=chunk_size)
     for got, want in zip(ours, gradients(reference.linear_logprob, *args, temperature=temperature), strict=True):
@@ -52,8 +52,8 @@ def test_gradcheck():
 def test_one_output_used_alone(output):
     hidden, weight, targets = inputs()
     ours = torch.autograd.grad(linear_logprob(hidden, weight, targets)[output].sum(), (hidden, weight))
-    twin = torch.autograd.grad(reference.linear_logprob(hidden, weight, targets)[output].sum(), (hidden, weight))
-    for got, want in zip(ours, twin, strict=True):
+    plain = torch.autograd.grad(reference.linear_logprob(hidden, weight, targets)[output].sum(), (hidden, weight))
+    for got, want in zip(ours, plain, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 

@@ -1,4 +1,4 @@
-"""kernels.linear_loss against its plain twin and against linear_logprob, and the trainers' objectives through it."""
+"""kernels.linear_loss against its reference and against linear_logprob, and the trainers' objectives through it."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels.linear_logprob
 import kernels.linear_loss
-from grpo_core.loss import Objective, entropy_bonus, policy_loss, token_loss
+from grpo_core.loss import Objective, TokenBatch, entropy_bonus, policy_loss, token_loss
 from kernels import reference
 from kernels.linear_logprob import linear_logprob
 from kernels.linear_loss import linear_loss
@@ -32,9 +32,9 @@ def gradients(function, args, token_loss, **options):
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 13, None])
 @pytest.mark.parametrize("loss", [both, alone])
-def test_equals_the_twin(loss, chunk_size):
+def test_equals_the_reference(loss, chunk_size):
     args = inputs()
-    ours = gradients(linear_loss, args, loss, temperature=0.7, chunk_size=chunk_size)
+    ours = gradients(linear_loss, args, loss, temperature=0.7, chunk_size=chunk_size, entropy_gradient=loss is both)
     for got, want in zip(ours, gradients(reference.linear_loss, args, loss, temperature=0.7), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
@@ -42,13 +42,13 @@ def test_equals_the_twin(loss, chunk_size):
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """Gradients of the logits up to a factor a row, and products a block of chunks, in plain torch."""
-    monkeypatch.setattr(kernels.linear_loss, "_can_wait", lambda chunks, token_loss: True)
+    monkeypatch.setattr(kernels.linear_loss, "can_be_deferred", lambda chunks, sweep: True)
     monkeypatch.setitem(kernels.linear_logprob.CHUNKS_IN_BLOCK, "cpu", 2)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 5, 13])
 @pytest.mark.parametrize("active", [None, torch.arange(13) % 3 == 1])
-def test_equals_the_twin_by_the_way_of_cuda(as_on_cuda, chunk_size, active):
+def test_deferred_equals_the_reference(as_on_cuda, chunk_size, active):
     def loss(logps, entropies, rows):
         return alone(logps.exp(), None, rows) * (1.0 if active is None else active[rows])
 
@@ -59,7 +59,7 @@ def test_equals_the_twin_by_the_way_of_cuda(as_on_cuda, chunk_size, active):
 
 
 def test_same_bits_as_by_way_of_log_probs():
-    """In plain torch; compiled kernels with and without slopes may add in another order."""
+    """In plain torch; compiled kernels with and without the unscaled gradient may add in another order."""
     args = inputs(rows=29, dim=32, vocab=211, dtype=torch.bfloat16)
     figures = linear_loss(*args, lambda logps, _, rows: -logps, chunk_size=8)[1:]
     assert all(map(torch.equal, figures, linear_logprob(*args, chunk_size=8)))
@@ -72,20 +72,25 @@ def test_rows_that_are_not_active_count_but_do_not_learn():
     def some(logps, entropies, rows):
         return both(logps, entropies, rows) * torch.where(active[rows], 1.0, 0.0) + 2.0
 
-    args = (hidden, weight, targets)
+    args, options = (hidden, weight, targets), {"temperature": 0.7, "chunk_size": 4, "entropy_gradient": True}
     want = gradients(reference.linear_loss, args, some, temperature=0.7)
     products = []
     for mask in (active, torch.zeros(13, dtype=torch.bool), torch.ones(13, dtype=torch.bool), None):
-        loss, *_ = linear_loss(*args, some, temperature=0.7, active=mask, chunk_size=4)
+        loss, *_ = linear_loss(*args, some, active=mask, **options)
         with FlopCounterMode(display=False) as counter:
-            linear_loss(*args, some, temperature=0.7, active=mask, chunk_size=4)
+            linear_loss(*args, some, active=mask, **options)
         products.append(counter.get_total_flops() / (2 * 8 * 37))  # rows that went through a matrix product
         torch.testing.assert_close(loss.detach(), want[0])
     # Logits, those of hidden states, and the first of each accumulator: what is added to it is not counted.
     assert products == [13 + 4 + 4, 13, 13 + 13 + 4, 13 + 13 + 4]
-    ours = gradients(linear_loss, args, some, temperature=0.7, active=active, chunk_size=4)
+    ours = gradients(linear_loss, args, some, active=active, **options)
     for got, expected in zip(ours, want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_a_loss_that_depends_on_entropies_unannounced_is_refused():
+    with pytest.raises(ValueError, match="entropy_gradient=True"):
+        linear_loss(*inputs(), both)
 
 
 def test_without_gradient_and_twice():
@@ -113,8 +118,8 @@ def test_gradient_only_where_needed(as_on_cuda, wanted):
     args = inputs()
     args[1 - wanted].requires_grad_(False)
     loss, *figures = linear_loss(*args, alone, chunk_size=4)
-    twin = reference.linear_loss(*args, alone)[0]
-    torch.testing.assert_close(*(torch.autograd.grad(value, args[wanted])[0] for value in (loss, twin)))
+    plain = reference.linear_loss(*args, alone)[0]
+    torch.testing.assert_close(*(torch.autograd.grad(value, args[wanted])[0] for value in (loss, plain)))
     with torch.inference_mode():
         assert torch.equal(linear_loss(*args, alone, chunk_size=4)[1], figures[0])
 
@@ -180,10 +185,10 @@ def test_the_objective_chunk_by_chunk_is_policy_loss(name):
     entropy_coef, on_policy = options.pop("entropy_coef", 0.0), options.pop("on_policy", False)
     totals |= {"ref_logps": ref, "sampler_logps": sampler if options.pop("sampler", False) else None}
     objective = Objective(**options)
-    losses = token_loss(
-        advantages, ids, objective, old_logps=None if on_policy else old, entropy_coef=entropy_coef, **totals
-    )
-    ours = gradients(linear_loss, (hidden, weight, targets), losses, chunk_size=5)
+    batch = TokenBatch(advantages, ids, old_logps=None if on_policy else old, **totals)
+    losses = token_loss(batch, objective, entropy_coef)
+    options = {"chunk_size": 5, "entropy_gradient": entropy_coef > 0}
+    ours = gradients(linear_loss, (hidden, weight, targets), losses, **options)
     logps, entropies, _ = reference.linear_logprob(hidden, weight, targets)
     loss, _ = policy_loss(logps, logps.detach() if on_policy else old, advantages, ids, objective, **totals)
     loss = loss + entropy_bonus(entropies, 40, entropy_coef)

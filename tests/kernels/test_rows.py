@@ -70,9 +70,9 @@ def test_compiles_for_an_h100(kernel, whole, vocab):
     from kernels import rows_triton
 
     function = getattr(rows_triton, kernel)
-    absent = None if whole else "slopes" if kernel == "_stats_kernel" else "grad_entropies"
-    types = dict.fromkeys(function.arg_names, "*fp32") | {"targets": "*i64", "slopes": "*bf16", "gradient": "*bf16"}
-    types |= dict.fromkeys(("stride", "slopes_stride", "gradient_stride", "vocab"), "i32")
+    absent = None if whole else "unscaled" if kernel == "_stats_kernel" else "grad_entropies"
+    types = dict.fromkeys(function.arg_names, "*fp32") | {"targets": "*i64", "unscaled": "*bf16", "gradient": "*bf16"}
+    types |= dict.fromkeys(("stride", "unscaled_stride", "gradient_stride", "vocab"), "i32")
     types |= dict.fromkeys(("scale", "inverse_temperature"), "fp32") | dict.fromkeys((absent, "block"), "constexpr")
     names = {name: (i,) for i, name in enumerate(function.arg_names)}
     aligned = [name for name in names if types[name][0] == "*" or (types[name] == "i32" and vocab != "odd")]
@@ -93,7 +93,7 @@ def test_plain(name, temperature, entropies):
     *want, gradient = expected(logits, targets, temperature, *up)
     for scratch, apart in ((None, True), (torch.empty_like(logits), True), (torch.empty_like(logits), False)):
         spent, out = logits.clone(), torch.empty_like(logits) if apart else scratch
-        stats = rows.softmax_stats(spent, targets, temperature, scratch, slopes=None if entropies else out)
+        stats = rows.softmax_stats(spent, targets, temperature, scratch, unscaled=None if entropies else out)
         for got, exact in zip((stats.logps, stats.entropies, stats.best_logps), want, strict=True):
             torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-5)
         if not entropies:
@@ -119,11 +119,11 @@ def test_on_a_gpu(vocab):
     [both] = expected(logits[picked], targets[picked], 0.7, up[picked], up[picked].cos())[3:]
     found, out = [], torch.empty_like(logits, dtype=torch.bfloat16)
     for _ in range(2):
-        stats = rows.softmax_stats(logits, targets, 0.7, slopes=out.fill_(torch.nan))
-        slopes = out[picked] * (up * stats.scales / -0.7)[picked, None]
+        stats = rows.softmax_stats(logits, targets, 0.7, unscaled=out.fill_(torch.nan))
+        unscaled = out[picked] * (up * stats.scales / -0.7)[picked, None]
         assert torch.equal(stats.best_logps == stats.logps, logits.amax(-1) == logits.gather(1, targets[:, None])[:, 0])
         rows.logits_gradient(logits, stats, targets, 0.7, up, up.cos(), out=out.fill_(torch.nan))
-        found.append((stats.logps[picked], stats.entropies[picked], stats.best_logps[picked], slopes, out[picked]))
+        found.append((stats.logps[picked], stats.entropies[picked], stats.best_logps[picked], unscaled, out[picked]))
         assert not out.isnan().any()
     assert all(map(torch.equal, *found))
     for got, exact in zip(found[0][:3], want[:3], strict=True):

@@ -17,9 +17,9 @@ assert os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = ((torch.float32, 2e-6), (torch.bfloat16, 6e-3))  # the interpreter cuts bfloat16 off
 
 
-def stats_of(logits, targets, temperature=1.0, slopes=None):
+def stats_of(logits, targets, temperature=1.0, unscaled=None):
     stats = rows.Stats.empty(len(logits), logits)
-    rows_triton.softmax_stats(logits, targets, temperature, slopes, stats)
+    rows_triton.softmax_stats(logits, targets, temperature, unscaled, stats)
     return stats
 
 
@@ -48,28 +48,28 @@ def test_targets_that_are_unlikely(below):
     logits, targets, rows_triton.BLOCK = case("odd vocabulary, many blocks")
     logits[torch.arange(7), targets] = logits.amax(-1) - below
     *want, gradient = expected(logits, targets, 1.0, torch.ones(7), None)
-    slopes = torch.empty_like(logits)
-    stats = stats_of(logits, targets, slopes=slopes)
+    unscaled = torch.empty_like(logits)
+    stats = stats_of(logits, targets, unscaled=unscaled)
     for got, exact in zip((stats.logps, stats.entropies, stats.best_logps), want, strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=1e-5)
     assert torch.equal(stats.logps >= stats.best_logps, torch.full((7,), below == 0.0))
-    assert (slopes.double() * -stats.scales[:, None] - gradient).norm() <= 2e-6 * gradient.norm()
+    assert (unscaled.double() * -stats.scales[:, None] - gradient).norm() <= 2e-6 * gradient.norm()
 
 
 def test_what_is_not_finite_shows():
     logits, targets, rows_triton.BLOCK = case("whole blocks", minus_infinity=False)
     logits[0, 3], logits[1, 200], logits[2, targets[2]] = torch.nan, torch.inf, -torch.inf
-    slopes = torch.empty_like(logits)
-    stats = stats_of(logits, targets, slopes=slopes)
+    unscaled = torch.empty_like(logits)
+    stats = stats_of(logits, targets, unscaled=unscaled)
     assert not (stats.logps.isfinite() | stats.scales.isfinite())[:2].any()
     assert stats.logps[2] == -torch.inf and stats.entropies[2].isfinite() and stats.best_logps[2].isfinite()
-    assert slopes[2].isfinite().all() and slopes[0].isnan().any()
+    assert unscaled[2].isfinite().all() and unscaled[0].isnan().any()
 
 
 def test_heads_on_the_kernels(monkeypatch):
     """Chunks, blocks and factors of the CUDA path, with the kernels interpreted."""
     monkeypatch.setattr(rows, "_fused", lambda logits: True)
-    monkeypatch.setattr(kernels.linear_loss, "_can_wait", lambda chunks, token_loss: True)
+    monkeypatch.setattr(kernels.linear_loss, "can_be_deferred", lambda chunks, sweep: True)
     monkeypatch.setitem(kernels.linear_logprob.CHUNKS_IN_BLOCK, "cpu", 2)
     rows_triton.BLOCK = 64
     hidden, weight, targets = inputs(rows=11, vocab=211, dtype=torch.float32)
@@ -78,11 +78,11 @@ def test_heads_on_the_kernels(monkeypatch):
     def loss(logps, entropies, rows):
         return -logps.exp() * torch.arange(11)[rows]
 
-    for function, twin in (
+    for function, plain in (
         (lambda *args: linear_loss(*args, loss, chunk_size=3)[0], lambda *args: reference.linear_loss(*args, loss)[0]),
         (lambda *args: linear_logprob(*args, chunk_size=3)[1], lambda *args: reference.linear_logprob(*args)[1]),
     ):
-        ours, want = function(hidden, weight, targets), twin(*exact, targets)
+        ours, want = function(hidden, weight, targets), plain(*exact, targets)
         torch.testing.assert_close(ours.double(), want, rtol=0, atol=1e-5)
         pairs = torch.autograd.grad(ours.sum(), (hidden, weight)), torch.autograd.grad(want.sum(), exact)
         for got, wanted in zip(*pairs, strict=True):
