@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from sft_core.data.rows import chat_template as chat
+from sft_core.data import chat_template as chat
 from sft_core.dataset import CUT, KEPT, NOTHING, TOO_LONG, fit, supervised_example, supervised_examples
 from sft_core.run.config import SFTConfig
 
