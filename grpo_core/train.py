@@ -47,7 +47,6 @@ from grpo_core.update import update
 from sft_core.data.packing import step_counts
 from sft_core.data.rows import row_order
 from sft_core.model.adapters import without_adapters
-from sft_core.model.architectures import check_loaded
 from sft_core.model.checkpoint import load_checkpoint, save_checkpoint
 from sft_core.model.export import export_model, full_weights, reshard, weight_names
 from sft_core.model.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
@@ -73,8 +72,6 @@ def train(run: Run) -> Errands:
     sharding = {"mesh": make_mesh(device), "bf16": run.bf16} | memory_options(config)
     with distributed.usage_errors():  # weights that are not the model's
         policy = load_policy(run.local_model, dtype=run.dtype, seed=config.seed, known_as=run.model.model_name_or_path)
-        if not run.architecture_checked:
-            check_loaded(policy, run.model)
     policy = shard(policy, **sharding)
     reference: Callable[..., Any] | None = None
     if config.beta > 0:

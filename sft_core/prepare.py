@@ -63,7 +63,6 @@ class Base:
     bf16: bool
     model_info: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    architecture_checked: bool  # else the loaded model is to be checked
     stop_ids: frozenset[int]
     template: str  # what is to be said of the chat template
     rows: Dataset | IterableDataset
@@ -97,7 +96,7 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
     distributed.on_first_rank(lambda: check_benchmarks(config))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes that tokenise are forks
     model_info, tokenizer = load_tokenizer(model, config.chat_template)
-    copied = check_architecture(model_info, model)
+    check_architecture(model_info, model)
     check_adapters(model, config, model_info)
     supervised = config if isinstance(config, SFTConfig) else None
     rows, test_rows = load_splits(data, config.evaluates, supervised is not None and supervised.dataset_streaming)
@@ -132,7 +131,6 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
         device=device,
         bf16=bf16,
         model_info=model_info,
-        architecture_checked=copied,
         tokenizer=tokenizer,
         stop_ids=stop_ids,
         template=template,

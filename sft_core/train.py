@@ -26,7 +26,6 @@ from tqdm import tqdm
 from sft_core.data.packing import PackedSequences, balance, idle_sequences, pack, pack_sequences, step_counts
 from sft_core.dataset import Example
 from sft_core.model.adapters import dropout
-from sft_core.model.architectures import check_loaded
 from sft_core.model.checkpoint import load_checkpoint, save_checkpoint
 from sft_core.model.export import export_model
 from sft_core.model.flops import attention_share, peak_flops, training_flops
@@ -61,8 +60,6 @@ def train(run: Run) -> Errands:
             known_as=run.model.model_name_or_path,
             vocab_size=len(run.tokenizer),
         )
-        if not run.architecture_checked:
-            check_loaded(policy, run.model)
     policy = shard(policy, make_mesh(device), bf16=run.bf16, **memory_options(config))
     torch.manual_seed(config.seed + run.rank)  # the dropout of adapters, where there is one
     optimizer = make_optimizer(policy, config)

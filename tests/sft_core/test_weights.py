@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import grpo_core.train
 import sft_core.train
 from gen.engine.base import make_engine
 from gen.engine.torch import TorchEngine
-from sft_core.model import architectures
 from sft_core.model.policy import load_whole
 from tests.eval.helpers import stones, write
 from tests.grpo_core.test_train import options
@@ -208,25 +207,3 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding(tiny_model, problems, t
         grpo_core.train.main(options(folder, problems, tmp_path / "out"))
     says = f"has {len(tokenizer)} tokens, more than the model's embedding: train with sft_core.train first"
     assert stopped.value.code == 2 and says in capsys.readouterr().err
-
-
-def cannot_shrink() -> None:
-    architectures.shrunken = lambda info: 1 // 0
-
-
-@pytest.mark.parametrize("trainer", ["sft", "grpo"])
-def test_what_cannot_be_made_small_is_checked_when_loaded(trainer, tiny_model, problems, rows, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("lfm2", **LFM2)).save_pretrained(folder)
-    for model, right in ((folder, False), (tiny_model, True))[: 1 + (trainer == "sft")]:
-        out, module = tmp_path / f"out{right}", f"{trainer}_core.train"
-        argv = (
-            flags(model_name_or_path=model, dataset_name=rows, output_dir=out, max_steps=1, report_to=["none"])
-            if trainer == "sft"
-            else options(model, problems, out, max_steps=1)
-        )
-        if right:
-            assert run(module, argv, tmp_path / "log", fault=cannot_shrink)[0] == 0
-        else:
-            assert "its architecture, lfm2, is" in refused(module, argv, tmp_path, fault=cannot_shrink)
