@@ -18,7 +18,6 @@ each generation its raw output, raw input, token counts and, of ours, the finish
 
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -110,7 +109,7 @@ class Store:
         names = [name for name in ADDED if name in self.rows.column_names]
         if names:
             print(f"columns of these names are replaced: {', '.join(names)}.", file=sys.stderr)
-        self._lock = distributed.lock_output_dir(self.folder)
+        distributed.lock_output_dir(self.folder)
         keep_settings(self.folder, self.identity, (self.folder / "settings.json").exists(), option="--output-dir")
         (self.folder / "batches").mkdir(exist_ok=True)
         for leftover in [*self.folder.glob(".train.parquet.*.tmp"), *(self.folder / "batches").glob(".*.tmp")]:
@@ -119,7 +118,7 @@ class Store:
 
     def close(self) -> None:
         """Let another run of this process have the folder."""
-        os.close(self._lock)
+        distributed.unlock_output_dir(self.folder)
 
     def batch(self, index: int) -> Batch:
         """The batch with what is known of it: `answers` has a place for every sample that is missing."""

@@ -33,9 +33,9 @@ from sft_core.data.rows import row_order
 from sft_core.model.policy import check_positions, local_copy
 from sft_core.prepare import join
 from sft_core.run import distributed
-from sft_core.run.announce import start_logging
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig, option, require
+from sft_core.run.logging import start_logging
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from sft_core.model.memory_plan import Plan, dry_run, memory_plan
 from sft_core.model.policy import check_positions, load_model_info, local_copy
 from sft_core.prepare import Base, claim, join
 from sft_core.run import distributed
-from sft_core.run.announce import start_logging
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig, require
+from sft_core.run.logging import start_logging
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -53,9 +53,9 @@ from sft_core.model.optim import clip_gradients, guarded_step, make_optimizer, m
 from sft_core.model.parallel import freeze, make_mesh, memory_options, shard
 from sft_core.model.policy import load_policy
 from sft_core.run import distributed
-from sft_core.run.announce import announce
 from sft_core.run.lifecycle import Errands
-from sft_core.run.logging import MetricsLogger
+from sft_core.run.logging import MetricsLogger, announce
+from sft_core.run.watchdog import Phases
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,7 +105,7 @@ def train(run: Run) -> Errands:
         max_text_samples=config.num_completions_to_print,
     )
     errands = Errands(run, logger, samples=len(run.prompts), steps_per_epoch=run.steps_per_epoch)
-    phases = distributed.Phases(config.ddp_timeout)
+    phases = Phases(config.ddp_timeout)
     stop = distributed.StopSignal()
 
     def sync() -> None:

@@ -36,12 +36,11 @@ from sft_core.model.policy import (
     stop_token_ids,
 )
 from sft_core.run import distributed
-from sft_core.run.announce import set_log_level, start_logging
 from sft_core.run.benchmarks import check_benchmarks, get_callbacks, init_wandb_training
 from sft_core.run.cli import as_yaml, parse
 from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig, require
 from sft_core.run.hub import check_hub
-from sft_core.run.logging import check_report_to
+from sft_core.run.logging import check_report_to, set_log_level, start_logging
 from sft_core.sampler import Shuffled, Streamed
 
 if TYPE_CHECKING:

@@ -34,9 +34,9 @@ from sft_core.model.parallel import make_mesh, memory_options, shard
 from sft_core.model.policy import Policy, load_policy
 from sft_core.prepare import Run, prepare
 from sft_core.run import distributed
-from sft_core.run.announce import announce
 from sft_core.run.lifecycle import Errands
-from sft_core.run.logging import MetricsLogger, reduce_metrics
+from sft_core.run.logging import MetricsLogger, announce, reduce_metrics
+from sft_core.run.watchdog import Phases
 
 CONSOLE = ("loss", "eval_loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate", "tokens_per_second")
 
@@ -70,7 +70,7 @@ def train(run: Run) -> Errands:
         run.source.resume(progress["order"])
     logger = MetricsLogger(config.output_dir, config.report_to, progress["step"], run.options, CONSOLE, total_steps)
     errands = Errands(run, logger, samples=run.samples, steps_per_epoch=run.steps_per_epoch)
-    phases = distributed.Phases(config.ddp_timeout)
+    phases = Phases(config.ddp_timeout)
     stop = distributed.StopSignal()
 
     def write_model(folder: Path) -> None:

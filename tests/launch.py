@@ -95,19 +95,11 @@ def _rank(
 @contextmanager
 def locks_released() -> Iterator[None]:
     """Let go, at the end, of the folders that a `main` has locked for the life of its process, which goes on here."""
-    lock, held = distributed.lock_output_dir, []
-
-    def locked(*args: Any, **options: Any) -> int:
-        held.append(lock(*args, **options))
-        return held[-1]
-
-    distributed.lock_output_dir = locked
     try:
         yield
     finally:
-        distributed.lock_output_dir = lock
-        for descriptor in held:
-            os.close(descriptor)
+        for folder in list(distributed._locks):
+            distributed.unlock_output_dir(folder)
 
 
 def flags(**options: Any) -> list[str]:

@@ -1,10 +1,8 @@
-"""What keeps a run honest around its loop: process group, lock, signals, watchdog, phase timer.
+"""The processes of a run: their group, the lock on their output folder, the signals that stop them.
 
 Left out on purpose: restarting failed ranks (torchrun's work), elastic world sizes (a restart reshards the checkpoint),
-and any agreement between ranks about signals (the loop reduces `StopSignal.requested` with its other metrics).
-
-Nothing here is run by itself. A trainer calls, in this order: `init_distributed`, then inside `usage_errors`
-`lock_output_dir` on the first rank and all its checks, `StopSignal()` once the engine is made, then works in `Phases`.
+and any agreement between ranks about signals (the loop reduces `StopSignal.requested` with its other metrics). The
+watchdog over what hangs is in `watchdog.py`.
 """
 
 import ctypes
@@ -25,9 +23,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from sft_core.run.watchdog import watchdog
+
 T = TypeVar("T")
 GIB = 2**30
 _as_torchrun: dict[str, str] = {}  # environment variables that a single process has set for itself
+_locks: dict[Path, int] = {}  # folder -> the open file whose lock this process holds
 
 
 # --- processes ---------------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ def init_distributed(timeout_s: float = 600.0) -> tuple[int, int, int, torch.dev
 
 def shutdown() -> None:
     """Leave in order: watchdog off, process group destroyed. Close a vLLM engine before: its exit needs the group."""
-    disarm()
+    watchdog(0)
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     while _as_torchrun:  # else a process started later would take itself for a rank
@@ -142,11 +143,13 @@ def usage_errors() -> Iterator[None]:
             time.sleep(3)  # an error of all ranks is printed by the first, whose exit ends this one; else it is ours
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         shutdown()
+        for folder in list(_locks):
+            unlock_output_dir(folder)
         raise SystemExit(2) from None
 
 
-def lock_output_dir(output_dir: str | Path, wait_s: float = 10.0) -> int:
-    """Hold `output_dir`/.lock for the life of this process, or until what this returns is closed; first rank only.
+def lock_output_dir(output_dir: str | Path, wait_s: float = 10.0) -> None:
+    """Hold `output_dir`/.lock for the life of this process, or until `unlock_output_dir`; first rank only.
 
     Waits `wait_s` seconds for a dying predecessor, then raises ValueError naming the process that holds it. The kernel
     lets go when the process ends, however it ends: there is no stale lock to remove.
@@ -172,7 +175,14 @@ def lock_output_dir(output_dir: str | Path, wait_s: float = 10.0) -> int:
             time.sleep(0.1)
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return lock
+    _locks[folder] = lock
+
+
+def unlock_output_dir(output_dir: str | Path) -> None:
+    """Let go of the folder, where this process has locked it."""
+    lock = _locks.pop(Path(output_dir), None)
+    if lock is not None:
+        os.close(lock)
 
 
 # --- stopping ----------------------------------------------------------------------------------------------------
@@ -204,53 +214,6 @@ class StopSignal:
         if not self.requested:
             os.write(2, f"{self._says}; Ctrl-C again stops at once\n".encode())
         self.requested = True
-
-
-def watchdog(seconds: float) -> None:
-    """(Re)arm: unless called again or disarmed within `seconds`, all stacks go to stderr and the process exits 1.
-
-    A C thread does it, so it also ends a process that hangs inside a C call holding the interpreter's lock.
-    """
-    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
-
-
-def disarm() -> None:
-    faulthandler.cancel_dump_traceback_later()
-
-
-class Phases:
-    """Seconds per named phase of a step; every phase's beginning and end re-arms the watchdog.
-
-        phases = Phases(watchdog_s=1800)
-        with phases("sample"): ...
-        metrics |= phases.pop()          # {"time/sample": 1.25}, and counts anew
-
-    Kernels that a phase only launched are counted where the host waits for them.
-    """
-
-    def __init__(self, watchdog_s: float = 0.0) -> None:
-        self.watchdog_s = watchdog_s  # 0: no watchdog
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str, watchdog_s: float | None = None) -> Iterator[None]:
-        """`watchdog_s`: this phase's own limit, for the slow ones (an evaluation, a first compilation)."""
-        self._mark(self.watchdog_s if watchdog_s is None else watchdog_s)
-        start = time.perf_counter()
-        yield
-        self._mark(self.watchdog_s)
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def _mark(self, limit: float) -> None:
-        if limit > 0:
-            watchdog(limit)
-        else:
-            disarm()
-
-    def pop(self) -> dict[str, float]:
-        """Seconds per phase since the last call, as `time/<name>`."""
-        seconds, self._seconds = self._seconds, {}
-        return {f"time/{name}": value for name, value in seconds.items()}
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""What a run says about itself: one reduction a step, then TensorBoard, JSONL, wandb, a console line and text samples.
+"""What a run says: its options and plan before it starts, then the metrics of each step.
+
+Metrics are reduced over the ranks once a step and go to TensorBoard, JSONL, wandb and a console line, text samples with
+them.
 
 Left out on purpose: averaging over logging windows (a logged number is that of the step it stands at) and plots.
 Watch with `tensorboard --logdir OUTPUT_DIR/runs`, or read `metrics.jsonl` and `completions.jsonl`, one object a line.
@@ -6,6 +9,7 @@ Watch with `tensorboard --logdir OUTPUT_DIR/runs`, or read `metrics.jsonl` and `
 
 import importlib.util
 import json
+import logging
 import math
 import os
 import textwrap
@@ -17,14 +21,70 @@ from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from sft_core.run.config import TrainingConfig
 from sft_core.run.distributed import is_first_rank
 from sft_core.run.files import write_atomically
 
+logger = logging.getLogger(__name__)
 Values = Mapping[str, Tensor | float]
+
+
+def start_logging() -> None:
+    """Warnings and worse to stderr, with time and place, from the first word on."""
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        level=logging.WARNING,
+    )
+
+
+def set_log_level(config: TrainingConfig) -> None:
+    """`log_level` for this program, datasets and transformers; `passive` leaves them as they are."""
+    import datasets  # not needed where no rows are read
+
+    if config.log_level == "passive":
+        return
+    level = getattr(logging, config.log_level.upper())
+    for package in ("sft_core", "gen", "eval", "grpo_core"):
+        logging.getLogger(package).setLevel(level)
+    datasets.utils.logging.set_verbosity(level)
+    datasets.utils.logging.disable_propagation()  # it has a handler of its own
+    transformers.utils.logging.set_verbosity(level)
+    transformers.utils.logging.enable_default_handler()
+
+
+def announce(run: Any) -> None:
+    """A warning line per process, the parameters once, what is done otherwise than the recipe may expect, the plan.
+
+    `run`: `sft_core.prepare.Base` with `config` and `summary`.
+    """
+    logger.warning(
+        "Process rank: %d of %d, device: %s, computing in %s, masters in float32",
+        run.rank,
+        run.world_size,
+        run.device,
+        "bfloat16" if run.bf16 else "float32",
+    )
+    if run.rank != 0:
+        return
+    model, config = run.model, run.config
+    logger.info("Model parameters %s", model)
+    logger.info("Script parameters %s", run.data)
+    logger.info("Training parameters %s", config)
+    if model.attn_implementation in ("eager", "sdpa"):
+        logger.warning("attn_implementation %s: attention here is always the packed one.", model.attn_implementation)
+    if config.optim not in ("adamw_torch", "adamw_torch_fused"):
+        logger.warning("optim %s: AdamW with float32 moments, sharded over the ranks, takes its place.", config.optim)
+    if getattr(config, "vllm_mode", "colocate") == "server":
+        logger.warning("vllm_mode server: the engine lives in the ranks themselves (colocate); no server is used.")
+    print(run.summary)
+    if run.checkpoint is not None:
+        print(f"goes on from {run.checkpoint}")
 
 
 def reduce_metrics(

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sft_core.run import distributed
+from sft_core.run import distributed, watchdog
 from tests.processes import run_ranks, start
 
 
@@ -36,7 +36,7 @@ def test_lock_names_the_living_holder_and_is_free_after_kill(tmp_path):
 
 
 def hang(how):
-    phases = distributed.Phases(watchdog_s=0.5)
+    phases = watchdog.Phases(watchdog_s=0.5)
     with phases("step"):
         pass
     with phases("sample"):
@@ -56,8 +56,8 @@ def test_watchdog_kills_a_hung_process_and_shows_its_stack(tmp_path, how):
 
 def test_phases_rearm_and_collect(monkeypatch):
     armed = []
-    monkeypatch.setattr(distributed, "watchdog", armed.append)
-    phases = distributed.Phases(watchdog_s=30)
+    monkeypatch.setattr(watchdog, "watchdog", armed.append)
+    phases = watchdog.Phases(watchdog_s=30)
     for _ in range(2):
         with phases("score"):
             time.sleep(0.01)
