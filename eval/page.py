@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from latex2mathml.converter import convert
 
-from eval.report import figures
+from eval.report import table
 
 LIMIT, LONGEST = 1000, 4000  # samples shown; characters of an answer
 _MATH = re.compile(
@@ -66,12 +66,9 @@ document.querySelector(`[data-show=${location.hash.slice(1) || 'all'}]`).click()
 def page(title: str, results: dict[str, dict[str, float]], rows: list[dict[str, Any]], total: int) -> str:
     """The page of a run: its table, and these of its `total` samples."""
     rows = sorted(rows, key=lambda row: (row["task"], row["problem"], row["sample"]))
-    lines = {task: figures(result) for task, result in results.items()}
-    head = "".join(f"<th>{name}</th>" for name in ("task", *next(iter(lines.values()))))
-    body = "".join(
-        f"<tr><td>{html.escape(task)}</td>" + "".join(f"<td>{text}</td>" for text in found.values()) + "</tr>"
-        for task, found in lines.items()
-    )
+    names, lines = table(results)
+    head = "".join(f"<th>{name}</th>" for name in names)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>" for line in lines)
     buttons = "".join(
         f'<button data-show="{name}">{name}</button> ' for name in ("all", "right", "wrong", "cut", "unparsed")
     )

@@ -152,12 +152,8 @@ def figures(result: dict[str, float]) -> dict[str, str]:
     )
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
-    """The results for a terminal."""
-    lines: list[str] = []
-    for task, result in results.items():
-        found = figures(result)
-        if not lines:
-            lines.append(f"{'task':16}" + "".join(f"{name:>{max(len(name), 7) + 2}}" for name in found))
-        lines.append(f"{task:16}" + "".join(f"{text:>{max(len(name), 7) + 2}}" for name, text in found.items()))
-    return "\n".join(lines)
+def table(results: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Names of the columns and a row for each task. What a task does not have (maj@n) is left empty."""
+    lines = [{"task": task} | figures(result) for task, result in results.items()]
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    return names, [[line.get(name, "") for name in names] for line in lines]

@@ -47,6 +47,7 @@ from eval.tasks import Doc, LightevalTaskConfig, check_task, find_tasks, load_cu
 from gen.client import RequestError, ServerError
 from gen.engine.base import Completion, Engine, Sampling, check_engine_available, make_engine
 from gen.shards import ShardsFailed, start_shards
+from kernels.tables import table
 from sft_core.data.chat_template import set_up
 from sft_core.data.conversation import prompt_ids
 from sft_core.data.rows import FILES, load_rows
@@ -324,7 +325,7 @@ def finish(config: EvalConfig, works: list[Work]) -> None:
     versions["python"] = sys.version.split()[0]
     write_atomically(file, json.dumps(content | {"versions": versions}, indent=1))
     write_atomically(file.with_name("report.html"), page(config.model, results, *report.pick(every, LIMIT)))
-    print(report.table(results))
+    print(table(*report.table(results)))
     if all(result["unscored"] == 1 for result in results.values()):
         print("error: no answer could be checked (see above).", file=sys.stderr)
         raise SystemExit(1)

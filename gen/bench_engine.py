@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from gen.engine.base import Sampling
 from gen.engine.vllm import VLLMEngine
 from gen.engine.weight_sync import sync_weights
+from kernels import tables
 from kernels.bench import failure, machine, show
 
 SMOLLM2 = dict(
@@ -94,11 +95,11 @@ def main(argv: list[str] | None = None) -> None:
         }
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
 
-        def line(what: str, wall: float, cpu: float) -> None:
-            rate = options.prompts * n * tokens / wall
-            show(f"| {what} | {wall:.2f} | {cpu:.2f} | {rate:,.0f} | {1e3 * wall / tokens:.2f} |")
+        def show_line(number: Any, name: str, wall: float, cpu: float) -> None:
+            rate, step = options.prompts * n * tokens / wall, 1e3 * wall / tokens
+            show(tables.line(number, name, f"{wall:.2f}", f"{cpu:.2f}", f"{rate:,.0f}", f"{step:.2f}"))
 
-        show("| round | way | s | CPU s | tokens/s | ms a step |\n|---|---|---|---|---|---|")
+        show(tables.head("round", "way", "s", "CPU s", "tokens/s", "ms a step"))
         for i in range(1 + options.rounds):
             for name, way in ways.items():
                 if name in failed:
@@ -107,13 +108,13 @@ def main(argv: list[str] | None = None) -> None:
                     figures = seconds(way)
                 except Exception as error:
                     failed.add(name)
-                    show(f"| {i or 'warm-up'} | {name} | {failure(error)[0]} | | | |")
+                    show(tables.line(i or "warm-up", name, failure(error)[0]))
                     continue
-                line(f"{i or 'warm-up'} | {name}", *figures)
+                show_line(i or "warm-up", name, *figures)
                 taken[name] += [figures] * bool(i)
         for name, found in taken.items():
             if found:
-                line(f"median | {name}", *(statistics.median(column) for column in zip(*found, strict=True)))
+                show_line("median", name, *(statistics.median(column) for column in zip(*found, strict=True)))
         if on_gpu:
             weights = {k: v.cuda() for k, v in AutoModelForCausalLM.from_pretrained(model).named_parameters()}
             free = torch.cuda.mem_get_info()[0]

@@ -8,6 +8,7 @@ from grpo_core.config import GRPOScriptArguments
 from grpo_core.prepare import Run
 from grpo_core.rollout import GOLD_REWARDS, Prompt
 from grpo_core.scoring import start_scoring
+from kernels.tables import table
 
 IDEAL, EMPTY, TAGS = "what the prompt asks", "empty text", "tags repeated"
 JUNK, HUGE = "trailing junk", "huge repetition"
@@ -138,9 +139,9 @@ def audit_rewards(run: Run, prompt: Prompt, answer: str, pool: WorkerPool, repor
             accepted = [n for n in NOTATIONS if (v := values[n]) is not None and v >= due]
             tell(name, f"accepts {answer!r} in {len(accepted)} of {len(NOTATIONS)} notations")
         shown = {p: "-" if v is None else f"{v + 0.0:.3g}" + " !" * (p in exploits) for p, v in values.items()}
-        columns.append([name, *shown.values()])
+        columns.append(shown.values())
     report.advice += [f"a probe failed: {cause} ({text})." for cause, text in dict(result.gaps).items() if text]
-    print(table(["probe", *probes], columns))
+    print(table(["probe", *data.reward_funcs], zip(probes, *columns, strict=True)))
 
 
 def disagreement(name: str, paid: float | None, due: float, ideal: str, named: list[str]) -> str:
@@ -158,10 +159,3 @@ def disagreement(name: str, paid: float | None, due: float, ideal: str, named: l
 
 def tell(name: str, fact: str) -> None:
     print(f"{name:<22}{fact}")
-
-
-def table(labels: list[str], columns: list[list[str]]) -> str:
-    cells = [labels, *columns]
-    widths = [max(map(len, column)) + 2 for column in cells]
-    rows = zip(*cells, strict=True)
-    return "\n".join("".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

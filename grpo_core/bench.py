@@ -33,6 +33,7 @@ from grpo_core.config import GRPOConfig
 from grpo_core.loss import policy_loss
 from grpo_core.rollout import Rollout
 from grpo_core.update import update
+from kernels import tables
 from kernels.bench import machine, profiled, show, verdict
 from sft_core.bench import SHAPES, WARM_UP, now, random_policy, shape_config, with_fresh_memory
 from sft_core.data.packing import step_counts
@@ -52,7 +53,17 @@ TIMED = (
     "with the objective and its metrics (the pass), clipping, the check that all is finite, AdamW. TFLOP/s a GPU: "
     "6 N T + 6 L D T S, N with the head once, no recomputation; of the pass alone and of the whole step."
 )
-HEADS = "| trainer | tokens | s a step | pack + pass + step | tokens/s | TFLOP/s: pass | step | MFU | peak GiB |"
+COLUMNS = (
+    "trainer",
+    "tokens",
+    "s a step",
+    "pack + pass + step",
+    "tokens/s",
+    "TFLOP/s: pass",
+    "step",
+    "MFU",
+    "peak GiB",
+)
 Phases = dict[str, float]
 
 
@@ -162,16 +173,16 @@ def measure(
     """A line of the table; whether it failed; TFLOP/s a GPU of forward and backward alone and of the whole step."""
     taken, note, failed = with_fresh_memory(timed, make, info, tokens, config, steps, device)
     if note:
-        return f"| {name} | {tokens} | {note} | | | | | | |", failed, (math.nan, math.nan)
+        return tables.line(name, tokens, note), failed, (math.nan, math.nan)
     phases = [sum(step[phase] for step in taken) / steps for phase in taken[0]]
     lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in make_rollouts(tokens, info.vocab_size, 0)]
     flops, peak = training_flops(info, lengths) / 1e12, peak_flops(device)
     alone, whole = flops / phases[1], flops / sum(phases)
     mfu = f"{1e12 * whole / peak:.1%}" if peak else "-"
     seconds = " + ".join(f"{phase:.3f}" for phase in phases)
-    speed = f"{sum(lengths) / sum(phases):,.0f} | {alone:.1f} | {whole:.1f} | {mfu}"
-    gib = distributed.peak_memory_gib(device)
-    text = f"| {name} | {sum(lengths)} | {sum(phases):.3f} | {seconds} | {speed} | {gib:.1f} |"
+    speed = [f"{sum(lengths) / sum(phases):,.0f}", f"{alone:.1f}", f"{whole:.1f}", mfu]
+    gib = f"{distributed.peak_memory_gib(device):.1f}"
+    text = tables.line(name, sum(lengths), f"{sum(phases):.3f}", seconds, *speed, gib)
     return text, False, (alone, whole)
 
 
@@ -225,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
             text, bad, rates = measure(make, f"{shape} {name}", info, tokens, config, options.steps, device)
             failed |= bad
             if rank == 0:
-                show(f"\n{HEADS}\n|---|---|---|---|---|---|---|---|---|\n{text}")
+                show(f"\n{tables.head(*COLUMNS)}\n{text}")
             if (make, tokens, device.type, world_size) == (this_trainer, 16384, "cuda", 1):
                 show("\n".join(["", *verdicts(shape, checkpointing, rates)]))
     distributed.shutdown()

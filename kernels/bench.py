@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from kernels import linear_logprob as head
-from kernels import reference
+from kernels import reference, tables
 from kernels.bench_peers import CANDIDATES, NAIVE, OURS, SEQUENCE, Case, make_case, one_sweep, products
 
 SHAPES = {"tiny": (64, 1003), "0.5b": (896, 151936), "1.5b": (1536, 151936), "7b": (3584, 151936)}  # hidden, vocabulary
@@ -174,8 +174,8 @@ def bench(
 ) -> None:
     """Show the shape's table, and put its figures into `found`, line by line."""
     hidden, vocab = SHAPES[shape]
-    columns = "ms | TFLOP/s | x products | GiB peak | workspace | log-prob | dX | dW | repeats"
-    show(f"\n| {shape}: T={tokens}, D={hidden}, V={vocab} | {columns} |\n|{'---|' * 10}")
+    columns = ("ms", "TFLOP/s", "x products", "GiB peak", "workspace", "log-prob", "dX", "dW", "repeats")
+    show("\n" + tables.head(f"{shape}: T={tokens}, D={hidden}, V={vocab}", *columns))
     case = make_case(hidden, vocab, tokens, device)
     part = case.first(ERROR_ROWS)
     exact = exactly(part)
@@ -204,14 +204,15 @@ def bench(
             *(f"{error:.1e}" for error in f.errors),
             {True: "yes", False: "no", None: "-"}[f.repeats],
         ]
-        show(f"| {name} | {' | '.join(cells)} |".replace("| nan", "| -"))
+        show(tables.line(name, *cells).replace("| nan", "| -"))
 
 
 def verdict(what: str, figure: float, aim: float, at_least: bool = False) -> str:
     """A line for `make gpu-check` to gather; NaN is a figure that was not taken."""
     met = (figure >= aim) if at_least else (figure <= aim)
     shown = "not measured" if math.isnan(figure) else "met" if met else "missed"
-    return f"| {shown} | {what} | {figure:.3g} | {'>=' if at_least else '<='} {aim:.3g} |".replace("| nan", "| -")
+    bound = f"{'>=' if at_least else '<='} {aim:.3g}"
+    return tables.line(shown, what, f"{figure:.3g}", bound).replace("| nan", "| -")
 
 
 def verdicts(shape: str, found: dict[str, Figures], growth: float) -> list[str]:
@@ -254,7 +255,7 @@ def sweep(shape: str, tokens: int, rounds: int, device: torch.device) -> bool:
     case, on_gpu = make_case(*SHAPES[shape], tokens, device), device.type == "cuda"
     cache = torch.empty(2**26, device=device) if on_gpu else None
     ours, floor, failed = partial(step, one_sweep), partial(step, products), False
-    show(f"\n| {shape}: rows x chunks | row pass | ms | x products | workspace |\n|---|---|---|---|---|")
+    show("\n" + tables.head(f"{shape}: rows x chunks", "row pass", "ms", "x products", "workspace"))
     floor(case)
 
     def line(rows: int, chunks: int, **widths: int) -> float:
@@ -265,11 +266,11 @@ def sweep(shape: str, tokens: int, rounds: int, device: torch.device) -> bool:
                 ours(case)
                 workspace = f"{extra_memory(ours, case)[1]:.2f}" if on_gpu else "-"
                 ms, bare = in_turn([ours, floor], case, cache, rounds)
-            ratio, cells = ms / bare, f"{ms:.2f} | {ms / bare:.3f} | {workspace}"
+            ratio, cells = ms / bare, [f"{ms:.2f}", f"{ms / bare:.3f}", workspace]
         except Exception as error:
             note, bad = failure(error)
-            cells, failed = f"{note} | - | -", failed or bad
-        show(f"| {rows} x {chunks} | {name or 'as it is'} | {cells} |")
+            cells, failed = [note, "-", "-"], failed or bad
+        show(tables.line(f"{rows} x {chunks}", name or "as it is", *cells))
         return ratio
 
     of_the_code = head.chunk_rows(vocab, device.type), head.CHUNKS_IN_BLOCK[device.type]
@@ -330,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
         except Exception as error:
             note, bad = failure(error)
             failed |= bad
-            show(f"| {shape} | {note} |")
+            show(tables.line(shape, note))
         failed |= any(figures.failed for figures in found.values())
         if on_gpu and not (options.sweep or options.profile):
             show("\n".join(["", *verdicts(shape, found, growth)]))

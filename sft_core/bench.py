@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from kernels import tables
 from kernels.bench import failure, machine, show
 from sft_core.data.packing import pack_sequences
 from sft_core.model.flops import PEAK_FLOPS, peak_flops, training_flops
@@ -153,7 +154,7 @@ def measure(
     """A line of the table: one trainer at one shape; and whether it failed."""
     taken, note, failed = with_fresh_memory(make, info, tokens, config, steps, device)
     if note:
-        return f"| {name} | {tokens} | {note} | | | | |", failed
+        return tables.line(name, tokens, note), failed
     flops, gib = (
         training_flops(info, [len(ids) for ids in documents(tokens, 1, 0)]),
         distributed.peak_memory_gib(device),
@@ -171,8 +172,8 @@ def predict(info: Qwen2Config, tokens: int, config: SFTConfig, world_size: int) 
 
 def line(name: str, tokens: int, step: float, flops: float, peak: float | None, gib: float, world_size: int) -> str:
     mfu = f"{flops / step / peak:.1%}" if peak else "-"
-    rates = f"{tokens * world_size / step:,.0f} | {flops / step / 1e12:.1f} | {mfu}"
-    return f"| {name} | {tokens} | {step:.3f} | {rates} | {gib:.1f} |"
+    rate = f"{tokens * world_size / step:,.0f}"
+    return tables.line(name, tokens, f"{step:.3f}", rate, f"{flops / step / 1e12:.1f}", mfu, f"{gib:.1f}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -201,8 +202,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         if options.peer and world_size > 1:
             show("No TRL: it gets one GPU only.")
-        show("\n| trainer | tokens a GPU | s a step | tokens/s in all | TFLOP/s a GPU | MFU | peak GiB |")
-        show("|---|---|---|---|---|---|---|")
+        columns = ("tokens a GPU", "s a step", "tokens/s in all", "TFLOP/s a GPU", "MFU", "peak GiB")
+        show("\n" + tables.head("trainer", *columns))
     for name, make in trainers.items():
         for shape, tokens in itertools.product(options.shape, options.tokens):
             info, config = shape_config(shape), SFTConfig("none", max_tokens_per_micro_batch=tokens, **more)

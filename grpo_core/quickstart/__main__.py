@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from kernels.tables import table
 from sft_core.run.files import write_atomically
 
 SFT: dict[str, Any] = {
@@ -181,13 +182,14 @@ def interval(shares: list[float]) -> tuple[float, float]:
 
 def print_table(models: dict[str, Path]) -> None:
     problems = json.loads((models["before SFT"] / "heldout.json").read_text())["problems"]
-    print(f"\n{problems} held-out problems      greedy            pass@1 at temperature 1   minutes")
+    rows = []
     for name, model in models.items():
         result = json.loads((model / "heldout.json").read_text())
         record = model / "quickstart.json"
         minutes = f"{json.loads(record.read_text())['seconds'] / 60:.1f}" if record.exists() else "-"
-        cells = [f"{result[key][0]:5.1f} % +- {result[key][1]:3.1f}" for key in ("greedy", "pass@1")]
-        print(f"{name:24}  {cells[0]:18}{cells[1]:25} {minutes:>6}")
+        cells = [f"{result[key][0]:.1f} % +- {result[key][1]:.1f}" for key in ("greedy", "pass@1")]
+        rows.append([name, *cells, minutes])
+    print("\n" + table([f"{problems} held-out problems", "greedy", "pass@1 at temperature 1", "minutes"], rows))
 
 
 if __name__ == "__main__":

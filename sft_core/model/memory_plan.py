@@ -23,6 +23,7 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
+from kernels import tables
 from sft_core.model.flops import (
     PEAK_FLOPS,
     attention_flops,
@@ -328,11 +329,10 @@ def table(plan: Plan, device_bytes: float) -> str:
         f"{plan.parameters / 1e9:.2f}B parameters, {plan.trained / 1e9:.2f}B trained; GPUs: {plan.gpus}; "
         f"micro-batches of {plan.tokens} tokens",
         "",
-        "| on each GPU | GiB |",
-        "|---|---|",
     ]
-    lines += [f"| {name} | {size / GIB:.2f} |" for name, size in parts.items()]
-    lines += [f"| sum | {sum(parts.values()) / GIB:.2f} of {device_bytes / GIB:.2f} |", ""]
+    sizes = {name: f"{size / GIB:.2f}" for name, size in parts.items()}
+    sizes["sum"] = f"{sum(parts.values()) / GIB:.2f} of {device_bytes / GIB:.2f}"
+    lines += [tables.table(["on each GPU", "GiB"], sizes.items()), ""]
     if host := host_memory(plan):
         lines += [f"Host memory for what is offloaded, all ranks: {host / GIB:,.0f} GiB.", ""]
     times, tokens = seconds(plan), plan.rows * plan.longest

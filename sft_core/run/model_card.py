@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from kernels.tables import table
 from sft_core.run.config import ModelConfig
 from sft_core.run.files import write_atomically
 
@@ -56,7 +57,7 @@ def write_model_card(folder: Path, run: Any, figures: Mapping[str, float]) -> No
         *(
             [
                 "## Benchmarks",
-                _table(
+                table(
                     ["task", "metric", "value"],
                     [[*name.split("/", 2)[1:], _short(value)] for name, value in benchmarks.items()],
                 ),
@@ -65,8 +66,8 @@ def write_model_card(folder: Path, run: Any, figures: Mapping[str, float]) -> No
             else []
         ),
         "## Training",
-        _table(["figure", "value"], [[name, _short(value)] for name, value in results.items()]),
-        *(["The curve:", _table(columns, curve)] if curve else []),
+        table(["figure", "value"], [[name, _short(value)] for name, value in results.items()]),
+        *(["The curve:", table(columns, curve)] if curve else []),
         f"To repeat it, put the recipe below into `recipe.yaml`:\n\n```bash\n"
         f"torchrun --nproc_per_node {run.world_size} -m {package}.train --config recipe.yaml\n```",
         f"<details><summary>recipe.yaml: every option</summary>\n\n```yaml\n{run.recipe}```\n\n</details>",
@@ -125,8 +126,3 @@ def _write_card(
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) and not value.is_integer() else f"{value:.0f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -48,9 +48,9 @@ def data(folder, golds):
 
 def column(output: str, reward: str) -> dict[str, str]:
     """Probe -> what the table shows for `reward`."""
-    lines = [re.split(r" {2,}", line) for line in output.splitlines()]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines()]
     (start,) = [i for i, cells in enumerate(lines) if cells[0] == "probe"]
-    return {cells[0]: cells[lines[start].index(reward)] for cells in lines[start + 1 : start + 11]}
+    return {cells[0]: cells[lines[start].index(reward)] for cells in lines[start + 2 : start + 12]}
 
 
 def test_a_reward_with_spread_passes_and_nothing_is_written(tiny_model, problems, tmp_path):

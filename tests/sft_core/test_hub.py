@@ -223,10 +223,10 @@ def test_model_card(hub, config, tmp_path):
     command = "torchrun --nproc_per_node 8 -m grpo_core.train --config recipe.yaml"
     table = ("| math_500 | pass@1 | 0.5 |", "| train_samples | 12 |", "| 29 | 0.03448 | 0.5 |")
     for text in (*table, "learning_rate: 1e-06", str(tmp_path), command):
-        assert text in card.text, text
+        assert text in re.sub(" +", " ", card.text), text
     assert push_final(run.config, out) == []  # the Hub's own check of the head
     write_model_card(out, run, figures | {"train_samples": 13.0})
-    assert "| train_samples | 13 |" in (out / "README.md").read_text()  # ours is written anew
+    assert re.search(r"train_samples *\| 13 ", (out / "README.md").read_text())  # ours is written anew
     (out / "README.md").write_text("mine")
     write_model_card(out, run, figures)
     assert (out / "README.md").read_text() == "mine"
