@@ -1,66 +1,70 @@
-r"""How answers are written: `read` takes what a box, a tag or a sentence says to a sympy object.
+r"""How answers are written: `read` takes what a box, a tag or a sentence says to a sympy object and its unit.
 
-With words in it, an answer is prose and says the one number or formula that is in it: `63 apples`,
-`63\text{ km}/\text{h}`; not `5 or 6`, nor `5\text{ hours }30\text{ minutes}`. Without, it is mathematics, `6xy` a
-product, of which only a listed unit right after a number is dropped. Rules rewrite the many ways to write one thing to
-those that latex2sympy (math-verify's parser) reads rightly. Decimals become fractions, so that values are exact. What
-does not parse is its text, and is compared as that.
+Tables of rules rewrite the many ways to write one thing to one that latex2sympy (math-verify's parser) reads rightly:
+characters, markup, numbers, units, words, operators, in this order, each rule on what the one before has left. Then,
+with words in it, an answer is prose and says the one number or formula that is in it, and its unit: `63 apples`,
+`63\text{ km}/\text{h}`; not `5 or 6`. Quantities of one kind (`5\text{ hours }30\text{ minutes}`) are their sum.
+Without words it is mathematics, `6xy` a product. Decimals become fractions, so that values are exact. What does not
+parse is its text, and is compared as that.
 
     PYTHONPATH=. python -c "from eval.notation import read; print(read(r'2\frac12\text{ cm}'))"
 """
 
 import re
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
+import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 
 MAX_LENGTH = 500  # characters of an answer
+PERCENT = sympy.Rational(1, 100)
 
-# One rule a line, applied in order: pattern, =>, replacement; ␣ is a space, ARG a group in braces, TOK what TeX takes
-# for an argument without braces, UNIT a unit that may stand without \\text.
-_RULES = r"""
+# A rule a line: pattern => replacement. ␣ is a space; ARG a group in braces; TOK what TeX takes for an argument without
+# braces; SPACE any space of TeX; NUM a number; UNIT a unit that may stand without \text.
+
+# Characters. In: any text. Out: none that latex2sympy does not read, but currency signs: ¤ is the dollar.
+_CHARACTERS = r"""
     ∞ => \\infty␣
-    ≤ => \\le␣
-    ≥ => \\ge␣
-    ≠ => \\ne␣
-    π => \\pi␣
     √ => \\sqrt␣
-    × => \\times␣
     · => \\cdot␣
-    ÷ => /
-    [−–] => -
-    ± => \\pm␣
-    ∪ => \\cup␣
-    ∈ => \\in␣
-    ∅|\\varnothing => \\emptyset␣
+    [–—] => -
     ° => ^\\circ␣
-    ² => ^2␣
-    ³ => ^3␣
+    ² => ^2
+    ³ => ^3
+    ½ => ␣1/2
+    ¼ => ␣1/4
+    ¾ => ␣3/4
+    [∈] => \\in␣
+    ℝ => \\mathbb{R}
     。 => .
     、 => ,
+    \\\$ => ¤
+    (\d\.\d+)(?:\.{3}|…) => \1\\ldots␣
+    ¢ => ␣cents
+"""
+# Markup. Out: no Markdown, sizes, colours, delimiters of formulas nor punctuation around it; \text for all fonts.
+_MARKUP = r"""
     \\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.? =>
     \\(?:text)?color\s*\{\w*\}|\\(?:display|text)style(?![a-zA-Z])|` =>
     \*\*(.+?)\*\* => \1
-    ^\*([^*]+)\*(?=\W*$) => \1
     (?<!\\)\\[()\[\]] => $
-    \\\$|[€£¥] =>
     ^[\s*,;=]+|(?:[\s*.,;?]|\\[,;:!␣])+$ =>
-    ^\$([^$]*)\$$|^([^$]*)\$([^$]*)$ => \1\2\3
+    ^\$([^$]*)\$$ => \1
+    ^([^$]*)\$(?=\d)([^$]*)$ => \1¤\2
+    ^([^$]*)\$([^$]*)$ => \1\2
     ^[\s*,;=]+|(?:[\s*.,;?]|\\[,;:!␣])+$ =>
     \s*\n\s*(?!.*\\end) => ,␣
     \\(?:math(?:rm|it|sf)|text(?:bf|it|rm|normal)|mbox|textup)\s*\{ => \\text{
     ^\\(?:text|mathbf)\s*\{([^{}]*)\}$ => \1
-    ^\(?([A-Z])[).:]\s+(?!and\b|or\b|\()\S.*$ => \1
-    ^(\d+)(?:\\!)?\s*:(?:\\!)?\s*(\d\d)\W*(?:\\text\W*)?(?:[AaPp]\W?[Mm]\W*)?$ => \1:\2
-    (?i)^(yes|no|true|false)\b[,.].*$ => \1
-    # numbers
+"""
+# Numbers. Out: digits without separators, periods written out, powers of ten for words; % after the number itself.
+_NUMBERS = r"""
     (?<=\d)(?:,?\\[,!;:␣]|\{,\}|~)\s*(?=\d{3}(?!\d)) =>
     (?<![\d\\({,.␣])(?<!\d␣)(\d{1,3})␣(?=\d{3}(?!\d)) => \1
     (?<![\d,({])(\d{1,3}),(\d{3}),(\d{3})(?![\d,]|[^({]*\)) => \1\2\3
-    (?<![\d,({])(\d{1,3}),(\d{3})(?![\d,]|[^({]*\)) => \1\2
-    (\d+)\.(\d*)(?:\\overline|\\bar|\\dot)\s*\{?(\d+)\}? => \1.\2\3\3\3\3\3\3\3\3\3\3\3\3
-    (\d+)\.(\d*?)(\d+?)\3+\s*(?:\\[lc]?dots|\.{3}|…) => \1.\2\3\3\3\3\3\3\3\3\3\3\3\3
+    (\d+\.\d*)(?:\\overline|\\bar|\\dot)\s*\{?(\d+)\}? => \1\\overline{\2}
+    (\d+\.\d*?)(\d+?)\2+\s*\\[lc]?dots => \1\\overline{\2}
     (?<=\d)\s*(?:e|E|\\text\{e\})([+-]?\d+) => \\cdot␣10^{\1}
     (?<=\d)\s*(?:\\text\{\s*)?dozen\b\s*\}? => \\cdot␣12␣
     (?<=\d)\s*(?:\\text\{\s*)?hundred\b\s*\}? => \\cdot␣10^{2}␣
@@ -72,10 +76,26 @@ _RULES = r"""
     (?<=\d)\s*(\\text\{)?\s*亿 => \\cdot␣10^{8}␣\1
     (?<=[\d}])\s*(?:\\text\{\s*percent\s*\}|percent\b|\\%) => %
     (?<![\d.])(\d+)␣(\d+)/(\d+) => \1\\frac{\2}{\3}
-    # units right after a number; one letter is a unit where TeX keeps it apart
-    (?<=[\d}])(?:\\[,;␣]|[~\s])*UNIT(?:\^?\{?\d\}?)?$ =>
-    (?<=[\d}])\s*(?:\\[,;␣]|~)\s*[mgshLNJWVA](?:\^?\{?\d\}?)?$ =>
-    # letters and words
+"""
+# Units. Out: the unit of the whole in words or \text; degrees within a formula are left out, or radians in sin and cos.
+# One letter is a unit where TeX keeps it apart.
+_UNITS = r"""
+    (\\?(?:sin|cos|tan|cot|sec|csc)\s*\(?)\s*([\d.]+)\s*\^\s*\{?\\circ\s*\}? => \1{\\frac{\2\\pi}{180}}
+    (?<=[\d}])\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?)\s*([CF]?)$ => \\text{␣degrees␣\1}
+    \^\s*\{?\s*\\circ\s*\}?\s*[CF]?|\\degrees?(?![a-z]) =>
+    ^([^¤=]*)¤\s*(NUM)((?:␣[^¤=]*)?)$ => \1\2␣dollars\3
+    [¤€£¥] =>
+    (?<=[\d}])SPACE*(UNIT)(?:\^?\{?(\d)\}?)?$ => \\text{␣\1}^{\2}
+    (?<=[\d}])\s*(?:\\[,;␣]|~)\s*([mgshLNJWVA])(?:\^?\{?(\d)\}?)?$ => \\text{␣\1}^{\2}
+"""
+# Words. Out: one letter, or one word, for a choice, a yes, a time; commas for "and" and "or"; no TeX spaces; a
+# backslash before what is a function or a Greek letter, and the imaginary unit as I.
+_WORDS = r"""
+    ^\(?([A-Z])[).:]\s+(?!and\b|or\b|\()\S.*$ => \1
+    ^(\d+)(?:\\!)?\s*:(?:\\!)?\s*(\d\d)\W*(?:\\text\W*)?(?:[AaPp]\W?[Mm]\W*)?$ => \1:\2
+    (?i)^(yes|no|true|false)\b[,.].*$ => \1
+    ,?\s*\\text\{\s*(?:for␣(?:all|any|some)|where)\b[^\d]*$ =>
+    [,(]\s*[kmn]\s*\\in\s*(?:\\mathbb\s*)?\{?Z\}?\s*\)?$ =>
     \\math(?:bf|bb)\s*\{\s*([RZNQ])\s*\} => \\mathbb{\1}
     \\(?:mathbf|boldsymbol|bm|hat|widehat|vec)\s*\{\s*\\?([a-z])(?:math)?\s*\} => \\vec{\1}
     \\mathbf\s*\{ => \\text{
@@ -83,13 +103,15 @@ _RULES = r"""
     ^\\text\s*\{[^{}]*(?:\bis|\bare|[:=])\s*\} =>
     (^|[-+=(^{]|(?<!\\),)\s*\\text\{\s*\(?([a-zA-Z]|\d[\d.,]*)\)?\s*\} => \1\2
     \\text\{([ie])\} => \1
-    (?<!\\)\\[!:;,>␣]|\\q?quad(?![a-zA-Z])|~ => ␣
+    SPACE+ => ␣
     (?<![\\a-zA-Z])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc)(?![a-zA-Z]{2}) => \\\1
     (?<![\\a-zA-Z])(log|ln|exp|sqrt|max|min|gcd|lcm|pi|theta|alpha|beta|infty)(?![a-zA-Z]{2}) => \\\1
     (?<!vec\{)(?<![a-zA-Z\\_])i(?![a-zA-Z=]) => I
-    # operators
+"""
+# Operators. Out: arguments in braces, sets without the name of their element, and names for what has no operator.
+_OPERATORS = r"""
+    \\varnothing => \\emptyset
     \*\* => ^
-    \* => \\cdot␣
     \^\s*\(([^()]*)\)|\^\s*(\d*\.\d+) => ^{\1\2}
     \\sqrt\s*\(([^()]*)\) => \\sqrt{\1}
     (\\sqrt(?:\[[^\]]*\])?)\s*TOK => \1{\2}
@@ -97,20 +119,19 @@ _RULES = r"""
     \\(frac|binom)\s*TOK => \\\1{\2}
     (\\(?:frac|binom)\s*ARG)\s*TOK => \1{\2}
     \^\s*(\\(?:frac|sqrt)\s*ARG(?:ARG)?) => ^{\1}
-    (\\(?:sin|cos|tan|cot|sec|csc)\s*\(?)\s*([\d.]+)\s*\^\s*\{?\\circ\s*\}? => \1{\\frac{\2\\pi}{180}}
-    \^\s*\{?\s*\\circ\s*\}?\s*[CF]?|\\degrees?(?![a-z]) =>
-    ^\\\{\s*\w\s*(?:\\in\s*\\mathbb\{R\})?\s*(?:\\mid|\||:)(.*)\\\}$ => \1
-    ^(.*)\\pm(.*)$ => \1+\2,␣\1-\2
+    ^\\\{\s*\w\s*(?:\\in\s*\\mathbb\{R\})?\s*(?:\\mid|\||:)(?:\s*\w\s*\\in\s*\\mathbb\{R\}\s*,)?(.*)\\\}$ => \1
     (?<=[a-zA-Z])'(?![a-z]) => _{\\prime}
     \\[lc]?dots => \\tilde{z}
-    \\\\\s*\\end => \\end
     (?<![a-zA-Z\\])d(?=[\\\s])(?!.*\\int) => {d}
 """
+_NUMBER = r"[-+]?(?:\d*\\frac\{\d+\}\{\d+\}|\d[\d,]*(?:\.\d+)?(?:␣?/␣?\d+)?|\.\d+)(?:\\cdot␣10\^\{\d+\}␣)?%?"
 _SHORT_FOR = {
-    "␣": " ",
     "ARG": r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}",
     "TOK": r"([^\s{}\\\[]|\\[a-zA-Z]+)",
-    "UNIT": "(?:[ckm]m|kg|km/h|[km]ph|m/s|ft|lbs?|oz|hrs?|mins?|secs?|rad|units?|inch|feet)",
+    "SPACE": r"(?:\s|(?<!\\)\\[!:;,>␣]|\\q?quad(?![a-zA-Z])|~)",
+    "NUM": _NUMBER,
+    "UNIT": "(?:(?:sq|cu)?␣?(?:[ckm]m|ft|in)|kg|m[lL]|km/h|[km]ph|m/s|lbs?|oz|hrs?|mins?|secs?|rad|units?|inch|feet)",
+    "␣": " ",
 }
 
 
@@ -120,23 +141,106 @@ def _written_out(text: str) -> str:
     return text
 
 
-_COMPILED = [
-    (re.compile(_written_out(old), re.DOTALL), _written_out(new.strip()))
-    for old, arrow, new in (line.strip().partition(" =>") for line in _RULES.splitlines())
-    if arrow
-]
+def _rules(*tables: str) -> list[tuple[re.Pattern[str], str]]:
+    lines = [line.strip().partition(" =>") for table in tables for line in table.strip().splitlines()]
+    return [(re.compile(_written_out(old), re.DOTALL), _written_out(new.strip())) for old, _, new in lines]
+
+
+_COMPILED = _rules(_CHARACTERS, _MARKUP, _NUMBERS, _UNITS)
+_LAST = _rules(_WORDS, _OPERATORS)
 _FULL_WIDTH = {0xFEE0 + code: code for code in range(0x21, 0x7F)}
 
-_PLAIN = r"[^\d$\\=<>^+{}*]"  # no mathematics
-_NUMBER = r"[-+]?(?:\d*\\frac\{\d+\}\{\d+\}|\d[\d,]*(?:\.\d+)?(?:␣?/␣?\d+)?|\.\d+)(?:\\cdot␣10\^\{\d+\}␣)?%?".replace(
-    "␣", " "
+# What a unit is worth: value: its names; plurals in s are names too.
+_WORTH = """
+    m: m meter metre 米
+    1000*m: km kilometer kilometre 千米 公里
+    m/100: cm centimeter centimetre 厘米
+    m/1000: mm millimeter millimetre 毫米
+    127*m/5000: in inch inche
+    381*m/1250: ft foot feet
+    1143*m/1250: yd yard
+    201168*m/125: mi mile
+    10**4*m**2: hectare 公顷
+    m**3/1000: l L liter litre 升
+    m**3/10**6: ml mL milliliter millilitre cc 毫升
+    3785411784*m**3/10**12: gal gallon
+    946352946*m**3/10**12: qt quart
+    473176473*m**3/10**12: pt pint
+    g: g gram 克
+    1000*g: kg kilogram 千克 公斤
+    g/1000: mg milligram
+    10**6*g: tonne 吨
+    45359237*g/10**5: lb pound
+    45359237*g/16/10**5: oz ounce
+    45359237*g/50: ton
+    s: s sec second 秒
+    60*s: min minute 分钟
+    3600*s: h hr hour 小时
+    86400*s: day 天
+    604800*s: week 周
+    month: month 月
+    12*month: yr year 年
+    1609344*m/3600000/s: mph
+    5*m/18/s: kph kmh
+    dollar: dollar USD usd
+    dollar/100: cent
+    euro: euro
+    yuan: yuan RMB 元
+    radian: rad radian
+    pi*radian/180: deg degree 度
+    celsius: C celsius
+    fahrenheit: F fahrenheit
+    newton: N newton
+    joule: J joule
+    watt: W watt
+    volt: V volt
+    ampere: A amp ampere
+"""
+_LINES = [line.split(": ") for line in _WORTH.strip().splitlines()]
+_UNIT = {name: sympy.sympify(value) for value, names in _LINES for name in names.split()}
+_POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
+_CHINESE = "|".join(name for name in sorted(_UNIT, key=len)[::-1] if not name.isascii())
+_UNIT_WORD = re.compile(
+    r"(\b(?:per|an?)\b|/|每)?\W*(square\b|sq\b|平方|cubic\b|cu\b|立方)?\W*"
+    rf"({_CHINESE}|\b(?!in [a-z])[a-zA-Z]+|[\u4e00-\u9fff])[\s^{{}}]*(-?\d)?"
 )
-_SENTENCE = re.compile(rf"({_PLAIN}*?)(\$[^$]+\$|(?<![\w^]){_NUMBER})((?! (?:is|are) )(?:{_PLAIN}|(?<=[a-z])\^?\d)*)")
-_WITH_TEXT = re.compile(r"()((?:(?!\\text).)+?)((?:\\text\s*\{[^{}\d]*\}|\^\s*\{?-?\d\}?|[\s/.,]|\\[,;:])+)")
+
+
+class Answer(NamedTuple):
+    """What was read: a sympy object, or the text where it is one or does not parse; the unit, 1 without one; the text
+    that was parsed."""
+
+    value: Any
+    unit: sympy.Expr
+    text: str
+
+
+def unit_of(phrase: str) -> sympy.Expr:
+    r"""The unit with which a phrase begins, in metres, grams, seconds, dollars...; 1 where that is no unit we know."""
+    unit, sign = sympy.S.One, 1
+    for per, power, name, digit in _UNIT_WORD.findall(re.sub(r"\\text|\\cdot", " ", phrase)):
+        known = _UNIT.get(name) or _UNIT.get(name.lower().removesuffix("s"))
+        if not known or (per and unit.has(_UNIT["dollar"])):  # 5 dollars per hour may be said as 5 dollars
+            break
+        sign = -1 if per else sign
+        unit *= known ** (sign * int(digit or _POWERS.get(power, 1)))
+    return unit
+
+
+_PLAIN = r"[^\d$\\=<>^+{}*]"  # no mathematics
+_SENTENCE = re.compile(
+    rf"({_PLAIN}*?)(\$[^$]+\$|(?<![\w^]){_written_out(_NUMBER)})((?! (?:is|are) )(?:{_PLAIN}|(?<=[a-z])\^?\d)*)"
+)
+_WITH_TEXT = re.compile(
+    r"()((?:(?!\\text).)+?)((?:\\text\s*\{(?:[^{}\d]|\^\{?-?\d\}?)*\}|\^\s*\{?-?\d?\}?|[\s/.,]|\\[,;:]|\\cdot\b)+)"
+)
 _CHANGES_IT = re.compile(
-    r"(?i)\b(?:and|or|to|not|than|least|most|between|over|under|nor|half|twice|minus|plus|times|squared|negative)\b|,\s*(?:more|less|fewer|greater)"
+    r"(?i)\b(?:and|or|to|not|than|least|most|between|over|under|nor|half|twice|minus|plus|times|squared|negative"
+    r"|january|february|march|april|may|june|july|august|september|october|november|december)\b"
+    r"|,\s*(?:more|less|fewer|greater)"
 )
 _WORD = re.compile(r"(?<![\\a-zA-Z\d])[a-zA-Z][a-z]+(?![a-zA-Z({])|[\u4e00-\u9fff]")
+_QUANTITY = re.compile(r"(\d+(?:\.\d+)?) *((?<= )[a-z]\b|[a-zA-Z]{2,})")
 _UNREADABLE = re.compile(r"(?<![_^\d])\d+\s+\d|:.*:|^\d+:\d\d$")
 
 
@@ -157,11 +261,15 @@ def has_words(text: str) -> bool:
 
 def _parse(text: str) -> Any:
     def as_fraction(match: re.Match) -> str:
-        return rf"\frac{{{int(match[1] + match[2])}}}{{{10 ** len(match[2])}}}"
+        whole, digits, period = match.groups(default="")
+        value, scale = int(whole + digits + period), 10 ** len(digits)
+        if period:
+            value, scale = value - int("0" + whole + digits), scale * (10 ** len(period) - 1)
+        return rf"\frac{{{value}}}{{{scale}}}"
 
     if _UNREADABLE.search(text):
         return text
-    formula = re.sub(r"(\d*)\.(\d+)", as_fraction, text.removesuffix("%"))
+    formula = re.sub(r"(\d*)\.(\d*)(?:(?<=\d)|(?=\\o))(?:\\overline\{(\d+)\})?", as_fraction, text.removesuffix("%"))
     try:
         conversion = ConversionConfig(lowercase_symbols=False)
         return latex2sympy(formula, is_real=True, normalization_config=None, conversion_config=conversion)
@@ -169,19 +277,36 @@ def _parse(text: str) -> Any:
         return text
 
 
-def read(text: str) -> list:
-    """[value, text] of an answer; the value is a sympy object, or a text where it is one or does not parse; [] for an
-    answer that says nothing."""
+def _total(text: str) -> Answer | None:
+    """Several quantities of one kind, `2 hours and 15 minutes`, as one in the first unit."""
+    plain = re.sub(r"\\text|\^\{\}|\\[,;:! ]|\band\b|[{}$~,]", " ", text)
+    parts = _QUANTITY.findall(plain)
+    if len(parts) < 2 or _QUANTITY.sub("", plain).strip():
+        return None
+    units = [unit_of(name) for _, name in parts]
+    total = sum(sympy.Rational(number) * unit for (number, _), unit in zip(parts, units, strict=True)) / units[0]
+    return Answer(total, units[0], text) if units[0] != 1 and total.is_number else None
+
+
+def read(text: str) -> Answer | None:
+    """The answer that a text is; None for one that says nothing."""
     if is_too_much(text):
-        return []
+        return None
     text = text.strip().translate(_FULL_WIDTH)
     for pattern, replacement in _COMPILED:
         text = pattern.sub(replacement, text)
+    if total := _total(text):
+        return total
+    for pattern, replacement in _LAST:
+        text = pattern.sub(replacement, text)
     text = text.strip()
-    if "\\text" not in text and not has_words(text):
-        return [_parse(text.replace("$", "")), text] if text else []
-    match = (_WITH_TEXT if "\\text" in text else _SENTENCE).fullmatch(text)
-    if not match or _CHANGES_IT.search(match[1] + match[3]):
-        return [text, text]
-    value = _parse(match[2].strip("$ "))
-    return [text if isinstance(value, str) or value.free_symbols else value, match[2]]
+    formula, phrase = text.replace("$", ""), ""
+    if "\\text" in text or has_words(text):
+        match = (_WITH_TEXT if "\\text" in text else _SENTENCE).fullmatch(text)
+        if not match or _CHANGES_IT.search(match[1] + match[3]):
+            return Answer(text, sympy.S.One, text)
+        formula, phrase = match[2].strip("$ "), match[3]
+    value, unit = _parse(formula), PERCENT if formula.endswith("%") else unit_of(phrase)
+    if phrase and unit == 1 and not isinstance(value, str) and getattr(value, "rhs", value).free_symbols:
+        value = text
+    return Answer(value, unit, formula) if text else None

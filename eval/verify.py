@@ -38,7 +38,7 @@ import sympy
 from math_verify import verify
 from sympy.core.relational import Relational
 
-from eval.notation import MAX_LENGTH, has_words, read
+from eval.notation import MAX_LENGTH, PERCENT, Answer, has_words, read
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns that its time limits are off
 
@@ -69,7 +69,8 @@ def _last_boxed(text: str) -> tuple[int, str]:
     first = len(boxes) - 1
     while first and _AND.fullmatch(text[boxes[first - 1].end() : boxes[first].start()][:100]):
         first -= 1
-    content = ", ".join(re.sub(r"^\\(?:boxed|fbox)\s*\{?|\}$", "", box[0]) for box in boxes[first:])
+    contents = [re.sub(r"^\\(?:boxed|fbox)\s*\{?|\}$", "", box[0]) for box in boxes[first:]]
+    content = ", ".join(dict.fromkeys(contents))
     return boxes[-1].start(), _last_boxed(content)[1] or content
 
 
@@ -96,24 +97,21 @@ def _spans(text: str) -> Iterator[str]:
             yield re.split(end, rest, maxsplit=1)[0]
 
 
-def _first_read(spans: Iterator[str]) -> list | None:
-    """The first of the spans that is mathematics, else the first that can be read at all; None without spans."""
-    found = [read(span) for span in spans]
-    read_at_all = [value for value in found if value]
-    best = [value for value in read_at_all if not isinstance(value[0], str)] or read_at_all
-    return best[0] if best else [] if found else None
+def _best(spans: list[str]) -> Answer | None:
+    """The first of the spans that is mathematics, else the first that can be read at all."""
+    answers = [answer for answer in map(read, spans) if answer]
+    return next((answer for answer in answers if not isinstance(answer.value, str)), answers[0] if answers else None)
 
 
 @lru_cache(maxsize=1024)  # the G completions of a prompt share their gold
-def parse_gold(text: str) -> list:
+def parse_gold(text: str) -> Answer | None:
     """Parse a gold answer: a marked one as in a completion, else the text as a number or formula (`63`, `x^2+1`), else
-    its last formula. Returns [value, text]; [] when there is none."""
-    found = _first_read(_spans(text))
-    if found is None:
-        found = read(text)
+    its last formula. None when there is none."""
+    spans = list(_spans(text))
+    found = _best(spans or [text])
+    if not spans and (not found or isinstance(found.value, str)):
         formulas = re.findall(r"\$([^$]+)\$", text)
-        if not found or isinstance(found[0], str):
-            found = read(formulas[-1]) if formulas else found if re.search(r"[\d\\]", text) else []
+        return read(formulas[-1]) if formulas else found if re.search(r"[\d\\]", text) else None
     return found
 
 
@@ -123,11 +121,10 @@ def gold_is_parseable(text: str) -> bool:
     return bool(parse_gold(text))
 
 
-def parse_answer(text: str) -> list:
-    """Parse the answer of a completion, looked for as the module docstring says: [value, text]; [] without one."""
+def parse_answer(text: str) -> Answer | None:
+    """Parse the answer of a completion, looked for as the module docstring says; None without one."""
     text = _THOUGHT.split(text)[-1].strip()
-    found = _first_read(_spans(text))
-    return found if found is not None else [] if has_words(text) else read(text)
+    return _best(list(_spans(text)) or ([] if has_words(text) else [text]))
 
 
 def _equations(value: Any) -> dict:
@@ -202,26 +199,28 @@ def _is_too_big(value: Any) -> bool:
 def check_answer(gold: str, completion: str) -> float | None:
     """1.0 if the completion's answer equals the gold one, 0.0 if it does not or there is none; None for a gold that
     cannot be parsed. May take for ever on hostile input: run it in a `WorkerPool`."""
-    sides = [parse_gold(gold), parse_answer(completion)]
-    if not sides[0] or not sides[1]:
-        return 0.0 if sides[0] else None
-    values, texts = zip(*sides, strict=True)
+    expected, given = parse_gold(gold), parse_answer(completion)
+    if not expected or not given:
+        return 0.0 if expected else None
+    values, units, texts = zip(expected, given, strict=True)
     if isinstance(values[0], str) != isinstance(values[1], str) or (":" in texts[0]) != (":" in texts[1]):
         return 0.0
     if isinstance(values[0], str) or any(map(_is_too_big, values)):
-        said = [re.sub(r"\\text|[\s$()]|\{(?=\w\})|(?<=\{\w)\}", "", text).lower() for text in texts]
-        return float(said[0] == said[1])
+        said = [re.sub(r"\\text\{([^{}]*)\}|[$()]|\{(?=\w\})|(?<=\{\w)\}", r"\1", text).lower() for text in texts]
+        return float("".join(said[0].split()) == "".join(said[1].split()))
     bases = {match[1] for match in map(_BASE.fullmatch, texts) if match}  # latex2sympy reads 52_8 as 52
     brackets = {match[0] for match in map(_BRACKET.match, texts) if match}
     several = all(isinstance(value, sympy.Tuple | sympy.Interval | sympy.FiniteSet) for value in values)
-    if len(bases) > 1 or (len(brackets) > 1 and several):
+    sets = all(isinstance(value, sympy.FiniteSet) for value in values)
+    ratio = units[1] / units[0]
+    if len(bases) > 1 or (len(brackets) > 1 and several and not sets) or (1 not in units and not ratio.is_number):
         return 0.0
-    percents = [text.endswith("%") for text in texts]
+    # Without a unit on one side, units are not compared, but a share may be written without %.
+    ratios = [ratio] if 1 not in units else [1, ratio] if PERCENT in units else [1]
     try:
-        if _same(*values) or _is_rounded(values[0], values[1], texts[1]) or _is_rounded(values[1], values[0], texts[0]):
+        if any(_same(values[0], values[1] if ratio == 1 else values[1] * ratio) for ratio in ratios):
             return 1.0
-        shares = [value / 100 if percent else value for value, percent in zip(values, percents, strict=True)]
-        return float(percents[0] != percents[1] and _same(*shares))
+        return float(_is_rounded(values[0], values[1], texts[1]) or _is_rounded(values[1], values[0], texts[0]))
     except (NotImplementedError, TypeError, ValueError):  # sympy cannot solve or compare them
         return 0.0
 
@@ -237,5 +236,5 @@ class AnswerMetric:
     def reads(self, doc: Any) -> bool:
         return gold_is_parseable(doc.get_golds()[0])
 
-    def judge(self, doc: Any, prediction: str) -> tuple[float | None, list]:
+    def judge(self, doc: Any, prediction: str) -> tuple[float | None, Any]:
         return check_answer(doc.get_golds()[0], prediction), parse_answer(prediction)

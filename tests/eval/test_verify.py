@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.bench import pairs_table
+from eval import bench
 from eval.verify import check_answer, gold_is_parseable, parse_answer, parse_gold
 from eval.workers import Unscored, WorkerPool
 from tests.eval import answer_pairs
@@ -151,24 +151,31 @@ def test_hard_pairs(pool, shared):
 
 @pytest.mark.slow
 def test_hard_pairs_beside_math_verify_and_open_r1(shared):
+    pairs = bench.read_pairs(shared / "reference" / "answer_cases.jsonl")
     with WorkerPool(2, timeout=5.0) as pool:
-        lines = pairs_table(shared / "reference" / "answer_cases.jsonl", pool).splitlines()
-    assert lines[1].split("420 ")[1].split() == "419 / 0 / 1 310 / 26 / 84 268 / 25 / 127".split()
-    assert [line for line in lines if line.startswith(("wrong, accepted", "right, refused"))] == lines[-1:]
+        found = {checker: bench.judge(checker, pairs, pool) for checker in bench.CHECKERS}
+    figures = {checker: columns[1:4] for checker, (columns, _) in found.items()}
+    assert figures == {"ours": [419, 0, 1], "math-verify": [310, 26, 84], "open-r1": [268, 25, 127]}
+    assert len(found["ours"][1]) == 1 and found["ours"][1][0].startswith("right, refused: ")
 
 
-def test_a_table_of_pairs(pool, tmp_path):
-    pairs = [("x", "3", r"\boxed{3t}", 0), ("x", "3", r"\boxed{3}", 1), ("y", r"\text{dog}", "<answer>cat</answer>", 1)]
-    path = tmp_path / "pairs.jsonl"
-    names = ("kind", "gold", "completion", "right")
-    path.write_text("".join(json.dumps(dict(zip(names, pair, strict=True))) + "\n" for pair in pairs))
-    first, *rows, last = pairs_table(path, pool).splitlines()
-    assert first.split()[-3:] == ["ours", "math-verify", "open-r1"]
-    assert [row.split()[:7] for row in rows] == [
-        ["all", "3", "2", "/", "0", "/", "1"], ["x", "2", "2", "/", "0", "/", "0"], ["y", "1", "0", "/", "0", "/", "1"]
+def test_bench(monkeypatch, capsys, tmp_path):
+    """Three checkers on a file of pairs, ours on a file of golds, and what ours misjudges."""
+    pairs = [("3", r"\boxed{3t}", 0), ("3", r"\boxed{3}", 1), (r"\text{dog}", r"\boxed{cat}", 1), ("1", "", 0)]
+    names = ("gold", "completion", "right")
+    lines = [json.dumps(dict(zip(names, pair, strict=True))) for pair in pairs]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    (tmp_path / "golds.jsonl").write_text(json.dumps({"answer": "#### 72"}))
+    monkeypatch.setattr("sys.argv", ["bench", str(tmp_path / "golds.jsonl"), "--pairs", str(tmp_path / "pairs.jsonl")])
+    bench.main()
+    header, ours, refused, *others, golds = capsys.readouterr().out.splitlines()
+    assert header.split()[:5] == ["file", "checker", "pairs", "right", "false"]
+    assert ours.split()[:-1] == ["pairs.jsonl", "ours", "4", "3", "0", "1", "0"]
+    assert refused == r"right, refused: '\\boxed{cat}' for '\\boxed{\\text{dog}}'"
+    assert [line.split()[1:6] for line in others] == [
+        ["math-verify", "4", "2", "1", "1"], ["open-r1", "4", "2", "1", "1"]
     ]  # fmt: skip
-    assert rows[1].split()[7:12] == ["1", "/", "1", "/", "0"]  # math-verify takes 3t for 3
-    assert last == "right, refused: '<answer>cat</answer>' for '\\\\text{dog}'"
+    assert golds.split()[:-1] == ["golds.jsonl", "ours", "6", "6", "0", "0", "0"]
 
 
 HOSTILE = [
@@ -212,8 +219,8 @@ def test_unparseable_gold():
     assert not gold_is_parseable("no value here") and not gold_is_parseable("")
     assert gold_is_parseable("63") and gold_is_parseable(r"thus $\boxed{63}$.")
     assert check_answer("no value here", r"\boxed{63}") is None
-    assert parse_gold("48/2 = <<48/2=24>>24 clips in May.\n#### 72")[0] == 72
-    assert parse_answer("no value here") == []
+    assert parse_gold("48/2 = <<48/2=24>>24 clips in May.\n#### 72").value == 72
+    assert parse_answer("no value here") is None
 
 
 TRICKY = st.one_of(
