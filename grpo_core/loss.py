@@ -5,7 +5,7 @@
 `aggregation_weights` are fixed before the first backward from the whole optimizer step, `token_objective` looks at one
 token at a time, so the loss is additive: any split of the sequences over micro-batches and ranks sums to the same
 number and the same gradient. `token_loss` composes them for any few tokens, as the head that never holds all of
-them asks, `policy_loss` for a whole micro-batch. Metrics are made to be merged the same way, by `merge_metrics`.
+them asks, `policy_loss` for a whole micro-batch. Metrics are shares too: `sft_core.run.logging.merge_metrics`.
 
     GRPO    arXiv:2402.03300 (DeepSeekMath)    per-token ratios, clipped; mean over each sequence, then over sequences
     DAPO    arXiv:2503.14476                   one mean over all tokens; epsilon_high ("clip-higher")
@@ -21,7 +21,7 @@ configuration, value losses.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -226,7 +226,7 @@ def entropy_bonus(entropies: Tensor, num_tokens: int | Tensor, coef: float) -> T
 
 @torch.no_grad()
 def loss_metrics(logps: Tensor, batch: TokenBatch, objective: Objective) -> Metrics:
-    """TRL's names and definitions, each already divided by the step's total, so that shares add up (`merge_metrics`).
+    """TRL's names and definitions, each already divided by the step's total, so that shares add up.
 
     clip_ratio/low_mean is the fraction of tokens (of sequences, with one ratio a sequence) that the lower bound takes
     out of the gradient: r < 1 - epsilon with A < 0; high: r > 1 + epsilon_high with A > 0; region: either. low_min and
@@ -270,16 +270,6 @@ def loss_metrics(logps: Tensor, batch: TokenBatch, objective: Objective) -> Metr
     high_fractions = per_sequence(high)
     metrics["clip_ratio/high_max"] = torch.cat([high_fractions, high_fractions.new_zeros(1)]).max()
     return metrics
-
-
-def merge_metrics(parts: Sequence[Metrics]) -> Metrics:
-    """The step's metrics from those of its micro-batches (of its ranks): sums, but for names ending in min or max."""
-    merged: Metrics = {}
-    for name in parts[0]:
-        values = torch.stack([part[name] for part in parts])
-        reduce = torch.amin if name.endswith("min") else torch.amax if name.endswith("max") else torch.sum
-        merged[name] = reduce(values)
-    return merged
 
 
 def _at_least_one(count: int | Tensor) -> int | Tensor:

@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gen.engine.weight_sync import mismatch_summary
 from grpo_core.rollout import Rollout, Summary
 from sft_core.run.logging import reduce_metrics
 
+DIFFERENCE = "sampling/sampling_logp_difference"  # TRL's name
+MISMATCH = "sampling/mismatch"
+TOKENS = f"{MISMATCH}/tokens"
+FIRST_POSITIONS = (0, 32, 128, 512)  # of the buckets in which the difference is logged by position
+MEANS = {  # each over how many tokens
+    **dict.fromkeys((f"{DIFFERENCE}/mean", f"{MISMATCH}/k1", f"{MISMATCH}/k3", f"{MISMATCH}/outside"), TOKENS),
+    **{f"{MISMATCH}/mean_abs_{first}": f"{TOKENS}_{first}" for first in FIRST_POSITIONS},
+}
 CONSOLE = (
     "reward",
     "eval_reward",
@@ -23,13 +30,9 @@ CONSOLE = (
     "kl",
     "clip_ratio/region_mean",
     "entropy",
-    "sampling/sampling_logp_difference/mean",
+    f"{DIFFERENCE}/mean",
     "tokens_per_second",
 )
-MISMATCH_NAMES = {
-    "mean_abs": "sampling/sampling_logp_difference/mean",
-    "abs_max": "sampling/sampling_logp_difference/max",
-}
 
 
 def rollout_metrics(summaries: Sequence[Summary], reward_names: Sequence[str]) -> dict[str, float]:
@@ -71,19 +74,46 @@ def _moments(values: np.ndarray, mean: str, std: str) -> dict[str, float]:
     return {mean: known.mean(), std: known.std(ddof=1) if len(known) > 1 else 0.0}
 
 
-def reduce_step(figures: dict[str, Tensor], device: torch.device) -> dict[str, float]:
-    """The step's figures over all ranks, in one collective: sums, but for names that end in min or max.
+def reduce_step(shares: Mapping[str, Tensor | float], device: torch.device) -> dict[str, float]:
+    """The step's metrics over all ranks, in one collective."""
+    metrics = reduce_metrics(shares, device=device)
+    return mismatch_means(metrics) if TOKENS in metrics else metrics
 
-    What `weight_sync.mismatch_stats` counted (under `gap/`) becomes the distance of the engine from the policy.
+
+@torch.no_grad()
+def mismatch_sums(policy_logps: Tensor, sampler_logps: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    """How far the policy's log-probs [N] are from the sampler's [N] on the sampler's tokens, at their positions [N] in
+    the completion: sums in float64, and numbers of tokens, which add up over micro-batches and ranks.
+
+    With d = policy - sampler: |d|, and its maximum; the estimates k1 = -d and k3 = exp(d) - d - 1 of KL(sampler ||
+    policy) (Schulman, "Approximating KL divergence", 2020); the ratios exp(d) outside [0.5, 2]; |d| by position.
     """
-    mins = {name: value for name, value in figures.items() if name.endswith("min")}
-    maxes = {name: value for name, value in figures.items() if name.endswith("max")}
-    sums = {name: value for name, value in figures.items() if name not in mins | maxes}
-    metrics = reduce_metrics(sums, maxes, mins, device=device)
-    gap = {name.removeprefix("gap/"): metrics.pop(name) for name in list(metrics) if name.startswith("gap/")}
-    for name, value in (mismatch_summary(gap) if gap else {}).items():
-        metrics[MISMATCH_NAMES.get(name, f"sampling/mismatch/{name}")] = value
-    return metrics
+    d = policy_logps.detach().double() - sampler_logps.double()
+    size, ratios = d.abs(), d.exp()
+    sums = {
+        TOKENS: torch.full((), float(d.numel()), dtype=torch.float64, device=d.device),
+        f"{DIFFERENCE}/mean": size.sum(),
+        f"{DIFFERENCE}/max": size.max() if d.numel() else d.new_zeros(()),
+        f"{MISMATCH}/k1": -d.sum(),
+        f"{MISMATCH}/k3": (ratios - d - 1).sum(),
+        f"{MISMATCH}/outside": ((ratios < 0.5) | (ratios > 2)).sum().double(),
+    }
+    for first, end in zip(FIRST_POSITIONS, (*FIRST_POSITIONS[1:], math.inf), strict=True):
+        inside = (positions >= first) & (positions < end)
+        sums[f"{MISMATCH}/mean_abs_{first}"] = torch.where(inside, size, 0.0).sum()
+        sums[f"{TOKENS}_{first}"] = inside.sum().double()
+    return sums
+
+
+def mismatch_means(metrics: Mapping[str, float]) -> dict[str, float]:
+    """`metrics` with means per token in place of what `mismatch_sums` counted; what has no token is left out."""
+    means = {name: value for name, value in metrics.items() if not name.startswith((DIFFERENCE, MISMATCH))}
+    if metrics[TOKENS]:
+        means[f"{DIFFERENCE}/max"] = metrics[f"{DIFFERENCE}/max"]
+    for name, tokens in MEANS.items():
+        if metrics[tokens]:
+            means[name] = metrics[name] / metrics[tokens]
+    return means
 
 
 def check_scores(figures: Mapping[str, float], steps_unscored: int) -> int:
@@ -100,7 +130,7 @@ def check_scores(figures: Mapping[str, float], steps_unscored: int) -> int:
 def check_mismatch(metrics: Mapping[str, float], limit: float) -> None:
     """Raise RuntimeError where engine and policy differ by more than `limit` on average over the step's tokens, or
     where a log-prob of either is no number."""
-    mean = metrics.get(MISMATCH_NAMES["mean_abs"], 0.0)
+    mean = metrics.get(f"{DIFFERENCE}/mean", 0.0)
     if not math.isfinite(mean):
         raise RuntimeError(
             f"log-probs of the engine or the policy are not finite (they differ by {mean} on average): nothing was "

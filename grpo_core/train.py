@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -200,10 +199,12 @@ def train(run: Run) -> Errands:
         with phases("train"):
             shares = update(policy, reference, micro_batches, counts, config, first_use)
             grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
-            shares["tokens"] = torch.tensor(sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts))
-            shares["peak_memory_gib/max"] = torch.tensor(distributed.peak_memory_gib(device))
-            shares["stop/max"] = torch.tensor(float(stop.requested))
-            metrics = reduce_step(shares, device)
+            more = {
+                "tokens": float(sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)),
+                "peak_memory_gib/max": distributed.peak_memory_gib(device),
+                "stop/max": float(stop.requested),
+            }
+            metrics = reduce_step(shares | more, device)
             stopping = bool(metrics.pop("stop/max"))
             check_mismatch(metrics, config.max_logp_difference)
             learning_rate = guarded_step(optimizer, scheduler, metrics["loss"], float(grad_norm))

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen.engine.weight_sync import mismatch_stats
 from grpo_core.batch import MicroBatch
 from grpo_core.config import GRPOConfig
-from grpo_core.loss import Objective, TokenBatch, entropy_bonus, loss_metrics, merge_metrics, token_loss
+from grpo_core.loss import ALL, Objective, TokenBatch, entropy_bonus, loss_metrics, token_loss
+from grpo_core.metrics import mismatch_sums
 from sft_core.data.packing import StepCounts
 from sft_core.model.export import reshard
 from sft_core.model.policy import Policy
+from sft_core.run.logging import merge_metrics
 
 Reference = Callable[..., Any]  # a frozen Policy, or the policy without its adapters
 
@@ -45,8 +46,7 @@ def update(
         metrics["loss"] = loss.detach()
         metrics["entropy"] = entropies.detach().sum() / max(1, counts.num_tokens)
         if first_use:
-            stats = mismatch_stats(logps, batch.sampler_logps, batch.positions)
-            metrics |= {f"gap/{name}": value for name, value in stats.items()}
+            metrics |= mismatch_sums(logps, batch.sampler_logps, batch.positions)
         parts.append(metrics)
         if batch.old_logps is None:
             batch.old_logps = logps.detach()
@@ -76,7 +76,7 @@ def score(
         loss, logps, entropies, _ = policy(batch.sequences, config.temperature, losses, active, coef != 0)
         return loss, logps, entropies
     logps, entropies, _ = policy(batch.sequences, config.temperature)
-    loss = token_loss(tokens, objective)(logps, entropies, slice(None)).sum()
+    loss = token_loss(tokens, objective)(logps, entropies, ALL).sum()
     if coef:
         loss = loss + entropy_bonus(entropies, tokens.num_tokens, coef)
     return loss, logps, entropies

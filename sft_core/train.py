@@ -119,9 +119,9 @@ def train(run: Run) -> Errands:
                 sums["entropy"] += weight * entropies.sum()
                 sums["mean_token_accuracy"] += weight * (logps >= best_logps).sum()
             grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
-            peak = {"peak_memory_gib": distributed.peak_memory_gib(device), "stop": float(stop.requested)}
-            metrics = reduce_metrics(sums, peak, device=device)
-            stopping = bool(metrics.pop("stop"))
+            peak = {"peak_memory_gib/max": distributed.peak_memory_gib(device), "stop/max": float(stop.requested)}
+            metrics = reduce_metrics(sums | peak, device=device)
+            stopping = bool(metrics.pop("stop/max"))
             # 4 step, unless something is not finite
             learning_rate = guarded_step(optimizer, scheduler, metrics["loss"], float(grad_norm))
         progress["step"] += 1

@@ -8,8 +8,8 @@ each sync is checked three times (`sync_weights`, then `probe`):
   the engine keeps them in another form, have changed with it, and engines that should be equal are;
 * it samples from it: the engine's log-probs of what it samples are the policy's own.
 
-vLLM on the CPU repacks linear weights and cannot give them back: there the first and the last must do. During training
-`mismatch_stats` follows the difference that remains, which is numerics.
+vLLM on the CPU repacks linear weights and cannot give them back: there the first and the last must do. The
+difference that remains is numerics, which training follows (`grpo_core.metrics.mismatch_sums`).
 
 Left out on purpose: any transport. Engines live in the trainer's process and take tensors; for separate servers use
 vLLM's own weight-transfer engines.
@@ -28,7 +28,6 @@ from gen.engine.base import Checksum, Engine, Sampling, Synced
 
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}  # words at a time: what stays in a core's cache; few launches on a GPU
 PROBES = 8  # completions of a probe
-BUCKETS = (0, 32, 128, 512)  # first position of each bucket of `mismatch_stats`
 
 
 class Checksums:
@@ -191,49 +190,4 @@ def probe(
             f"{figures['mean_abs']:.4g} on average and {figures['max_abs']:.4g} at most over {len(difference)} tokens, "
             f"more than {tolerance:g}: the engine does not sample from the policy"
         )
-    return figures
-
-
-@torch.no_grad()
-def mismatch_stats(policy_logps: Tensor, sampler_logps: Tensor, positions: Tensor) -> dict[str, Tensor]:
-    """How far the policy's log-probs [N] are from the sampler's [N] on the sampler's own tokens, as float64 sums.
-
-    positions [N] are places in the completion, from 0. With d = policy - sampler per token: sums of |d|, of the
-    estimates of KL(sampler || policy) k1 = -d and k3 = exp(d) - d - 1 (Schulman, "Approximating KL divergence", 2020),
-    the number of ratios exp(d) outside [0.5, 2], and sum and count of |d| for each bucket of positions. All entries
-    add up over micro-batches and ranks, but `abs_max`, which takes the maximum. `mismatch_summary` divides.
-    """
-    d = policy_logps.detach().double() - sampler_logps.double()
-    size = d.abs()
-    ratio = d.exp()
-    stats = {
-        "count": torch.full((), float(d.numel()), dtype=torch.float64, device=d.device),
-        "abs_max": size.max() if d.numel() else d.new_zeros(()),
-        "sum_abs": size.sum(),
-        "sum_k1": -d.sum(),
-        "sum_k3": (ratio - d - 1).sum(),
-        "outside": ((ratio < 0.5) | (ratio > 2)).sum().double(),
-    }
-    for first, end in zip(BUCKETS, (*BUCKETS[1:], None), strict=True):
-        inside = (positions >= first) if end is None else (positions >= first) & (positions < end)
-        stats[f"sum_abs_{first}"] = torch.where(inside, size, 0.0).sum()
-        stats[f"count_{first}"] = inside.sum().double()
-    return stats
-
-
-def mismatch_summary(stats: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """Means of the totals of `mismatch_stats`: mean_abs, abs_max, k1, k3, outside (a share), mean_abs_<first position>.
-
-    A bucket without tokens is left out; without any token all is left out.
-    """
-    totals = {name: float(value) for name, value in stats.items()}
-    if not totals["count"]:
-        return {}
-    figures = {"mean_abs": totals["sum_abs"] / totals["count"], "abs_max": totals["abs_max"]}
-    for name in ("k1", "k3"):
-        figures[name] = totals[f"sum_{name}"] / totals["count"]
-    figures["outside"] = totals["outside"] / totals["count"]
-    for first in BUCKETS:
-        if totals[f"count_{first}"]:
-            figures[f"mean_abs_{first}"] = totals[f"sum_abs_{first}"] / totals[f"count_{first}"]
     return figures

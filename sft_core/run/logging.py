@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import textwrap
 import uuid
 import zlib
@@ -31,7 +32,6 @@ from sft_core.run.distributed import is_first_rank
 from sft_core.run.files import write_atomically
 
 logger = logging.getLogger(__name__)
-Values = Mapping[str, Tensor | float]
 
 
 def start_logging() -> None:
@@ -87,32 +87,37 @@ def announce(run: Any) -> None:
         print(f"goes on from {run.checkpoint}")
 
 
-def reduce_metrics(
-    sums: Values, maxes: Values | None = None, mins: Values | None = None, *, device: torch.device | str = "cpu"
-) -> dict[str, float]:
-    """Sums, maxima and minima over all ranks, in ONE collective and one copy to the host.
+def reduction(name: str) -> str:
+    """How shares of a metric become one, over micro-batches and over ranks: by the last word of its name their minimum
+    or maximum (`clip_ratio/low_min`, `peak_memory_gib/max`), else their sum."""
+    return {"min": "amin", "max": "amax"}.get(re.split("[/_]", name)[-1], "sum")
 
-    Scalars, tensors on `device` or floats; every rank gives the same keys, in any order, and each key once. Packed as
-    float64 and added in rank order, so that every rank gets the same bits. NaN in, NaN out.
+
+def merge_metrics(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The metrics of a step from those of its micro-batches, which have the same names."""
+    return {name: getattr(torch, reduction(name))(torch.stack([part[name] for part in parts])) for name in parts[0]}
+
+
+def reduce_metrics(values: Mapping[str, Tensor | float], *, device: torch.device | str = "cpu") -> dict[str, float]:
+    """Each metric over all ranks (`reduction`), in ONE collective and one copy to the host.
+
+    Scalars, tensors on `device` or floats; every rank gives the same names, in any order. Packed as float64 and added
+    in rank order, so that every rank gets the same bits. NaN in, NaN out.
     """
-    kinds = [dict(sorted(values.items())) for values in (sums, maxes or {}, mins or {})]
-    names = [name for values in kinds for name in values]
-    assert len(set(names)) == len(names), f"a metric given twice: {names}"
-    fingerprint = float(zlib.crc32(repr([list(values) for values in kinds]).encode()))
-    parts = [fingerprint, *(value for values in kinds for value in values.values())]
-    own = torch.stack([torch.as_tensor(part, dtype=torch.float64, device=device).detach() for part in parts])
-    gathered = own[None]  # [ranks, 1 + metrics]
+    names = sorted(values)
+    fingerprint = float(zlib.crc32(repr(names).encode()))
+    shares = [fingerprint, *(values[name] for name in names)]
+    local = torch.stack([torch.as_tensor(share, dtype=torch.float64, device=device).detach() for share in shares])
+    gathered = local[None]  # [ranks, 1 + metrics]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, own)
+        rows = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, local)
         gathered = torch.stack(rows)
-    a, b = 1 + len(kinds[0]), 1 + len(kinds[0]) + len(kinds[1])
-    reduced = [gathered[:, 1:a].sum(0)]
-    reduced += [gathered[:, a:b].amax(0)] if b > a else []
-    reduced += [gathered[:, b:].amin(0)] if len(names) >= b else []
-    fingerprints, *values = torch.cat([(gathered[:, 0] - gathered[0, 0]).abs().sum()[None], *reduced]).tolist()
-    assert fingerprints == 0, f"ranks reduce different metrics; this one has {names}"
-    return dict(zip(names, values, strict=True))
+    reduced = {kind: getattr(gathered, kind)(0) for kind in ("sum", "amin", "amax")}
+    columns = [reduced[reduction(name)][i] for i, name in enumerate(names, 1)]
+    difference, *found = torch.stack([(gathered[:, 0] - gathered[0, 0]).abs().sum(), *columns]).tolist()
+    assert difference == 0, f"ranks reduce different metrics; this one has {names}"
+    return dict(zip(names, found, strict=True))
 
 
 class MetricsLogger:

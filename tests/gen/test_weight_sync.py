@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gen.engine.base import Loaded
 from gen.engine.torch import TorchEngine
-from gen.engine.weight_sync import checksums, mismatch_stats, mismatch_summary, probe, stale_parameters, sync_weights
+from gen.engine.weight_sync import checksums, probe, stale_parameters, sync_weights
 from tests import faults
 from tests.processes import run_ranks
 
@@ -325,24 +325,3 @@ def test_checksum_sees_order_dtype_shape_and_place():
     assert checksum(a[1:9]) == checksum(a[1:9].clone())  # a view whose storage starts between two words
     assert checksum(a.view(4, 6).T) == checksum(a.view(4, 6).T.contiguous())
     assert checksum(torch.zeros(8)) != checksum(torch.zeros(9))
-
-
-def test_mismatch_stats():
-    policy = torch.tensor([-1.0, -2.0, -3.0, -0.5, -1.0])
-    sampler = torch.tensor([-1.0, -2.5, -2.0, -0.5, -1.1])
-    positions = torch.tensor([0, 31, 32, 511, 512])
-    whole = mismatch_stats(policy, sampler, positions)
-    figures = mismatch_summary(whole)
-    d = policy.double() - sampler.double()
-    assert figures["mean_abs"] == pytest.approx(d.abs().mean().item())
-    assert figures["abs_max"] == pytest.approx(1.0)
-    assert figures["k1"] == pytest.approx(-d.mean().item())
-    assert figures["k3"] == pytest.approx((d.exp() - 1 - d).mean().item())
-    assert figures["outside"] == pytest.approx(1 / 5)  # exp(-1) < 0.5; exp(0.5) is inside
-    assert figures["mean_abs_0"] == pytest.approx(0.25) and figures["mean_abs_512"] == pytest.approx(0.1, abs=1e-6)
-
-    parts = [mismatch_stats(policy[s], sampler[s], positions[s]) for s in (slice(0, 2), slice(2, 5), slice(5, 5))]
-    for name, value in whole.items():
-        values = torch.stack([part[name] for part in parts])
-        assert (values.max() if name == "abs_max" else values.sum()) == pytest.approx(value.item()), name
-    assert mismatch_summary(parts[2]) == {}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from grpo_core.loss import LOSS_TYPES, Objective, TokenBatch, aggregation_weights, entropy_bonus, policy_loss
-from grpo_core.update import merge_metrics
+from sft_core.run.logging import merge_metrics
 
 CASES = Path(__file__).parents[3] / "shared" / "reference" / "trl_grpo_losses.json"
 

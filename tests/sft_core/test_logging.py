@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sft_core.run.distributed import init_distributed, shutdown
-from sft_core.run.logging import MetricsLogger, cut_back, reduce_metrics
+from sft_core.run.logging import MetricsLogger, cut_back, merge_metrics, reduce_metrics
 from tests.processes import run_ranks, start
 
 
@@ -107,7 +107,7 @@ def reduce_on_ranks(folder):
     rank, *_ = init_distributed(60)
     sums = {"tokens": torch.tensor(3 + rank), "loss": 0.1 * (rank + 1)}
     sums = sums if rank == 0 else dict(reversed(sums.items()))
-    reduced = reduce_metrics(sums, {"longest": 5.0 - rank}, {"shortest": torch.tensor(2.0 + rank), "nan": math.nan})
+    reduced = reduce_metrics(sums | {"length/max": 5.0 - rank, "length_min": torch.tensor(2.0 + rank), "nan": math.nan})
     MetricsLogger(folder / str(rank)).log(1, reduced)
     shutdown()
     return reduced
@@ -116,17 +116,24 @@ def reduce_on_ranks(folder):
 def test_reduce_metrics_over_ranks_and_only_the_first_writes(tmp_path):
     first, second = run_ranks(2, reduce_on_ranks, tmp_path)
     assert math.isnan(first.pop("nan")) and math.isnan(second.pop("nan"))
-    assert first == second == {"tokens": 7.0, "loss": 0.1 + 0.2, "longest": 5.0, "shortest": 2.0}
+    assert first == second == {"tokens": 7.0, "loss": 0.1 + 0.2, "length/max": 5.0, "length_min": 2.0}
     assert (tmp_path / "0" / "metrics.jsonl").exists() and not (tmp_path / "1").exists()
 
 
 def test_reduce_metrics_of_one_process():
     assert reduce_metrics({"a": torch.tensor(2, dtype=torch.int64), "b": 0.1}) == {"a": 2.0, "b": 0.1}
-    assert reduce_metrics({}, maxes={"m": torch.tensor(1.5)}) == {"m": 1.5}
-    assert reduce_metrics({"s": 1}, mins={"n": True}) == {"s": 1.0, "n": 1.0}
+    assert reduce_metrics({"a/max": torch.tensor(1.5)}) == {"a/max": 1.5}
+    assert reduce_metrics({"s": 1, "a_min": True}) == {"s": 1.0, "a_min": 1.0}
     assert reduce_metrics({}) == {}
-    with pytest.raises(AssertionError, match="given twice"):
-        reduce_metrics({"a": 1.0}, {"a": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("loss", 3.0), ("low_min", 1.0), ("ratio/min", 1.0), ("peak/max", 2.0), ("admin", 3.0), ("max_tokens", 3.0)],
+)
+def test_micro_batches_and_ranks_follow_one_rule(name, expected):
+    """Sums, but for names whose last word is min or max."""
+    assert merge_metrics([{name: torch.tensor(value)} for value in (1.0, 2.0)])[name] == expected
 
 
 def reduce_different_keys():
