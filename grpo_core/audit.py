@@ -25,13 +25,13 @@ from gen.engine.base import check_engine_available
 from grpo_core.advantage import group_advantages
 from grpo_core.audit_probes import Report, audit_rewards, tell
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
-from grpo_core.prepare import Run, start_engine
-from grpo_core.rewards import accuracy_reward, get_reward_funcs, gold_text, reward_name
+from grpo_core.prepare import Run, check_lengths, start_engine
+from grpo_core.rewards import accuracy_reward, get_reward_funcs, gold_text
 from grpo_core.rollout import GOLD_REWARDS, Prompt, Rollout, Scorer, load_prompts, sample
 from grpo_core.scoring import gold_answers, unparseable_golds
 from sft_core.data.rows import row_order
-from sft_core.model.policy import check_positions, local_copy
-from sft_core.prepare import join
+from sft_core.model.policy import local_copy
+from sft_core.prepare import prepare_base
 from sft_core.run import distributed
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig, option, require
@@ -99,32 +99,14 @@ def set_up(argv: list[str]) -> tuple[Run, bool]:
             "the audit is one process: give --vllm_tensor_parallel_size 1, or --audit_samples false.",
         )
     functions = get_reward_funcs(data)
-    base = join("grpo", model, data, config)
-    check_positions(
-        base.model_info,
-        config.max_prompt_length + config.max_completion_length,
-        "prompt and completion",
-        "lower --max_prompt_length or --max_completion_length",
-    )
+    base = prepare_base("grpo", model, data, config)
+    check_lengths(base.model_info, config)
     order = row_order(len(base.rows), config.seed, 0, min(audit.audit_prompts, len(base.rows)))
-    prompts, _ = load_prompts(base.rows.select(order), data, replace(config, max_prompt_length=10**9), base.tokenizer)
-    at_once = min(len(prompts), config.prompts_a_rollout(1))
-    run = Run(
-        **vars(base),
-        config=config,
-        local_model=local_copy(model) if audit.audit_samples else model,
-        prompts=prompts,
-        test_prompts=[],
-        reward_funcs=functions,
-        reward_names=[reward_name(function) for function in functions],
-        identity={},
-        checkpoint=None,
-        prompts_per_rollout=at_once,
-        total_steps=0,
-        summary="",
-        max_batch=min(1024, at_once * config.num_generations),
-    )
-    return run, audit.audit_samples
+    prompts, _ = load_prompts(base.rows, data, replace(config, max_prompt_length=10**9), base.tokenizer, order)
+    local = local_copy(model) if audit.audit_samples else model
+    return Run(
+        **vars(base), config=config, local_model=local, reward_funcs=functions, prompts=prompts
+    ), audit.audit_samples
 
 
 def audit_data(run: Run, pool: WorkerPool, report: Report) -> tuple[list[Prompt], str]:

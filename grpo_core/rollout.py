@@ -58,16 +58,22 @@ class Rollout:
 
 
 def load_prompts(
-    rows: Dataset, arguments: GRPOScriptArguments, config: GRPOConfig, tokenizer: PreTrainedTokenizerBase
+    rows: Dataset,
+    arguments: GRPOScriptArguments,
+    config: GRPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: list[int] | None = None,
 ) -> tuple[list[Prompt], str]:
-    """Prompts as token ids, and how many were left out because they are longer than max_prompt_length.
+    """Prompts as token ids, and how many were left out because they are longer than max_prompt_length; of the rows
+    `chosen`, or of all.
 
     Raises:
         ValueError: no prompt column, no column with the answer that a reward needs, a row that is no prompt or does not
             show in the chat template, a system prompt that does not, or no prompt short enough.
     """
     column = prompt_column(rows, arguments)
-    rows = rows.with_format(None)  # a saved set may have one that turns values into arrays
+    indices = range(len(rows)) if chosen is None else chosen
+    rows = rows.with_format(None).select(indices)  # a saved set may have a format that turns values into arrays
     needy = [name for name in arguments.reward_funcs if name in GOLD_REWARDS]
     if needy and not {"solution", "answer"} & set(rows.column_names):
         raise ValueError(
@@ -83,7 +89,7 @@ def load_prompts(
     )
     prompts: list[Prompt] = []
     fit_without = 0
-    for number, row in enumerate(tqdm(rows, desc="prompts", disable=None, leave=False), 1):
+    for i, row in zip(indices, tqdm(rows, desc="prompts", disable=None, leave=False), strict=True):
         try:
             messages, more = prompt_of(row.pop(column), column), options_of(row)
             own = with_system(messages, system, role)
@@ -91,7 +97,7 @@ def load_prompts(
             if len(ids) > config.max_prompt_length and own != messages:
                 fit_without += len(render_prompt(tokenizer, messages, more)) <= config.max_prompt_length
         except ValueError as error:
-            raise ValueError(f"row {number} of the data: {error}") from error
+            raise ValueError(f"row {i + 1} of the data: {error}") from error
         row.pop("messages", None)  # may hold the answer
         if len(ids) <= config.max_prompt_length:
             prompts.append(Prompt(own, ids, row))

@@ -1,6 +1,6 @@
 """What either trainer learns and checks before it loads a weight; wrong input is said here.
 
-`join` is common to both; `prepare` makes a supervised run of it (`grpo_core/prepare.py` makes a GRPO run).
+`prepare_base` is common to both; `prepare` makes a supervised run of it (`grpo_core/prepare.py` makes a GRPO run).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sft_core.dataset import Examples, check_columns, encode_row, needs_template
 from sft_core.model.adapters import check_adapters, describe
 from sft_core.model.architectures import check_architecture
 from sft_core.model.checkpoint import STATE, differences, prepare_output_dir
-from sft_core.model.memory_plan import Plan, dry_run, memory_plan
+from sft_core.model.memory_plan import Plan, dry_run, memory_plan, planned_dtype
 from sft_core.model.optim import check_schedule
 from sft_core.model.parallel import check_compile
 from sft_core.model.policy import (
@@ -71,12 +71,8 @@ class Base:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float32
 
-    @property
-    def num_parameters(self) -> int:
-        return count_parameters(self.model_info, self.model.trust_remote_code)
 
-
-def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: TrainingConfig) -> Base:
+def prepare_base(algorithm: str, model: ModelConfig, data: ScriptArguments, config: TrainingConfig) -> Base:
     """Join the process group, then read what is cheap: tokenizer and rows. A collective.
 
     Raises:
@@ -94,9 +90,8 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
     distributed.on_first_rank(lambda: check_hub(config))
     distributed.on_first_rank(lambda: check_benchmarks(config))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes that tokenise are forks
-    model_info, tokenizer = load_tokenizer(model, config.chat_template)
-    check_architecture(model_info, model)
-    check_adapters(model, config, model_info)
+    model_info = check_model(model, config)
+    _, tokenizer = load_tokenizer(model, config.chat_template)
     supervised = config if isinstance(config, SFTConfig) else None
     rows, test_rows = load_splits(data, config.evaluates, supervised is not None and supervised.dataset_streaming)
     conversations = supervised is None or needs_template(first_row(rows))
@@ -138,7 +133,15 @@ def join(algorithm: str, model: ModelConfig, data: ScriptArguments, config: Trai
     )
 
 
-def claim(base: Base, config: TrainingConfig, **more: Any) -> tuple[dict[str, Any], Path | None]:
+def check_model(model: ModelConfig, config: TrainingConfig) -> PretrainedConfig:
+    """The model's configuration. Raises ValueError where it cannot be trained as `config` says."""
+    info = load_model_info(model)
+    check_architecture(info, model)
+    check_adapters(model, config, info)
+    return info
+
+
+def open_output_dir(base: Base, config: TrainingConfig, **more: Any) -> tuple[dict[str, Any], Path | None]:
     """Make output_dir this run's; returns what makes it this run, and the checkpoint to resume from. A collective.
 
     Options that differ from the interrupted run's are listed in one line; those that must not differ are refused.
@@ -201,14 +204,13 @@ def prepare(argv: list[str]) -> Run:
     """
     start_logging()
     model, data, config = parse((ModelConfig, ScriptArguments, SFTConfig), argv)
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps  # of a rank, a step
     if config.dry_run:
-        rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        info = load_model_info(model)
-        check_architecture(info, model)
+        info = check_model(model, config)
         check_lengths(info, config.max_length)
-        check_adapters(model, config, info)
-        dry_run(info, model, config, rows=rows, longest=config.max_length)
-    base = join("sft", model, data, config)
+        itemsize, parameters = planned_dtype(model, config).itemsize, count_parameters(info, model.trust_remote_code)
+        dry_run(Plan(info, model, config, parameters, config.dry_run_gpus, rows, config.max_length, itemsize))
+    base = prepare_base("sft", model, data, config)
     source, rows_line = training_rows(base, config)
     test_examples = None
     if base.test_rows is not None:
@@ -216,20 +218,15 @@ def prepare(argv: list[str]) -> Run:
         check_lengths(base.model_info, int(test_examples.lengths.max()))
     samples = None if isinstance(source, Streamed) else len(source.lengths)
     of_rows = {"examples": samples, "packing": config.packing, "row_lengths": source.digest}
-    identity, checkpoint = claim(base, config, **of_rows, **what_is_trained(config))
-    sequences_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * base.world_size
+    identity, checkpoint = open_output_dir(base, config, **of_rows, **what_is_trained(config))
+    sequences_per_step = rows * base.world_size
     per_pass = source.sequences_per_pass if isinstance(source, Shuffled) else 0
     total_steps = config.total_steps(per_pass / sequences_per_step)
-    plan = Plan(
-        base.model_info,
-        model,
-        config,
-        base.num_parameters,
-        base.world_size,
-        rows=sequences_per_step // base.world_size,
-        longest=source.longest or config.max_length,
-        itemsize=base.dtype.itemsize,
+    longest, parameters = (
+        source.longest or config.max_length,
+        count_parameters(base.model_info, model.trust_remote_code),
     )
+    plan = Plan(base.model_info, model, config, parameters, base.world_size, rows, longest, base.dtype.itemsize)
     what = f"bins of at most {config.max_length} tokens" if config.packing else "rows"
     summary = [
         base.template,

@@ -35,7 +35,6 @@ from sft_core.model.flops import (
     tail_per_token,
     training_flops,
 )
-from sft_core.model.policy import count_parameters
 from sft_core.run.config import ModelConfig, TrainingConfig, require
 from sft_core.run.distributed import GIB
 
@@ -299,15 +298,19 @@ def check_engine(plan: Plan, device_bytes: float) -> None:
     )
 
 
-def dry_run(info: PretrainedConfig, model: ModelConfig, config: TrainingConfig, **more: Any) -> NoReturn:
-    """Print what a step takes on `dry_run_gpus` cards and end with exit code 0; `more`: the other fields of `Plan`.
+def planned_dtype(model: ModelConfig, config: TrainingConfig) -> torch.dtype:
+    """What a GPU would compute in."""
+    bf16 = model.dtype != "float32" if config.bf16 is None else config.bf16
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def dry_run(plan: Plan) -> NoReturn:
+    """Print what a step takes on `dry_run_gpus` cards and end with exit code 0.
 
     Raises:
         ValueError: it does not fit; the sentence names what to change.
     """
-    parameters = count_parameters(info, model.trust_remote_code)
-    itemsize = 4 if config.bf16 is False or model.dtype == "float32" else 2
-    plan = Plan(info, model, config, parameters, config.dry_run_gpus, itemsize=itemsize, **more)
+    config = plan.config
     total = config.dry_run_gpu_gib * GIB
     require(total > RESERVE, f"dry_run_gpu_gib must be above {RESERVE / GIB:.0f}, got {config.dry_run_gpu_gib}.")
     check_engine(plan, total)

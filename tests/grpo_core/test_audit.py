@@ -165,3 +165,11 @@ def test_advice_for_groups_that_are_all_alike(value, says):
 def test_bad_input_is_one_sentence(tiny_model, problems, capsys, change, says):
     code, output = outcome(capsys, tiny_model, problems, **change)
     assert code == 2 and output.splitlines()[-1].startswith("error: ") and says in output.splitlines()[-1]
+
+
+def test_a_row_that_is_no_prompt_is_named_by_its_number_in_the_data(tiny_model, tmp_path, capsys):
+    """Not by its place among those that are looked at."""
+    rows = [{"prompt": "" if i == 4 else "How many?", "solution": "3"} for i in range(6)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, said = outcome(capsys, tiny_model, tmp_path / "data.jsonl")
+    assert code == 2 and "row 5 of the data" in said

@@ -112,12 +112,9 @@ def test_the_prototype_measured_on_a_gpu(size):
 
 def verdict(info, capsys, **options):
     """What `dry_run` prints, and its refusal ('' where it fits)."""
-    model = ModelConfig(model_name_or_path="model", **options.pop("model", {}))
-    more = {name: options.pop(name) for name in ("reference", "engine_share", "engine_kv_bytes") if name in options}
-    more = {"rows": 8, "longest": 8192} | more
     try:
         with pytest.raises(SystemExit) as stopped:
-            dry_run(info, model, SFTConfig(output_dir="out", **options), **more)
+            dry_run(plan(info, **options))
     except ValueError as error:
         return capsys.readouterr().out, str(error)
     assert stopped.value.code == 0
