@@ -20,11 +20,11 @@ engines in `gen/`. Left out on purpose: value networks, reward models, asynchron
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from tqdm import tqdm
 
 from eval.workers import WorkerPool
@@ -43,76 +43,61 @@ from grpo_core.metrics import (
 from grpo_core.prepare import Run, prepare, start_engine
 from grpo_core.rollout import Rollout, Scorer, check_version, read_rollouts, sample, set_advantages, write_rollouts
 from grpo_core.update import update
+from sft_core import lifecycle
 from sft_core.data.packing import step_counts
 from sft_core.data.rows import row_order
+from sft_core.lifecycle import TrainingRun
 from sft_core.model.adapters import without_adapters
-from sft_core.model.checkpoint import load_checkpoint, save_checkpoint
-from sft_core.model.export import export_model, full_weights, reshard, weight_names
-from sft_core.model.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
-from sft_core.model.parallel import freeze, make_mesh, memory_options, shard
+from sft_core.model.export import full_weights, reshard, weight_names
+from sft_core.model.optim import clip_gradients, guarded_step
+from sft_core.model.parallel import freeze
 from sft_core.model.policy import load_policy
 from sft_core.run import distributed
-from sft_core.run.lifecycle import Errands
-from sft_core.run.logging import MetricsLogger, announce
-from sft_core.run.watchdog import Phases
+
+
+@dataclass
+class Progress(lifecycle.Progress):
+    updates: int = 0  # optimizer steps taken on the rollout batch at hand; 0: the next step samples
+    rollout_metrics: dict[str, float] = field(default_factory=dict)  # of the rollout batch at hand
+    effective_groups: float = 0.0  # over all rollout batches
+    steps_unscored: int = 0  # rollout batches in a row in which nothing could be scored
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train as told by `argv` (default: the command line); exit code 2 for bad input, before weights are loaded."""
+    """Train as `argv` says (default: the command line); exit code 2 for bad input, before weights are loaded."""
     with distributed.usage_errors():
         run = prepare(sys.argv[1:] if argv is None else argv)
-    announce(run)
-    train(run).finish()
+    with TrainingRun(run, Progress(), CONSOLE, len(run.prompts)) as training:
+        train(run, training)
+        training.finish()
 
 
-def train(run: Run) -> Errands:
-    """The loop. Returns what the first rank has left to do when the weights are out of memory."""
+def train(run: Run, training: TrainingRun[Progress]) -> None:
+    """The loop."""
     config, rank, world_size, device = run.config, run.rank, run.world_size, run.device
-    sharding = {"mesh": make_mesh(device), "bf16": run.bf16} | memory_options(config)
-    with distributed.usage_errors():  # weights that are not the model's
-        policy = load_policy(run.local_model, dtype=run.dtype, seed=config.seed, known_as=run.model.model_name_or_path)
-    policy = shard(policy, **sharding)
+    progress, phases = training.progress, training.phases
+    policy = training.load_policy()
     reference: Callable[..., Any] | None = None
     if config.beta > 0:
         adapted = run.model.use_peft
-        reference = without_adapters(policy) if adapted else shard(freeze(load_policy(run.local_model)), **sharding)
-    optimizer = make_optimizer(policy, config)
-    scheduler = make_scheduler(optimizer, config, run.total_steps)
-    progress: dict[str, Any] = {
-        "step": 0,
-        "prompts": 0,
-        "num_tokens": 0,
-        "loss_sum": 0.0,
-        "seconds": 0.0,
-        "uses": 0,
-        "figures": {},
-        "effective_groups": 0.0,
-    }
+        reference = without_adapters(policy) if adapted else training.shard(freeze(load_policy(run.local_model)))
+    trained = training.resume(policy)
     rollouts: list[Rollout] = []  # this rank's
-    if run.checkpoint is not None:
-        progress |= load_checkpoint(run.checkpoint, policy, optimizer, scheduler)
-        rollouts = read_rollouts(run.checkpoint, progress["step"]) if progress["uses"] else []
+    if run.checkpoint is not None and progress.updates:
+        rollouts = read_rollouts(run.checkpoint, progress.step)
     engine = start_engine(run)
+    if engine is not None:
+        training.opened.callback(engine.close)
     pool = WorkerPool(config.reward_num_workers, config.reward_timeout, prints=rank == 0)
-    logger = MetricsLogger(
-        config.output_dir,
-        config.report_to,
-        progress["step"],
-        run.options,
-        CONSOLE,
-        run.total_steps,
-        max_text_samples=config.num_completions_to_print,
-    )
-    errands = Errands(run, logger, samples=len(run.prompts), steps_per_epoch=run.steps_per_epoch)
-    phases = Phases(config.ddp_timeout)
-    stop = distributed.StopSignal()
+    training.opened.enter_context(pool)
+    training.start()
 
     def sync() -> None:
         """The engine's weights := the policy's, version = steps behind them, checked by a probe."""
-        if engine is None or engine.version == progress["step"]:
+        if engine is None or engine.version == progress.step:
             return
         with phases("sync"):
-            sync_weights(engine, full_weights(policy, run.dtype), weight_names(policy), progress["step"])
+            sync_weights(engine, full_weights(policy, run.dtype), weight_names(policy), progress.step)
             probe(
                 engine,
                 partial(policy.score, temperature=config.temperature, device=device),
@@ -124,46 +109,27 @@ def train(run: Run) -> Errands:
             )
             reshard(policy)
 
-    def evaluate() -> None:
+    def evaluate() -> dict[str, float]:
         sync()
         with phases("eval", watchdog_s=0):
-            figures = evaluate_policy(engine, run, pool)
-        errands.log_evaluation(progress, figures)
-
-    def write_model(folder: Path) -> None:
-        export_model(policy, run.tokenizer, folder, run.dtype, run.stop_ids)
-        errands.write_state(folder, progress)
+            return evaluate_policy(engine, run, pool)
 
     def save() -> None:
-        if progress["uses"]:
+        if progress.updates:
             keep_old_logps(micro_batches)
-        folder = save_checkpoint(
-            config.output_dir,
-            progress["step"],
-            policy,
-            optimizer,
-            scheduler,
-            progress=progress,
-            identity=run.identity,
-            save_total_limit=config.save_total_limit,
-            write_extra=lambda folder: write_rollouts(folder, progress["step"], rollouts if progress["uses"] else []),
-            write_model=write_model,
-            only_model=config.save_only_model and not stopping,
-        )
-        errands.on_save(progress["step"], folder)
+        kept = rollouts if progress.updates else []
+        training.save(trained, lambda folder: write_rollouts(folder, progress.step, kept))
 
     micro_batches: list[MicroBatch] = []  # of the rollouts; made anew for each rollout, and after a resume within one
-    saved_at, stopping, steps_unscored = progress["step"], False, 0
-    bar = tqdm(total=run.total_steps, initial=progress["step"], desc="grpo", disable=None if rank == 0 else True)
-    while progress["step"] < run.total_steps and not stopping:
+    while training.goes_on:
         start = time.perf_counter()
-        step = progress["step"] + 1
-        first_use = progress["uses"] == 0
+        step = progress.step + 1
+        first_use = progress.updates == 0
         if first_use and engine is not None:
             # 1 sync: weights into the engine, and the proof that they arrived
             sync()
             # 2 sample and score: this rank's share of the rollout's prompts; a group is scored while others are sampled
-            order = row_order(len(run.prompts), config.seed, progress["prompts"], run.prompts_per_rollout)
+            order = row_order(len(run.prompts), config.seed, progress.samples, run.prompts_per_rollout)
             own = range(rank, run.prompts_per_rollout, world_size)
             chosen = {group: run.prompts[order[group]] for group in own}
             scorer = Scorer(chosen, run.reward_funcs, config, run.tokenizer, pool)
@@ -177,12 +143,12 @@ def train(run: Run) -> Errands:
             rollouts = read_rollouts(Path(config.rollouts_from or ""), step)
         if first_use:
             # 3 advantage: within each group
-            check_version(rollouts, progress["step"])
+            check_version(rollouts, progress.step)
             summaries = set_advantages(rollouts, config.scale_rewards)
-            progress["prompts"] += run.prompts_per_rollout
-            progress["figures"] = rollout_metrics(summaries, run.reward_names)
-            progress["effective_groups"] += progress["figures"]["effective_groups"]
-            steps_unscored = check_scores(progress["figures"], steps_unscored)
+            progress.samples += run.prompts_per_rollout
+            progress.rollout_metrics = rollout_metrics(summaries, run.reward_names)
+            progress.effective_groups += progress.rollout_metrics["effective_groups"]
+            progress.steps_unscored = check_scores(progress.rollout_metrics, progress.steps_unscored)
             if config.save_rollouts is not None:
                 write_rollouts(Path(config.save_rollouts), step, rollouts)
         if first_use or not micro_batches:
@@ -202,68 +168,28 @@ def train(run: Run) -> Errands:
             more = {
                 "tokens": float(sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)),
                 "peak_memory_gib/max": distributed.peak_memory_gib(device),
-                "stop/max": float(stop.requested),
+                "stop/max": float(training.stop.requested),
             }
             metrics = reduce_step(shares | more, device)
-            stopping = bool(metrics.pop("stop/max"))
+            training.stopping = bool(metrics.pop("stop/max"))
             check_mismatch(metrics, config.max_logp_difference)
-            learning_rate = guarded_step(optimizer, scheduler, metrics["loss"], float(grad_norm))
-        progress["step"] = step
-        progress["uses"] = (progress["uses"] + 1) % config.num_iterations
-        progress["num_tokens"] += int(metrics["tokens"])
+            learning_rate = guarded_step(trained.optimizer, trained.scheduler, metrics["loss"], float(grad_norm))
+        progress.updates = (progress.updates + 1) % config.num_iterations
+        progress.rollout_metrics |= {name: value for name, value in metrics.items() if name.startswith("sampling/")}
+        timing = training.count_step(start, int(metrics["tokens"]), metrics["loss"])
         # 7 log, evaluate, save
-        seconds, timing = time.perf_counter() - start, phases.pop()
-        progress["loss_sum"] += metrics["loss"]
-        progress["seconds"] += seconds
-        progress["figures"] |= {name: value for name, value in metrics.items() if name.startswith("sampling/")}
-        if errands.due("logging", step):
-            logger.log(
-                step,
-                progress["figures"]
-                | metrics
-                | timing
-                | {
-                    "grad_norm": float(grad_norm),
-                    "learning_rate": learning_rate,
-                    "epoch": progress["prompts"] / len(run.prompts),
-                    "num_tokens": progress["num_tokens"],
-                    "step_time": seconds,
-                    "tokens_per_second": metrics["tokens"] / seconds,
-                },
-            )
+        if training.due("logging"):
+            metrics |= timing | {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+            training.log.log(step, progress.rollout_metrics | metrics)
             samples = spread(rollouts, config.num_completions_to_print if config.log_completions else 0)
-            logger.log_completions(step, completion_rows(samples, run.reward_names, run.tokenizer))
-        errands.log_benchmarks()
-        bar.update()
-        if errands.due("eval", step) and not stopping:
-            evaluate()
-        if errands.due("save", step) or stopping:
-            with phases("save"):
-                save()
-                saved_at = step
-    bar.close()
-    if not stopping:
-        with phases("export"):
-            if config.save_strategy != "no" and saved_at != progress["step"]:
-                save()
-            export_model(policy, run.tokenizer, config.output_dir, run.dtype, run.stop_ids, config.merge_adapter)
-        if errands.final_evaluation_due(progress):  # when the model is safe
-            evaluate()
-        errands.trained(progress)
-        if rank == 0 and progress["effective_groups"] == 0:
-            print(
-                "no group of this run had a gradient: the rewards of each were all equal, so nothing was learnt from "
-                "them. `python -m grpo_core.audit` with the same options says why."
-            )
-    elif rank == 0:
-        print(f"stopped by a signal after step {progress['step']}: the same command goes on from there")
-    pool.close()
-    dist.barrier()
-    if engine is not None:
-        engine.close()
-    distributed.shutdown()
-    stop.restore()
-    return errands
+            training.log.log_completions(step, completion_rows(samples, run.reward_names, run.tokenizer))
+        training.end_step(save, evaluate)
+    training.end(policy, save, evaluate)
+    if training.complete and rank == 0 and progress.effective_groups == 0:
+        print(
+            "no group of this run had a gradient: the rewards of each were all equal, so nothing was learnt from them. "
+            "`python -m grpo_core.audit` with the same options says why."
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from sft_core.data.rows import fingerprint, first_row, load_splits
 from sft_core.dataset import Examples, check_columns, encode_row, needs_template, supervised_examples, what_is_trained
 from sft_core.model.adapters import check_adapters, describe
 from sft_core.model.architectures import check_architecture
-from sft_core.model.checkpoint import STATE, differences, prepare_output_dir
 from sft_core.model.memory_plan import Plan, dry_run, memory_plan, planned_dtype
 from sft_core.model.optim import check_schedule
 from sft_core.model.parallel import check_compile
@@ -41,6 +40,7 @@ from sft_core.run.cli import as_yaml, parse
 from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig, require
 from sft_core.run.hub import check_hub
 from sft_core.run.logging import check_report_to, set_log_level, start_logging
+from sft_core.run.output_dir import differences, prepare_output_dir, read_state
 from sft_core.sampler import Shuffled, Streamed
 
 if TYPE_CHECKING:
@@ -167,8 +167,8 @@ def open_output_dir(base: Base, config: TrainingConfig, **more: Any) -> tuple[di
         config.output_dir, identity, config.overwrite_output_dir, config.resume_from_checkpoint
     )
     if checkpoint is not None and base.rank == 0:
-        before = json.loads((checkpoint / STATE).read_text())["identity"].get("options", options)
-        if changed := differences(json.dumps(before), options):
+        before = read_state(checkpoint)["identity"].get("options", options)
+        if changed := differences(before, json.loads(json.dumps(options))):
             print(f"warning: options are not those of the interrupted run: {changed}", flush=True)
     return identity, checkpoint
 

@@ -14,88 +14,61 @@ Left out on purpose: padding, NEFTune, dropout other than the adapters' own, seq
 
 import sys
 import time
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
+from sft_core import lifecycle
 from sft_core.data.packing import PackedSequences, balance, idle_sequences, pack, pack_sequences, step_counts
 from sft_core.dataset import Example
+from sft_core.lifecycle import TrainingRun
 from sft_core.model.adapters import dropout
-from sft_core.model.checkpoint import load_checkpoint, save_checkpoint
-from sft_core.model.export import export_model
 from sft_core.model.flops import attention_share, peak_flops, training_flops
-from sft_core.model.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
-from sft_core.model.parallel import make_mesh, memory_options, shard
-from sft_core.model.policy import Policy, load_policy
+from sft_core.model.optim import clip_gradients, guarded_step
+from sft_core.model.policy import Policy
 from sft_core.prepare import Run, prepare
 from sft_core.run import distributed
-from sft_core.run.lifecycle import Errands
-from sft_core.run.logging import MetricsLogger, announce, reduce_metrics
-from sft_core.run.watchdog import Phases
+from sft_core.run.logging import reduce_metrics
 
 CONSOLE = ("loss", "eval_loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate", "tokens_per_second")
 
 
+@dataclass
+class Progress(lifecycle.Progress):
+    order: dict[str, Any] = field(default_factory=dict)  # which rows come next: the state of `run.source`
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Train as told by `argv` (default: the command line); exit code 2 for bad input, before weights are loaded."""
+    """Train as `argv` says (default: the command line); exit code 2 for bad input, before weights are loaded."""
     with distributed.usage_errors():
         run = prepare(sys.argv[1:] if argv is None else argv)
-    announce(run)
-    train(run).finish()
+    with TrainingRun(run, Progress(), CONSOLE, run.samples) as training:
+        train(run, training)
+        training.finish()
 
 
-def train(run: Run) -> Errands:
-    """The loop. Returns what the first rank has left to do when the weights are out of memory."""
-    config, device, total_steps = run.config, run.device, run.total_steps
-    with distributed.usage_errors():  # weights that are not the model's
-        policy = load_policy(
-            run.local_model,
-            dtype=run.dtype,
-            seed=config.seed,
-            known_as=run.model.model_name_or_path,
-            vocab_size=len(run.tokenizer),
-        )
-    policy = shard(policy, make_mesh(device), bf16=run.bf16, **memory_options(config))
+def train(run: Run, training: TrainingRun[Progress]) -> None:
+    """The loop."""
+    config, device, progress, phases = run.config, run.device, training.progress, training.phases
+    policy = training.load_policy(vocab_size=len(run.tokenizer))
     torch.manual_seed(config.seed + run.rank)  # the dropout of adapters, where there is one
-    optimizer = make_optimizer(policy, config)
-    scheduler = make_scheduler(optimizer, config, total_steps)
-    progress: dict[str, Any] = {"step": 0, "rows": 0, "num_tokens": 0, "loss_sum": 0.0, "seconds": 0.0}
+    trained = training.resume(policy)
     if run.checkpoint is not None:
-        progress |= load_checkpoint(run.checkpoint, policy, optimizer, scheduler)
-        run.source.resume(progress["order"])
-    logger = MetricsLogger(config.output_dir, config.report_to, progress["step"], run.options, CONSOLE, total_steps)
-    errands = Errands(run, logger, samples=run.samples, steps_per_epoch=run.steps_per_epoch)
-    phases = Phases(config.ddp_timeout)
-    stop = distributed.StopSignal()
-
-    def write_model(folder: Path) -> None:
-        export_model(policy, run.tokenizer, folder, run.dtype, run.stop_ids)
-        errands.write_state(folder, progress)
+        run.source.resume(progress.order)
+    training.start()
 
     def save() -> None:
-        folder = save_checkpoint(
-            config.output_dir,
-            progress["step"],
-            policy,
-            optimizer,
-            scheduler,
-            progress=progress,
-            identity=run.identity,
-            save_total_limit=config.save_total_limit,
-            write_model=write_model,
-            only_model=config.save_only_model and not stopping,
-        )
-        errands.on_save(progress["step"], folder)
+        training.save(trained)
+
+    def measure() -> dict[str, float]:
+        with phases("eval", watchdog_s=0):
+            return evaluate(policy, run)
 
     peak_rate, quadratic = peak_flops(device), attention_share(run.model_info)
-    saved_at, stopping = progress["step"], False
-    bar = tqdm(total=total_steps, initial=progress["step"], desc="sft", disable=None if run.rank == 0 else True)
-    while progress["step"] < total_steps and not stopping:
+    while training.goes_on:
         start = time.perf_counter()
         # 1 batch: the step's rows, and this rank's share of them in micro-batches
         with phases("batch"):
@@ -119,63 +92,26 @@ def train(run: Run) -> Errands:
                 sums["entropy"] += weight * entropies.sum()
                 sums["mean_token_accuracy"] += weight * (logps >= best_logps).sum()
             grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
-            peak = {"peak_memory_gib/max": distributed.peak_memory_gib(device), "stop/max": float(stop.requested)}
-            metrics = reduce_metrics(sums | peak, device=device)
-            stopping = bool(metrics.pop("stop/max"))
+            sums["peak_memory_gib/max"] = distributed.peak_memory_gib(device)
+            sums["stop/max"] = float(training.stop.requested)
+            metrics = reduce_metrics(sums, device=device)
+            training.stopping = bool(metrics.pop("stop/max"))
             # 4 step, unless something is not finite
-            learning_rate = guarded_step(optimizer, scheduler, metrics["loss"], float(grad_norm))
-        progress["step"] += 1
-        progress["rows"] += len(examples)
-        progress["order"] = run.source.state()
-        progress["num_tokens"] += sum(lengths)
-        progress["loss_sum"] += metrics["loss"]
-        seconds, timing = time.perf_counter() - start, phases.pop()
-        progress["seconds"] += seconds
+            learning_rate = guarded_step(trained.optimizer, trained.scheduler, metrics["loss"], float(grad_norm))
+        progress.samples += len(examples)
+        progress.order = run.source.state()
+        timing = training.count_step(start, sum(lengths), metrics["loss"])
         # 5 log, evaluate, save
-        step = progress["step"]
-        if errands.due("logging", step):
-            flops = training_flops(run.model_info, lengths) / seconds / run.world_size
-            metrics |= (
-                timing
-                | run.source.figures()
-                | {
-                    "grad_norm": float(grad_norm),
-                    "learning_rate": learning_rate,
-                    "epoch": errands.epoch(progress),
-                    "num_tokens": progress["num_tokens"],
-                    "step_time": seconds,
-                    "tokens_per_second": sum(lengths) / seconds,
-                    "tflops": flops / 1e12,  # on each device
-                }
-            )
+        if training.due("logging"):
+            flops = training_flops(run.model_info, lengths) / timing["step_time"] / run.world_size
+            metrics |= timing | run.source.figures()
+            metrics |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+            metrics["tflops"] = flops / 1e12  # on each device
             if peak_rate is not None and not run.model.use_peft:  # adapters spare a part of those
                 metrics["mfu"] = flops / peak_rate
-            logger.log(step, metrics)
-        errands.log_benchmarks()
-        bar.update()
-        if errands.due("eval", step) and not stopping:
-            with phases("eval", watchdog_s=0):
-                errands.log_evaluation(progress, evaluate(policy, run))
-        if errands.due("save", step) or stopping:
-            with phases("save"):
-                save()
-                saved_at = step
-    bar.close()
-    if not stopping:
-        with phases("export"):
-            if config.save_strategy != "no" and saved_at != progress["step"]:
-                save()
-            export_model(policy, run.tokenizer, config.output_dir, run.dtype, run.stop_ids, config.merge_adapter)
-        if errands.final_evaluation_due(progress):  # when the model is safe
-            with phases("eval", watchdog_s=0):
-                errands.log_evaluation(progress, evaluate(policy, run))
-        errands.trained(progress)
-    elif run.rank == 0:
-        print(f"stopped by a signal after step {progress['step']}: the same command goes on from there")
-    dist.barrier()
-    distributed.shutdown()
-    stop.restore()
-    return errands
+            training.log.log(progress.step, metrics)
+        training.end_step(save, measure)
+    training.end(policy, save, measure)
 
 
 def token_losses(

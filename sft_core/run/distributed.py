@@ -202,7 +202,8 @@ class StopSignal:
         signal.signal(signal.SIGTERM, self._handle)
         signal.signal(signal.SIGINT, self._handle)
 
-    def restore(self) -> None:
+    @staticmethod
+    def restore() -> None:
         """From here on both signals end the process, as they do without this."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)

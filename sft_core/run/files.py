@@ -3,15 +3,13 @@
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sft_core.run.config import require
-
-MANIFEST = "manifest.json"
 
 
 @contextmanager
@@ -58,17 +56,18 @@ def flush_to_disk(path: Path) -> None:
     os.close(descriptor)
 
 
-def _describe(path: Path) -> tuple[int, int]:
-    crc, size = 0, 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return size, crc
-
-
-def manifest(folder: Path) -> dict[str, list[int]]:
-    """{file name: [bytes, crc32]} of every file below `folder` but the manifest itself."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+def describe(folder: Path, files: Iterable[Path]) -> dict[str, list[int]]:
+    """{name in `folder`: [bytes, crc32]} of these files."""
+    files = list(files)
     with ThreadPoolExecutor(8) as pool:  # crc32 and read release the interpreter's lock
-        described = pool.map(_describe, files)
-    return {str(path.relative_to(folder)): list(found) for path, found in zip(files, described, strict=True)}
+        return {
+            str(file.relative_to(folder)): found for file, found in zip(files, pool.map(_describe, files), strict=True)
+        }
+
+
+def _describe(file: Path) -> list[int]:
+    crc, size = 0, 0
+    with open(file, "rb") as content:
+        while block := content.read(1 << 24):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return [size, crc]

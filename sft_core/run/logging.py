@@ -135,14 +135,13 @@ class MetricsLogger:
         config: Mapping[str, Any] | None = None,
         console: Sequence[str] = (),
         total_steps: int | None = None,
-        max_text_samples: int = 4,
     ) -> None:
         """`console`: the metrics worth a console line, in order, those present; `config`: flat, for the record.
 
         Raises ValueError for an unknown `report_to`, or wandb without its package, on every rank.
         """
         destinations = check_report_to(report_to)
-        self.console, self.total_steps, self.max_text_samples = tuple(console), total_steps, max_text_samples
+        self.console, self.total_steps = console, total_steps
         self._files: dict[str, TextIO] = {}
         self._tensorboard: SummaryWriter | None = None
         self._wandb: Any = None
@@ -190,14 +189,13 @@ class MetricsLogger:
             tqdm.write(f"step {step}{of_total} | " + " | ".join(shown))
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Sampled text, one mapping each, such as {prompt, completion, rewards..., advantage}: all rows to
-        completions.jsonl, the first `max_text_samples` to TensorBoard as text."""
+        """Sampled text, one mapping each, such as {prompt, completion, rewards..., advantage}: to completions.jsonl,
+        and to TensorBoard as text."""
         if not self._files or not rows:
             return
         self._append("completions", [{"step": step, **row} for row in rows])
         if self._tensorboard is not None:
-            samples = [_markdown(row) for row in rows[: self.max_text_samples]]
-            self._tensorboard.add_text("completions", "\n\n---\n\n".join(samples), step)
+            self._tensorboard.add_text("completions", "\n\n---\n\n".join(map(_markdown, rows)), step)
             self._tensorboard.flush()
 
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:

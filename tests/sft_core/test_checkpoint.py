@@ -17,8 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from sft_core.model.checkpoint import checkpoints, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
+from sft_core.model.checkpoint import Record, Trained, load_checkpoint, save_checkpoint
+from sft_core.run import output_dir
 from sft_core.run.distributed import init_distributed, shutdown
+from sft_core.run.output_dir import checkpoints, prepare_output_dir
 from tests.commands import TORCHRUN, environment
 from tests.processes import run_ranks, start
 
@@ -83,15 +85,17 @@ def save_tiny(folder, tied, step, resume_from=None):
     rank, *_ = init_distributed(60)
     made = make(tied)
     if resume_from is not None:
-        load_checkpoint(resume_from, *made)
+        load_checkpoint(resume_from, Trained(*made))
     update(*made, steps=2)
     random.seed(rank)
     np.random.seed(rank)
     torch.manual_seed(rank)
     save_checkpoint(
-        folder, step, *made, progress={"cursor": [step, 0.1], "loss": 1 / 3}, identity=IDENTITY,
-        write_extra=lambda own: (own / "rollouts.json").write_text(f"pending of {rank}"),
-    )  # fmt: skip
+        folder,
+        Record(step, {"cursor": [step, 0.1], "loss": 1 / 3}, IDENTITY),
+        Trained(*made),
+        write_more=lambda own: (own / "rollouts.json").write_text(f"pending of {rank}"),
+    )
     result = everything(*made), draws()
     shutdown()
     return result
@@ -100,14 +104,11 @@ def save_tiny(folder, tied, step, resume_from=None):
 def load_tiny(folder, tied):
     init_distributed(60)
     made = make(tied)
-    checkpoint = prepare_output_dir(folder, IDENTITY, overwrite_output_dir=False)
-    progress = load_checkpoint(checkpoint, *made)
+    checkpoint = prepare_output_dir(folder, IDENTITY, overwrite=False)
+    progress = load_checkpoint(checkpoint, Trained(*made))
     result = checkpoint.name, progress, everything(*made), draws()
     shutdown()
     return result
-
-
-# --- resharding --------------------------------------------------------------------------------------------------
 
 
 def test_resharding_from_two_ranks_of_torchrun_to_one(tmp_path):
@@ -119,6 +120,9 @@ def test_resharding_from_two_ranks_of_torchrun_to_one(tmp_path):
     assert redrawn == drawn
     for rank in range(2):
         assert (tmp_path / name / f"rank-0000{rank}" / "rollouts.json").read_text() == f"pending of {rank}"
+    described = json.loads((tmp_path / name / "manifest.json").read_text())["files"]
+    files = {str(p.relative_to(tmp_path / name)) for p in (tmp_path / name).rglob("*") if p.is_file()}
+    assert described.keys() == files - {"manifest.json"}  # each described by the rank that wrote it
     state = json.loads((tmp_path / name / "progress.json").read_text())
     assert state["identity"] == IDENTITY and state["step"] == 7 and state["world_size"] == 2
 
@@ -151,28 +155,33 @@ def small(step):
     with torch.no_grad():
         model.weight.fill_(step)
         optimizer.state[model.weight]["exp_avg"].fill_(2 * step)
-    return model, optimizer
+    return Trained(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+
+
+def save_small(folder, step, limit=None):
+    save_checkpoint(folder, Record(step, {"step": step}, IDENTITY), small(step), save_total_limit=limit)
 
 
 def save_forever(folder):
     init_distributed(60)
-    checkpoint = prepare_output_dir(folder, IDENTITY, overwrite_output_dir=False)
-    step = load_checkpoint(checkpoint, *small(0))["step"] if checkpoint else 0
+    checkpoint = prepare_output_dir(folder, IDENTITY, overwrite=False)
+    step = load_checkpoint(checkpoint, small(0))["step"] if checkpoint else 0
     while True:
         step += 1
-        save_checkpoint(folder, step, *small(step), progress={"step": step}, identity=IDENTITY, save_total_limit=2)
+        save_small(folder, step, 2)
         (folder / "done").write_text(str(step))
 
 
 def load_small(folder):
     init_distributed(60)
-    checkpoint = prepare_output_dir(folder, IDENTITY, overwrite_output_dir=False)
+    checkpoint = prepare_output_dir(folder, IDENTITY, overwrite=False)
     if checkpoint is None:
         return "checkpoint-0", 0, {0.0}, {0.0}
-    model, optimizer = small(0)
-    step = load_checkpoint(checkpoint, model, optimizer)["step"]
-    moments = optimizer.state[model.weight]["exp_avg"].full_tensor()
-    return checkpoint.name, step, set(model.weight.full_tensor().flatten().tolist()), set(moments.flatten().tolist())
+    trained = small(0)
+    step = load_checkpoint(checkpoint, trained)["step"]
+    weight = trained.model.weight
+    moments = trained.optimizer.state[weight]["exp_avg"].full_tensor()
+    return checkpoint.name, step, set(weight.full_tensor().flatten().tolist()), set(moments.flatten().tolist())
 
 
 def test_kill_nine_at_any_moment_leaves_what_was_saved(tmp_path):
@@ -196,14 +205,11 @@ def test_kill_nine_at_any_moment_leaves_what_was_saved(tmp_path):
     assert interrupted > 0, "no kill hit a save: the test showed nothing"
 
 
-# --- damage ------------------------------------------------------------------------------------------------------
-
-
 def save_steps(folder, steps, limit=None):
     init_distributed(60)
-    prepare_output_dir(folder, IDENTITY, overwrite_output_dir=False)
+    prepare_output_dir(folder, IDENTITY, overwrite=False)
     for step in steps:
-        save_checkpoint(folder, step, *small(step), progress={"step": step}, identity=IDENTITY, save_total_limit=limit)
+        save_small(folder, step, limit)
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +217,11 @@ def three_saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     run_ranks(1, save_steps, folder, [5, 10, 15])
     return folder
+
+
+def find(folder):
+    """The name of the checkpoint that a run would go on from."""
+    return output_dir.find_checkpoint(folder)[0].name
 
 
 @pytest.fixture
@@ -249,10 +260,19 @@ def garble_the_manifest(checkpoint):
     return "manifest.json is damaged"
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_byte, lose_a_file, lose_the_manifest, garble_the_manifest])
+def be_of_another_version(checkpoint):
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest["files"]))  # as the first format was
+    return f"its format is 1, this version reads {output_dir.FORMAT}"
+
+
+DAMAGES = [truncate, flip_a_byte, lose_a_file, lose_the_manifest, garble_the_manifest, be_of_another_version]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_an_unreadable_checkpoint_is_reported_and_the_one_before_it_is_used(saved, damage, capsys):
     reason = damage(saved / "checkpoint-15")
-    assert prepare_output_dir(saved, IDENTITY, overwrite_output_dir=False) == saved / "checkpoint-10"
+    assert prepare_output_dir(saved, IDENTITY, overwrite=False) == saved / "checkpoint-10"
     said = capsys.readouterr().out
     assert "checkpoint-15 is unreadable" in said and reason in said
 
@@ -261,77 +281,56 @@ def test_a_run_goes_on_over_an_unreadable_checkpoint(saved):
     flip_a_byte(saved / "checkpoint-15")
     run_ranks(1, save_steps, saved, [12, 15], 2)
     assert [path.name for path in checkpoints(saved)] == ["checkpoint-12", "checkpoint-15"]
-    assert find_checkpoint(saved) == saved / "checkpoint-15"
+    assert find(saved) == "checkpoint-15"
 
 
 def test_no_readable_checkpoint_is_an_error_not_a_new_start(saved):
     for checkpoint in checkpoints(saved):
         truncate(checkpoint)
     with pytest.raises(ValueError, match="No checkpoint in .* is readable .*--overwrite_output_dir"):
-        prepare_output_dir(saved, IDENTITY, overwrite_output_dir=False)
-    assert prepare_output_dir(saved, IDENTITY, overwrite_output_dir=True) is None
+        prepare_output_dir(saved, IDENTITY, overwrite=False)
+    assert prepare_output_dir(saved, IDENTITY, overwrite=True) is None
     assert len(checkpoints(saved / "previous-1")) == 3
 
 
 def test_the_pointer_decides_and_is_not_needed(saved):
     (saved / "latest").write_text("checkpoint-10\n")
-    assert find_checkpoint(saved) == saved / "checkpoint-10"
+    assert find(saved) == "checkpoint-10"
     (saved / "latest").write_bytes(b"\xff\0")
-    assert find_checkpoint(saved) == saved / "checkpoint-15"
+    assert find(saved) == "checkpoint-15"
     (saved / "latest").unlink()
-    assert find_checkpoint(saved) == saved / "checkpoint-15"
+    assert find(saved) == "checkpoint-15"
 
 
 def test_leftovers_of_a_killed_save_are_finished_or_undone(saved):
     shutil.copytree(saved / "checkpoint-10", saved / ".checkpoint-20.tmp")
     os.rename(saved / "checkpoint-15", saved / ".checkpoint-15.replaced")
     os.rename(saved / "checkpoint-5", saved / ".checkpoint-5.pruned")
-    assert find_checkpoint(saved) == saved / "checkpoint-15"
+    assert find(saved) == "checkpoint-15"
     assert [path.name for path in checkpoints(saved)] == ["checkpoint-10", "checkpoint-15"]
     assert not any(saved.glob(".checkpoint-*"))
 
 
-# --- whose checkpoints -------------------------------------------------------------------------------------------
-
-
-def test_own_checkpoints_resume_with_and_without_overwrite(saved):
+@pytest.mark.parametrize("lost", [(), ("run.json",)])  # a checkpoint itself says whose it is
+def test_own_checkpoints_resume_and_others_are_refused_or_moved_aside(saved, lost):
     for overwrite in (False, True):
-        assert prepare_output_dir(saved, dict(IDENTITY), overwrite) == saved / "checkpoint-15"
-    (saved / "run.json").unlink()  # the checkpoint itself says whose it is
-    assert prepare_output_dir(saved, dict(IDENTITY), False) == saved / "checkpoint-15"
-
-
-@pytest.mark.parametrize("lost", [(), ("run.json",)])
-def test_another_runs_checkpoints_are_refused_or_moved_aside(saved, lost):
+        assert prepare_output_dir(saved, IDENTITY, overwrite) == saved / "checkpoint-15"
     for name in lost:
         (saved / name).unlink()
     (saved / "metrics.jsonl").write_text("{}\n")
     before = sorted(path.relative_to(saved) for path in saved.rglob("*") if path.is_file())
     other = IDENTITY | {"seed": 2, "data": "abc"}
     with pytest.raises(ValueError, match="seed is 1 there, 2 here; data is None there, 'abc' here.*--overwrite_output"):
-        prepare_output_dir(saved, other, overwrite_output_dir=False)
+        prepare_output_dir(saved, other, overwrite=False)
     assert sorted(path.relative_to(saved) for path in saved.rglob("*") if path.is_file()) == before
     (saved / ".lock").touch()
-    assert prepare_output_dir(saved, other, overwrite_output_dir=True) is None
+    assert prepare_output_dir(saved, other, overwrite=True) is None
     aside = saved / "previous-1"
     assert sorted(path.relative_to(aside) for path in aside.rglob("*") if path.is_file()) == before
     assert {path.name for path in saved.iterdir()} == {".lock", "run.json", "previous-1"}
     (saved / "model.safetensors").touch()  # the second run's result
-    assert prepare_output_dir(saved, IDENTITY, overwrite_output_dir=True) is None
+    assert prepare_output_dir(saved, IDENTITY, overwrite=True) is None
     assert (saved / "previous-2" / "model.safetensors").exists() and len(checkpoints(aside)) == 3
-
-
-def test_a_model_without_a_run_is_not_overwritten(tmp_path):
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="no run.json"):
-        prepare_output_dir(tmp_path, IDENTITY, overwrite_output_dir=False)
-
-
-def test_a_start_that_saved_nothing_does_not_stand_in_the_way(tmp_path):
-    assert prepare_output_dir(tmp_path / "new", IDENTITY, overwrite_output_dir=False) is None
-    (tmp_path / "new" / "metrics.jsonl").touch()
-    assert prepare_output_dir(tmp_path / "new", IDENTITY | {"seed": 2}, overwrite_output_dir=False) is None
-    assert (tmp_path / "new" / "previous-1" / "metrics.jsonl").exists()
 
 
 def test_save_total_limit_prunes_the_oldest(tmp_path):
@@ -344,6 +343,6 @@ def test_save_total_limit_prunes_the_oldest(tmp_path):
 if __name__ == "__main__":  # one rank of the torchrun test
     output_dir = Path(sys.argv[1])
     if os.environ["RANK"] == "0":  # no process group agrees yet on who does it
-        prepare_output_dir(output_dir, IDENTITY, overwrite_output_dir=False)
+        prepare_output_dir(output_dir, IDENTITY, overwrite=False)
     torch.save(save_tiny(output_dir, tied=True, step=7), output_dir / f"expected-{os.environ['RANK']}.pt")
     os._exit(0)  # under load one of torch's threads has aborted the interpreter's exit

@@ -1,0 +1,318 @@
+"""The life of a run around its loop, the same for both trainers: open, resume, log, evaluate, save, close, finish.
+
+    with TrainingRun(run, Progress(), CONSOLE, samples) as training:
+        train(run, training)  # the loop: when it returns, the weights are out of memory
+        training.finish()  # results, benchmarks, model card, pushes: on the first rank
+
+However the block is left, the watchdog is off, signals end the process again, and engine, workers, process group, log
+and folder are closed.
+"""
+
+import gc
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import TrainerState
+
+from sft_core.model.checkpoint import Record, Trained, load_checkpoint, save_checkpoint
+from sft_core.model.export import export_model
+from sft_core.model.optim import make_optimizer, make_scheduler
+from sft_core.model.parallel import make_mesh, memory_options, shard
+from sft_core.model.policy import Policy, load_policy
+from sft_core.run import distributed
+from sft_core.run.benchmarks import FAILURES, get_callbacks, run_benchmarks
+from sft_core.run.files import write_atomically
+from sft_core.run.hub import Uploader, push_final
+from sft_core.run.logging import MetricsLogger, announce
+from sft_core.run.model_card import write_model_card
+from sft_core.run.watchdog import Phases, watchdog
+
+logger = logging.getLogger(__name__)
+Metrics = dict[str, float]
+
+
+@dataclass
+class Progress:
+    """How far a run is. A checkpoint keeps all of it; a trainer adds its own fields."""
+
+    step: int = 0  # optimizer steps taken
+    samples: int = 0  # rows (SFT) or prompts (GRPO) taken from the data
+    num_tokens: int = 0
+    loss_sum: float = 0.0  # over the steps
+    seconds: float = 0.0  # in steps
+    eval_step: int = -1  # of the last evaluation
+    eval_metrics: Metrics = field(default_factory=dict)
+
+
+P = TypeVar("P", bound=Progress)
+
+
+class TrainingRun(Generic[P]):
+    """`run`: `sft_core.prepare.Base` with `config`, `total_steps` and `steps_per_epoch`; `console`: metrics worth a
+    console line; `samples`: rows (SFT; None: not known) or prompts (GRPO) of the data."""
+
+    def __init__(self, run: Any, progress: P, console: Sequence[str], samples: int | None) -> None:
+        self.run, self.config, self.progress, self.console, self.samples = run, run.config, progress, console, samples
+        self.first = run.rank == 0
+        self.phases = Phases(self.config.ddp_timeout)
+        self.opened = ExitStack()  # what the loop works with: closed before the process group
+        self.kept = ExitStack()  # until the end: the log, the lock on the folder
+        self.stopping = False  # a signal asked for it, on any rank
+        self.complete = False
+        self.failures: list[str] = []  # of what is pushed and measured beside the training
+
+    def __enter__(self) -> "TrainingRun[P]":
+        self.kept.callback(distributed.unlock_output_dir, self.config.output_dir)
+        announce(self.run)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None or self.run.world_size == 1:  # else the others may wait for this rank, which has to end
+                self.leave()
+        finally:
+            watchdog(0)
+            distributed.StopSignal.restore()
+            self.kept.close()
+
+    def leave(self) -> None:
+        """Close what the loop worked with, and leave the process group, which an engine needs to its end."""
+        self.opened.close()
+        distributed.shutdown()
+        distributed.StopSignal.restore()
+
+    # --- before the loop ---------------------------------------------------------------------------------------------
+
+    def load_policy(self, vocab_size: int = 0) -> Policy:
+        """The model to train, sharded over the ranks."""
+        run = self.run
+        with distributed.usage_errors():  # weights that are not the model's
+            policy = load_policy(
+                run.local_model,
+                dtype=run.dtype,
+                seed=self.config.seed,
+                known_as=run.model.model_name_or_path,
+                vocab_size=vocab_size,
+            )
+        return self.shard(policy)
+
+    def shard(self, policy: Policy) -> Policy:
+        return shard(policy, make_mesh(self.run.device), bf16=self.run.bf16, **memory_options(self.config))
+
+    def resume(self, policy: Policy) -> Trained:
+        """Optimizer and schedule for `policy`, all three and `progress` as the checkpoint has them, if there is one."""
+        optimizer = make_optimizer(policy, self.config)
+        trained = Trained(policy, optimizer, make_scheduler(optimizer, self.config, self.run.total_steps))
+        if self.run.checkpoint is not None:
+            vars(self.progress).update(load_checkpoint(self.run.checkpoint, trained))
+        return trained
+
+    def start(self) -> None:
+        """Open the log, and have signals stop the run after a step. Call it when the engine, which may set handlers of
+        its own, is there."""
+        run, step = self.run, self.progress.step
+        self.log = MetricsLogger(
+            self.config.output_dir, self.config.report_to, step, run.options, self.console, run.total_steps
+        )
+        self.kept.callback(self.log.close)
+        pushes = self.config.push_to_hub and self.config.hub_strategy != "end" and self.first
+        self.uploader = Uploader(self.config) if pushes else None
+        self.callbacks = get_callbacks(self.config, run.model) if self.first else []
+        self.stop = distributed.StopSignal()
+        self.saved_at = step
+        bar = tqdm(total=run.total_steps, initial=step, desc=run.algorithm, disable=None if self.first else True)
+        self.bar = self.opened.enter_context(bar)
+
+    # --- in the loop -------------------------------------------------------------------------------------------------
+
+    @property
+    def goes_on(self) -> bool:
+        return self.progress.step < self.run.total_steps and not self.stopping
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the rows (SFT) or prompts (GRPO) so far; the share of the run where their number is not known."""
+        if self.samples is None:
+            return self.progress.step / self.run.total_steps
+        return self.progress.samples / self.samples
+
+    def due(self, what: Literal["logging", "save", "eval"]) -> bool:
+        """Whether `what` is due after the step that was counted last; the same on every rank."""
+        step, total = self.progress.step, self.run.total_steps
+        if what == "logging" and (step == total or (step == 1 and self.config.logging_first_step)):
+            return self.config.logging_strategy != "no"
+        return self.config.due(what, step, total, self.run.steps_per_epoch)
+
+    def count_step(self, start: float, tokens: int, loss: float) -> Metrics:
+        """Count an optimizer step that began at `start`; returns what both trainers log of every step."""
+        progress, seconds = self.progress, time.perf_counter() - start
+        progress.step += 1
+        progress.num_tokens += tokens
+        progress.loss_sum += loss
+        progress.seconds += seconds
+        return self.phases.pop() | {
+            "epoch": self.epoch,
+            "num_tokens": progress.num_tokens,
+            "step_time": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+
+    def end_step(self, save: Callable[[], None], evaluate: Callable[[], Metrics]) -> None:
+        """Evaluate and save where that is due; a run that stops saves."""
+        self._log_benchmarks()
+        self.bar.update()
+        if self.due("eval") and not self.stopping:
+            self._log_evaluation(evaluate())
+        if self.due("save") or self.stopping:
+            save()
+
+    def save(self, trained: Trained, write_more: Callable[[Path], None] | None = None) -> None:
+        """Write a checkpoint; `write_more`: into the rank's own folder of it. A collective."""
+        config, run = self.config, self.run
+
+        def write_model(folder: Path) -> None:
+            export_model(trained.model, run.tokenizer, folder, run.dtype, run.stop_ids)
+            if self.first:
+                self._write_state(folder)
+
+        only_model = config.save_only_model and not self.stopping
+        with self.phases("save"):
+            folder = save_checkpoint(
+                Path(config.output_dir),
+                Record(self.progress.step, asdict(self.progress), run.identity),
+                None if only_model else trained,
+                write_model,
+                write_more,
+                config.save_total_limit,
+            )
+            if self.first:
+                self._push(folder)
+        self.saved_at = self.progress.step
+
+    def end(self, policy: Policy, save: Callable[[], None], evaluate: Callable[[], Metrics]) -> None:
+        """After the last step: the last checkpoint, the model in output_dir, and when it is safe the evaluation."""
+        config, progress, run = self.config, self.progress, self.run
+        self.bar.close()
+        if self.stopping:
+            if self.first:
+                print(f"stopped by a signal after step {progress.step}: the same command goes on from there")
+            return
+        if config.save_strategy != "no" and self.saved_at != progress.step:
+            save()
+        with self.phases("export"):
+            export_model(policy, run.tokenizer, config.output_dir, run.dtype, run.stop_ids, config.merge_adapter)
+        if config.evaluates and progress.eval_step != progress.step:
+            self._log_evaluation(evaluate())
+        self.complete = True
+
+    def _log_evaluation(self, metrics: Metrics) -> None:
+        progress = self.progress
+        progress.eval_step, progress.eval_metrics = progress.step, metrics | {"epoch": self.epoch}
+        self.log.log(progress.step, progress.eval_metrics)
+
+    def _log_benchmarks(self) -> None:
+        """Results of checkpoints' benchmarks that have come in, at their own step."""
+        for callback in self.callbacks:
+            for step, metrics in callback.finished():
+                self.log.log(step, metrics)
+
+    def _push(self, checkpoint: Path) -> None:
+        step = self.progress.step
+        try:
+            if self.uploader is not None and (self.config.hub_always_push or not self.uploader.busy):
+                self.uploader.push_checkpoint(step, checkpoint)
+            for callback in self.callbacks:
+                callback.on_save(step, checkpoint)
+        except OSError as error:  # no room for the copy that is pushed: the training goes on
+            self.failures.append(f"checkpoint of step {step} was not pushed: {error}")
+            logger.warning("%s", self.failures[-1])
+
+    def _write_state(self, folder: Path) -> None:
+        """trainer_state.json as transformers' TrainerState loads it, with every logged line so far."""
+        config, total = self.config, self.run.total_steps
+        log = Path(config.output_dir) / "metrics.jsonl"
+        state = TrainerState(
+            epoch=self.epoch,
+            global_step=self.progress.step,
+            max_steps=total,
+            logging_steps=config.logging_steps,
+            eval_steps=config.eval_steps or config.logging_steps,
+            save_steps=config.save_steps,
+            train_batch_size=config.per_device_train_batch_size,
+            num_train_epochs=math.ceil(total / self.run.steps_per_epoch),
+            num_input_tokens_seen=self.progress.num_tokens,
+            log_history=[json.loads(line) for line in log.read_text().splitlines()],
+        )
+        write_atomically(folder / "trainer_state.json", json.dumps(asdict(state), indent=2) + "\n")
+
+    # --- after the loop ----------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Close what the loop worked with; on the first rank then results, state, benchmarks, card and pushes, for
+        which the machine is free."""
+        dist.barrier()
+        self.leave()
+        lines = [self.uploader, *(callback.uploader for callback in self.callbacks)]
+        if self.first and self.complete:
+            self._finish(Path(self.config.output_dir))
+        elif any(line.busy for line in lines if line is not None):
+            print("stopped: what was still being pushed to the Hub is not there", file=sys.stderr)
+
+    def _finish(self, folder: Path) -> None:
+        config, progress = self.config, self.progress
+        seconds = max(progress.seconds, 1e-9)
+        results = {
+            "epoch": self.epoch,
+            "num_tokens": progress.num_tokens,
+            "train_loss": progress.loss_sum / max(1, progress.step),
+            "train_runtime": progress.seconds,
+            "train_samples": progress.samples if self.samples is None else self.samples,
+            "train_samples_per_second": progress.samples / seconds,
+            "train_steps_per_second": progress.step / seconds,
+        }
+        save_results(folder, "train", results)
+        if progress.eval_metrics:
+            save_results(folder, "eval", progress.eval_metrics)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        benchmarks: Metrics = {}
+        if config.benchmarks:
+            try:
+                measured = folder / "merged" if self.run.model.use_peft else folder
+                benchmarks = run_benchmarks(measured, config, folder / "benchmarks" / f"step-{progress.step}")
+            except FAILURES as error:  # the model is there all the same: its card and its push go on
+                self.failures.append(f"benchmarks of the final model: {error}")
+            else:
+                self.log.log(progress.step, benchmarks)
+                save_results(folder, "benchmarks", benchmarks)
+        for callback in self.callbacks:
+            self.failures += callback.close()
+        self._log_benchmarks()
+        self._write_state(folder)
+        if self.uploader is not None:
+            self.failures += self.uploader.wait()
+        write_model_card(folder, self.run, results | progress.eval_metrics | benchmarks)
+        if config.push_to_hub or config.push_to_hub_revision:
+            self.failures += push_final(config, folder)
+        for failure in self.failures:
+            print(f"failed: {failure}", file=sys.stderr)
+
+
+def save_results(folder: Path, split: str, results: Metrics) -> None:
+    """<split>_results.json, and the same metrics into all_results.json."""
+    everything = folder / "all_results.json"
+    known = json.loads(everything.read_text()) if everything.is_file() else {}
+    for path, values in ((folder / f"{split}_results.json", results), (everything, known | results)):
+        write_atomically(path, json.dumps(values, indent=4, sort_keys=True) + "\n")

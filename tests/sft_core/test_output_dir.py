@@ -1,0 +1,56 @@
+"""What becomes of an output folder, a row each."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sft_core.run.output_dir import Found, Fresh, MoveAside, Refuse, Resume, decide, prepare_output_dir
+
+LAST, NAMED = Path("out/checkpoint-9"), Path("other/checkpoint-4")
+OURS = Found(recorded=True, checkpoint=LAST, results=True)
+MODEL = Found(recorded=True, model=True, results=True)
+OTHER = Found(recorded=True, difference="seed is 1 there, 2 here", results=True)
+UNREADABLE = Found(recorded=True, unreadable="checkpoint-9: rng.pt is missing", results=True)
+
+
+@pytest.mark.parametrize(
+    ("found", "overwrite", "named", "expected", "says"),
+    [
+        (Found(), False, None, Fresh, ""),
+        (Found(), True, None, Fresh, ""),
+        (Found(recorded=True), False, None, Fresh, ""),  # a start that saved nothing
+        (Found(), False, NAMED, Resume, NAMED),
+        (OURS, False, None, Resume, LAST),
+        (OURS, True, None, Resume, LAST),
+        (OURS, False, NAMED, Resume, NAMED),
+        (MODEL, False, NAMED, Resume, NAMED),
+        (MODEL, False, None, Refuse, "a finished model without a checkpoint.*--overwrite_output_dir"),
+        (MODEL, True, None, MoveAside, "a finished model without a checkpoint"),
+        (replace(MODEL, recorded=False), False, None, Refuse, "no run.json"),
+        (OTHER, False, None, Refuse, "another run .seed is 1 there, 2 here.*--output_dir.*--overwrite_output_dir"),
+        (OTHER, False, NAMED, Refuse, "seed is 1 there"),
+        (OTHER, True, None, MoveAside, "seed is 1 there"),
+        (replace(OTHER, results=False), False, None, MoveAside, "seed is 1 there"),
+        (UNREADABLE, False, None, Refuse, "No checkpoint in out is readable .*rng.pt.*--overwrite_output_dir"),
+        (UNREADABLE, True, None, MoveAside, "none of its checkpoints is readable"),
+    ],
+)
+def test_what_becomes_of_an_output_folder(found, overwrite, named, expected, says):
+    decision = decide(Path("out"), found, overwrite, named)
+    assert type(decision) is expected
+    if expected is Resume:
+        assert decision.checkpoint == says
+    elif expected is not Fresh:
+        assert re.search(says, decision.why)
+
+
+def test_a_model_without_a_run_is_kept_and_a_log_without_lines_is_not_in_the_way(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="no run.json"):
+        prepare_output_dir(tmp_path, {"seed": 1}, overwrite=False)
+    assert prepare_output_dir(tmp_path / "new", {"seed": 1}, overwrite=False) is None
+    (tmp_path / "new" / "metrics.jsonl").touch()
+    assert prepare_output_dir(tmp_path / "new", {"seed": 2}, overwrite=False) is None
+    assert (tmp_path / "new" / "previous-1" / "metrics.jsonl").exists()
