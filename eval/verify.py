@@ -55,7 +55,6 @@ _ANCHOR = re.compile(
 )
 _SENTENCE_END = r"(?<!\\)[.!?](?:\s|$)|\n"
 _CLAUSE_END = rf"{_SENTENCE_END}|, (?!and\b|or\b)[a-z]{{2,}}| (?:because|since|as|so|for)\b| \((?=[a-z])"
-_BASE = re.compile(r"[\da-zA-Z.]+\s*_\s*\{?(\d+)\}?")
 _BRACKET = re.compile(r"[(\[]|\\\{")
 _DECIMAL = re.compile(r"-?(\d*)\.(\d+)")
 
@@ -149,7 +148,7 @@ def _solutions(value: Any) -> Any:
         sets = [sympy.And(part).as_set() for part in parts]
         both = sympy.Intersection(*sets)
         return sympy.Union(*sets) if both.is_empty else both
-    return value.args[0] if isinstance(value, sympy.FiniteSet) and len(value) == 1 else value
+    return value
 
 
 def _is_name(value: sympy.Expr) -> bool:
@@ -203,17 +202,15 @@ def check_answer(gold: str, completion: str) -> float | None:
     if not expected or not given:
         return 0.0 if expected else None
     values, units, texts = zip(expected, given, strict=True)
-    if isinstance(values[0], str) != isinstance(values[1], str) or (":" in texts[0]) != (":" in texts[1]):
-        return 0.0
-    if isinstance(values[0], str) or any(map(_is_too_big, values)):
+    are_texts = [isinstance(value, str) for value in values]
+    if any(are_texts) or any(map(_is_too_big, values)):
         said = [re.sub(r"\\text\{([^{}]*)\}|[$()]|\{(?=\w\})|(?<=\{\w)\}", r"\1", text).lower() for text in texts]
-        return float("".join(said[0].split()) == "".join(said[1].split()))
-    bases = {match[1] for match in map(_BASE.fullmatch, texts) if match}  # latex2sympy reads 52_8 as 52
+        return float(are_texts[0] == are_texts[1] and "".join(said[0].split()) == "".join(said[1].split()))
     brackets = {match[0] for match in map(_BRACKET.match, texts) if match}
-    several = all(isinstance(value, sympy.Tuple | sympy.Interval | sympy.FiniteSet) for value in values)
     sets = all(isinstance(value, sympy.FiniteSet) for value in values)
     ratio = units[1] / units[0]
-    if len(bases) > 1 or (len(brackets) > 1 and several and not sets) or (1 not in units and not ratio.is_number):
+    marks_differ = (len(brackets) > 1 and not sets) or (":" in texts[0]) != (":" in texts[1])
+    if marks_differ or (1 not in units and not ratio.is_number):
         return 0.0
     # Without a unit on one side, units are not compared, but a share may be written without %.
     ratios = [ratio] if 1 not in units else [1, ratio] if PERCENT in units else [1]
