@@ -81,7 +81,7 @@ _NUMBERS = r"""
 # One letter is a unit where TeX keeps it apart. 52_8 is 52 of a unit base^8: latex2sympy would read it as 52.
 _UNITS = r"""
     (\\?(?:sin|cos|tan|cot|sec|csc)\s*\(?)\s*([\d.]+)\s*\^\s*\{?\\circ\s*\}? => \1{\\frac{\2\\pi}{180}}
-    (?<=[\d}])\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?)\s*([CF]?)$ => \\text{␣degrees␣\1}
+    (?<=[\d}])\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?)\s*(?:\\text\s*\{)?\s*([CF]?)\}?$ => \\text{␣degrees␣\1}
     \^\s*\{?\s*\\circ\s*\}?\s*[CF]?|\\degrees?(?![a-z]) =>
     ^([^¤=]*)¤\s*(NUM)((?:␣[^¤=]*)?)$ => \1\2␣dollars\3
     [¤€£¥] =>
@@ -190,7 +190,7 @@ _SHORT_FOR = {
     "SPACE": r"(?:\s|(?<!\\)\\[!:;,>␣]|\\q?quad(?![a-zA-Z])|~)",
     "NUM": _NUMBER,
     "CHINESE": f"(?:{_CHINESE})",
-    "UNIT": "(?:[ckm]m|ft|kg|m[lL]|km/h|[km]ph|m/s|lbs?|oz|hrs?|mins?|secs?|rad|units?|inch|feet)",
+    "UNIT": "(?:[ckm]m|ft|(?<=␣)in|kg|m[lL]|km/h|[km]ph|m/s|lbs?|oz|hrs?|mins?|secs?|rad|units?|inch|feet)",
     "␣": " ",
 }
 

@@ -202,16 +202,17 @@ def check_answer(gold: str, completion: str) -> float | None:
     if not expected or not given:
         return 0.0 if expected else None
     values, units, texts = zip(expected, given, strict=True)
+    brackets = {match[0] for match in map(_BRACKET.match, texts) if match}
+    are_sets = all(isinstance(value, sympy.FiniteSet) for value in values)
+    if (len(brackets) > 1 and not are_sets) or (":" in texts[0]) != (":" in texts[1]):
+        return 0.0
+    ratio = units[1] / units[0]
+    if 1 not in units and not ratio.is_number:
+        return 0.0
     are_texts = [isinstance(value, str) for value in values]
     if any(are_texts) or any(map(_is_too_big, values)):
         said = [re.sub(r"\\text\{([^{}]*)\}|[$()]|\{(?=\w\})|(?<=\{\w)\}", r"\1", text).lower() for text in texts]
         return float(are_texts[0] == are_texts[1] and "".join(said[0].split()) == "".join(said[1].split()))
-    brackets = {match[0] for match in map(_BRACKET.match, texts) if match}
-    sets = all(isinstance(value, sympy.FiniteSet) for value in values)
-    ratio = units[1] / units[0]
-    marks_differ = (len(brackets) > 1 and not sets) or (":" in texts[0]) != (":" in texts[1])
-    if marks_differ or (1 not in units and not ratio.is_number):
-        return 0.0
     # Without a unit on one side, units are not compared, but a share may be written without %.
     ratios = [ratio] if 1 not in units else [1, ratio] if PERCENT in units else [1]
     try:
