@@ -11,8 +11,8 @@ or `(`); the near-misses change a number, the whole, or take the answer of anoth
 answer, and answers that are right in another form.
 
 False + are wrong answers accepted, false - right ones refused. Unscored is what took too long or crashed the checker,
-and our None for a gold that cannot be parsed; it accepts nothing. Pairs a second are on all cores, a worker each. The
-pairs that we misjudge are printed.
+and our None for a gold that cannot be parsed; it accepts nothing. Pairs a second are by processor time, of one core.
+The pairs that we misjudge are printed.
 
     python -m eval.bench FILE...
     python -m eval.bench --pairs PAIRS.jsonl
@@ -30,7 +30,7 @@ from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
 from eval.verify import check_answer
-from eval.workers import WorkerPool
+from eval.workers import Unscored, WorkerPool
 
 Pair = tuple[str, str, bool]  # gold, completion, whether its answer is the gold one
 _SAME = re.compile(r"[\s$]|\\d?frac|^[a-z]=")  # spellings of one value: `x=5` in another row is no near-miss of 5
@@ -112,15 +112,20 @@ def _open_r1(pair: Pair) -> float:
 CHECKERS = {"ours": _ours, "math-verify": _math_verify, "open-r1": _open_r1}
 
 
+def _timed(item: tuple[str, Pair]) -> tuple[float | None, float]:
+    start = time.process_time()
+    return CHECKERS[item[0]](item[1]), time.process_time() - start
+
+
 def judge(checker: str, pairs: list[Pair], pool: WorkerPool) -> tuple[list[int], list[Pair]]:
-    """How many pairs, right verdicts, false +, false -, unscored ones, pairs a second; and the pairs it misjudges."""
-    start = time.monotonic()
-    verdicts: list[Any] = pool.map(CHECKERS[checker], pairs)
-    speed = len(pairs) / (time.monotonic() - start)
-    wrong = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if (verdict == 1.0) != pair[2]]
+    """How many pairs, right verdicts, false +, false -, unscored, pairs a second and core; the pairs it misjudges."""
+    found: list[Any] = pool.map(_timed, [(checker, pair) for pair in pairs])
+    results = [(None, 0.0) if isinstance(result, Unscored) else result for result in found]
+    wrong = [pair for pair, (verdict, _) in zip(pairs, results, strict=True) if (verdict == 1.0) != pair[2]]
     refused = sum(is_right for _, _, is_right in wrong)
-    unscored = sum(not isinstance(verdict, float) for verdict in verdicts)
-    return [len(pairs), len(pairs) - len(wrong), len(wrong) - refused, refused, unscored, round(speed)], wrong
+    unscored = sum(verdict is None for verdict, _ in results)
+    speed = round(len(pairs) / max(sum(seconds for _, seconds in results), 1e-9))
+    return [len(pairs), len(pairs) - len(wrong), len(wrong) - refused, refused, unscored, speed], wrong
 
 
 def main() -> None:

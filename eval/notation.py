@@ -174,8 +174,11 @@ _WORTH = """
     ampere: A amp ampere
     base: base
 """
-_LINES = [line.split(": ") for line in _WORTH.strip().splitlines()]
-_UNIT = {name: sympy.sympify(value) for value, names in _LINES for name in names.split()}
+_UNIT = {
+    name: sympy.sympify(value)
+    for value, _, names in (line.partition(": ") for line in _WORTH.splitlines())
+    for name in names.split()
+}
 _CHINESE = "|".join(name for name in sorted(_UNIT, key=len)[::-1] if not name.isascii())
 _UNIT_WORD = re.compile(
     r"(\b(?:per|an?)\b|/|每)?\W*"
@@ -201,12 +204,12 @@ def _written_out(text: str) -> str:
     return text
 
 
-def _rules(*tables: str) -> list[tuple[re.Pattern[str], str]]:
-    lines = [line.strip().partition(" =>") for table in tables for line in table.strip().splitlines()]
-    return [(re.compile(_written_out(old), re.DOTALL), _written_out(new.strip())) for old, _, new in lines]
-
-
-_COMPILED = _rules(_CHARACTERS, _MARKUP, _NUMBERS, _UNITS, _WORDS, _OPERATORS)
+_RULES = _CHARACTERS + _MARKUP + _NUMBERS + _UNITS + _WORDS + _OPERATORS
+_COMPILED = [
+    (re.compile(_written_out(old), re.DOTALL), _written_out(new.strip()))
+    for old, arrow, new in (line.strip().partition(" =>") for line in _RULES.splitlines())
+    if arrow
+]
 _FULL_WIDTH = {0xFEE0 + code: code for code in range(0x21, 0x7F)}
 
 

@@ -22,7 +22,10 @@ listed unit right after a number is dropped. What cannot be parsed is compared a
 
 How two values are compared (`_same`): by math-verify, on exact numbers; before that, equations are compared up to a
 factor, inequalities made sets, `x=1, y=2` the values of its names. A decimal of six or more digits may be rounded
-(relative 1e-6). Units are not compared, as in open-r1: 15 cm^2 is 15. The base of a number is, where both have one.
+(relative 1e-6).
+Units are compared where both sides have one that `eval/notation.py` knows, and converted: 120 minutes are 2 hours, 3 m
+are not 3 km. Where one side has none, they are not (15 cm^2 is 15, as in open-r1), nor are other words: 5 oranges are 5
+apples. 12 % is 12 and 0.12. The base of a number is such a unit.
 Left out: a gold of words without LaTeX ("Paris") is not parseable; `\text{Evelyn}` and single letters are.
 
     PYTHONPATH=. python -c "from eval.verify import check_answer; print(check_answer('63', r'so \boxed{63}'))"
