@@ -83,7 +83,7 @@ _UNITS = r"""
     (\\?(?:sin|cos|tan|cot|sec|csc)\s*\(?)\s*([\d.]+)\s*\^\s*\{?\\circ\s*\}? => \1{\\frac{\2\\pi}{180}}
     (?<=[\d}])\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?)\s*(?:\\text\s*\{)?\s*([CF]?)\}?$ => \\text{␣degrees␣\1}
     \^\s*\{?\s*\\circ\s*\}?\s*[CF]?|\\degrees?(?![a-z]) =>
-    ^([^¤=]*)¤\s*(NUM)((?:␣[^¤=]*)?)$ => \1\2␣dollars\3
+    ^([^¤=]*)¤\s*(NUM)((?:␣[^¤=\\]*)?)$ => \1\2␣dollars\3
     [¤€£¥] =>
     ^(\d[\dA-F.]*)\s*_\s*\{?(\d+)\}?$ => \1\\text{␣base}^{\2}
     (?:\bsq(?:uare)?\b|平方)\.?\s*([a-z]+|CHINESE) => \1^2
@@ -99,7 +99,6 @@ _WORDS = r"""
     (?i)^(yes|no|true|false)\b[,.].*$ => \1
     ,?\s*\\text\{\s*(?:for␣(?:all|any|some)|where)\b[^\d]*$ =>
     [,(]\s*[kmn]\s*\\in\s*(?:\\mathbb\s*)?\{?Z\}?\s*\)?$ =>
-    \\math(?:bf|bb)\s*\{\s*([RZNQ])\s*\} => \\mathbb{\1}
     \\(?:mathbf|boldsymbol|bm|hat|widehat|vec)\s*\{\s*\\?([a-z])(?:math)?\s*\} => \\vec{\1}
     \\mathbf\s*\{ => \\text{
     (?:,\s*)?\\text\{[\s,]*(?:and|or)[\s,]*\}|(?:,\s*)?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]) => ,␣
@@ -182,7 +181,7 @@ _UNIT = {
 _CHINESE = "|".join(name for name in sorted(_UNIT, key=len)[::-1] if not name.isascii())
 _UNIT_WORD = re.compile(
     r"(\b(?:per|an?)\b|/|每)?\W*"
-    rf"({_CHINESE}|\b(?!in [a-z])[a-zA-Z]+|[\u4e00-\u9fff])[\s^{{}}]*(-?\d+)?"
+    rf"({_CHINESE}|\b(?!in [a-z])[a-zA-Z]+|[\u4e00-\u9fff])[\s^{{}}]*(-?\d{{1,2}})?"
 )
 
 
@@ -227,7 +226,8 @@ def unit_of(phrase: str) -> sympy.Expr:
     unit, sign = sympy.S.One, 1
     for per, name, power in _UNIT_WORD.findall(re.sub(r"\\text|\\cdot", " ", phrase)):
         known = _UNIT.get(name) or _UNIT.get(name.lower().removesuffix("s"))
-        if not known or (per and unit.has(_UNIT["dollar"])):  # 5 dollars per hour may be said as 5 dollars
+        # 5 dollars per hour may be said as 5 dollars, or 5 per hour
+        if not known or (per and (unit == 1 or unit.has(_UNIT["dollar"]))):
             break
         sign = -1 if per else sign
         unit *= known ** (sign * int(power or 1))

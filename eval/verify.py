@@ -17,8 +17,8 @@ A number in running prose ("so she has 63 left") is no answer: it would pay a mo
 of more than 500 characters (the longest of MATH-500 has 53) or 20 nested brackets.
 
 How it is read: `eval/notation.py`. With words in it, it is prose and says the one number or formula that is in it
-(`63 apples`; not `5 or 6`, not `5 hours 30 minutes`); without, it is mathematics (`6xy` is a product), of which only a
-listed unit right after a number is dropped. What cannot be parsed is compared as text.
+(`63 apples`; not `5 or 6`) or the sum of its quantities (`5 hours 30 minutes`); without, it is mathematics (`6xy` is a
+product), in which only a listed unit right after a number is one. What cannot be parsed is compared as text.
 
 How two values are compared (`_same`): by math-verify, on exact numbers; before that, equations are compared up to a
 factor, inequalities made sets, `x=1, y=2` the values of its names. A decimal of six or more digits may be rounded
