@@ -11,8 +11,8 @@ or `(`); the near-misses change a number, the whole, or take the answer of anoth
 answer, and answers that are right in another form.
 
 False + are wrong answers accepted, false - right ones refused. Unscored is what took too long or crashed the checker,
-and our None for a gold that cannot be parsed; it accepts nothing. The last column counts pairs a second and core. The
-pairs that we misjudge are printed.
+and our None for a gold that cannot be parsed; it accepts nothing. Pairs a second are by processor time, of one core.
+The pairs that we misjudge are printed.
 
     python -m eval.bench FILE...
     python -m eval.bench --pairs PAIRS.jsonl
@@ -23,9 +23,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
@@ -33,17 +32,8 @@ from math_verify import LatexExtractionConfig, parse, verify
 from eval.verify import check_answer
 from eval.workers import Unscored, WorkerPool
 
-_INTEGER = re.compile(r"\d+")
+Pair = tuple[str, str, bool]  # gold, completion, whether its answer is the gold one
 _SAME = re.compile(r"[\s$]|\\d?frac|^[a-z]=")  # spellings of one value: `x=5` in another row is no near-miss of 5
-COLUMNS = ["file", "checker", "pairs", "right", "false +", "false -", "unscored", "a second"]
-
-
-class Pair(NamedTuple):
-    """A completion, and whether its answer is the gold one."""
-
-    gold: str
-    completion: str
-    right: bool
 
 
 def notations(answer: str) -> list[str]:
@@ -59,87 +49,83 @@ def notations(answer: str) -> list[str]:
 
 def near_misses(answer: str, others: list[str]) -> list[str]:
     """Five different wrong answers: changed integers, the whole plus one, then the answers of other rows."""
-
-    def changed() -> Iterator[str]:
-        integers = list(_INTEGER.finditer(answer))
-        for match in (integers[-1], integers[0]) if integers else ():
-            for delta in (1, 10):
-                yield f"{answer[: match.start()]}{int(match.group()) + delta}{answer[match.end() :]}"
-        if integers:
-            yield f"{answer} + 1"
-        yield from others
-
-    misses: dict[str, str] = {_SAME.sub("", answer): answer}
-    for miss in changed():
+    integers = list(re.finditer(r"\d+", answer))
+    misses = {_SAME.sub("", answer): answer}
+    wrong = [
+        f"{answer[: match.start()]}{int(match[0]) + delta}{answer[match.end() :]}"
+        for match in integers[-1:] + integers[:1]
+        for delta in (1, 10)
+    ]
+    for miss in wrong + [f"{answer} + 1"] * bool(integers) + others:
         misses.setdefault(_SAME.sub("", miss), miss)
     return list(misses.values())[1:6]
 
 
+def _rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def read_golds(path: Path) -> list[Pair]:
     """Each gold of a data file: 3 right notations, 5 wrong ones."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = _rows(path)
     answers = [str(row["answer"]).rpartition("####")[2].strip() for row in rows]
     pairs = []
     for i, row in enumerate(rows):
         gold = str(row.get("solution", row["answer"]))
-        pairs += [Pair(gold, text, True) for text in notations(answers[i])]
-        others = [answers[(i + shift) % len(answers)] for shift in range(1, 30)]
-        for j, miss in enumerate(near_misses(answers[i], others)):
-            pairs.append(Pair(gold, notations(miss)[j % 3], False))
+        pairs += [(gold, text, True) for text in notations(answers[i])]
+        misses = near_misses(answers[i], (answers[i + 1 :] + answers[:i])[:29])
+        pairs += [(gold, notations(miss)[j % 3], False) for j, miss in enumerate(misses)]
     return pairs
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    boxed = [row["gold"] if r"\boxed" in row["gold"] else rf"\boxed{{{row['gold']}}}" for row in rows]
-    return [Pair(gold, row["completion"], bool(row["right"])) for gold, row in zip(boxed, rows, strict=True)]
+    """Labelled pairs, each gold in a box."""
+    return [
+        (
+            row["gold"] if r"\boxed" in row["gold"] else rf"\boxed{{{row['gold']}}}",
+            row["completion"],
+            bool(row["right"]),
+        )
+        for row in _rows(path)
+    ]
 
 
-def _math_verify(gold: str, completion: str) -> float:
-    sides = [parse(text, parsing_timeout=None) for text in (gold, completion)]
-    return float(verify(*sides, timeout_seconds=None))
+def _ours(pair: Pair) -> float | None:
+    return check_answer(*pair[:2])
 
 
-def _open_r1(gold: str, completion: str) -> float:
+def _math_verify(pair: Pair) -> float:
+    gold, answer = (parse(text, parsing_timeout=None) for text in pair[:2])
+    return float(verify(gold, answer, timeout_seconds=None))
+
+
+def _open_r1(pair: Pair) -> float:
     units = NormalizationConfig(nits=False, malformed_operators=False, basic_latex=True, boxed="all", units=True)
     target = LatexExtractionConfig(
         normalization_config=units, boxed_match_priority=0, try_extract_without_anchor=False
     )  # fmt: skip
-    parsed = parse(gold, extraction_mode="first_match", parsing_timeout=None)
-    answer = parse(completion, [target], extraction_mode="first_match", parsing_timeout=None)
-    return float(not parsed or verify(parsed, answer, timeout_seconds=None))
+    gold = parse(pair[0], extraction_mode="first_match", parsing_timeout=None)
+    answer = parse(pair[1], [target], extraction_mode="first_match", parsing_timeout=None)
+    return float(not gold or verify(gold, answer, timeout_seconds=None))
 
 
-CHECKERS: dict[str, Callable[[str, str], float | None]] = {
-    "ours": check_answer,
-    "math-verify": _math_verify,
-    "open-r1": _open_r1,
-}
+CHECKERS = {"ours": _ours, "math-verify": _math_verify, "open-r1": _open_r1}
 
 
 def _timed(item: tuple[str, Pair]) -> tuple[float | None, float]:
-    checker, pair = item
     start = time.process_time()
-    verdict = CHECKERS[checker](pair.gold, pair.completion)
-    return verdict, time.process_time() - start
+    return CHECKERS[item[0]](item[1]), time.process_time() - start
 
 
-def judge(checker: str, pairs: list[Pair], pool: WorkerPool) -> tuple[list[int], list[str]]:
-    """The figures of a checker, COLUMNS after its name, and a line for each pair that it misjudges."""
+def judge(checker: str, pairs: list[Pair], pool: WorkerPool) -> tuple[list[int], list[Pair]]:
+    """How many pairs, right verdicts, false +, false -, unscored, pairs a second and core; the pairs it misjudges."""
     found: list[Any] = pool.map(_timed, [(checker, pair) for pair in pairs])
     results = [(None, 0.0) if isinstance(result, Unscored) else result for result in found]
-    wrong = [pair for pair, (verdict, _) in zip(pairs, results, strict=True) if (verdict == 1.0) != pair.right]
-    false = [sum(not pair.right for pair in wrong), sum(pair.right for pair in wrong)]
+    wrong = [pair for pair, (verdict, _) in zip(pairs, results, strict=True) if (verdict == 1.0) != pair[2]]
+    refused = sum(is_right for _, _, is_right in wrong)
     unscored = sum(verdict is None for verdict, _ in results)
-    speed = len(pairs) / max(sum(seconds for _, seconds in results), 1e-9)
-    return [len(pairs), len(pairs) - len(wrong), *false, unscored, round(speed)], [
-        f"{'right, refused' if pair.right else 'wrong, accepted'}: {pair.completion!r} for {pair.gold[-80:]!r}"
-        for pair in wrong
-    ]
-
-
-def _print(name: str, *columns: Any) -> None:
-    print(f"{name:20}", *(f"{column:>11}" for column in columns))
+    speed = round(len(pairs) / max(sum(seconds for _, seconds in results), 1e-9))
+    return [len(pairs), len(pairs) - len(wrong), len(wrong) - refused, refused, unscored, speed], wrong
 
 
 def main() -> None:
@@ -151,13 +137,14 @@ def main() -> None:
         parser.error(f"no file {', '.join(missing)}")
     tasks = [(path, checker, read_pairs(path)) for path in args.pairs for checker in CHECKERS]
     tasks += [(path, "ours", read_golds(path)) for path in args.files]
-    _print(*COLUMNS)
+    line = "{:20}{:>12}" + "{:>10}" * 6
+    print(line.format("file", "checker", "pairs", "right", "false +", "false -", "unscored", "a second"))
     with WorkerPool(os.cpu_count() or 1) as pool:
         for path, checker, pairs in tasks:
-            figures, misjudged = judge(checker, pairs, pool)
-            _print(path.name, checker, *figures)
-            for line in misjudged if checker == "ours" else ():
-                print(line)
+            figures, wrong = judge(checker, pairs, pool)
+            print(line.format(path.name, checker, *figures))
+            for gold, text, is_right in wrong if checker == "ours" else ():
+                print(f"{'right, refused' if is_right else 'wrong, accepted'}: {text!r} for {gold[-80:]!r}")
 
 
 if __name__ == "__main__":

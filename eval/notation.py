@@ -78,13 +78,16 @@ _NUMBERS = r"""
     (?<![\d.])(\d+)␣(\d+)/(\d+) => \1\\frac{\2}{\3}
 """
 # Units. Out: the unit of the whole in words or \text; degrees within a formula are left out, or radians in sin and cos.
-# One letter is a unit where TeX keeps it apart.
+# One letter is a unit where TeX keeps it apart. 52_8 is 52 of a unit base^8: latex2sympy would read it as 52.
 _UNITS = r"""
     (\\?(?:sin|cos|tan|cot|sec|csc)\s*\(?)\s*([\d.]+)\s*\^\s*\{?\\circ\s*\}? => \1{\\frac{\2\\pi}{180}}
-    (?<=[\d}])\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?)\s*([CF]?)$ => \\text{␣degrees␣\1}
+    (?<=[\d}])\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?)\s*(?:\\text\s*\{)?\s*([CF]?)\}?$ => \\text{␣degrees␣\1}
     \^\s*\{?\s*\\circ\s*\}?\s*[CF]?|\\degrees?(?![a-z]) =>
-    ^([^¤=]*)¤\s*(NUM)((?:␣[^¤=]*)?)$ => \1\2␣dollars\3
+    ^([^¤=]*)¤\s*(NUM)((?:␣[^¤=\\]*)?)$ => \1\2␣dollars\3
     [¤€£¥] =>
+    ^(\d[\dA-F.]*)\s*_\s*\{?(\d+)\}?$ => \1\\text{␣base}^{\2}
+    (?:\bsq(?:uare)?\b|平方)\.?\s*([a-z]+|CHINESE) => \1^2
+    (?:\bcu(?:bic)?\b|立方)\.?\s*([a-z]+|CHINESE) => \1^3
     (?<=[\d}])SPACE*(UNIT)(?:\^?\{?(\d)\}?)?$ => \\text{␣\1}^{\2}
     (?<=[\d}])\s*(?:\\[,;␣]|~)\s*([mgshLNJWVA])(?:\^?\{?(\d)\}?)?$ => \\text{␣\1}^{\2}
 """
@@ -96,7 +99,6 @@ _WORDS = r"""
     (?i)^(yes|no|true|false)\b[,.].*$ => \1
     ,?\s*\\text\{\s*(?:for␣(?:all|any|some)|where)\b[^\d]*$ =>
     [,(]\s*[kmn]\s*\\in\s*(?:\\mathbb\s*)?\{?Z\}?\s*\)?$ =>
-    \\math(?:bf|bb)\s*\{\s*([RZNQ])\s*\} => \\mathbb{\1}
     \\(?:mathbf|boldsymbol|bm|hat|widehat|vec)\s*\{\s*\\?([a-z])(?:math)?\s*\} => \\vec{\1}
     \\mathbf\s*\{ => \\text{
     (?:,\s*)?\\text\{[\s,]*(?:and|or)[\s,]*\}|(?:,\s*)?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]) => ,␣
@@ -124,32 +126,6 @@ _OPERATORS = r"""
     \\[lc]?dots => \\tilde{z}
     (?<![a-zA-Z\\])d(?=[\\\s])(?!.*\\int) => {d}
 """
-_NUMBER = r"[-+]?(?:\d*\\frac\{\d+\}\{\d+\}|\d[\d,]*(?:\.\d+)?(?:␣?/␣?\d+)?|\.\d+)(?:\\cdot␣10\^\{\d+\}␣)?%?"
-_SHORT_FOR = {
-    "ARG": r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}",
-    "TOK": r"([^\s{}\\\[]|\\[a-zA-Z]+)",
-    "SPACE": r"(?:\s|(?<!\\)\\[!:;,>␣]|\\q?quad(?![a-zA-Z])|~)",
-    "NUM": _NUMBER,
-    "UNIT": "(?:(?:sq|cu)?␣?(?:[ckm]m|ft|in)|kg|m[lL]|km/h|[km]ph|m/s|lbs?|oz|hrs?|mins?|secs?|rad|units?|inch|feet)",
-    "␣": " ",
-}
-
-
-def _written_out(text: str) -> str:
-    for short, long in _SHORT_FOR.items():
-        text = text.replace(short, long)
-    return text
-
-
-def _rules(*tables: str) -> list[tuple[re.Pattern[str], str]]:
-    lines = [line.strip().partition(" =>") for table in tables for line in table.strip().splitlines()]
-    return [(re.compile(_written_out(old), re.DOTALL), _written_out(new.strip())) for old, _, new in lines]
-
-
-_COMPILED = _rules(_CHARACTERS, _MARKUP, _NUMBERS, _UNITS)
-_LAST = _rules(_WORDS, _OPERATORS)
-_FULL_WIDTH = {0xFEE0 + code: code for code in range(0x21, 0x7F)}
-
 # What a unit is worth: value: its names; plurals in s are names too.
 _WORTH = """
     m: m meter metre 米
@@ -195,15 +171,45 @@ _WORTH = """
     watt: W watt
     volt: V volt
     ampere: A amp ampere
+    base: base
 """
-_LINES = [line.split(": ") for line in _WORTH.strip().splitlines()]
-_UNIT = {name: sympy.sympify(value) for value, names in _LINES for name in names.split()}
-_POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
+_UNIT = {
+    name: sympy.sympify(value)
+    for value, _, names in (line.partition(": ") for line in _WORTH.splitlines())
+    for name in names.split()
+}
 _CHINESE = "|".join(name for name in sorted(_UNIT, key=len)[::-1] if not name.isascii())
 _UNIT_WORD = re.compile(
-    r"(\b(?:per|an?)\b|/|每)?\W*(square\b|sq\b|平方|cubic\b|cu\b|立方)?\W*"
-    rf"({_CHINESE}|\b(?!in [a-z])[a-zA-Z]+|[\u4e00-\u9fff])[\s^{{}}]*(-?\d)?"
+    r"(\b(?:per|an?)\b|/|每)?\W*"
+    rf"({_CHINESE}|\b(?!in [a-z])[a-zA-Z]+|[\u4e00-\u9fff])[\s^{{}}]*(-?\d{{1,2}})?"
 )
+
+
+_NUMBER = r"[-+]?(?:\d*\\frac\{\d+\}\{\d+\}|\d[\d,]*(?:\.\d+)?(?:␣?/␣?\d+)?|\.\d+)(?:\\cdot␣10\^\{\d+\}␣)?%?"
+_SHORT_FOR = {
+    "ARG": r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}",
+    "TOK": r"([^\s{}\\\[]|\\[a-zA-Z]+)",
+    "SPACE": r"(?:\s|(?<!\\)\\[!:;,>␣]|\\q?quad(?![a-zA-Z])|~)",
+    "NUM": _NUMBER,
+    "CHINESE": f"(?:{_CHINESE})",
+    "UNIT": "(?:[ckm]m|ft|(?<=␣)in|kg|m[lL]|km/h|[km]ph|m/s|lbs?|oz|hrs?|mins?|secs?|rad|units?|inch|feet)",
+    "␣": " ",
+}
+
+
+def _written_out(text: str) -> str:
+    for short, long in _SHORT_FOR.items():
+        text = text.replace(short, long)
+    return text
+
+
+_RULES = _CHARACTERS + _MARKUP + _NUMBERS + _UNITS + _WORDS + _OPERATORS
+_COMPILED = [
+    (re.compile(_written_out(old), re.DOTALL), _written_out(new.strip()))
+    for old, arrow, new in (line.strip().partition(" =>") for line in _RULES.splitlines())
+    if arrow
+]
+_FULL_WIDTH = {0xFEE0 + code: code for code in range(0x21, 0x7F)}
 
 
 class Answer(NamedTuple):
@@ -218,21 +224,23 @@ class Answer(NamedTuple):
 def unit_of(phrase: str) -> sympy.Expr:
     r"""The unit with which a phrase begins, in metres, grams, seconds, dollars...; 1 where that is no unit we know."""
     unit, sign = sympy.S.One, 1
-    for per, power, name, digit in _UNIT_WORD.findall(re.sub(r"\\text|\\cdot", " ", phrase)):
+    for per, name, power in _UNIT_WORD.findall(re.sub(r"\\text|\\cdot", " ", phrase)):
         known = _UNIT.get(name) or _UNIT.get(name.lower().removesuffix("s"))
-        if not known or (per and unit.has(_UNIT["dollar"])):  # 5 dollars per hour may be said as 5 dollars
+        # 5 dollars per hour may be said as 5 dollars, or 5 per hour
+        if not known or (per and (unit == 1 or unit.has(_UNIT["dollar"]))):
             break
         sign = -1 if per else sign
-        unit *= known ** (sign * int(digit or _POWERS.get(power, 1)))
+        unit *= known ** (sign * int(power or 1))
     return unit
 
 
 _PLAIN = r"[^\d$\\=<>^+{}*]"  # no mathematics
 _SENTENCE = re.compile(
-    rf"({_PLAIN}*?)(\$[^$]+\$|(?<![\w^]){_written_out(_NUMBER)})((?! (?:is|are) )(?:{_PLAIN}|(?<=[a-z])\^?\d)*)"
+    rf"({_PLAIN}*?)(\$[^$]+\$|(?<![\w^]){_written_out(_NUMBER)})"
+    rf"((?! (?:is|are) )(?:{_PLAIN}|(?<=[a-z\u4e00-\u9fff])\^?\d)*)"
 )
 _WITH_TEXT = re.compile(
-    r"()((?:(?!\\text).)+?)((?:\\text\s*\{(?:[^{}\d]|\^\{?-?\d\}?)*\}|\^\s*\{?-?\d?\}?|[\s/.,]|\\[,;:]|\\cdot\b)+)"
+    r"()((?:(?!\\text).)+?)((?:\\text\s*\{(?:[^{}\d]|\^\{?-?\d\}?)*\}|\^\s*\{?-?\d*\}?|[\s/.,]|\\[,;:]|\\cdot\b)+)"
 )
 _CHANGES_IT = re.compile(
     r"(?i)\b(?:and|or|to|not|than|least|most|between|over|under|nor|half|twice|minus|plus|times|squared|negative"
@@ -279,7 +287,7 @@ def _parse(text: str) -> Any:
 
 def _total(text: str) -> Answer | None:
     """Several quantities of one kind, `2 hours and 15 minutes`, as one in the first unit."""
-    plain = re.sub(r"\\text|\^\{\}|\\[,;:! ]|\band\b|[{}$~,]", " ", text)
+    plain = re.sub(r"\\(?:text|mathrm|mbox)|\\[,;:! ()]|\band\b|[{}$~,*]|\.$", " ", text)
     parts = _QUANTITY.findall(plain)
     if len(parts) < 2 or _QUANTITY.sub("", plain).strip():
         return None
@@ -293,11 +301,9 @@ def read(text: str) -> Answer | None:
     if is_too_much(text):
         return None
     text = text.strip().translate(_FULL_WIDTH)
-    for pattern, replacement in _COMPILED:
-        text = pattern.sub(replacement, text)
     if total := _total(text):
         return total
-    for pattern, replacement in _LAST:
+    for pattern, replacement in _COMPILED:
         text = pattern.sub(replacement, text)
     text = text.strip()
     formula, phrase = text.replace("$", ""), ""
@@ -307,6 +313,4 @@ def read(text: str) -> Answer | None:
             return Answer(text, sympy.S.One, text)
         formula, phrase = match[2].strip("$ "), match[3]
     value, unit = _parse(formula), PERCENT if formula.endswith("%") else unit_of(phrase)
-    if phrase and unit == 1 and not isinstance(value, str) and getattr(value, "rhs", value).free_symbols:
-        value = text
     return Answer(value, unit, formula) if text else None

@@ -17,12 +17,15 @@ A number in running prose ("so she has 63 left") is no answer: it would pay a mo
 of more than 500 characters (the longest of MATH-500 has 53) or 20 nested brackets.
 
 How it is read: `eval/notation.py`. With words in it, it is prose and says the one number or formula that is in it
-(`63 apples`; not `5 or 6`, not `5 hours 30 minutes`); without, it is mathematics (`6xy` is a product), of which only a
-listed unit right after a number is dropped. What cannot be parsed is compared as text.
+(`63 apples`; not `5 or 6`) or the sum of its quantities (`5 hours 30 minutes`); without, it is mathematics (`6xy` is a
+product), in which only a listed unit right after a number is one. What cannot be parsed is compared as text.
 
 How two values are compared (`_same`): by math-verify, on exact numbers; before that, equations are compared up to a
 factor, inequalities made sets, `x=1, y=2` the values of its names. A decimal of six or more digits may be rounded
-(relative 1e-6). Units are not compared, as in open-r1: 15 cm^2 is 15. The base of a number is, where both have one.
+(relative 1e-6).
+Units are compared where both sides have one that `eval/notation.py` knows, and converted: 120 minutes are 2 hours, 3 m
+are not 3 km. Where one side has none, they are not (15 cm^2 is 15, as in open-r1), nor are other words: 5 oranges are 5
+apples. 12 % is 12 and 0.12. The base of a number is such a unit.
 Left out: a gold of words without LaTeX ("Paris") is not parseable; `\text{Evelyn}` and single letters are.
 
     PYTHONPATH=. python -c "from eval.verify import check_answer; print(check_answer('63', r'so \boxed{63}'))"
@@ -55,7 +58,6 @@ _ANCHOR = re.compile(
 )
 _SENTENCE_END = r"(?<!\\)[.!?](?:\s|$)|\n"
 _CLAUSE_END = rf"{_SENTENCE_END}|, (?!and\b|or\b)[a-z]{{2,}}| (?:because|since|as|so|for)\b| \((?=[a-z])"
-_BASE = re.compile(r"[\da-zA-Z.]+\s*_\s*\{?(\d+)\}?")
 _BRACKET = re.compile(r"[(\[]|\\\{")
 _DECIMAL = re.compile(r"-?(\d*)\.(\d+)")
 
@@ -149,7 +151,7 @@ def _solutions(value: Any) -> Any:
         sets = [sympy.And(part).as_set() for part in parts]
         both = sympy.Intersection(*sets)
         return sympy.Union(*sets) if both.is_empty else both
-    return value.args[0] if isinstance(value, sympy.FiniteSet) and len(value) == 1 else value
+    return value
 
 
 def _is_name(value: sympy.Expr) -> bool:
@@ -203,18 +205,17 @@ def check_answer(gold: str, completion: str) -> float | None:
     if not expected or not given:
         return 0.0 if expected else None
     values, units, texts = zip(expected, given, strict=True)
-    if isinstance(values[0], str) != isinstance(values[1], str) or (":" in texts[0]) != (":" in texts[1]):
-        return 0.0
-    if isinstance(values[0], str) or any(map(_is_too_big, values)):
-        said = [re.sub(r"\\text\{([^{}]*)\}|[$()]|\{(?=\w\})|(?<=\{\w)\}", r"\1", text).lower() for text in texts]
-        return float("".join(said[0].split()) == "".join(said[1].split()))
-    bases = {match[1] for match in map(_BASE.fullmatch, texts) if match}  # latex2sympy reads 52_8 as 52
     brackets = {match[0] for match in map(_BRACKET.match, texts) if match}
-    several = all(isinstance(value, sympy.Tuple | sympy.Interval | sympy.FiniteSet) for value in values)
-    sets = all(isinstance(value, sympy.FiniteSet) for value in values)
-    ratio = units[1] / units[0]
-    if len(bases) > 1 or (len(brackets) > 1 and several and not sets) or (1 not in units and not ratio.is_number):
+    are_sets = all(isinstance(value, sympy.FiniteSet) for value in values)
+    if (len(brackets) > 1 and not are_sets) or (":" in texts[0]) != (":" in texts[1]):
         return 0.0
+    ratio = units[1] / units[0]
+    if 1 not in units and not ratio.is_number:
+        return 0.0
+    are_texts = [isinstance(value, str) for value in values]
+    if any(are_texts) or any(map(_is_too_big, values)):
+        said = [re.sub(r"\\text\{([^{}]*)\}|[$()]|\{(?=\w\})|(?<=\{\w)\}", r"\1", text).lower() for text in texts]
+        return float(are_texts[0] == are_texts[1] and "".join(said[0].split()) == "".join(said[1].split()))
     # Without a unit on one side, units are not compared, but a share may be written without %.
     ratios = [ratio] if 1 not in units else [1, ratio] if PERCENT in units else [1]
     try:
