@@ -253,8 +253,8 @@ def test_reward_is_for_the_last_number(completion, reward):
     assert nano.last_number_reward(completion, "42") == reward
 
 
-def test_the_example_in_its_documentation_is_true():
-    assert doctest.testmod(nano) == (0, 1)
+def test_the_examples_in_its_documentation_are_true():
+    assert doctest.testmod(nano) == (0, 2)
 
 
 def test_it_shares_no_code_with_the_loop():
