@@ -6,8 +6,8 @@ of their group are made likelier, those below it less likely. A clipped ratio ke
 completions from going too far, and a KL penalty keeps the model near the one it started from. There is no value
 network: the mean of the group takes its place.
 
-    python -m grpo_core.nano                                        # a small Llama: minutes on 2 CPU cores
-    python -m grpo_core.nano --model FOLDER --learning_rate 1e-5    # a pretrained chat model
+    python -m grpo_core.nano  # a small Llama, in less than 5 minutes on 2 CPU cores
+    python -m grpo_core.nano --model FOLDER --learning_rate 1e-5 --max_completion_length 128  # a chat model
 
 The problems are arithmetic in words (`quickstart/task.py`). Without --model, a Llama of 2.5 million random weights
 first imitates worked demonstrations. A fifth of their lines are wrong, so imitation alone cannot make it reliable; GRPO
