@@ -10,8 +10,8 @@ network: the mean of the group takes its place.
     python -m grpo_core.nano --model FOLDER --learning_rate 1e-5 --max_completion_length 128  # a chat model
 
 The problems are arithmetic in words (`quickstart/task.py`). Without --model, a Llama of 2.5 million random weights
-first imitates worked demonstrations. A fifth of their lines are wrong, so imitation alone cannot make it reliable; GRPO
-then teaches it to be right. With --model, GRPO starts from the model in that folder.
+first imitates worked demonstrations. One column in five is wrong in them, so imitation alone cannot make it reliable;
+GRPO then teaches it to be right. With --model, GRPO starts from the model in that folder.
 
 Left out on purpose, and found in `train.py`, whose loop has the same seven phases: several devices, a separate
 inference engine, packing without padding, log-probs that never hold the [B, C, V] logits, reward functions in processes
@@ -28,7 +28,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class Batch:
     completion_mask: Tensor  # [B, C] bool: True for a token, EOS too, False for padding
     advantages: Tensor  # [B]
     old_logps: Tensor = field(init=False)  # [B, C] of the policy before its first update on these samples
-    ref_logps: Tensor | None = field(init=False)  # [B, C] of the reference model
+    ref_logps: Tensor | None = field(init=False)  # [B, C] of the reference model; None without one, and then no KL
 
 
 def pad(prompts: list[list[int]], completions: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -357,7 +357,6 @@ def warm_start(config: Config, model: Any, demonstrations: list[Sample]) -> None
 
     The ratio is exp(logp - old_logp) = 1, so the gradient of -ratio is that of -logp: this is maximum likelihood.
     """
-    config = replace(config, beta=0.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START_LEARNING_RATE, **ADAMW)
     rng = random.Random(config.seed)
     for step in range(1, WARM_START_STEPS + 1):
