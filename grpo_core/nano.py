@@ -6,12 +6,12 @@ of their group are made likelier, those below it less likely. A clipped ratio ke
 completions from going too far, and a KL penalty keeps the model near the one it started from. There is no value
 network: the mean of the group takes its place.
 
-    python -m grpo_core.nano                                        # a small Llama: minutes on 2 CPU cores
-    python -m grpo_core.nano --model FOLDER --learning_rate 1e-5    # a pretrained chat model
+    python -m grpo_core.nano  # a small Llama, in less than 5 minutes on 2 CPU cores
+    python -m grpo_core.nano --model FOLDER --learning_rate 1e-5 --max_completion_length 128  # a chat model
 
 The problems are arithmetic in words (`quickstart/task.py`). Without --model, a Llama of 2.5 million random weights
-first imitates worked demonstrations. A fifth of their lines are wrong, so imitation alone cannot make it reliable; GRPO
-then teaches it to be right. With --model, GRPO starts from the model in that folder.
+first imitates worked demonstrations. One column in five is wrong in them, so imitation alone cannot make it reliable;
+GRPO then teaches it to be right. With --model, GRPO starts from the model in that folder.
 
 Left out on purpose, and found in `train.py`, whose loop has the same seven phases: several devices, a separate
 inference engine, packing without padding, log-probs that never hold the [B, C, V] logits, reward functions in processes
@@ -28,7 +28,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +62,16 @@ class Config:
     temperature: float = option(1.0, "sampling temperature, at which all log-probs are computed too")
     num_iterations: int = option(1, "updates on each rollout batch")
     micro_batch_size: int = option(64, "sequences in one forward and backward pass: memory, not result")
-    learning_rate: float = option(3e-4, "of AdamW, constant")
+    learning_rate: float = option(3e-4, "of AdamW, constant; 1e-5 suits a pretrained model")
     beta: float = option(0.04, "weight of the KL to the reference model; 0: there is none")
     epsilon: float = option(0.2, "the ratio is clipped to [1 - epsilon, 1 + epsilon]")
     seed: int = option(0, "of weights, problems and sampling")
 
     def __post_init__(self) -> None:
-        positive = ("max_steps", "prompts_per_step", "max_completion_length", "num_iterations", "micro_batch_size")
-        least = {name: 1 for name in positive} | {"num_generations": 2, "beta": 0, "epsilon": 0}
-        for name, bound in least.items():
-            if not getattr(self, name) >= bound:
+        counts = ("max_steps", "prompts_per_step", "max_completion_length", "num_iterations", "micro_batch_size")
+        bounds = dict.fromkeys(counts, 1) | {"num_generations": 2, "beta": 0, "epsilon": 0}
+        for name, bound in bounds.items():
+            if not getattr(self, name) >= bound:  # not `<`, which would let NaN pass
                 raise ValueError(f"--{name} must be at least {bound}, got {getattr(self, name)}")
         for name in ("temperature", "learning_rate"):
             if not getattr(self, name) > 0:
@@ -99,14 +99,14 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Samples as tensors."""
+    """B samples as tensors."""
 
     input_ids: Tensor  # [B, P + C] int64: prompts padded on the left, completions padded on the right
     attention_mask: Tensor  # [B, P + C] int64: 1 for a token, 0 for padding
     completion_mask: Tensor  # [B, C] bool: True for a token, EOS too, False for padding
     advantages: Tensor  # [B]
     old_logps: Tensor = field(init=False)  # [B, C] of the policy before its first update on these samples
-    ref_logps: Tensor | None = field(init=False)  # [B, C] of the reference model
+    ref_logps: Tensor | None = field(init=False)  # [B, C] of the reference model; None without one, and then no KL
 
 
 def pad(prompts: list[list[int]], completions: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -190,10 +190,11 @@ def sample(model: Any, prompts: list[list[int]], eos_id: int, max_length: int, t
         attention_mask = torch.cat([attention_mask, torch.ones_like(input_ids)], dim=1)
         position_ids = position_ids[:, -1:] + 1  # [B, 1]
     completions = torch.stack(columns, dim=1).tolist()  # [B, C]
-    return [
-        Sample(prompt, completion[:length], "stop" if stopped else "length")
-        for prompt, completion, length, stopped in zip(prompts, completions, lengths, ended, strict=True)
-    ]
+    samples = []
+    for i, prompt in enumerate(prompts):
+        finish_reason = "stop" if ended[i] else "length"
+        samples.append(Sample(prompt, completions[i][: int(lengths[i])], finish_reason))
+    return samples
 
 
 # ---------------------------------------------------------------------------- the algorithm
@@ -204,6 +205,9 @@ def last_number_reward(completion: str, answer: str) -> float:
 
 def group_advantages(rewards: list[float]) -> list[float]:
     """By how many standard deviations each reward of a group exceeds the group's mean.
+
+    >>> [round(advantage, 2) for advantage in group_advantages([1.0, 0.0, 0.0, 1.0])]
+    [0.87, -0.87, -0.87, 0.87]
 
     Exactly 0 where all rewards are equal: such a group does not say which completion is better.
     """
@@ -240,7 +244,7 @@ def grpo_loss(
     beta: float,
     epsilon: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # [], name -> []
-    """This micro-batch's share of the loss and of the metrics; the shares of an update add up.
+    """This micro-batch's share of the loss and of the metrics; the shares of all micro-batches add up.
 
     ratio r    exp(logp - old_logp): how much likelier the token is than when it was sampled; 1 in the first update
     policy     -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A): no gradient once r has moved far enough in A's favour
@@ -299,7 +303,7 @@ def optimizer_step(model: Any, optimizer: torch.optim.Optimizer) -> float:
 
 # ---------------------------------------------------------------------------- the loop
 def train(config: Config, model: Any, tokenizer: Any, problems: list[Problem], reward: Reward) -> list[float]:
-    """GRPO, in phases that have their numbers from `grpo_core/train.py`. Returns each step's mean reward."""
+    """GRPO, in the seven phases of `grpo_core/train.py`. Returns the mean reward of each step."""
     reference = copy.deepcopy(model) if config.beta > 0 else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, **ADAMW)
     rng = random.Random(config.seed)
@@ -327,7 +331,7 @@ def train(config: Config, model: Any, tokenizer: Any, problems: list[Problem], r
         batches = make_batches(samples, config.micro_batch_size, model.device)
         set_old_and_ref_logps(batches, model, reference, config.temperature)
 
-        # 5 totals: over all micro-batches, before the first backward
+        # 5 totals: the loss is divided by those of the whole step, not of a micro-batch
         num_sequences = len(samples)
 
         # 6 update
@@ -335,7 +339,7 @@ def train(config: Config, model: Any, tokenizer: Any, problems: list[Problem], r
             metrics = add_gradients(model, batches, num_sequences, config)
             grad_norm = optimizer_step(model, optimizer)
 
-        # 7 log: the metrics are those of the last update
+        # 7 log: watch the reward; the loss of a first update is only beta * kl, as a group's advantages sum to 0
         history.append(sum(rewards) / len(rewards))
         length = sum(len(s.completion_ids) for s in samples) / len(samples)
         cut = sum(s.finish_reason == "length" for s in samples) / len(samples)
@@ -353,7 +357,6 @@ def warm_start(config: Config, model: Any, demonstrations: list[Sample]) -> None
 
     The ratio is exp(logp - old_logp) = 1, so the gradient of -ratio is that of -logp: this is maximum likelihood.
     """
-    config = replace(config, beta=0.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START_LEARNING_RATE, **ADAMW)
     rng = random.Random(config.seed)
     for step in range(1, WARM_START_STEPS + 1):
@@ -416,10 +419,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
         parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default, help=f.metadata["help"])
-    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            config = Config(**vars(options))
+            config = Config(**vars(parser.parse_args(argv)))
             folder = Path(config.model or write_model(scratch, config.seed))
             tokenizer = load_tokenizer(folder)
             splits = make_splits(config.seed, NUM_PROBLEMS)
@@ -440,7 +442,7 @@ def main(argv: list[str] | None = None) -> None:
     train(config, model, tokenizer, problems, last_number_reward)
     after = evaluate(config, model, tokenizer, heldout)
     print(f"{len(heldout)} held-out problems, greedy: {before:.1%} right before GRPO, {after:.1%} after")
-    print(f"{(time.perf_counter() - start) / 60:.1f} minutes")
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all")
 
 
 if __name__ == "__main__":
