@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from grpo_core.batch import make_micro_batches
 from grpo_core.config import GRPOConfig
 from grpo_core.loss import policy_loss
-from grpo_core.rollout import Rollout
+from grpo_core.rollout import Sample
 from grpo_core.update import update
 from kernels import tables
 from kernels.bench import machine, profiled, show, verdict
@@ -67,7 +67,7 @@ COLUMNS = (
 Phases = dict[str, float]
 
 
-def make_rollouts(tokens: int, vocab: int, seed: int) -> list[Rollout]:
+def make_rollouts(tokens: int, vocab: int, seed: int) -> list[Sample]:
     """Whole groups of equally long rows, as many as `tokens` have room for."""
     length, generator = min(LONGEST, tokens // GROUP), torch.Generator().manual_seed(seed)
     rollouts = []
@@ -75,7 +75,7 @@ def make_rollouts(tokens: int, vocab: int, seed: int) -> list[Rollout]:
         ids = torch.randint(vocab, (length,), generator=generator).tolist()
         advantage = (i % GROUP - (GROUP - 1) / 2) / GROUP
         sampled = [-5.0] * (length - PROMPT)
-        rollouts.append(Rollout(i // GROUP, ids[:PROMPT], ids[PROMPT:], sampled, "stop", 0, advantage=advantage))
+        rollouts.append(Sample(i // GROUP, ids[:PROMPT], ids[PROMPT:], sampled, "stop", 0, advantage=advantage))
     return rollouts
 
 
@@ -90,7 +90,7 @@ def this_trainer(info: Qwen2Config, config: GRPOConfig, device: torch.device) ->
         ranks, compute = torch.distributed.get_world_size(), "bfloat16" if device.type == "cuda" else "float32"
         show(f"{masters} masters in {units} FSDP2 units over {ranks} ranks, computing in {compute}, fused AdamW")
 
-    def step(rollouts: list[Rollout], clock: "Clock") -> None:
+    def step(rollouts: list[Sample], clock: "Clock") -> None:
         batches = make_micro_batches(rollouts, config.max_tokens_per_micro_batch, device)
         counts = step_counts([batch.sequences for batch in batches], device)
         clock("pack")
@@ -138,7 +138,7 @@ def in_trls_way(info: Qwen2Config, config: GRPOConfig, device: torch.device) -> 
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=device.type == "cuda")
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-    def step(rollouts: list[Rollout], clock: Clock) -> None:
+    def step(rollouts: list[Sample], clock: Clock) -> None:
         ids = torch.tensor([r.prompt_ids + r.completion_ids for r in rollouts], device=device)  # [B, L]
         labels = ids.clone()
         labels[:, :PROMPT] = -100
