@@ -21,13 +21,13 @@ from statistics import mean
 
 from eval.verify import parse_gold
 from eval.workers import Unscored, WorkerPool
-from gen.engine.base import check_engine_available
+from gen.engine.base import Sampling, check_engine_available
 from grpo_core.advantage import group_advantages
 from grpo_core.audit_probes import Report, audit_rewards, tell
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.prepare import Run, check_lengths, start_engine
 from grpo_core.rewards import accuracy_reward, get_reward_funcs, gold_text
-from grpo_core.rollout import GOLD_REWARDS, Prompt, Rollout, Scorer, load_prompts, sample
+from grpo_core.rollout import GOLD_REWARDS, Prompt, Sample, Scorer, load_prompts, sample_groups, sample_seed
 from grpo_core.scoring import gold_answers, unparseable_golds
 from sft_core.data.rows import row_order
 from sft_core.model.policy import local_copy
@@ -158,28 +158,32 @@ def audit_samples(run: Run, usable: list[Prompt], pool: WorkerPool, report: Repo
     engine = start_engine(run)
     assert engine is not None, "set-up has no recorded rollouts in its place"
     scorer = Scorer(chosen, run.reward_funcs, config, run.tokenizer, pool)
-    rollouts = sample(engine, chosen, config.num_generations, config, 0, run.stop_ids, scorer.begin)
+    sampling = Sampling(config.num_generations, config.max_completion_length, config.temperature, run.stop_ids)
+    seeds = [sample_seed(config.seed, 0, group) for group in chosen]
+    samples = sample_groups(engine, chosen, sampling, seeds, scorer.begin)
     engine.close()
     failures = scorer.finish()
-    lengths, limit = [len(r.completion_ids) for r in rollouts], config.max_completion_length
-    cut = mean(r.finish_reason == "length" for r in rollouts)
-    tell("sampled", f"{len(rollouts)} completions, {config.num_generations} a prompt")
+    lengths, limit = [len(sample.completion_ids) for sample in samples], config.max_completion_length
+    cut = mean(sample.finish_reason == "length" for sample in samples)
+    tell("sampled", f"{len(samples)} completions, {config.num_generations} a prompt")
     tell("completions", f"{mean(lengths):.0f} tokens on average; {cut:.0%} cut at max_completion_length {limit}")
     if cut > 0.1:
         report.advice.append(f"{cut:.0%} of the completions are cut before they end: raise max_completion_length.")
 
-    advantages = group_advantages([r.reward for r in rollouts], [r.group for r in rollouts], "none").tolist()
-    effective = len({r.group for r, advantage in zip(rollouts, advantages, strict=True) if advantage})
+    advantages = group_advantages(
+        [sample.reward for sample in samples], [sample.group for sample in samples], "none"
+    ).tolist()
+    effective = len({sample.group for sample, advantage in zip(samples, advantages, strict=True) if advantage})
     tell("groups with spread", f"{effective} of {len(chosen)} ({effective / len(chosen):.0%}): those with a gradient")
     reasons = [f"{failure}." for failure in failures]
     for j, name in enumerate(run.reward_names):
-        values = [r.rewards[j] for r in rollouts if not math.isnan(r.rewards[j])]
+        values = [sample.rewards[j] for sample in samples if not math.isnan(sample.rewards[j])]
         told = f"{mean(values):.3g} on average, {min(values):.3g} to {max(values):.3g}" if values else "no value at all"
         tell(name, told)
         if values and min(values) == max(values):
             reasons.append(f"{name} gives {values[0]:.3g} to every completion: it tells none from another.")
     if any({"solution", "answer"} & set(prompt.columns) for prompt in usable):
-        copies, plain = [replace(rollout) for rollout in rollouts], replace(config, reward_weights=None)
+        copies, plain = [replace(sample) for sample in samples], replace(config, reward_weights=None)
         scorer = Scorer(chosen, [accuracy_reward], plain, run.tokenizer, pool)
         scorer.begin(copies)
         scorer.finish()
@@ -190,12 +194,12 @@ def audit_samples(run: Run, usable: list[Prompt], pool: WorkerPool, report: Repo
         report.advice += reasons
 
 
-def pass_rate(rollouts: list[Rollout], cut: float) -> list[str]:
+def pass_rate(samples: list[Sample], cut: float) -> list[str]:
     """Tell how often the gold answer was met; returns advice where most groups are all wrong or all right."""
     groups = defaultdict(list)
-    for rollout in rollouts:
-        if not math.isnan(rollout.reward):  # a check that failed
-            groups[rollout.group].append(rollout.reward)
+    for sample in samples:
+        if not math.isnan(sample.reward):  # a check that failed
+            groups[sample.group].append(sample.reward)
     wrong, right, n = sum(not any(g) for g in groups.values()), sum(all(g) for g in groups.values()), len(groups)
     rate = mean(value for group in groups.values() for value in group) if groups else math.nan
     tell("pass rate", f"{rate:.1%}; of {n} groups {wrong} are all wrong, {right} all right")

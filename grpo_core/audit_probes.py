@@ -7,7 +7,7 @@ from eval.workers import WorkerPool
 from grpo_core.config import GRPOScriptArguments
 from grpo_core.prepare import Run
 from grpo_core.rollout import GOLD_REWARDS, Prompt
-from grpo_core.scoring import start_scoring
+from grpo_core.scoring import ToScore, start_scoring
 from kernels.tables import table
 
 IDEAL, EMPTY, TAGS = "what the prompt asks", "empty text", "tags repeated"
@@ -96,17 +96,12 @@ def audit_rewards(run: Run, prompt: Prompt, answer: str, pool: WorkerPool, repor
     probes |= {name: notation.format(answer) for name, notation in NOTATIONS.items()}
     only_ids = {"add_special_tokens": False, "truncation": True, "max_length": limit}
     # One group: the rewards that compare a group's completions compare these.
-    result = start_scoring(
-        run.reward_funcs,
-        run.config.reward_weights,
-        completions=list(probes.values()),
-        completion_ids=run.tokenizer(list(probes.values()), **only_ids)["input_ids"],
-        group_ids=[0] * len(probes),
-        prompts=[prompt.messages] * len(probes),
-        prompt_texts=[rendered] * len(probes),
-        columns={name: [value] * len(probes) for name, value in prompt.columns.items()},
-        pool=pool,
-    )()
+    ids = run.tokenizer(list(probes.values()), **only_ids)["input_ids"]
+    completions = [
+        ToScore(text, token_ids, 0, prompt.messages, rendered, prompt.columns)
+        for text, token_ids in zip(probes.values(), ids, strict=True)
+    ]
+    scores = start_scoring(run.reward_funcs, run.config.reward_weights, completions, pool)()
     prefilled = f"; the chat template itself begins the completion with {opened!r}" if opened else ""
     tell("the prompt asks for", (", ".join(named) or "no tags, no notation") + prefilled)
     full = {
@@ -120,8 +115,8 @@ def audit_rewards(run: Run, prompt: Prompt, answer: str, pool: WorkerPool, repor
         "cosine": data.cosine_min_value_correct,
     }
     columns = []
-    for name, function in zip(data.reward_funcs, run.reward_names, strict=True):
-        values = dict(zip(probes, result.per_function[function], strict=True))
+    for j, name in enumerate(data.reward_funcs):
+        values = {probe: row[j] for probe, row in zip(probes, scores.values, strict=True)}
         paid, due = values[IDEAL], full.get(name)
         exploits: list[str] = []
         if all(value is None for value in values.values()):
@@ -140,7 +135,7 @@ def audit_rewards(run: Run, prompt: Prompt, answer: str, pool: WorkerPool, repor
             tell(name, f"accepts {answer!r} in {len(accepted)} of {len(NOTATIONS)} notations")
         shown = {p: "-" if v is None else f"{v + 0.0:.3g}" + " !" * (p in exploits) for p, v in values.items()}
         columns.append(shown.values())
-    report.advice += [f"a probe failed: {cause} ({text})." for cause, text in dict(result.gaps).items() if text]
+    report.advice += [f"a probe failed: {cause} ({text})." for cause, text in dict(scores.gaps).items() if text]
     print(table(["probe", *data.reward_funcs], zip(probes, *columns, strict=True)))
 
 

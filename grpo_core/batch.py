@@ -1,4 +1,4 @@
-"""From rollouts to what the policy is trained on: packed micro-batches."""
+"""From samples to what the policy is trained on: packed micro-batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.loss import TokenBatch
-from grpo_core.rollout import Rollout
+from grpo_core.rollout import Sample
 from sft_core.data.packing import PackedSequences, StepCounts, idle_sequences, pack, pack_sequences
 
 
@@ -15,12 +15,12 @@ from sft_core.data.packing import PackedSequences, StepCounts, idle_sequences, p
 class MicroBatch:
     """S completions with their prompts, packed; N completion tokens. Log-probs are of those tokens."""
 
-    rollouts: Sequence[Rollout]
+    samples: Sequence[Sample]
     sequences: PackedSequences
     advantages: Tensor  # [S]
     positions: Tensor  # [N] index of the token within its completion
     sampler_logps: Tensor  # [N] the engine's
-    old_logps: Tensor | None = None  # [N] the policy's before its first update on this rollout
+    old_logps: Tensor | None = None  # [N] the policy's before its first update on this rollout batch
     ref_logps: Tensor | None = None  # [N] the reference model's
     active: Tensor | None = None  # [N] bool, on the CPU: there is an advantage
 
@@ -39,30 +39,30 @@ class MicroBatch:
         )
 
 
-def make_micro_batches(rollouts: Sequence[Rollout], max_tokens: int, device: torch.device) -> list[MicroBatch]:
-    """Pack `rollouts` into micro-batches of at most `max_tokens` tokens, prompts included.
+def make_micro_batches(samples: Sequence[Sample], max_tokens: int, device: torch.device) -> list[MicroBatch]:
+    """Pack `samples` into micro-batches of at most `max_tokens` tokens, prompts included.
 
     Every sampled token is scored, the stop token too; no prompt token is.
     """
-    bins = pack([len(r.prompt_ids) + len(r.completion_ids) for r in rollouts], max_tokens)
-    return [_micro_batch([rollouts[i] for i in members], device) for members in bins]
+    bins = pack([len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples], max_tokens)
+    return [_micro_batch([samples[i] for i in members], device) for members in bins]
 
 
-def _micro_batch(rollouts: list[Rollout], device: torch.device) -> MicroBatch:
+def _micro_batch(samples: list[Sample], device: torch.device) -> MicroBatch:
     sequences = pack_sequences(
-        [r.prompt_ids + r.completion_ids for r in rollouts],
-        [[False] * len(r.prompt_ids) + [True] * len(r.completion_ids) for r in rollouts],
+        [sample.prompt_ids + sample.completion_ids for sample in samples],
+        [[False] * len(sample.prompt_ids) + [True] * len(sample.completion_ids) for sample in samples],
         device,
     )
-    old = [logp for r in rollouts for logp in r.old_logps or []]
+    old = [logp for sample in samples for logp in sample.old_logps or []]
     batch = MicroBatch(
-        rollouts=rollouts,
+        samples=samples,
         sequences=sequences,
-        advantages=torch.tensor([r.advantage for r in rollouts], device=device, dtype=torch.float32),
-        positions=torch.cat([torch.arange(len(r.completion_ids)) for r in rollouts]).to(device),
-        sampler_logps=torch.tensor([logp for r in rollouts for logp in r.sampler_logps], device=device),
+        advantages=torch.tensor([sample.advantage for sample in samples], device=device, dtype=torch.float32),
+        positions=torch.cat([torch.arange(len(sample.completion_ids)) for sample in samples]).to(device),
+        sampler_logps=torch.tensor([logp for sample in samples for logp in sample.sampler_logps], device=device),
         old_logps=torch.tensor(old, device=device) if old else None,
-        active=torch.tensor([r.advantage != 0 for r in rollouts for _ in r.completion_ids]),
+        active=torch.tensor([sample.advantage != 0 for sample in samples for _ in sample.completion_ids]),
     )
     if len(batch.sequences.targets) != len(batch.sampler_logps):
         raise RuntimeError(
@@ -78,9 +78,9 @@ def idle_micro_batch(device: torch.device) -> MicroBatch:
 
 
 def keep_old_logps(micro_batches: Sequence[MicroBatch]) -> None:
-    """Hand the old log-probs back to the rollouts, so that a checkpoint between two updates on them has them."""
+    """Hand the old log-probs back to the samples, so that a checkpoint between two updates on them has them."""
     for batch in micro_batches:
         assert batch.old_logps is not None, "nothing was updated yet"
-        parts = batch.old_logps.split([len(r.completion_ids) for r in batch.rollouts])
-        for rollout, part in zip(batch.rollouts, parts, strict=True):
-            rollout.old_logps = part.tolist()
+        parts = batch.old_logps.split([len(sample.completion_ids) for sample in batch.samples])
+        for sample, part in zip(batch.samples, parts, strict=True):
+            sample.old_logps = part.tolist()

@@ -5,30 +5,33 @@ import math
 from tqdm import tqdm
 
 from eval.workers import WorkerPool
-from gen.engine.base import Engine
+from gen.engine.base import Engine, Sampling
 from grpo_core.metrics import rollout_metrics
 from grpo_core.prepare import Run
-from grpo_core.rollout import Rollout, Scorer, gather_summaries, sample
+from grpo_core.rollout import Sample, Scorer, gather_summaries, sample_groups, sample_seed
 
 STEP = -1  # whose seeds evaluation draws from: the same every time, so that two evaluations differ by the policy alone
 
 
 def evaluate_policy(engine: Engine | None, run: Run, pool: WorkerPool) -> dict[str, float]:
-    """Figures of `num_generations_eval` completions a test prompt, from the engine's current weights: those of a
+    """Metrics of `num_generations_eval` completions a test prompt, from the engine's current weights: those of a
     training step, named `eval_...` as TRL's users know them. A collective.
     """
     assert engine is not None, "set-up refuses an evaluation without an engine"
-    n = run.config.num_generations_eval or run.config.num_generations
+    config = run.config
+    n = config.num_generations_eval or config.num_generations
     at_once = max(1, run.max_batch // n) * run.world_size  # prompts; the engine queues what is too much
-    rollouts: list[Rollout] = []
+    samples: list[Sample] = []
+    sampling = Sampling(n, config.max_completion_length, config.temperature, run.stop_ids)
     for start in tqdm(range(0, len(run.test_prompts), at_once), desc="evaluate", disable=None, leave=False):
         groups = range(start + run.rank, min(start + at_once, len(run.test_prompts)), run.world_size)
         chosen = {group: run.test_prompts[group] for group in groups}
-        scorer = Scorer(chosen, run.reward_funcs, run.config, run.tokenizer, pool)
-        rollouts += sample(engine, chosen, n, run.config, STEP, run.stop_ids, scorer.begin)
+        scorer = Scorer(chosen, run.reward_funcs, config, run.tokenizer, pool)
+        seeds = [sample_seed(config.seed, STEP, group) for group in groups]
+        samples += sample_groups(engine, chosen, sampling, seeds, scorer.begin)
         for line in scorer.finish():
             tqdm.write(f"evaluation: {line}")
-    summaries = [summary for part in gather_summaries(rollouts) for summary in part]
-    figures = {f"eval_{name}": value for name, value in rollout_metrics(summaries, run.reward_names).items()}
-    known = {name: value for name, value in figures.items() if not math.isnan(value)}
+    summaries = [summary for part in gather_summaries(samples) for summary in part]
+    metrics = rollout_metrics(summaries, run.reward_names)
+    known = {f"eval_{name}": value for name, value in metrics.items() if not math.isnan(value)}
     return known | {"eval_samples": float(len(run.test_prompts))}

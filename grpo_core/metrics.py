@@ -1,4 +1,4 @@
-"""The figures of a step, under the names that TRL's users know, and samples of what was written."""
+"""The metrics of a step, under the names that TRL's users know, and samples of what was written."""
 
 import math
 from collections import Counter
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo_core.rollout import Rollout, Summary
+from grpo_core.rollout import Sample, Summary
 from sft_core.run.logging import reduce_metrics
 
 DIFFERENCE = "sampling/sampling_logp_difference"  # TRL's name
@@ -36,7 +36,7 @@ CONSOLE = (
 
 
 def rollout_metrics(summaries: Sequence[Summary], reward_names: Sequence[str]) -> dict[str, float]:
-    """Figures of one step's completions on all ranks.
+    """Metrics of one step's completions on all ranks.
 
     `reward` and `reward_std` are over all scored completions (the std with Bessel's correction); a group is effective
     when its scored rewards differ, so that it has a gradient.
@@ -47,11 +47,11 @@ def rollout_metrics(summaries: Sequence[Summary], reward_names: Sequence[str]) -
     groups: dict[int, list[float]] = {}
     for s in summaries:
         groups.setdefault(s.group, []).append(s.reward)
-    spread = [len({r for r in values if not math.isnan(r)}) > 1 for values in groups.values()]
+    effective = [len({r for r in values if not math.isnan(r)}) > 1 for values in groups.values()]
     metrics = {
         **_moments(rewards, mean="reward", std="reward_std"),
-        "frac_reward_zero_std": 1 - sum(spread) / len(spread),
-        "effective_groups": float(sum(spread)),
+        "frac_reward_zero_std": 1 - sum(effective) / len(effective),
+        "effective_groups": float(sum(effective)),
         "unscored": float(np.isnan(rewards).sum()),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
@@ -116,9 +116,9 @@ def mismatch_means(metrics: Mapping[str, float]) -> dict[str, float]:
     return means
 
 
-def check_scores(figures: Mapping[str, float], steps_unscored: int) -> int:
+def check_scores(metrics: Mapping[str, float], steps_unscored: int) -> int:
     """Rollouts in a row in which nothing could be scored; the third raises RuntimeError: that is not bad luck."""
-    steps_unscored = steps_unscored + 1 if math.isnan(figures["reward"]) else 0
+    steps_unscored = steps_unscored + 1 if math.isnan(metrics["reward"]) else 0
     if steps_unscored == 3:
         raise RuntimeError(
             "no completion of the last three rollouts could be scored: mend the reward functions or the "
@@ -145,28 +145,28 @@ def check_mismatch(metrics: Mapping[str, float], limit: float) -> None:
         )
 
 
-def spread(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
-    """`count` of the rollouts, from different groups as far as there are."""
+def from_different_groups(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """`count` of the samples, from different groups as far as there are."""
     seen: Counter[int] = Counter()
     ranked = []
-    for rollout in rollouts:
-        ranked.append((seen[rollout.group], rollout))
-        seen[rollout.group] += 1
-    return [rollout for _, rollout in sorted(ranked, key=lambda pair: pair[0])[:count]]
+    for sample in samples:
+        ranked.append((seen[sample.group], sample))
+        seen[sample.group] += 1
+    return [sample for _, sample in sorted(ranked, key=lambda pair: pair[0])[:count]]
 
 
 def completion_rows(
-    rollouts: Sequence[Rollout], reward_names: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    samples: Sequence[Sample], reward_names: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
     """Completions as text, special tokens shown, with their rewards and advantages."""
     return [
         {
-            "prompt": tokenizer.decode(r.prompt_ids),
-            "completion": tokenizer.decode(r.completion_ids),
-            **{name: None if math.isnan(v) else v for name, v in zip(reward_names, r.rewards, strict=True)},
-            "reward": None if math.isnan(r.reward) else r.reward,
-            "advantage": r.advantage,
-            "finish_reason": r.finish_reason,
+            "prompt": tokenizer.decode(sample.prompt_ids),
+            "completion": tokenizer.decode(sample.completion_ids),
+            **{name: None if math.isnan(v) else v for name, v in zip(reward_names, sample.rewards, strict=True)},
+            "reward": None if math.isnan(sample.reward) else sample.reward,
+            "advantage": sample.advantage,
+            "finish_reason": sample.finish_reason,
         }
-        for r in rollouts
+        for sample in samples
     ]

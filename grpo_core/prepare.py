@@ -18,7 +18,7 @@ from gen.engine.base import Engine, check_engine_available, kv_cache_bytes, make
 from gen.engine.vllm import cpu_kv_bytes
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.rewards import get_reward_funcs, reward_name
-from grpo_core.rollout import GOLD_REWARDS, Prompt, Rollout, Scorer, load_prompts, prompt_column
+from grpo_core.rollout import GOLD_REWARDS, Prompt, Sample, Scorer, load_prompts, prompt_column
 from grpo_core.scoring import accepted, gold_answers, unparseable_golds
 from sft_core.data.rows import json_lines
 from sft_core.model.memory_plan import Plan, dry_run, memory_plan, planned_dtype
@@ -259,7 +259,7 @@ def dry_call(base: Base, config: GRPOConfig, prompts: list[Prompt], functions: l
     golds = gold_answers(prompts) or [None]
     row = next((i for i, gold in enumerate(golds) if gold is not None), 0)
     prompt, gold = prompts[row], str(golds[row])
-    rollout = Rollout(0, prompt.ids, base.tokenizer(gold, add_special_tokens=False)["input_ids"], [], "stop", 0)
+    sample = Sample(0, prompt.ids, base.tokenizer(gold, add_special_tokens=False)["input_ids"], [], "stop", 0)
     config = replace(config, reward_weights=None)
     with WorkerPool(1) as pool:
         for limit in (max(pool.START_LIMIT, config.reward_timeout), config.reward_timeout):
@@ -267,7 +267,7 @@ def dry_call(base: Base, config: GRPOConfig, prompts: list[Prompt], functions: l
             for function in functions:
                 scorer = Scorer({0: prompt}, [function], config, base.tokenizer, pool)
                 try:
-                    scorer.begin([rollout] * (config.num_generations if getattr(function, "batch", False) else 1))
+                    scorer.begin([sample] * (config.num_generations if getattr(function, "batch", False) else 1))
                     gaps = scorer.begun[0][1]().gaps
                 except Exception as error:  # of a user's function anything
                     raise ValueError(f"{reward_name(function)} cannot be called where rewards run: {error}") from error

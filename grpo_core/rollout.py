@@ -22,7 +22,7 @@ from eval.workers import WorkerPool
 from gen.engine.base import Completion, Engine, Sampling
 from grpo_core.advantage import group_advantages
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
-from grpo_core.scoring import ScoreResult, start_scoring
+from grpo_core.scoring import Scores, ToScore, start_scoring
 from sft_core.data.conversation import options_of, prompt_of, render_prompt, shows_system
 from sft_core.run.config import require
 from sft_core.run.files import whole_file
@@ -42,7 +42,7 @@ class Prompt:
 
 
 @dataclass
-class Rollout:
+class Sample:
     """One completion of one prompt, L tokens long."""
 
     group: int  # index of its prompt in the step, over all ranks
@@ -54,7 +54,7 @@ class Rollout:
     reward: float = math.nan  # NaN: not scored
     rewards: list[float] = field(default_factory=list)  # one a reward function; NaN: does not apply
     advantage: float = 0.0
-    old_logps: list[float] | None = None  # [L], kept only between several updates on one rollout
+    old_logps: list[float] | None = None  # [L], kept only between several updates on one rollout batch
 
 
 def load_prompts(
@@ -140,42 +140,34 @@ def sample_seed(seed: int, step: int, group: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {step} {group}".encode(), digest_size=4).digest()) >> 2
 
 
-def sample(
+def sample_groups(
     engine: Engine,
     prompts: dict[int, Prompt],
-    n: int,
-    config: GRPOConfig,
-    step: int,
-    stop_ids: frozenset[int],
-    on_group: Callable[[list[Rollout]], None] | None = None,
-) -> list[Rollout]:
-    """`n` completions of each prompt (keyed by its group), from the engine's current weights.
+    sampling: Sampling,
+    seeds: list[int],
+    on_group: Callable[[list[Sample]], None],
+) -> list[Sample]:
+    """`sampling.n` completions of each prompt (keyed by its group), from the engine's current weights.
 
-    `on_group` is called with each group as soon as it is whole, while others are still sampled.
+    `on_group` is called with each group as soon as all of it is there, while others are still sampled.
     """
     groups = list(prompts)
-    rollouts: dict[int, list[Rollout]] = {}
+    samples: dict[int, list[Sample]] = {}
 
     def finished(index: int, completions: list[Completion]) -> None:
         group = groups[index]
-        rollouts[group] = [
-            Rollout(group, prompts[group].ids, c.token_ids, c.logps, c.finish_reason, engine.version)
+        samples[group] = [
+            Sample(group, prompts[group].ids, c.token_ids, c.logps, c.finish_reason, engine.version)
             for c in completions
         ]
-        if on_group is not None:
-            on_group(rollouts[group])
+        on_group(samples[group])
 
-    engine.sample(
-        [prompts[group].ids for group in groups],
-        Sampling(n, config.max_completion_length, config.temperature, stop_ids),
-        [sample_seed(config.seed, step, group) for group in groups],
-        finished,
-    )
-    return [rollout for group in groups for rollout in rollouts[group]]
+    engine.sample([prompt.ids for prompt in prompts.values()], sampling, seeds, finished)
+    return [sample for group in groups for sample in samples[group]]
 
 
 class Scorer:
-    """Gives rollouts their rewards, in the pool's worker processes; group by group while others are sampled.
+    """Gives samples their rewards, in the pool's worker processes; group by group while others are sampled.
 
     scorer = Scorer(...); scorer.begin(group); ...; lines = scorer.finish()
     """
@@ -191,40 +183,40 @@ class Scorer:
         self.prompts, self.reward_funcs, self.weights = prompts, reward_funcs, config.reward_weights
         self.tokenizer, self.pool = tokenizer, pool
         self.columns = sorted({name for prompt in prompts.values() for name in prompt.columns})
-        self.begun: list[tuple[list[Rollout], Callable[[], ScoreResult]]] = []
+        self.begun: list[tuple[list[Sample], Callable[[], Scores]]] = []
 
-    def begin(self, rollouts: list[Rollout]) -> None:
-        """`rollouts`: whole groups."""
-        owners = [self.prompts[r.group] for r in rollouts]
-        decode = self.tokenizer.batch_decode
-        result = start_scoring(
-            self.reward_funcs,
-            self.weights,
-            completions=decode([r.completion_ids for r in rollouts], skip_special_tokens=True),
-            prompts=[prompt.messages for prompt in owners],
-            prompt_texts=decode([prompt.ids[-16:] for prompt in owners]),  # their ends, as rendered
-            group_ids=[r.group for r in rollouts],
-            completion_ids=[r.completion_ids for r in rollouts],
-            columns={name: [prompt.columns.get(name) for prompt in owners] for name in self.columns},
-            pool=self.pool,
+    def begin(self, samples: list[Sample]) -> None:
+        """`samples`: all of one group, or of several."""
+        completions = [self.to_score(sample) for sample in samples]
+        self.begun.append((samples, start_scoring(self.reward_funcs, self.weights, completions, self.pool)))
+
+    def to_score(self, sample: Sample) -> ToScore:
+        prompt = self.prompts[sample.group]
+        return ToScore(
+            self.tokenizer.decode(sample.completion_ids, skip_special_tokens=True),
+            sample.completion_ids,
+            sample.group,
+            prompt.messages,
+            self.tokenizer.decode(prompt.ids[-16:]),  # its end, as rendered
+            {name: prompt.columns.get(name) for name in self.columns},
         )
-        self.begun.append((rollouts, result))
 
     def finish(self) -> list[str]:
         """Wait for the rewards; returns what to say of it: what functions printed, a line for each function and type of
         error that left completions unscored, and why where no completion has a reward."""
         gaps: list[tuple[str, str]] = []
-        for rollouts, wait in self.begun:
-            result = wait()
-            gaps += result.gaps
-            for i, rollout in enumerate(rollouts):
-                rollout.reward = float(result.rewards[i])
-                values = [function_values[i] for function_values in result.per_function.values()]
-                rollout.rewards = [math.nan if value is None else float(value) for value in values]
+        rewards: list[float] = []
+        for samples, wait in self.begun:
+            scores = wait()
+            gaps += scores.gaps
+            rewards += scores.rewards
+            for sample, reward, values in zip(samples, scores.rewards, scores.values, strict=True):
+                sample.reward = reward
+                sample.rewards = [math.nan if value is None else value for value in values]
         lines = [f"a reward printed: {line}" for line in self.pool.printed()]
         counts = Counter(cause for cause, _ in gaps)
         lines += [f"{counts[c]} completions are unscored: {c}, {text}" for c, text in dict(gaps).items() if text]
-        if gaps and all(math.isnan(rollout.reward) for rollouts, _ in self.begun for rollout in rollouts):
+        if gaps and all(map(math.isnan, rewards)):
             causes = [f"{cause} {count} times" for cause, count in counts.items()]
             lines.append(f"no completion has a reward: {', '.join(causes)}")
         return lines
@@ -232,7 +224,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the other ranks need to know of a rollout: for advantages and for the step's figures."""
+    """What the other ranks need to know of a sample: for advantages and for the step's metrics."""
 
     group: int
     length: int
@@ -241,31 +233,31 @@ class Summary:
     rewards: list[float]
 
 
-def gather_summaries(rollouts: list[Rollout]) -> list[list[Summary]]:
-    """The summaries of all rollouts, a list a rank: a few bytes a completion. A collective."""
+def gather_summaries(samples: list[Sample]) -> list[list[Summary]]:
+    """The summaries of all ranks' samples, a list a rank: a few bytes a completion. A collective."""
     gathered: list[list[Summary]] = [[] for _ in range(dist.get_world_size())]
-    own = [Summary(r.group, len(r.completion_ids), r.finish_reason, r.reward, r.rewards) for r in rollouts]
-    dist.all_gather_object(gathered, own)
+    local = [Summary(s.group, len(s.completion_ids), s.finish_reason, s.reward, s.rewards) for s in samples]
+    dist.all_gather_object(gathered, local)
     return gathered
 
 
-def set_advantages(rollouts: list[Rollout], scale_rewards: str) -> list[Summary]:
-    """Give every rollout its advantage within its group; returns the summaries of all rollouts on all ranks.
+def set_advantages(samples: list[Sample], scale_rewards: str) -> list[Summary]:
+    """Give every sample its advantage within its group; returns the summaries of all ranks' samples.
 
     The rewards of the whole step travel: `scale_rewards="batch"` needs them all.
     """
-    gathered = gather_summaries(rollouts)
+    gathered = gather_summaries(samples)
     every = [summary for part in gathered for summary in part]
     advantages = group_advantages([s.reward for s in every], [s.group for s in every], scale_rewards).tolist()
     start = sum(len(part) for part in gathered[: dist.get_rank()])
-    for i, rollout in enumerate(rollouts):
-        rollout.advantage = advantages[start + i]
+    for i, sample in enumerate(samples):
+        sample.advantage = advantages[start + i]
     return every
 
 
-def check_version(rollouts: Sequence[Rollout], version: int) -> None:
-    """Raise RuntimeError unless the policy of `version` sampled all rollouts."""
-    if stale := {r.version for r in rollouts} - {version}:
+def check_version(samples: Sequence[Sample], version: int) -> None:
+    """Raise RuntimeError unless the policy of `version` sampled them all."""
+    if stale := {sample.version for sample in samples} - {version}:
         raise RuntimeError(f"stale rollouts: policy version {sorted(stale)} sampled them, they are used at {version}.")
 
 
@@ -292,21 +284,21 @@ def schema(ranks: int) -> pa.Schema:
     )
 
 
-def write_rollouts(folder: Path, step: int, rollouts: Sequence[Rollout]) -> None:
-    """Record this rank's rollouts of `step`; a file appears whole or not at all."""
+def write_rollouts(folder: Path, step: int, samples: Sequence[Sample]) -> None:
+    """Record this rank's samples of `step`; a file appears whole or not at all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [dataclasses.asdict(r) for r in rollouts]
+    rows = [dataclasses.asdict(sample) for sample in samples]
     table = pa.Table.from_pylist(rows, schema=schema(dist.get_world_size()))
     path = folder / f"step-{step:06d}-rank-{dist.get_rank():05d}.parquet"
     with whole_file(path) as temporary:
         pq.write_table(table, temporary)
 
 
-def read_rollouts(folder: Path, step: int) -> list[Rollout]:
-    """This rank's share of the rollouts that were recorded for `step`, by any number of ranks.
+def read_rollouts(folder: Path, step: int) -> list[Sample]:
+    """This rank's share of the samples that were recorded for `step`, by any number of ranks.
 
     Raises:
         ValueError: this step was not recorded, or not by all ranks.
@@ -322,5 +314,5 @@ def read_rollouts(folder: Path, step: int) -> list[Rollout]:
     if missing := [name for name in names if name not in files]:
         raise ValueError(f"{missing[0]} is not in {folder}: record it with --save_rollouts, or lower max_steps.")
     rows = [row for name in names for row in pq.read_table(files[name]).to_pylist()]
-    own = [Rollout(**row) for row in rows if row["group"] % dist.get_world_size() == dist.get_rank()]
-    return sorted(own, key=lambda r: r.group)
+    samples = [Sample(**row) for row in rows if row["group"] % dist.get_world_size() == dist.get_rank()]
+    return sorted(samples, key=lambda sample: sample.group)

@@ -11,32 +11,61 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from eval.workers import Unscored, WorkerPool
 from grpo_core.rewards import RewardFunction, gold_text, reward_name
 
 
-@dataclass
-class ScoreResult:
-    rewards: np.ndarray  # [n] float64; NaN where unscored
-    per_function: dict[str, list[float | None]]  # [n] each; None where it does not apply or failed
+@dataclass(frozen=True)
+class ToScore:
+    """A completion, and what else the reward functions are given with it."""
+
+    text: str
+    token_ids: list[int]
+    group: int  # completions of one prompt have the same
+    prompt: Any  # as the data has it
+    prompt_text: str  # as the chat template renders it, or its end: there a reward sees that `<think>` is open already
+    columns: dict[str, Any]  # the data's other columns
+
+    def arguments(self) -> dict[str, Any]:
+        """By the names of a reward function's parameters, one value each.
+
+        Raises:
+            ValueError: a column has a name by which the functions are given something else.
+        """
+        ours = {
+            "prompts": self.prompt,
+            "prompt_texts": self.prompt_text,
+            "completions": [{"role": "assistant", "content": self.text}],
+            "completion_ids": self.token_ids,
+            "group_ids": self.group,
+        }
+        if taken := ours.keys() & self.columns:
+            raise ValueError(f"rename the data's column {min(taken)!r}: rewards are given something else by this name")
+        return with_gold(self.columns) | ours
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of n completions, in their order."""
+
+    rewards: list[float]  # [n]; NaN: unscored
+    values: list[list[float | None]]  # [n], one a function; None where it does not apply or failed
     gaps: list[tuple[str, str]]  # for each None: function and None or type of error; the error's text or ""
 
 
-def gold_column(columns: dict[str, list]) -> list | None:
-    """The gold answers as the data has them: column `solution`, else `answer` (of text GSM8K's part after `####`);
-    None if there is neither."""
-    if "solution" in columns:
-        return columns["solution"]
-    if "answer" in columns:
-        return [g.rpartition("####")[2].strip() if isinstance(g, str) else g for g in columns["answer"]]
-    return None
+def with_gold(columns: dict[str, Any]) -> dict[str, Any]:
+    """The columns, and as `solution` the gold answer as the data has it: `solution`, else `answer` (of text GSM8K's
+    part after `####`); where there is neither, the columns alone."""
+    if "solution" in columns or "answer" not in columns:
+        return columns
+    answer = columns["answer"]
+    return columns | {"solution": answer.rpartition("####")[2].strip() if isinstance(answer, str) else answer}
 
 
 def gold_answers(prompts: Sequence[Any]) -> list | None:
-    """`gold_column` of the prompts (`grpo_core.rollout.Prompt`)."""
-    return gold_column({name: [prompt.columns.get(name) for prompt in prompts] for name in prompts[0].columns})
+    """The gold answer of each prompt (`grpo_core.rollout.Prompt`); None if the first has no column for it."""
+    golds = [with_gold(prompt.columns) for prompt in prompts]
+    return [columns.get("solution") for columns in golds] if "solution" in golds[0] else None
 
 
 def unparseable_golds(golds: Sequence, pool: WorkerPool) -> list[int]:
@@ -82,88 +111,64 @@ def _plain(value: Any) -> Any:
 
 
 def start_scoring(
-    reward_funcs: Sequence[RewardFunction],
-    reward_weights: Sequence[float] | None,
-    *,
-    completions: list[str],
-    prompts: list,
-    group_ids: list,
-    completion_ids: list[list[int]],
-    columns: dict[str, list],
+    functions: Sequence[RewardFunction],
+    weights: Sequence[float] | None,
+    completions: Sequence[ToScore],
     pool: WorkerPool,
-    prompt_texts: list[str] | None = None,
-) -> Callable[[], ScoreResult]:
+) -> Callable[[], Scores]:
     """Have the pool's workers begin; the function returned waits for the result:
     R = sum over functions of weight * value, in float64.
 
-    completions: [n] texts; prompts [n], group_ids [n], completion_ids [n] and every column [n] go with them.
-    prompt_texts: [n] the prompts as the chat template renders them, or their ends: the only place where a reward sees
-    that the template has already opened `<think>`.
-    reward_weights: one a function; None: all 1. A None value is left out of its row's sum. A row is unscored (NaN) if
-    any of its checks failed (time-out, crash, exception) or every function gave None. A check may take `pool.timeout`
-    seconds, one of a whole group as many times that as the group has completions.
+    weights: one a function; None: all 1. A None value is left out of its completion's sum. A completion is unscored
+    (NaN) if any of its checks failed (time-out, crash, exception) or every function gave None. A check may take
+    `pool.timeout` seconds, one of a whole group as many times that as the group has completions.
     """
-    n = len(completions)
-    weights = [1.0] * len(reward_funcs) if reward_weights is None else list(reward_weights)
-    if len(weights) != len(reward_funcs):
-        raise ValueError(f"reward_weights has {len(weights)} numbers for {len(reward_funcs)} reward_funcs")
-    messages = [[{"role": "assistant", "content": text}] for text in completions]
-    gold = gold_column(columns)
-    given: dict[str, list] = {
-        "prompts": prompts,
-        "completions": messages,
-        "completion_ids": completion_ids,
-        "group_ids": group_ids,
-    }
-    if prompt_texts is not None:
-        given["prompt_texts"] = prompt_texts
-    if taken := given.keys() & columns:
-        raise ValueError(f"rename the data's column {min(taken)!r}: rewards are given something else by this name")
-    fields = columns | ({} if gold is None else {"solution": gold}) | given
-    for name, values in fields.items():
-        assert len(values) == n, f"column {name} has {len(values)} rows for {n} completions"
+    weights = [1.0] * len(functions) if weights is None else weights
+    if len(weights) != len(functions):
+        raise ValueError(f"reward_weights has {len(weights)} numbers for {len(functions)} reward_funcs")
+    names = [reward_name(function) for function in functions]
+    assert len(set(names)) == len(names), f"reward functions of the same name: {names}"
+    arguments = [completion.arguments() for completion in completions]
+    given = list(arguments[0])
+    assert all(row.keys() == arguments[0].keys() for row in arguments), "completions with different columns"
+    wanted = [[name for name in given if name in accepted(function, given)] for function in functions]
 
-    groups: dict[Any, list[int]] = {}
-    for row, group in enumerate(group_ids):
-        groups.setdefault(group, []).append(row)
+    groups: dict[int, list[int]] = {}
+    for row, completion in enumerate(completions):
+        groups.setdefault(completion.group, []).append(row)
     # Rows outside, functions inside: a chunk of tasks then holds each text once for all its functions.
     calls: list[tuple[int, list[int]]] = []  # (function, rows)
+    by_group = [getattr(function, "batch", False) for function in functions]
     for rows in groups.values():
-        single = [j for j, function in enumerate(reward_funcs) if not getattr(function, "batch", False)]
-        calls += [(j, [row]) for row in rows for j in single]
-        calls += [(j, rows) for j in range(len(reward_funcs)) if j not in single]
+        calls += [(j, [row]) for row in rows for j in range(len(functions)) if not by_group[j]]
+        calls += [(j, rows) for j in range(len(functions)) if by_group[j]]
+    tasks = [
+        (functions[j], {name: [arguments[row][name] for row in rows] for name in wanted[j]}, len(rows))
+        for j, rows in calls
+    ]
+    job = pool.submit(_call, tasks, [pool.timeout * len(rows) for _, rows in calls])
 
-    inputs = [{k: v for k, v in fields.items() if k in accepted(function, fields)} for function in reward_funcs]
+    def wait() -> Scores:
+        values: list[list[float | None]] = [[None] * len(functions) for _ in completions]
+        failed: set[int] = set()
+        gaps: list[tuple[str, str]] = []
+        for (j, rows), answer in zip(calls, pool.wait(job), strict=True):
+            if isinstance(answer, Unscored):
+                failed.update(rows)
+                kind = answer.error.partition(":")[0] if answer.reason == "exception" else answer.reason
+                gaps += [(f"{names[j]} failed with {kind}", answer.error)] * len(rows)
+                continue
+            for row, value in zip(rows, answer, strict=True):
+                values[row][j] = value
+                if value is None:
+                    gaps.append((f"{names[j]} gave None", ""))
+        rewards = [math.nan if row in failed else weighted_sum(weights, values[row]) for row in range(len(values))]
+        return Scores(rewards, values, gaps)
 
-    def task(j: int, rows: list[int]) -> tuple[RewardFunction, dict[str, list], int]:
-        return reward_funcs[j], {name: [values[row] for row in rows] for name, values in inputs[j].items()}, len(rows)
-
-    job = pool.submit(_call, [task(*call) for call in calls], [pool.timeout * len(rows) for _, rows in calls])
-    names = [reward_name(function) for function in reward_funcs]
-    assert len(set(names)) == len(names), f"reward functions of the same name: {names}"
-    return lambda: _add_up(names, weights, calls, pool.wait(job), n)
+    return wait
 
 
-def _add_up(
-    names: list[str], weights: list[float], calls: list[tuple[int, list[int]]], answers: list, n: int
-) -> ScoreResult:
-    values_of: list[list[float | None]] = [[None] * n for _ in names]
-    failed: set[int] = set()
-    gaps: list[tuple[str, str]] = []
-    for (j, rows), answer in zip(calls, answers, strict=True):
-        if isinstance(answer, Unscored):
-            failed.update(rows)
-            kind = answer.error.partition(":")[0] if answer.reason == "exception" else answer.reason
-            gaps += [(f"{names[j]} failed with {kind}", answer.error)] * len(rows)
-            continue
-        for row, value in zip(rows, answer, strict=True):
-            values_of[j][row] = value
-            if value is None:
-                gaps.append((f"{names[j]} gave None", ""))
-
-    rewards = np.full(n, np.nan)
-    for row in range(n):
-        terms = [weight * v[row] for weight, v in zip(weights, values_of, strict=True) if v[row] is not None]  # type: ignore[operator]
-        if terms and row not in failed:
-            rewards[row] = sum(terms)
-    return ScoreResult(rewards, dict(zip(names, values_of, strict=True)), gaps)
+def weighted_sum(weights: Sequence[float], values: Sequence[float | None]) -> float:
+    """Over the values that are not None; NaN where all are."""
+    terms = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
+    return sum(terms) if terms else math.nan

@@ -28,6 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from eval.workers import WorkerPool
+from gen.engine.base import Sampling
 from gen.engine.weight_sync import probe, sync_weights
 from grpo_core.batch import MicroBatch, idle_micro_batch, keep_old_logps, make_micro_batches
 from grpo_core.evaluation import evaluate_policy
@@ -36,12 +37,21 @@ from grpo_core.metrics import (
     check_mismatch,
     check_scores,
     completion_rows,
+    from_different_groups,
     reduce_step,
     rollout_metrics,
-    spread,
 )
 from grpo_core.prepare import Run, prepare, start_engine
-from grpo_core.rollout import Rollout, Scorer, check_version, read_rollouts, sample, set_advantages, write_rollouts
+from grpo_core.rollout import (
+    Sample,
+    Scorer,
+    check_version,
+    read_rollouts,
+    sample_groups,
+    sample_seed,
+    set_advantages,
+    write_rollouts,
+)
 from grpo_core.update import update
 from sft_core import lifecycle
 from sft_core.data.packing import step_counts
@@ -82,7 +92,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         adapted = run.model.use_peft
         reference = without_adapters(policy) if adapted else training.shard(freeze(load_policy(run.local_model)))
     trained = training.resume(policy)
-    rollouts: list[Rollout] = []  # this rank's
+    rollouts: list[Sample] = []  # this rank's share of the rollout batch
     if run.checkpoint is not None and progress.updates:
         rollouts = read_rollouts(run.checkpoint, progress.step)
     engine = start_engine(run)
@@ -120,6 +130,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         kept = rollouts if progress.updates else []
         training.save(trained, lambda folder: write_rollouts(folder, progress.step, kept))
 
+    sampling = Sampling(config.num_generations, config.max_completion_length, config.temperature, run.stop_ids)
     micro_batches: list[MicroBatch] = []  # of the rollouts; made anew for each rollout, and after a resume within one
     while training.goes_on:
         start = time.perf_counter()
@@ -132,9 +143,10 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             order = row_order(len(run.prompts), config.seed, progress.samples, run.prompts_per_rollout)
             own = range(rank, run.prompts_per_rollout, world_size)
             chosen = {group: run.prompts[order[group]] for group in own}
+            seeds = [sample_seed(config.seed, step, group) for group in chosen]
             scorer = Scorer(chosen, run.reward_funcs, config, run.tokenizer, pool)
             with phases("sample"):
-                rollouts = sample(engine, chosen, config.num_generations, config, step, run.stop_ids, scorer.begin)
+                rollouts = sample_groups(engine, chosen, sampling, seeds, scorer.begin)
             with phases("score"):
                 lines = scorer.finish()
             for line in lines:
@@ -181,7 +193,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         if training.due("logging"):
             metrics |= timing | {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
             training.log.log(step, progress.rollout_metrics | metrics)
-            samples = spread(rollouts, config.num_completions_to_print if config.log_completions else 0)
+            samples = from_different_groups(rollouts, config.num_completions_to_print if config.log_completions else 0)
             training.log.log_completions(step, completion_rows(samples, run.reward_names, run.tokenizer))
         training.end_step(save, evaluate)
     training.end(policy, save, evaluate)

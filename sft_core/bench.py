@@ -18,17 +18,20 @@ import argparse
 import gc
 import importlib
 import itertools
-import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from kernels import tables
-from kernels.bench import failure, machine, show
+from kernels.bench import failure, machine, profiled, show
 from sft_core.data.packing import pack_sequences
 from sft_core.model.flops import PEAK_FLOPS, peak_flops, training_flops
 from sft_core.model.memory_plan import Plan, memory, seconds
@@ -50,6 +53,43 @@ TIMED = (
     "gradients, clipping, the check that all is finite, AdamW, the schedule; of TRL from on_step_begin to on_step_end. "
     "Predicted: by sft_core.model.memory_plan, for H100 SXM cards, without its reserve of memory."
 )
+Phases = dict[str, float]  # name -> seconds, of one step
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: steps of a model of this shape on so many tokens a GPU."""
+
+    shape: str
+    tokens: int
+    steps: int
+    config: Any  # the trainer's
+    device: torch.device
+    world_size: int = 1
+
+    @cached_property
+    def info(self) -> Qwen2Config:
+        return shape_config(self.shape)
+
+
+Trainer = Callable[[Case], list[Phases]]  # makes itself; the phases of each timed step
+Step = Callable[[Any, "Clock"], None]  # of a trainer, on given data
+
+
+@dataclass(frozen=True)
+class Bench:
+    """In what the benches of the two trainers differ."""
+
+    program: str
+    config: Callable[..., Any]
+    tokens: list[int]  # by default
+    least_tokens: int
+    explanation: str
+    columns: Sequence[str]
+    cells: Callable[[Case, Phases], list[str]]  # of a line, from the mean seconds of each phase
+    trainers: dict[str, Trainer]  # this one, then its peer
+    prediction: Callable[[Case], list[str]] | None = None  # the cells of another line
+    one_step: Callable[[Case], Callable[[], None]] | None = None  # to be profiled
 
 
 def documents(tokens: int, vocab: int, seed: int) -> list[list[int]]:
@@ -84,139 +124,181 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def random_policy(
-    info: Qwen2Config, gradient_checkpointing: bool, device: torch.device, torch_compile: bool = False
-) -> Policy:
-    """Random weights of that shape, sharded as in training."""
-    torch.manual_seed(0)
-    with device:
-        model = AutoModelForCausalLM.from_config(info, attn_implementation="packed", dtype=torch.bfloat16)
-    sharding = {"bf16": device.type == "cuda", "gradient_checkpointing": gradient_checkpointing}
-    backend = "inductor" if torch_compile else None
-    return shard(Policy(model).eval(), make_mesh(device), **sharding, compile_backend=backend)
+class Clock:
+    """Seconds of each phase of a step, the device synchronised before and after."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.phases, self.last = device, Phases(), now(device)
+
+    def __call__(self, phase: str) -> None:
+        self.phases[phase], self.last = now(self.device) - self.last, now(self.device)
 
 
-def this_trainer(info: Qwen2Config, tokens: int, config: SFTConfig, steps: int, device: torch.device) -> list[float]:
-    """Seconds of each timed step of `sft_core.train`'s update."""
-    policy = random_policy(info, config.gradient_checkpointing, device, config.torch_compile)
-    optimizer = make_optimizer(policy, config)
-    scheduler = make_scheduler(optimizer, config, WARM_UP + steps)
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+class Updated:
+    """A policy with random weights of the case's shape, sharded as in training, and its optimizer."""
 
-    taken = []
-    for i in range(WARM_UP + steps):
-        rows = documents(tokens, info.vocab_size, seed=1 + i * world_size + rank)
-        start = now(device)
-        batch = pack_sequences(rows, [[True] * len(ids) for ids in rows], device)
-        count = len(batch.targets) * world_size
-        loss, *_ = policy(batch, token_loss=lambda logps, entropies, rows, count=count: -logps / count)
-        loss.backward()
-        norm = clip_gradients(policy.parameters(), config.max_grad_norm)
-        guarded_step(optimizer, scheduler, loss.item(), norm.item())
-        taken.append(now(device) - start)
+    def __init__(self, case: Case) -> None:
+        config, device = case.config, case.device
+        torch.manual_seed(0)
+        with device:
+            model = AutoModelForCausalLM.from_config(case.info, attn_implementation="packed", dtype=torch.bfloat16)
+        self.policy = shard(
+            Policy(model).eval(),
+            make_mesh(device),
+            bf16=device.type == "cuda",
+            gradient_checkpointing=config.gradient_checkpointing,
+            compile_backend="inductor" if config.torch_compile else None,
+        )
+        self.max_grad_norm = config.max_grad_norm
+        self.optimizer = make_optimizer(self.policy, config)
+        self.scheduler = make_scheduler(self.optimizer, config, WARM_UP + case.steps)
+
+    def step(self, loss: Tensor) -> None:
+        norm = clip_gradients(self.policy.parameters(), self.max_grad_norm)
+        guarded_step(self.optimizer, self.scheduler, loss.item(), norm.item())
+
+
+def timed(case: Case, step: Step, make_data: Callable[[int, int, int], Any]) -> list[Phases]:
+    """Each step gets data of its own, made from tokens, vocabulary and a seed."""
+    rank, taken = dist.get_rank() if dist.is_initialized() else 0, []
+    for i in range(WARM_UP + case.steps):
+        data = make_data(case.tokens, case.info.vocab_size, 1 + i * case.world_size + rank)
+        clock = Clock(case.device)
+        step(data, clock)
+        taken.append(clock.phases)
     return taken[WARM_UP:]
 
 
-def trl_and_liger(*arguments: Any) -> list[float]:
+def this_trainer(case: Case) -> list[Phases]:
+    """`sft_core.train`'s update."""
+    updated = Updated(case)
+
+    def step(rows: list[list[int]], clock: Clock) -> None:
+        batch = pack_sequences(rows, [[True] * len(ids) for ids in rows], case.device)
+        count = len(batch.targets) * case.world_size
+        loss, *_ = updated.policy(batch, token_loss=lambda logps, entropies, rows: -logps / count)
+        loss.backward()
+        updated.step(loss)
+        clock("step")
+
+    return timed(case, step, documents)
+
+
+def trl_and_liger(case: Case) -> list[Phases]:
     """Loaded when its turn comes: where it cannot be, this trainer has been measured."""
     importlib.import_module("liger_kernel")
     from sft_core.bench_trl import trl
 
-    return trl(*arguments)
+    return trl(case)
 
 
-def with_fresh_memory(make: Any, *arguments: Any) -> tuple[Any, str, bool]:
-    """make(*arguments), the last the device, with nothing left there from before; or why there is nothing, and whether
-    that makes the exit code 1."""
-    device = arguments[-1]
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    try:
-        return make(*arguments), "", False
-    except Exception as error:
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise
-        return None, *failure(error)
+def measured(case: Case, phases: Phases) -> list[str]:
+    lengths = [len(ids) for ids in documents(case.tokens, 1, 0)]
+    gib = distributed.peak_memory_gib(case.device)
+    return cells(case, phases["step"], lengths, peak_flops(case.device), gib)
 
 
-def measure(
-    make: Any,
-    name: str,
-    info: Qwen2Config,
-    tokens: int,
-    config: SFTConfig,
-    steps: int,
-    device: torch.device,
-    world_size: int,
-) -> tuple[str, bool]:
-    """A line of the table: one trainer at one shape; and whether it failed."""
-    taken, note, failed = with_fresh_memory(make, info, tokens, config, steps, device)
-    if note:
-        return tables.line(name, tokens, note), failed
-    flops, gib = (
-        training_flops(info, [len(ids) for ids in documents(tokens, 1, 0)]),
-        distributed.peak_memory_gib(device),
-    )
-    return line(name, tokens, sum(taken) / steps, flops, peak_flops(device), gib, world_size), False
-
-
-def predict(info: Qwen2Config, tokens: int, config: SFTConfig, world_size: int) -> str:
+def predicted(case: Case) -> list[str]:
     """The same line as the plan has it, which takes every document to be of full length."""
-    longest = min(LONGEST, tokens)
-    plan = Plan(info, ModelConfig("random"), config, count_parameters(info), world_size, tokens // longest, longest)
-    flops, gib = training_flops(info, [longest] * plan.rows), sum(memory(plan).values()) / distributed.GIB
-    return line("predicted", tokens, sum(seconds(plan).values()), flops, PEAK_FLOPS["H100"], gib, world_size)
+    longest, model = min(LONGEST, case.tokens), ModelConfig("random")
+    rows = case.tokens // longest
+    plan = Plan(case.info, model, case.config, count_parameters(case.info), case.world_size, rows, longest)
+    gib = sum(memory(plan).values()) / distributed.GIB
+    return cells(case, sum(seconds(plan).values()), [longest] * rows, PEAK_FLOPS["H100"], gib)
 
 
-def line(name: str, tokens: int, step: float, flops: float, peak: float | None, gib: float, world_size: int) -> str:
-    mfu = f"{flops / step / peak:.1%}" if peak else "-"
-    rate = f"{tokens * world_size / step:,.0f}"
-    return tables.line(name, tokens, f"{step:.3f}", rate, f"{flops / step / 1e12:.1f}", mfu, f"{gib:.1f}")
+def cells(case: Case, step: float, lengths: list[int], peak: float | None, gib: float) -> list[str]:
+    rate = training_flops(case.info, lengths) / step
+    mfu = f"{rate / peak:.1%}" if peak else "-"
+    in_all = case.tokens * case.world_size / step
+    return [str(case.tokens), f"{step:.3f}", f"{in_all:,.0f}", f"{rate / 1e12:.1f}", mfu, f"{gib:.1f}"]
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="sft_core.bench")
+def mean(steps: list[Phases]) -> Phases:
+    return {phase: sum(step[phase] for step in steps) / len(steps) for phase in steps[0]}
+
+
+def measure(bench: Bench, name: str, case: Case) -> tuple[str, bool]:
+    """A line of the table, of a trainer that finds the device's memory empty; whether the exit code becomes 1."""
+    gc.collect()
+    if case.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(case.device)
+    try:
+        taken = bench.trainers[name](case)
+    except Exception as error:
+        if case.world_size > 1:
+            raise
+        note, failed = failure(error)
+        return tables.line(f"{case.shape} {name}", case.tokens, note), failed
+    return tables.line(f"{case.shape} {name}", *bench.cells(case, mean(taken))), False
+
+
+def run(bench: Bench, argv: list[str] | None) -> None:
+    parser = argparse.ArgumentParser(prog=bench.program)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["0.5b", "1.5b"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 16384])
+    parser.add_argument("--tokens", nargs="+", type=int, default=bench.tokens)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--torch_compile", action="store_true")
-    parser.add_argument("--peer", action="store_true", help="TRL with Liger's kernels beside it")
+    parser.add_argument("--peer", action="store_true", help="TRL beside it")
+    if bench.one_step is not None:
+        parser.add_argument("--profile", action="store_true", help="what a step launches, in place of the table")
     options = parser.parse_args(argv)
     with distributed.usage_errors():
-        require(options.steps >= 1 and min(options.tokens) >= 64, "--steps must be at least 1, --tokens at least 64.")
-        rank, world_size, _, device = distributed.init_distributed()
-    names = ("gradient_checkpointing", "torch_compile")
-    more, failed = {name: getattr(options, name) for name in names}, False
-    trainers: dict[str, Callable] = {"this trainer": this_trainer}
-    if options.peer and world_size == 1:
-        trainers["TRL and Liger"] = trl_and_liger
-    if rank == 0:
-        where = machine("torch", "transformers", "trl", "liger-kernel")
-        show(
-            f"{world_size} x {where}; mean of {options.steps} steps, gradient checkpointing "
-            f"{'on' if options.gradient_checkpointing else 'off'}, blocks "
-            f"{'compiled' if options.torch_compile else 'eager'}. {TIMED}"
+        require(
+            options.steps >= 1 and min(options.tokens) >= bench.least_tokens,
+            f"--steps must be at least 1, --tokens at least {bench.least_tokens}.",
         )
-        if options.peer and world_size > 1:
-            show("No TRL: it gets one GPU only.")
-        columns = ("tokens a GPU", "s a step", "tokens/s in all", "TFLOP/s a GPU", "MFU", "peak GiB")
-        show("\n" + tables.head("trainer", *columns))
-    for name, make in trainers.items():
+        rank, world_size, _, device = distributed.init_distributed()
+    if rank == 0:
+        show(
+            f"{world_size} x {machine('torch', 'transformers', 'trl', 'liger-kernel')}; mean of {options.steps} steps, "
+            f"gradient checkpointing {'on' if options.gradient_checkpointing else 'off'}, blocks "
+            f"{'compiled' if options.torch_compile else 'eager'}. {bench.explanation}"
+        )
+    this, peer = bench.trainers
+    if options.peer and world_size > 1 and rank == 0:
+        show("No TRL: it gets one GPU only.")
+    failed = False
+    for name in [this, peer] if options.peer and world_size == 1 else [this]:
         for shape, tokens in itertools.product(options.shape, options.tokens):
-            info, config = shape_config(shape), SFTConfig("none", max_tokens_per_micro_batch=tokens, **more)
-            text, bad = measure(make, f"{shape} {name}", info, tokens, config, options.steps, device, world_size)
+            config = bench.config(
+                max_tokens_per_micro_batch=tokens,
+                gradient_checkpointing=options.gradient_checkpointing,
+                torch_compile=options.torch_compile,
+            )
+            case = Case(shape, tokens, options.steps, config, device, world_size)
+            if bench.one_step is not None and options.profile:
+                show(profiled(bench.one_step(case), device))
+                continue
+            line, bad = measure(bench, name, case)
             failed |= bad
             if rank == 0:
-                show(text)
-                if make is this_trainer:
-                    show(predict(info, tokens, config, world_size))
+                if tokens == options.tokens[0]:
+                    show("\n" + tables.head("trainer", *bench.columns))
+                show(line)
+                if name == this and bench.prediction is not None:
+                    show(tables.line("predicted", *bench.prediction(case)))
         distributed.shutdown()  # TRL, alone on its GPU, shall not find a process group and wrap its model in DDP
-        for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(variable, None)
     sys.exit(failed)
+
+
+BENCH = Bench(
+    program="sft_core.bench",
+    config=partial(SFTConfig, "none"),
+    tokens=[8192, 16384],
+    least_tokens=64,
+    explanation=TIMED,
+    columns=("tokens a GPU", "s a step", "tokens/s in all", "TFLOP/s a GPU", "MFU", "peak GiB"),
+    cells=measured,
+    trainers={"this trainer": this_trainer, "TRL and Liger": trl_and_liger},
+    prediction=predicted,
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    run(BENCH, argv)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,12 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig as TRLConfig
 from trl import SFTTrainer
 
 from kernels.attention import packed_attention, packed_layout
-from sft_core.bench import WARM_UP, documents, now
-from sft_core.run.config import SFTConfig
+from sft_core.bench import WARM_UP, Case, Clock, Phases, documents
 
 
 class InOrder(SFTTrainer):
@@ -31,28 +30,28 @@ class InOrder(SFTTrainer):
         return SequentialSampler(self.train_dataset)
 
 
-class Clock(transformers.TrainerCallback):
+class Callback(transformers.TrainerCallback):
     def __init__(self, device: torch.device) -> None:
-        self.device, self.started, self.seconds = device, 0.0, []  # type: ignore[var-annotated]
+        self.device, self.steps = device, list[Phases]()
 
     def on_step_begin(self, *arguments: Any, **more: Any) -> None:
-        self.started = now(self.device)
+        self.clock = Clock(self.device)
 
     def on_step_end(self, *arguments: Any, **more: Any) -> None:
-        self.seconds.append(now(self.device) - self.started)
+        self.clock("step")
+        self.steps.append(self.clock.phases)
 
 
-def trl(info: PretrainedConfig, tokens: int, config: SFTConfig, steps: int, device: torch.device) -> list[float]:
-    """Seconds of each timed step."""
-    total = WARM_UP + steps
-    rows = [ids for i in range(total) for ids in documents(tokens, info.vocab_size, seed=1 + i)]
+def trl(case: Case) -> list[Phases]:
+    config, device, total = case.config, case.device, WARM_UP + case.steps
+    rows = [ids for i in range(total) for ids in documents(case.tokens, case.info.vocab_size, seed=1 + i)]
     words = models.WordLevel({"<eos>": 0, "a": 1}, unk_token="a")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="<eos>")
     transformers.AttentionInterface.register("by_positions", attention_by_positions)
     torch.manual_seed(0)
     with device:
-        model = AutoModelForCausalLM.from_config(info, attn_implementation="by_positions", dtype=torch.float32)
-    clock, on_gpu = Clock(device), device.type == "cuda"
+        model = AutoModelForCausalLM.from_config(case.info, attn_implementation="by_positions", dtype=torch.float32)
+    clock, on_gpu = Callback(device), device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         arguments = TRLConfig(
             output_dir=folder,
@@ -73,7 +72,7 @@ def trl(info: PretrainedConfig, tokens: int, config: SFTConfig, steps: int, devi
         )
         data = Dataset.from_dict({"input_ids": rows, "labels": rows})
         InOrder(model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[clock]).train()
-    return clock.seconds[WARM_UP:]
+    return clock.steps[WARM_UP:]
 
 
 def attention_by_positions(

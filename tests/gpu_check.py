@@ -45,18 +45,19 @@ STEPS = [
     Step("tests", ["pytest", "-m", "gpu", BLOCKS], 40),
     # Alone: vLLM, while it measures free memory, does not bear that others give some back.
     Step("vllm", ["pytest", "-m", "gpu", "-k", "vllm", *GPU_TESTS], 100),  # three starts of a tiny model
-    Step("kernels", ["kernels.bench"], 130),  # 50 of rounds, 20 of errors and memory, the rest compilation of the peers
+    # 50 s of rounds, 20 of errors and memory, the rest compilation of the peers
+    Step("kernels", ["tests.aims", "kernels.bench"], 130),
     Step(
         "update",
-        ["grpo_core.bench", "--peer", *COMPILED],
+        ["tests.aims", "grpo_core.bench", "--peer", *COMPILED],
         55,  # two shapes, two ways, 6 steps below 1 s each
-        ["grpo_core.bench", "--peer", *TINY, "--tokens", "2048"],
+        ["tests.aims", "grpo_core.bench", "--peer", *TINY, "--tokens", "2048"],
     ),
     Step(
         "checkpointed",
-        ["grpo_core.bench", "--shape", "1.5b", "--gradient_checkpointing", *COMPILED],
+        ["tests.aims", "grpo_core.bench", "--shape", "1.5b", "--gradient_checkpointing", *COMPILED],
         30,
-        ["grpo_core.bench", "--gradient_checkpointing", *TINY, "--tokens", "2048"],
+        ["tests.aims", "grpo_core.bench", "--gradient_checkpointing", *TINY, "--tokens", "2048"],
     ),
     Step(
         "step",

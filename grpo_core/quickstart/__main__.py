@@ -137,7 +137,7 @@ def evaluate(folder: Path, engine_name: str, models: list[Path]) -> None:
     from eval.workers import WorkerPool
     from gen.engine.base import Sampling, make_engine
     from grpo_core.rewards import accuracy_reward
-    from grpo_core.scoring import start_scoring
+    from grpo_core.scoring import ToScore, start_scoring
     from sft_core.data.conversation import prompt_ids
 
     rows = [json.loads(line) for line in (folder / "data" / "heldout.jsonl").read_text().splitlines()]
@@ -154,18 +154,12 @@ def evaluate(folder: Path, engine_name: str, models: list[Path]) -> None:
         for name, n in (("greedy", 1), ("pass@1", SAMPLES)):
             sampling = Sampling(n, length, stop_ids={tokenizer.eos_token_id}, greedy=name == "greedy")
             completions = engine.sample(prompts, sampling, seeds=list(range(0, n * len(prompts), n)))
-            flat = [(i, sample.token_ids) for i, samples in enumerate(completions) for sample in samples]
-            texts = tokenizer.batch_decode([ids for _, ids in flat], skip_special_tokens=True)
-            scores = start_scoring(
-                [accuracy_reward],
-                None,
-                completions=texts,
-                prompts=[rows[i]["prompt"] for i, _ in flat],
-                group_ids=[i for i, _ in flat],
-                completion_ids=[ids for _, ids in flat],
-                columns={"solution": [rows[i]["solution"] for i, _ in flat]},
-                pool=pool,
-            )().rewards
+            to_score = []
+            for group, (row, samples) in enumerate(zip(rows, completions, strict=True)):
+                for ids in (sample.token_ids for sample in samples):
+                    text = tokenizer.decode(ids, skip_special_tokens=True)
+                    to_score.append(ToScore(text, ids, group, row["prompt"], "", {"solution": row["solution"]}))
+            scores = start_scoring([accuracy_reward], None, to_score, pool)().rewards
             result[name] = interval(np.nan_to_num(scores).reshape(len(rows), n).mean(axis=1).tolist())
         result["problems"] = len(rows)
         write_atomically(model / "heldout.json", json.dumps(result))

@@ -256,7 +256,7 @@ def on_gpu(results: list[Result]) -> bool:
 
 def conclusions(side: str, found: dict[str, list[Result]]) -> list[str]:
     """What can be said when that side has ended. A verdict needs every step, with all completions of full length."""
-    from kernels.bench import verdict
+    from tests.aims import verdict
 
     def sound(*sides: str) -> bool:
         return all(result["sound"] for side in sides for result in found[side])

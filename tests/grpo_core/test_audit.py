@@ -8,7 +8,7 @@ import pytest
 from grpo_core import audit, audit_probes
 from grpo_core.config import SYSTEM_PROMPT
 from grpo_core.rewards import accuracy_reward, format_reward, tag_count_reward
-from grpo_core.rollout import Rollout
+from grpo_core.rollout import Sample
 from tests.launch import flags, run
 
 LINES = "Answer so: <think>\nthoughts\n</think>\n<answer>\nanswer\n</answer>"
@@ -152,8 +152,8 @@ def test_rewards_of_the_user_may_fail(tiny_model, problems, tmp_path, capsys, mo
 
 @pytest.mark.parametrize(("value", "says"), [(0.0, "all wrong: take easier"), (1.0, "all right: take harder data")])
 def test_advice_for_groups_that_are_all_alike(value, says):
-    rollouts = [Rollout(group, [1], [2], [0.0], "stop", -1, value) for group in (0, 0, 1, 1, 2, 2)]
-    unscored = Rollout(9, [1], [2], [0.0], "stop", -1)
+    rollouts = [Sample(group, [1], [2], [0.0], "stop", -1, value) for group in (0, 0, 1, 1, 2, 2)]
+    unscored = Sample(9, [1], [2], [0.0], "stop", -1)
     (advice,) = audit.pass_rate([*rollouts, unscored], cut=0.0)
     assert f"3 of 3 groups are {says}" in advice
 

@@ -5,15 +5,13 @@ import torch
 
 from grpo_core.batch import keep_old_logps, make_micro_batches
 from grpo_core.config import GRPOConfig
-from grpo_core.rollout import Rollout
+from grpo_core.rollout import Sample
 
 CPU = torch.device("cpu")
 
 
 def rollout(group, prompt, answer, reason="stop"):
-    return Rollout(
-        group, prompt, answer, [-float(token) for token in answer], reason, version=0, advantage=float(group)
-    )
+    return Sample(group, prompt, answer, [-float(token) for token in answer], reason, version=0, advantage=float(group))
 
 
 def test_the_sampled_stop_token_is_scored_and_no_prompt_token_is():
@@ -34,11 +32,11 @@ def test_the_sampled_stop_token_is_scored_and_no_prompt_token_is():
 def test_sequences_are_never_split_and_budgets_are_kept(budget):
     rollouts = [rollout(i, [1] * (1 + i % 4), list(range(3, 5 + i % 5))) for i in range(20)]
     batches = make_micro_batches(rollouts, budget, CPU)
-    assert sorted(id(r) for b in batches for r in b.rollouts) == sorted(id(r) for r in rollouts)
+    assert sorted(id(r) for b in batches for r in b.samples) == sorted(id(r) for r in rollouts)
     for batch in batches:
         tokens = batch.sequences.input_ids.shape[1]
-        assert tokens <= budget or len(batch.rollouts) == 1
-        assert tokens == sum(len(r.prompt_ids) + len(r.completion_ids) for r in batch.rollouts)
+        assert tokens <= budget or len(batch.samples) == 1
+        assert tokens == sum(len(r.prompt_ids) + len(r.completion_ids) for r in batch.samples)
 
 
 def test_old_logps_survive_a_checkpoint():

@@ -25,7 +25,7 @@ BUDGETS = {"one": 1, "three": 75, "all": 10_000}  # tokens; sequences are about 
 
 def make_rollouts():
     """Five groups of four completions of 1 to 20 tokens, with log-probs a little off the policy's."""
-    from grpo_core.rollout import Rollout
+    from grpo_core.rollout import Sample
 
     rng = random.Random(0)
     rollouts = []
@@ -35,7 +35,7 @@ def make_rollouts():
             answer = [rng.randrange(5, 200) for _ in range(rng.randint(1, 20))]
             logps = [rng.uniform(-9, -6) for _ in answer]
             old = [logp + rng.gauss(0, 0.1) for logp in logps]
-            rollouts.append(Rollout(group, prompt, answer, logps, "stop", 0, advantage=rng.gauss(0, 1), old_logps=old))
+            rollouts.append(Sample(group, prompt, answer, logps, "stop", 0, advantage=rng.gauss(0, 1), old_logps=old))
     return rollouts
 
 

@@ -65,7 +65,7 @@ class RealLoop:
         from grpo_core.advantage import group_advantages
         from grpo_core.batch import make_micro_batches
         from grpo_core.config import GRPOConfig
-        from grpo_core.rollout import Rollout
+        from grpo_core.rollout import Sample
         from sft_core.data.packing import StepCounts
         from sft_core.model.policy import Policy, load_policy
         from sft_core.run.config import ModelConfig
@@ -79,12 +79,12 @@ class RealLoop:
         self.config = GRPOConfig(output_dir="unused", beta=CONFIG.beta, temperature=CONFIG.temperature)
         self.advantages = group_advantages(rewards, [i // 4 for i in range(12)]).tolist()
         rollouts = [
-            Rollout(i // 4, s.prompt_ids, s.completion_ids, logps, s.finish_reason, version=0, advantage=advantage)
+            Sample(i // 4, s.prompt_ids, s.completion_ids, logps, s.finish_reason, version=0, advantage=advantage)
             for i, (s, logps, advantage) in enumerate(zip(samples, sampler_logps, self.advantages, strict=True))
         ]
         self.batches = make_micro_batches(rollouts, 60, torch.device("cpu"))
         for batch in self.batches:  # which rounds them to float32
-            batch.advantages = torch.tensor([r.advantage for r in batch.rollouts])
+            batch.advantages = torch.tensor([r.advantage for r in batch.samples])
         tokens = sum(len(s.completion_ids) for s in samples)
         self.counts = StepCounts(len(self.batches), tokens, len(samples))
 

@@ -15,11 +15,18 @@ import torch
 from transformers import AutoTokenizer
 
 from eval.workers import WorkerPool
-from gen.engine.base import Completion
+from gen.engine.base import Completion, Sampling
 from grpo_core.config import GRPOConfig
-from grpo_core.rewards import accuracy_reward, format_reward, get_reward_funcs, len_reward, tag_count_reward
-from grpo_core.rollout import Prompt, Rollout, Scorer, sample
-from grpo_core.scoring import gold_column, start_scoring, unparseable_golds
+from grpo_core.rewards import (
+    accuracy_reward,
+    format_reward,
+    get_reward_funcs,
+    len_reward,
+    reward_name,
+    tag_count_reward,
+)
+from grpo_core.rollout import Prompt, Sample, Scorer, sample_groups
+from grpo_core.scoring import ToScore, start_scoring, unparseable_golds, with_gold
 
 USER_REWARDS = """
 import os, time
@@ -73,26 +80,23 @@ def pool(user):
 
 
 def score(pool, functions, texts, weights=None, group_ids=None, prompt_texts=None, **columns):
+    """Rewards, the values of each function by its name, and gaps."""
     n = len(texts)
-    return start_scoring(
-        functions,
-        weights,
-        completions=texts,
-        prompts=["p"] * n,
-        group_ids=group_ids or [0] * n,
-        completion_ids=[[7, 8]] * n,
-        columns=columns,
-        pool=pool,
-        prompt_texts=prompt_texts,
-    )()
+    group_ids, prompt_texts = group_ids or [0] * n, prompt_texts or [""] * n
+    rows = [{name: values[i] for name, values in columns.items()} for i in range(n)]
+    completions = [ToScore(texts[i], [7, 8], group_ids[i], "p", prompt_texts[i], rows[i]) for i in range(n)]
+    scores = start_scoring(functions, weights, completions, pool)()
+    by_function = zip(*scores.values, strict=True)
+    per_function = {reward_name(f): list(values) for f, values in zip(functions, by_function, strict=True)}
+    return SimpleNamespace(rewards=scores.rewards, per_function=per_function, gaps=scores.gaps)
 
 
 def test_gold_column():
-    raw = [9, None, 0.5, ["3"], {"a": 1}]
-    assert gold_column({"answer": ["48/2 = 24\n#### 72", *raw]}) == ["72", *raw]
-    assert gold_column({"solution": raw}) == raw
-    assert gold_column({"solution": [r"\boxed{1}"], "answer": ["2"]}) == [r"\boxed{1}"]
-    assert gold_column({"problem": ["p"]}) is None
+    for raw in (9, None, 0.5, ["3"], {"a": 1}):
+        assert with_gold({"answer": raw})["solution"] == raw == with_gold({"solution": raw})["solution"]
+    assert with_gold({"answer": "48/2 = 24\n#### 72"})["solution"] == "72"
+    assert with_gold({"solution": r"\boxed{1}", "answer": "2"})["solution"] == r"\boxed{1}"
+    assert with_gold({"problem": "p"}) == {"problem": "p"}
 
 
 def test_score_weights_and_gold_from_gsm8k(pool):
@@ -102,7 +106,6 @@ def test_score_weights_and_gold_from_gsm8k(pool):
     )
     functions = get_reward_funcs(arguments)
     result = score(pool, functions, texts, [2.0, 0.5, 1.0], answer=["so\n#### 72"] * 4)
-    assert result.rewards.dtype == np.float64
     assert result.rewards == pytest.approx([2.5, 2.0, -0.5, 0.0])
     assert result.per_function == {
         "accuracy_reward": [1.0, 1.0, 0.0, 0.0],
@@ -133,8 +136,8 @@ def test_score_leaves_failed_checks_unscored_and_none_out(pool, user):
 
 def test_score_gives_columns_by_name(pool, user):
     result = score(pool, [user.columns_seen], ["t"], group_ids=[3], answer=["a\n#### 72"], difficulty=[5])
-    assert result.rewards.tolist() == [1.0], result.gaps
-    assert score(pool, [user.named_only], ["t", "u"], difficulty=[5, 6], other=[1, 2]).rewards.tolist() == [2.5, 3.0]
+    assert result.rewards == [1.0], result.gaps
+    assert score(pool, [user.named_only], ["t", "u"], difficulty=[5, 6], other=[1, 2]).rewards == [2.5, 3.0]
 
 
 COLUMNS = [21, 2.5, 1e-05, True, None, "21", "1e-05", ["3", "4"], {"a": [1, None]}, dt.date(2026, 1, 1)]
@@ -221,7 +224,7 @@ def test_failed_checks_are_counted_by_function_and_type_of_error(pool, user, tin
 
     def lines(*functions, count):
         scorer = Scorer({0: prompt}, list(functions), config, tokenizer, pool)
-        scorer.begin([Rollout(0, [5], [i], [0.0], "stop", 0) for i in range(count)])
+        scorer.begin([Sample(0, [5], [i], [0.0], "stop", 0) for i in range(count)])
         return scorer.finish()
 
     with_text = lines(user.wrong_count, user.raises, user.length, count=3)
@@ -239,13 +242,13 @@ def test_score_calls_a_batch_function_once_a_group(pool, user):
     texts, group_ids = ["b", "d", "a", "c", "e"], [0, 1, 0, 1, 0]
     result = score(pool, [user.rank_in_group, user.length], texts, group_ids=group_ids)
     assert result.per_function["rank_in_group"] == [1.0, 1.0, 0.0, 0.0, 2.0]
-    assert result.rewards.tolist() == [2.0, 2.0, 1.0, 1.0, 3.0]
+    assert result.rewards == [2.0, 2.0, 1.0, 1.0, 3.0]
 
 
 def test_score_compares_lengths_within_a_group(pool):
     texts = [r"\boxed{1}", r"\boxed{1}" + " " * 10, r"\boxed{1}" + " " * 50, r"\boxed{2}" + " " * 1000]
     result = score(pool, [len_reward], texts, group_ids=[0, 0, 1, 1], solution=["1"] * 4)
-    assert result.rewards.tolist() == [0.5, -0.5, 0.5, -0.5]
+    assert result.rewards == [0.5, -0.5, 0.5, -0.5]
 
 
 def test_rewards_see_the_thought_that_the_chat_template_opened(pool):
@@ -295,7 +298,7 @@ def test_a_group_is_scored_while_others_are_sampled(pool, user, tiny_model):
     pool.map(user.clock, [[0]])
     engine = SimpleNamespace(version=4, sample=slow_sample)
     scorer = Scorer(prompts, [user.clock, user.length, user.level_or_zero], config, tokenizer, pool)
-    rollouts = sample(engine, prompts, 2, config, 1, frozenset(), scorer.begin)
+    rollouts = sample_groups(engine, prompts, Sampling(2, 2), [1, 2], scorer.begin)
     assert [r.group for r in rollouts] == [3, 3, 8, 8] and scorer.finish() == []
     assert max(r.reward for r in rollouts[2:]) <= told["scored by"] <= min(r.reward for r in rollouts[:2])
     assert [r.rewards[2] for r in rollouts] == [0.0, 0.0, 7.0, 7.0]
