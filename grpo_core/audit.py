@@ -115,8 +115,8 @@ def audit_data(run: Run, pool: WorkerPool, report: Report) -> tuple[list[Prompt]
     n, limit = len(run.prompts), run.config.max_prompt_length
     lengths = [len(prompt.ids) for prompt in run.prompts]
     long = sum(length > limit for length in lengths)
-    figures = f"{mean(lengths):.0f} tokens on average, at most {max(lengths)}"
-    tell("prompts", f"{figures}; {long} of {n} are longer than max_prompt_length {limit} and left out")
+    lengths_text = f"{mean(lengths):.0f} tokens on average, at most {max(lengths)}"
+    tell("prompts", f"{lengths_text}; {long} of {n} are longer than max_prompt_length {limit} and left out")
     if long == n:
         report.no_signal.append(f"no prompt fits into max_prompt_length {limit}: raise it.")
     elif long > 0.1 * n:
@@ -174,8 +174,10 @@ def audit_samples(run: Run, usable: list[Prompt], pool: WorkerPool, report: Repo
     reasons = [f"{failure}." for failure in failures]
     for j, name in enumerate(run.reward_names):
         values = [r.rewards[j] for r in rollouts if not math.isnan(r.rewards[j])]
-        told = f"{mean(values):.3g} on average, {min(values):.3g} to {max(values):.3g}" if values else "no value at all"
-        tell(name, told)
+        values_text = (
+            f"{mean(values):.3g} on average, {min(values):.3g} to {max(values):.3g}" if values else "no value at all"
+        )
+        tell(name, values_text)
         if values and min(values) == max(values):
             reasons.append(f"{name} gives {values[0]:.3g} to every completion: it tells none from another.")
     if any({"solution", "answer"} & set(prompt.columns) for prompt in usable):

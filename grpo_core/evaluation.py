@@ -14,7 +14,7 @@ STEP = -1  # whose seeds evaluation draws from: the same every time, so that two
 
 
 def evaluate_policy(engine: Engine | None, run: Run, pool: WorkerPool) -> dict[str, float]:
-    """Figures of `num_generations_eval` completions a test prompt, from the engine's current weights: those of a
+    """Metrics of `num_generations_eval` completions a test prompt, from the engine's current weights: those of a
     training step, named `eval_...` as TRL's users know them. A collective.
     """
     assert engine is not None, "set-up refuses an evaluation without an engine"
@@ -29,6 +29,6 @@ def evaluate_policy(engine: Engine | None, run: Run, pool: WorkerPool) -> dict[s
         for line in scorer.finish():
             tqdm.write(f"evaluation: {line}")
     summaries = [summary for part in gather_summaries(rollouts) for summary in part]
-    figures = {f"eval_{name}": value for name, value in rollout_metrics(summaries, run.reward_names).items()}
-    known = {name: value for name, value in figures.items() if not math.isnan(value)}
+    metrics = {f"eval_{name}": value for name, value in rollout_metrics(summaries, run.reward_names).items()}
+    known = {name: value for name, value in metrics.items() if not math.isnan(value)}
     return known | {"eval_samples": float(len(run.test_prompts))}
