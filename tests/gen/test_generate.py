@@ -203,6 +203,12 @@ def test_bad_input_is_one_sentence(server, data, tmp_path, capsys):
     assert generate(server.url, data, tmp_path / "out", limit=8)[0] == 0
     code, log = generate(server.url, data, tmp_path / "out", limit=8, temperature=0.8, num_generations=1)
     assert code == 2 and "temperature (0.7, now 0.8); num_generations (2, now 1). Choose another --output-dir" in log
+    settings = tmp_path / "out" / "settings.json"
+    before = json.loads(settings.read_text())
+    del before["format"]
+    settings.write_text(json.dumps(before))  # of a version whose files were different
+    says = launch.refusal(main, options(server.url, data, tmp_path / "out", limit=8), capsys)
+    assert "format (None, now 2)" in says
 
 
 def test_what_may_differ_in_a_restart(server, data, tmp_path):
