@@ -16,6 +16,7 @@ so asks them itself (`gen/requests.py`), with the requests that are made here.
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from gen.config import TextSampling
 from gen.engine.base import Engine, EngineConfig, Sampling, check_engine_available, make_engine
 from sft_core.data.chat_template import set_up
 from sft_core.data.conversation import prompt_ids
-from sft_core.model.policy import load_tokenizer, stop_token_ids
+from sft_core.model.policy import load_tokenizer, local_copy, stop_token_ids
 from sft_core.run.config import ModelConfig
 from sft_core.run.distributed import usage_errors
 
@@ -42,7 +43,7 @@ class EngineSampler:
 
     def __init__(self, engine: str, model: str, revision: str = "main") -> None:
         check_engine_available(engine)
-        source = ModelConfig(model_name_or_path=model, model_revision=revision)
+        self.source = source = ModelConfig(model_name_or_path=model, model_revision=revision)
         model_config, self.tokenizer = load_tokenizer(source)
         set_up(self.tokenizer, None, conversations=True, chatml_default=False)  # what ends a turn ends an answer
         self.stop_ids = stop_token_ids(self.tokenizer, source)
@@ -57,6 +58,8 @@ class EngineSampler:
         return self.tokenizer.decode(prompt)
 
     def start(self, config: EngineConfig) -> None:
+        if self.source.model_revision != "main":  # engines know no revisions: they get a copy of its files
+            config = replace(config, model_path=local_copy(self.source).model_name_or_path)
         with usage_errors():  # weights that are not the model's
             self.engine = make_engine(self.engine_name, config)
 
