@@ -42,7 +42,7 @@ def compare(a: Path, b: Path) -> dict[str, dict]:
             pairs = [(query[0], first[task][query], second[task][query]) for query in common]
             mean, error = mean_and_error([after - before for _, before, after in pairs])
             flips = [pair for pair in pairs if (pair[1] > 0.5) != (pair[2] > 0.5)]
-            half = t_quantile(len(common) - 1) * error if error > 0 else None  # no spread tells nothing
+            half = t_quantile(len(common) - 1) * error if error > 0 else None  # all differ alike
             result[task] = {
                 "problems": len(common),
                 "of": [len(first[task]), len(second[task])],

@@ -1,8 +1,9 @@
-"""What eval.run and the data tools can be told: flat dataclasses, read like the trainers' (`sft_core/run/cli.py`)."""
+"""Options of eval.run and the data tools: flat dataclasses, read like the trainers' (`sft_core/run/cli.py`)."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from gen.config import TextSampling, check_at_least
 from sft_core.run.config import option, require
 
 
@@ -39,18 +40,17 @@ class EvalConfig:
     def __post_init__(self) -> None:
         for name in self.REQUIRED:
             require(getattr(self, name) != "", f"--{name} is required.")
-        sizes = ("batch_size", "tensor_parallel_size", "data_parallel_size")
-        for name in ("num_samples", "max_new_tokens", "limit", *sizes):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be at least 1, got {value}.")
+        check_at_least(self, 1, "limit", "batch_size", "tensor_parallel_size", "data_parallel_size")
         for name in ("check_timeout", "gpu_memory_utilization"):
             require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}.")
         dtypes = ("auto", "bfloat16", "float16", "float32")
         require(self.dtype in dtypes, f"dtype must be one of {', '.join(dtypes)}, got {self.dtype!r}.")
-        require(self.temperature >= 0, f"temperature must be at least 0, got {self.temperature}.")
-        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}.")
-        greedy = self.temperature > 0 or self.num_samples == 1
-        require(greedy, "temperature 0 gives the same answer every time: use --num_samples 1 or a temperature above 0.")
+        self.sampling(task_tokens=1)  # its values are checked when it is made
+
+    def sampling(self, task_tokens: int) -> TextSampling:
+        """`task_tokens`: longest answer as the task says."""
+        longest = task_tokens if self.max_new_tokens is None else self.max_new_tokens
+        return TextSampling(self.num_samples, longest, self.temperature, self.top_p, self.seed)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class DecontaminateConfig:
     def __post_init__(self) -> None:
         for name in ("dataset", "output_dir"):
             require(getattr(self, name) != "", f"--{name} is required.")
-        require(self.ngram_size >= 1, f"ngram_size must be at least 1, got {self.ngram_size}.")
+        check_at_least(self, 1, "ngram_size")
 
 
 # What a sample does not depend on: may differ when a run is continued.

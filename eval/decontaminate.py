@@ -24,20 +24,17 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-from datasets import Dataset, Features, Value
+from datasets import Dataset
 from tqdm import tqdm
 
-from eval.chunks import TEXT, chunks, claim, load, write_parquet
 from eval.config import DecontaminateConfig
-from eval.report import digest
-from eval.run import load_docs, places_of
+from eval.data import TEXT, load, load_docs, places_of
 from eval.tasks import find_tasks, load_custom_tasks
+from gen.folder import Batch, batches_by_content, digest, open_folder
+from kernels.tables import table
 from sft_core.run.cli import parse
 from sft_core.run.distributed import usage_errors
 from sft_core.run.files import whole_file, write_atomically
@@ -91,9 +88,9 @@ class Index:
         self.size = size
         self.places: dict[str, list[Place]] = defaultdict(list)
         self.runs_of: dict[Place, int] = {}
-        own = {(task, i): runs(text, size) for task, texts in sets.items() for i, text in enumerate(texts)}
-        count = Counter(run for found in own.values() for run in found)
-        for place, found in own.items():
+        runs_of = {(task, i): runs(text, size) for task, texts in sets.items() for i, text in enumerate(texts)}
+        count = Counter(run for found in runs_of.values() for run in found)
+        for place, found in runs_of.items():
             said = [run for run in found if count[run] < STOCK] or found
             for run in said:
                 self.places[run].append(place)
@@ -131,22 +128,22 @@ def main(argv: list[str] | None = None) -> None:
         rows = load(config.dataset, config.dataset_config, config.split, columns)
         settings: dict[str, Any] = {name: getattr(config, name) for name in ("problem_column", "ngram_size")}
         check_dataset_push(config.new_dataset_name, config.private)
-        claim(config.output_dir, settings | {"sets": {task: digest(problems) for task, problems in sets.items()}})
+        settings["sets"] = {task: digest(problems) for task, problems in sets.items()}
+        open_folder(config.output_dir, settings, "verdicts/*.json")
     folder = Path(config.output_dir)
-    (folder / "verdicts").mkdir(exist_ok=True)
-    parts = chunks(folder / "verdicts", ".json", rows, [config.problem_column], CHUNK)
+    batches = batches_by_content(folder / "verdicts", ".json", rows, [config.problem_column], CHUNK)
     index = Index(sets, config.ngram_size)
     texts = rows.select_columns([config.problem_column])
     with tqdm(total=len(rows), desc="decontaminate", disable=None) as bar:
-        for path, part in parts:
+        for path, part in batches:
             if not path.exists():
                 found = zip(part, texts[part.start : part.stop][config.problem_column], strict=True)
                 matches = [{"row": i} | match for i, text in found for match in index.matches(text or "")]
                 write_atomically(path, json.dumps(matches))
             bar.update(len(part))
-    paths = [path for path, _ in parts]
-    report(config, paths, rows, sets)
-    write_parquet(folder / "rows.parquet", *with_verdicts(rows, parts, [*sets], config.cleanup))
+    flagged = report(config, batches, rows, sets)
+    with whole_file(folder / "rows.parquet") as temporary:
+        with_verdicts(rows, flagged, config.cleanup).to_parquet(temporary)
     push_dataset(folder / "rows.parquet", config.new_dataset_name, config.private)
 
 
@@ -165,61 +162,52 @@ def load_sets(config: DecontaminateConfig) -> dict[str, list[str]]:
     return sets
 
 
-def report(config: DecontaminateConfig, paths: list[Path], rows: Dataset, sets: dict[str, list[str]]) -> None:
-    """matches.jsonl, report.json, report.txt; the last is printed."""
-    flagged: dict[str, int] = Counter()
+def report(
+    config: DecontaminateConfig, batches: list[Batch], rows: Dataset, sets: dict[str, list[str]]
+) -> dict[str, set[int]]:
+    """Write matches.jsonl, report.json and report.txt, and print the last; returns {evaluation set: rows flagged}."""
+    flagged: dict[str, set[int]] = {task: set() for task in sets}
     shown: list[str] = []
-    total = 0
     folder = Path(config.output_dir)
     with whole_file(folder / "matches.jsonl") as temporary, open(temporary, "w") as file:
-        for path in paths:
-            matches = json.loads(path.read_text())
-            total += len({match["row"] for match in matches})
-            for match in matches:
-                flagged[match["set"]] += 1
-                match["problem_text"] = sets[match["set"]][match["problem"]]
-                match["row_text"] = rows[match["row"]][config.problem_column]
-                file.write(json.dumps(match) + "\n")
+        for path, _ in batches:
+            for match in json.loads(path.read_text()):
+                task, problem = match["set"], match["problem"]
+                flagged[task].add(match["row"])
+                texts = {"problem_text": sets[task][problem], "row_text": rows[match["row"]][config.problem_column]}
+                file.write(json.dumps(match | texts) + "\n")
                 if len(shown) < SHOWN:
-                    shown.append(
-                        f"row {match['row']}: {match['set']} {match['problem']}, {match['shared']} of "
-                        f'{match["of"]} runs, "{match["ngram"]}"'
-                    )
-    lines = [f"{'evaluation set':16} {'problems':>9} {'rows flagged':>13}"]
-    lines += [f"{task:16} {len(problems):9} {flagged[task]:13}" for task, problems in sets.items()]
-    lines += [f"{total} of {len(rows)} rows flagged, {len(rows) - total} are left.", *shown]
-    if sum(flagged.values()) > SHOWN:
-        lines.append(f"and {sum(flagged.values()) - SHOWN} more: matches.jsonl has all")
+                    shared = f'{match["shared"]} of {match["of"]} runs, "{match["ngram"]}"'
+                    shown.append(f"row {match['row']}: {task} {problem}, {shared}")
+    total, matches = len(set().union(*flagged.values())), sum(map(len, flagged.values()))
+    lines = [[task, len(problems), len(flagged[task])] for task, problems in sets.items()]
+    text = table(["evaluation set", "problems", "rows flagged"], lines)
+    text += "\n".join(["", f"{total} of {len(rows)} rows flagged, {len(rows) - total} are left.", *shown, ""])
+    if matches > SHOWN:
+        text += f"and {matches - SHOWN} more: matches.jsonl has all\n"
     content = {
         "dataset": config.dataset,
         "rows": len(rows),
         "flagged": total,
         "ngram_size": config.ngram_size,
-        "sets": {task: {"problems": len(problems), "rows_flagged": flagged[task]} for task, problems in sets.items()},
+        "sets": {task: {"problems": problems, "rows_flagged": count} for task, problems, count in lines},
     }
     write_atomically(folder / "report.json", json.dumps(content, indent=1))
-    write_atomically(folder / "report.txt", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write_atomically(folder / "report.txt", text)
+    print(text, end="")
+    return flagged
 
 
-def with_verdicts(
-    rows: Dataset, parts: list[tuple[Path, range]], tasks: list[str], cleanup: bool
-) -> tuple[pa.Schema, Iterator[pa.Table]]:
-    """Schema and tables of the rows that are not flagged, or of all with a column a task that says so."""
-    names = [] if cleanup else [f"contaminated_{task.replace(':', '_')}" for task in tasks]
-    kept = rows.remove_columns([name for name in names if name in rows.column_names]).with_format("arrow")
-
-    def tables() -> Iterator[pa.Table]:
-        for path, part in parts:
-            hit = np.zeros((len(part), len(tasks)), bool)
-            for match in json.loads(path.read_text()):
-                hit[match["row"] - part.start, tasks.index(match["set"])] = True
-            table = kept[part.start : part.stop]
-            for i, name in enumerate(names):
-                table = table.append_column(name, pa.array(hit[:, i]))
-            yield table.filter(pa.array(~hit.any(1))) if cleanup else table
-
-    return Features(kept.features | {name: Value("bool") for name in names}).arrow_schema, tables()
+def with_verdicts(rows: Dataset, flagged: dict[str, set[int]], cleanup: bool) -> Dataset:
+    """The rows that are not flagged, or all with a column for each evaluation set that says so."""
+    if cleanup:
+        found = set().union(*flagged.values())
+        return rows.select([row for row in range(len(rows)) if row not in found])
+    columns = {f"contaminated_{task.replace(':', '_')}": found for task, found in flagged.items()}
+    rows = rows.remove_columns([name for name in columns if name in rows.column_names])
+    for name, found in columns.items():
+        rows = rows.add_column(name, [row in found for row in range(len(rows))])
+    return rows
 
 
 if __name__ == "__main__":

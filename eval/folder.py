@@ -1,48 +1,58 @@
-"""A folder of samples: what they are of, which batches are whole, and whose verdicts they carry.
+"""The samples of an evaluation on the disk: what they are of, which batches are whole, and whose verdicts they carry.
 
-A batch of a task is one parquet file, written aside and renamed. Beside them lies `settings.json`, what the samples
-depend on; samples of other settings are refused. Verdicts depend on more (the metric, the checker's version, its time
-limit): a file says of which its own are, and where these have changed the same answers are checked again.
+A batch of a task is one parquet file (`gen/folder.py`). Beside the files of a task lies `settings.json`, what the
+samples depend on; samples of other settings are refused. Verdicts depend on more (the metric, the checker's version,
+its time limit): a file says on which its verdicts do, and where that has changed the same answers are checked again.
 """
 
 import importlib.metadata
 import inspect
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from eval import report
 from eval.config import NOT_IDENTITY, EvalConfig
 from eval.metrics import gold_is_read, judge
 from eval.tasks import Doc, LightevalTaskConfig
 from eval.workers import Unscored, WorkerPool
+from gen.config import TextSampling
+from gen.folder import Batch, digest, write_tables
+from gen.sampler import weights_of
 from sft_core.run.config import require
-from sft_core.run.files import keep_settings, whole_file
+from sft_core.run.files import keep_settings
 
 CHECKERS = ("math-verify", "latex2sympy2_extended", "sympy")
+MISSING = "there is no text"
 
 
 @dataclass(frozen=True)
 class Work:
-    """A task made ready: its questions, their prompts, and how long answers may be."""
+    """A task made ready: its questions, their prompts, how long answers may be, and the files for its samples."""
 
     task: LightevalTaskConfig
     docs: list[Doc]
-    prompts: list[Any]  # token ids, or conversations for a server
-    max_tokens: int
+    prompts: list[Any]  # as the sampler has encoded them
+    sampling: TextSampling
     context: int  # tokens of a prompt with its answer
-    folder: Path
+    batches: list[Batch]
 
-    def batches(self, config: EvalConfig) -> list[tuple[Path, range]]:
-        """File and problems of every batch."""
-        size = max(1, config.batch_size // config.num_samples)
-        starts = range(0, len(self.docs), size)
-        return [(self.folder / f"{i:05}.parquet", range(i, min(i + size, len(self.docs)))) for i in starts]
+    @property
+    def paths(self) -> list[Path]:
+        return [batch.path for batch in self.batches]
+
+
+class Sample(NamedTuple):
+    doc: Doc
+    text: str | None  # to check; None: there is none
+    row: dict[str, Any]  # of the file
 
 
 def task_folder(output_dir: str, task: LightevalTaskConfig) -> Path:
@@ -52,15 +62,15 @@ def task_folder(output_dir: str, task: LightevalTaskConfig) -> Path:
 
 def remember(config: EvalConfig, works: list[Work]) -> None:
     """Write down what the samples in this folder depend on; refuse a folder whose samples are of something else."""
-    weights = sorted(Path(config.model).glob("*.safetensors"))
     identity: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in NOT_IDENTITY}
     identity["engine"] = "server" if config.base_url else config.engine
-    identity["weights"] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights]
+    identity["weights"] = weights_of(config.model)
     for work in works:
-        settings = identity | {"max_new_tokens": work.max_tokens, "version": work.task.version}
+        settings = identity | {"max_new_tokens": work.sampling.max_tokens, "version": work.task.version}
         settings["stop_sequence"] = work.task.stop_sequence or []
-        settings["prompts"] = report.digest([work.prompts, [doc.get_golds() for doc in work.docs]])
-        keep_settings(work.folder, settings, used=any(work.folder.glob("*.parquet")))
+        settings["prompts"] = digest([work.prompts, [doc.get_golds() for doc in work.docs]])
+        folder = task_folder(config.output_dir, work.task)
+        keep_settings(folder, settings, used=any(folder.glob("*.parquet")))
 
 
 def verdicts_by(config: EvalConfig, task: LightevalTaskConfig) -> str:
@@ -72,7 +82,7 @@ def verdicts_by(config: EvalConfig, task: LightevalTaskConfig) -> str:
         source = ""
     state = {name: getattr(value, "__qualname__", None) or str(value) for name, value in vars(metric).items()}
     versions = [importlib.metadata.version(name) for name in CHECKERS]
-    return report.digest([type(metric).__qualname__, source, state, versions, config.check_timeout])
+    return digest([type(metric).__qualname__, source, state, versions, config.check_timeout])
 
 
 def checkers(config: EvalConfig) -> WorkerPool:
@@ -81,7 +91,7 @@ def checkers(config: EvalConfig) -> WorkerPool:
 
 def check_golds(config: EvalConfig, works: list[Work]) -> None:
     """Say of new tasks how many answers their metric finds nothing in; refuse one in which it finds none at all."""
-    fresh = [work for work in works if not any(path.exists() for path, _ in work.batches(config))]
+    fresh = [work for work in works if not any(path.exists() for path in work.paths)]
     asked = [(work.task.metric[0], doc) for work in fresh for doc in work.docs]
     with checkers(config) as pool:
         found = iter(pool.map(gold_is_read, asked) if asked else [])
@@ -98,39 +108,68 @@ def refresh(config: EvalConfig, works: list[Work]) -> None:
     """Take away files that are not whole, and check again what was checked by something else."""
     stale = []
     for work in works:
-        for path, problems in work.batches(config):
-            if not path.exists():
+        for batch in work.batches:
+            if not batch.path.exists():
                 continue
             try:
-                ids = pq.read_table(path, columns=["problem", "sample"]).to_pydict()
-                whole = ids["problem"] == [p for p in problems for _ in range(config.num_samples)]
+                ids = pq.read_table(batch.path, columns=["problem", "sample"]).to_pydict()
+                whole = ids["problem"] == [p for p in batch.rows for _ in range(config.num_samples)]
             except (OSError, pa.ArrowException, KeyError):
                 whole = False
             if not whole:
-                print(f"{path} is damaged: its problems are sampled again.", file=sys.stderr)
-                path.unlink()
-            elif (pq.read_schema(path).metadata or {}).get(b"verdicts") != verdicts_by(config, work.task).encode():
-                stale.append((work, path))
+                print(f"{batch.path} is damaged: its problems are sampled again.", file=sys.stderr)
+                batch.path.unlink()
+                continue
+            verdicts = (pq.read_schema(batch.path).metadata or {}).get(b"verdicts")
+            if verdicts != verdicts_by(config, work.task).encode():
+                stale.append((work, batch))
     if stale:
         print(f"{len(stale)} batches were checked in another way: their answers are checked again.", file=sys.stderr)
-        with checkers(config) as pool:
-            for work, path in stale:
-                rows = report.read_rows([path])
-                check(work, rows, pool)
-                write_rows(path, rows, verdicts_by(config, work.task))
+        fill(config, stale, old_samples)
 
 
-def check(work: Work, rows: list[dict[str, Any]], pool: WorkerPool) -> None:
-    """Add to each row `score` (None: the check was given up), `extracted` ("": no answer found) and `error`."""
-    items = [(work.task.metric[0], work.docs[row["problem"]], row["completion"]) for row in rows]
-    for row, verdict in zip(rows, pool.map(judge, items), strict=True):
+def old_samples(work: Work, batch: Batch) -> list[Sample]:
+    rows = report.read_rows([batch.path])
+    return [Sample(work.docs[row["problem"]], row["completion"], row) for row in rows]
+
+
+def fill(
+    config: EvalConfig,
+    batches: list[tuple[Work, Batch]],
+    samples_of: Callable[[Work, Batch], list[Sample] | None],
+    shown: bool = True,
+) -> None:
+    """Check the samples of each batch and write its file; `samples_of` gives None where another rank does that."""
+    total = sum(len(batch.rows) for _, batch in batches)
+    scores: list[float] = []
+    with (
+        tqdm(total=total, desc="evaluate", unit="problem", disable=None if shown else True) as bar,
+        checkers(config) as pool,
+    ):
+        for work, batch in batches:
+            samples = samples_of(work, batch)
+            if samples is not None:
+                check(work.task, samples, pool)
+                write_rows(batch.path, [sample.row for sample in samples], verdicts_by(config, work.task))
+                scores += [sample.row["score"] or 0.0 for sample in samples]
+                bar.set_postfix_str(f"{work.task.name} {100 * sum(scores) / max(1, len(scores)):.1f} %")
+            bar.update(len(batch.rows))
+
+
+def check(task: LightevalTaskConfig, samples: list[Sample], pool: WorkerPool) -> None:
+    """Add to each row `score` (None: there is no verdict), `extracted` ("": no answer found) and `error`."""
+    there = [sample for sample in samples if sample.text is not None]
+    verdicts = pool.map(judge, [(task.metric[0], sample.doc, sample.text) for sample in there])
+    for sample in samples:
+        sample.row.update({"score": None, "extracted": None, "error": MISSING})
+    for sample, verdict in zip(there, verdicts, strict=True):
         if isinstance(verdict, Unscored):
-            verdict = {"score": None, "extracted": None, "error": f"{verdict.reason}: {verdict.error}"}
-        row.update({"error": None} | verdict)
+            sample.row["error"] = f"{verdict.reason}: {verdict.error}"
+        else:
+            sample.row.update({"error": None} | verdict)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], verdicts: str = "") -> None:
     """`verdicts`: whose they are, by `verdicts_by`."""
-    table = pa.Table.from_pylist(rows, schema=report.SCHEMA.with_metadata({"verdicts": verdicts}))
-    with whole_file(path) as temporary:
-        pq.write_table(table, temporary)
+    schema = report.SCHEMA.with_metadata({"verdicts": verdicts})
+    write_tables(path, schema, [pa.Table.from_pylist(rows, schema=schema)])

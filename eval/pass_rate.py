@@ -33,15 +33,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
-from tqdm import tqdm
 
-from eval.chunks import TEXT, TEXTS, chunks, claim, load, write_parquet
 from eval.config import PassRateConfig
-from eval.folder import Work, check, checkers, write_rows
+from eval.data import TEXT, TEXTS, load
+from eval.folder import MISSING, Sample, Work, fill, task_folder
 from eval.report import read_rows
 from eval.run import run
 from eval.tasks import Doc, LightevalTaskConfig
 from eval.verify import AnswerMetric
+from gen.folder import Batch, batches_by_content, open_folder, write_tables
+from kernels.tables import table
 from sft_core.run.cli import parse
 from sft_core.run.config import require
 from sft_core.run.distributed import usage_errors
@@ -50,8 +51,6 @@ from sft_core.run.hub import check_dataset_push, push_dataset
 
 NAME = "pass_rate"  # of the task
 CHUNK = 256  # rows checked between two files
-MISSING = "there is no text"
-Parts = list[tuple[Path, range]]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,22 +63,22 @@ def main(argv: list[str] | None = None) -> None:
         else:
             columns["prompt_column"] = (config.prompt_column, TEXT)
         rows = load(config.dataset_name, config.dataset_config, config.dataset_split, columns, config.limit)
+        folder = Path(config.output_dir)
         if not config.shard:
-            folder = Path(config.output_dir)
             other = folder / "settings.json" if config.model else folder / "details" / NAME / "settings.json"
             require(not other.exists(), f"{folder} holds results of another kind: choose another --output_dir.")
             check_dataset_push(config.output_dataset_name, config.private)
     task = make_task(config)
     if config.generations_column:
-        parts = check_column(config, task, rows)
+        batches = check_column(config, task, rows)
     else:
         (work,) = run(config, argv, (task,), "eval.pass_rate")
-        parts = work.batches(config)
+        batches = work.batches
     if config.shard:
         return
     counts = Counter[str]()
-    write_parquet(folder / "scored.parquet", *scored(rows, parts, bool(config.model), counts))
-    write_parquet(folder / "filtered.parquet", *filtered(folder / "scored.parquet", config))
+    write_tables(folder / "scored.parquet", *scored(rows, batches, bool(config.model), counts))
+    write_tables(folder / "filtered.parquet", *filtered(folder / "scored.parquet", config))
     report(config, counts)
     push_dataset(folder / "scored.parquet", config.output_dataset_name, config.private, "gen")
     between = f"filt-{config.pass_rate_min}-{config.pass_rate_max}"
@@ -103,82 +102,76 @@ def make_task(config: PassRateConfig) -> LightevalTaskConfig:
     )
 
 
-def check_column(config: PassRateConfig, task: LightevalTaskConfig, rows: Dataset) -> Parts:
+def check_column(config: PassRateConfig, task: LightevalTaskConfig, rows: Dataset) -> list[Batch]:
     """Check the generations that the rows have; files as eval.run's, without the texts."""
     assert config.generations_column is not None
+    columns = [config.solution_column, config.generations_column]
     with usage_errors():
         names = ("solution_column", "generations_column", "check_timeout")
-        claim(config.output_dir, {name: getattr(config, name) for name in names})
-    folder = Path(config.output_dir) / "details" / NAME
-    folder.mkdir(parents=True, exist_ok=True)
-    columns = [config.solution_column, config.generations_column]
-    parts = chunks(folder, ".parquet", rows, columns, CHUNK)
+        open_folder(config.output_dir, {name: getattr(config, name) for name in names}, f"details/{NAME}/*.parquet")
+    batches = batches_by_content(task_folder(config.output_dir, task), ".parquet", rows, columns, CHUNK)
+    work = Work(task, [], [], config.sampling(1), 0, batches)
     asked = rows.select_columns(columns)
-    with tqdm(total=len(rows), desc="check", disable=None) as bar, checkers(config) as pool:
-        for path, part in parts:
-            if not path.exists():
-                chunk = asked[part.start : part.stop]
-                docs = [task.prompt_function({config.solution_column: gold}) for gold in chunk[config.solution_column]]
-                samples: list[dict[str, Any]] = []
-                for i, found in enumerate(chunk[config.generations_column]):
-                    texts = [found] if isinstance(found, str) else found or []
-                    samples += [{"problem": i, "sample": k, "completion": text} for k, text in enumerate(texts)]
-                there = [sample for sample in samples if sample["completion"] is not None]
-                check(Work(task, docs, [], 0, 0, folder), there, pool)
-                missing = {"score": None, "extracted": None, "error": MISSING}
-                write_rows(
-                    path,
-                    [
-                        {"task": NAME}
-                        | missing
-                        | sample
-                        | {"problem": part.start + sample["problem"], "completion": None}
-                        for sample in samples
-                    ],
-                )
-            bar.update(len(part))
-    return parts
+
+    def samples_of(work: Work, batch: Batch) -> list[Sample]:
+        samples = []
+        for problem in batch.rows:
+            row = asked[problem]
+            found = row[config.generations_column]
+            texts = [found] if isinstance(found, str) else found or []
+            doc = task.prompt_function(row)
+            for i, text in enumerate(texts):
+                samples.append(Sample(doc, text, {"task": NAME, "problem": problem, "sample": i}))
+        return samples
+
+    fill(config, [(work, batch) for batch in batches if not batch.path.exists()], samples_of)
+    return batches
 
 
-def scored(rows: Dataset, parts: Parts, sampled: bool, counts: Counter[str]) -> tuple[pa.Schema, Iterator[pa.Table]]:
+def scored(
+    rows: Dataset, batches: list[Batch], sampled: bool, counts: Counter[str]
+) -> tuple[pa.Schema, Iterator[pa.Table]]:
     """Schema and tables of the rows with their verdicts; `counts` is filled on the way."""
     new: dict[str, Any] = {"generation": List(Value("string"))} if sampled else {}
     new |= {"correct": List(Value("bool")), "pass_rate": Value("float64")}
+
     if old := [name for name in new if name in rows.column_names]:
         print(f"columns of these names are replaced: {', '.join(old)}.", file=sys.stderr)
     kept = rows.remove_columns(old).with_format("arrow")
     schema = Features(kept.features | new).arrow_schema
 
     def tables() -> Iterator[pa.Table]:
-        for path, part in parts:
+        for batch in batches:
             samples: dict[int, list[dict]] = defaultdict(list)
-            for sample in read_rows([path]):
+            for sample in read_rows([batch.path]):
                 samples[sample["problem"]].append(sample)
-            columns: dict[str, list] = {name: [] for name in new}
-            for i in part:
-                scores = [sample["score"] for sample in samples[i]]
+            columns: dict[str, list] = {"generation": [], "correct": [], "pass_rate": []}
+            for problem in batch.rows:
+                group = samples[problem]
+                scores = [sample["score"] for sample in group]
                 sound = [score for score in scores if score is not None]
-                unparseable = not sound and any(sample["error"] is None for sample in samples[i])
+                columns["generation"].append([sample["completion"] for sample in group])
                 columns["correct"].append([None if score is None else score > 0 for score in scores])
                 columns["pass_rate"].append(sum(sound) / len(sound) if sound else None)
-                if sampled:
-                    columns["generation"].append([sample["completion"] for sample in samples[i]])
-                errors = [sample["error"] for sample in samples[i] if sample["error"] is not None]
-                unanswered = sum(sample["extracted"] == "" for sample in samples[i])
-                counts.update(
-                    rows=1,
-                    generations=len(scores),
-                    correct=int(sum(sound)),
-                    without_an_answer=unanswered,
-                    generations_missing=errors.count(MISSING),
-                    checks_given_up=len(errors) - errors.count(MISSING),
-                    rows_with_unparseable_gold=unparseable,
-                    rows_without_generations=not scores,
-                )
-            table = kept[part.start : part.stop]
+                count(group, sound)
+            table = kept[batch.rows.start : batch.rows.stop]
             for name in new:
                 table = table.append_column(name, pa.array(columns[name], schema.field(name).type))
             yield table
+
+    def count(group: list[dict], sound: list[float]) -> None:
+        errors = [sample["error"] for sample in group if sample["error"] is not None]
+        missing = errors.count(MISSING)
+        counts.update(
+            rows=1,
+            generations=len(group),
+            correct=int(sum(sound)),
+            without_an_answer=sum(sample["extracted"] == "" for sample in group),
+            generations_missing=missing,
+            checks_given_up=len(errors) - missing,
+            rows_with_unparseable_gold=not sound and len(errors) < len(group),
+            rows_without_generations=not group,
+        )
 
     return schema, tables()
 
@@ -208,8 +201,9 @@ def report(config: PassRateConfig, counts: Counter[str]) -> None:
     histogram = {names[i]: tenths[i] for i in sorted(names)}
     options = {name: getattr(config, name) for name in ("pass_rate_min", "pass_rate_max", "dataset_name", "model")}
     write_atomically(folder / "report.json", json.dumps(options | numbers | {"histogram": histogram}, indent=1))
-    for name, count in histogram.items():
-        print(f"{name:>10} {count:7} {'#' * math.ceil(50 * count / max(1, *histogram.values()))}")
+    most = max(1, *histogram.values())
+    bars = [[name, count, "#" * math.ceil(50 * count / most)] for name, count in histogram.items()]
+    print(table(["pass rate", "rows", ""], bars))
     for name, value in numbers.items():
         print(f"{name.replace('_', ' ')}: {round(value, 4)}")
 

@@ -1,9 +1,9 @@
 """What a run's samples say: scores with intervals, and a table.
 
-A task's figures, all plain numbers:
+A task's metrics, all plain numbers:
 
     pass@1                    mean score over all samples
-    pass@1_stderr             its standard error: the spread over problems, since samples of one problem are kin
+    pass@1_stderr             its standard error: over problems, since samples of one problem are not independent
     pass@1_ci95_low, _high    95 % interval, over problems: see `interval`
     pass@k                    share of problems solved within k tries, unbiased (Chen et al., arXiv:2107.03374, eq. 1)
     maj@n                     score of the most frequent answer (all right ones are one; others equal as printed; ties
@@ -15,8 +15,6 @@ A task's figures, all plain numbers:
 Left out on purpose: an average over tasks.
 """
 
-import hashlib
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -31,15 +29,11 @@ SCHEMA = pa.schema(
     + [("score", pa.float64())]
     + [(name, pa.string()) for name in _STRINGS]
 )
-FIGURES = ["problem", "sample", "length", "score", "finish_reason", "extracted", "error"]  # what `summarise` needs
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+NEEDED = ["problem", "sample", "length", "score", "finish_reason", "extracted", "error"]  # what `summarise` needs
 
 
 def read_rows(paths: list[Path], columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """The samples in these files, as dicts: of `columns`, or whole."""
+    """The samples in these files, as dicts: all columns, or these."""
     return [row for path in paths for row in pq.read_table(path, columns=columns).to_pylist()]
 
 
@@ -59,7 +53,7 @@ def pick(paths: list[Path], limit: int) -> tuple[list[dict[str, Any]], int]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The figures of one task's samples; every problem has equally many."""
+    """The metrics of one task's samples; every problem has equally many."""
     groups: dict[int, list[dict]] = defaultdict(list)
     for row in rows:
         groups[row["problem"]].append(row)
@@ -94,13 +88,13 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 def interval(means: list[float]) -> tuple[float, float, float, float]:
     """Mean, standard error, and 95 % interval of the mean of `means`, one a problem, in [0, 1].
 
-    Samples of a problem are kin, so the spread is that between problems. For the interval one problem always solved and
-    one never are added (as Agresti and Coull add to a count), and the quantile is Student's: the plain interval is
-    empty where all fail, and too narrow where few of 30 problems have all the hits.
+    Samples of a problem are not independent, so the error is that between problems. For the interval one problem always
+    solved and one never are added (as Agresti and Coull add to a count), and the quantile is Student's: the plain
+    interval is empty where all fail, and too narrow where few of 30 problems have all the hits.
     """
     mean, error = mean_and_error(means)
-    middle, spread = mean_and_error([*means, 0.0, 1.0])
-    half = t_quantile(len(means) + 1) * spread
+    middle, wider = mean_and_error([*means, 0.0, 1.0])
+    half = t_quantile(len(means) + 1) * wider
     return mean, error, max(0.0, middle - half), min(1.0, middle + half)
 
 
@@ -120,7 +114,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def majority(group: list[dict[str, Any]]) -> float:
-    """Score of the answer given most often; where several are, their mean. Samples without an answer have no vote."""
+    """Score of the most frequent answer; where several are, their mean. Samples without an answer have no vote."""
     votes: dict[str, list[float]] = defaultdict(list)
     for row in group:
         if row["extracted"]:
@@ -138,7 +132,7 @@ def _canonical(answer: str) -> str:
         return answer
 
 
-def figures(result: dict[str, float]) -> dict[str, str]:
+def shown_metrics(result: dict[str, float]) -> dict[str, str]:
     """What a task's line in a table says: column -> text. pass@k and maj@n are those of the largest k."""
     percent = {name: f"{100 * value:.1f} %" for name, value in result.items()}
     more = [name for name in result if name.startswith(("pass@", "maj@")) and "_" not in name and name != "pass@1"]
@@ -154,6 +148,6 @@ def figures(result: dict[str, float]) -> dict[str, str]:
 
 def table(results: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
     """Names of the columns and a row for each task. What a task does not have (maj@n) is left empty."""
-    lines = [{"task": task} | figures(result) for task, result in results.items()]
+    lines = [{"task": task} | shown_metrics(result) for task, result in results.items()]
     names = list(dict.fromkeys(name for line in lines for name in line))
     return names, [[line.get(name, "") for name in names] for line in lines]

@@ -100,7 +100,6 @@ def gsm8k_prompt_fn(line: dict[str, Any], task_name: str | None = None) -> Doc:
 def _math_task(name: str, repo: str, split: str, prompt_function: Callable[..., Doc], metric: Any, **fields: Any):
     return LightevalTaskConfig(
         name=name,
-        suite=["custom"],
         prompt_function=prompt_function,
         hf_repo=repo,
         metric=[metric],
@@ -115,7 +114,6 @@ aime25_part1 = _math_task("aime25:part1", "open-r1/aime_2025_1", "train", aime_p
 math_500 = _math_task("math_500", "HuggingFaceH4/MATH-500", "test", prompt_fn, latex_gold_metric)
 gpqa_diamond = LightevalTaskConfig(
     name="gpqa:diamond",
-    suite=["custom"],
     prompt_function=gpqa_prompt_fn,
     hf_repo="Idavidrein/gpqa",
     hf_subset="gpqa_diamond",

@@ -16,67 +16,48 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
+from aiohttp import web
 
-from gen.client import Client
+from gen.client import Client, in_parallel
 from gen.config import GenerateConfig
 from gen.generate import Run
-from gen.store import open_rows
+from gen.store import Batch, open_rows
 
 AT_ONCE = 64
 REQUEST: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "What is 6 times 7?"}], "seed": 1}
 REPLY = {
-    "id": "x",
-    "object": "chat.completion",
-    "created": 1,
-    "model": "m",
-    "choices": [{"index": 0, "message": {"role": "assistant", "content": "42"}, "finish_reason": "stop"}],
-    "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11},
+    "choices": [{"message": {"content": "42"}, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 9, "completion_tokens": 2},
 }
 
 
-class Instant(asyncio.Protocol):
-    """HTTP as bare as it gets, so that the server is not what is measured: every request gets one of two answers."""
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport, self.waiting = transport, b""
-
-    def data_received(self, data: bytes) -> None:
-        self.waiting += data
-        while (end := self.waiting.find(b"\r\n\r\n")) >= 0:
-            head = self.waiting[:end].lower()
-            _, found, length = head.partition(b"content-length:")
-            size = end + 4 + (int(length.split(b"\r\n")[0]) if found else 0)
-            if len(self.waiting) < size:
-                return
-            self.waiting = self.waiting[size:]
-            body = json.dumps({"data": [{"id": "m"}]} if head.startswith(b"get") else REPLY).encode()
-            content = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
-            self.transport.write(content % (len(body), body))
-
-
 def serve(listener: socket.socket) -> None:
-    async def run() -> None:
-        server = await asyncio.get_running_loop().create_server(Instant, sock=listener)
-        await server.serve_forever()
+    """A server that answers every request at once."""
 
-    asyncio.run(run())
+    def answering(content: Any) -> Any:
+        body = json.dumps(content).encode()
+
+        async def answer(_: web.Request) -> web.Response:
+            return web.Response(body=body, content_type="application/json")
+
+        return answer
+
+    app = web.Application()
+    app.router.add_get("/v1/models", answering({"data": [{"id": "m"}]}))
+    app.router.add_post("/v1/chat/completions", answering(REPLY))
+    web.run_app(app, sock=listener, print=None)
 
 
 async def rate(ask: Callable[[], Awaitable[Any]], requests: int) -> tuple[float, float]:
     """Requests per second of CPU time and of wall time."""
-    line = iter(range(requests))
-
-    async def work() -> None:
-        for _ in line:
-            await ask()
-
     cpu, wall = time.process_time(), time.perf_counter()
-    await asyncio.gather(*(work() for _ in range(AT_ONCE)))
+    await in_parallel(lambda _: ask(), range(requests), AT_ONCE)
     return requests / (time.process_time() - cpu), requests / (time.perf_counter() - wall)
 
 
@@ -100,15 +81,15 @@ def memory(url: str, rows: int) -> None:
         data = Path(folder) / "rows.jsonl"
         data.write_text("".join(json.dumps({"prompt": f"What is {i} times 7?"}) + "\n" for i in range(rows)))
         config = GenerateConfig(hf_dataset=str(data), model="m", vllm_server_url=[url], output_dir=f"{folder}/out")
-        run, process, seen = Run(config, open_rows(config), shown=False), psutil.Process(), list[str]()
-        add = run.progress.add
+        run, process, seen = Run(config, open_rows(config)), psutil.Process(), list[str]()
+        write, written = run.store.write, count(1)
 
-        def watch(prompts: int, generations: int, tokens: int, failed: int) -> None:
-            add(prompts, generations, tokens, failed)
-            if run.progress.prompts * 10 // rows > len(seen):
+        def watch(batch: Batch) -> None:
+            write(batch)
+            if next(written) * config.input_batch_size * 10 // rows > len(seen):
                 seen.append(f"{process.memory_info().rss / 2**20:.0f}")
 
-        run.progress.add = watch  # type: ignore[method-assign]
+        run.store.write = watch  # type: ignore[method-assign]
         cpu, wall = time.process_time(), time.perf_counter()
         run.work(SimpleNamespace(requested=False), [])
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

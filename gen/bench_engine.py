@@ -105,13 +105,13 @@ def main(argv: list[str] | None = None) -> None:
                 if name in failed:
                     continue
                 try:
-                    figures = seconds(way)
+                    times = seconds(way)
                 except Exception as error:
                     failed.add(name)
                     show(tables.line(i or "warm-up", name, failure(error)[0]))
                     continue
-                show_line(i or "warm-up", name, *figures)
-                taken[name] += [figures] * bool(i)
+                show_line(i or "warm-up", name, *times)
+                taken[name] += [times] * bool(i)
         for name, found in taken.items():
             if found:
                 show_line("median", name, *(statistics.median(column) for column in zip(*found, strict=True)))

@@ -1,4 +1,4 @@
-"""Chat completions from one or several OpenAI-compatible servers, over asyncio, with failures told apart.
+"""Chat completions from one or several OpenAI-compatible servers, over asyncio; what failed decides what is done.
 
     async with Client(["http://a:8000/v1", "http://b:8000/v1"], timeout=600, retries=2) as client:
         answer = await client.ask({"model": "m", "messages": [...], "seed": 7})
@@ -27,12 +27,13 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import aiohttp
 
+T = TypeVar("T")
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
 PROBE_TIMEOUT = 5.0
 STREAK = 5
@@ -58,6 +59,7 @@ class Answer:
     prompt_tokens: int
     finish_reason: str
     thought: str = ""  # what a server's reasoning parser has taken out of the text
+    token_ids: Sequence[int] = ()  # of the completion; a server does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,23 @@ class _Server:
 def wait_before(attempt: int) -> float:
     """Seconds before the attempt-th retry: doubling, with jitter, so that a crowd does not come back at once."""
     return min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(attempt - 1, 10)) * random.uniform(0.5, 1.5)
+
+
+async def in_parallel(work: Callable[[T], Awaitable[None]], items: Iterable[T], at_once: int) -> None:
+    """Do `work` for all items, `at_once` of them at a time; the first error ends the others."""
+    line = iter(items)
+
+    async def draw() -> None:
+        for item in line:
+            await work(item)
+
+    tasks = [asyncio.create_task(draw()) for _ in range(at_once)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Client:

@@ -1,8 +1,8 @@
-"""What `gen.generate` can be told: open-r1's flags and defaults, and a few of ours, in one flat frozen dataclass."""
+"""Options of `gen.generate`: open-r1's flags and defaults, and a few of ours, in one flat frozen dataclass."""
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sft_core.run.config import option, require
 
@@ -20,6 +20,39 @@ IDENTITY = (
     "seed",
     "engine",
 )
+
+
+@dataclass(frozen=True)
+class TextSampling:
+    """How every prompt is continued. Sample i of the prompt at position p has the seed `seed_of(p) + i`."""
+
+    n: int  # answers to each prompt
+    max_tokens: int  # of an answer
+    temperature: float | None = None  # 0: the most likely token; None: the server's default, and 1 in this process
+    top_p: float | None = None  # None: the same
+    seed: int | None = None  # None: no seed for a server, and 0 in this process
+
+    def __post_init__(self) -> None:
+        temperature, top_p = self.temperature, self.top_p
+        require(self.n >= 1, f"--num_samples (or --num_generations) must be at least 1, got {self.n}.")
+        require(self.max_tokens >= 1, f"--max_new_tokens must be at least 1, got {self.max_tokens}.")
+        require(temperature is None or temperature >= 0, f"--temperature must be at least 0, got {temperature}.")
+        require(top_p is None or 0 < top_p <= 1, f"--top_p must be above 0 and at most 1, got {top_p}.")
+        require(
+            temperature != 0 or self.n == 1,
+            "temperature 0 gives the same text every time: set --num_samples (or --num_generations) to 1, or use a "
+            "temperature above 0.",
+        )
+
+    def seed_of(self, position: int) -> int:
+        return (self.seed or 0) * 1_000_003 + position * self.n
+
+    def request(self, model: str, messages: list[dict[str, str]], position: int, i: int) -> dict[str, Any]:
+        """What a server is asked for sample `i` of the prompt at `position`."""
+        seed = None if self.seed is None else self.seed_of(position) + i
+        options = {"temperature": self.temperature, "top_p": self.top_p, "seed": seed}
+        set_options = {name: value for name, value in options.items() if value is not None}
+        return {"model": model, "messages": messages, "max_tokens": self.max_tokens} | set_options
 
 
 @dataclass(frozen=True)
@@ -63,27 +96,9 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         require(self.hf_dataset != "", "--hf-dataset is missing: give a Hub id or a data file.")
         require(self.model != "", "--model is missing: give the name that the server knows.")
-        for name in (
-            "max_new_tokens",
-            "num_generations",
-            "input_batch_size",
-            "client_replicas",
-            "max_concurrent",
-            "limit",
-        ):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{_flag(name)} must be at least 1, got {value}.")
-        require(self.retries >= 0, f"--retries must be at least 0, got {self.retries}.")
+        check_at_least(self, 1, "input_batch_size", "client_replicas", "max_concurrent", "limit")
+        check_at_least(self, 0, "retries")
         require(self.timeout > 0, f"--timeout must be above 0, got {self.timeout}.")
-        require(
-            self.temperature is None or self.temperature >= 0,
-            f"--temperature must be at least 0, got {self.temperature}.",
-        )
-        require(self.top_p is None or 0 < self.top_p <= 1, f"--top-p must be above 0 and at most 1, got {self.top_p}.")
-        require(
-            self.temperature != 0 or self.num_generations == 1,
-            "temperature 0 gives the same text every time: use --num-generations 1 or a temperature above 0.",
-        )
         require(
             self.executor == "local" or self.engine == "server",
             "--executor ray asks servers: start them (vllm serve), or use --executor local, which has an engine "
@@ -95,6 +110,10 @@ class GenerateConfig:
                 re.match(r"https?://[^/]", url) is not None,
                 f"--vllm-server-url {url!r} is no address: write it as http://host:8000/v1.",
             )
+        self.sampling()  # its values are checked when it is made
+
+    def sampling(self) -> TextSampling:
+        return TextSampling(self.num_generations, self.max_new_tokens, self.temperature, self.top_p, self.seed)
 
     @property
     def urls(self) -> list[str]:
@@ -103,6 +122,13 @@ class GenerateConfig:
     @property
     def at_once(self) -> int:
         return self.max_concurrent or self.client_replicas * self.input_batch_size * self.num_generations
+
+
+def check_at_least(config: Any, bound: int, *names: str) -> None:
+    """Raise ValueError for an option of these names that is below `bound`; None is an option that was not set."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value >= bound, f"--{name} must be at least {bound}, got {value}.")
 
 
 def join_urls(argv: list[str]) -> list[str]:
@@ -119,7 +145,3 @@ def join_urls(argv: list[str]) -> list[str]:
             taking = False
             rest.append(text)
     return [*rest, "--vllm-server-url", *urls] if urls else rest
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")

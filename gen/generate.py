@@ -17,6 +17,7 @@ import errno
 import json
 import sys
 import tempfile
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,9 +31,9 @@ from datasets import Dataset, DatasetDict
 
 from gen.client import Client, ServerError
 from gen.config import GenerateConfig, join_urls
-from gen.requests import Progress, ask_servers, sample_here
-from gen.sampler import Sampler, weights
-from gen.shards import ShardsFailed, start_shards
+from gen.requests import Work, longest_prompt
+from gen.sampler import EngineSampler
+from gen.shards import ShardsFailed, of_shard, start_shards
 from gen.store import Store, open_rows
 from sft_core.run import distributed
 from sft_core.run.cli import parse
@@ -43,7 +44,7 @@ FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Generate as told by `argv` (default: the command line).
+    """Generate by the options in `argv` (default: the command line).
 
     Exit code 2 for bad input, 1 for a failure, 130 when stopped by Ctrl-C or SIGTERM. Failed prompts are no failure,
     unless there is nothing else.
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         (config,) = parse((GenerateConfig,), argv)
         if config.shard:
             distributed.die_with_parent()
-        run = Run(config, open_rows(config), shown=config.shard in (None, "0/1"))
+        run = Run(config, open_rows(config))
     stop = distributed.StopSignal("stopping when what is in flight is answered")
     lost = ""
     try:
@@ -63,34 +64,31 @@ def main(argv: list[str] | None = None) -> None:
             lost = str(error)
         if config.shard:
             raise SystemExit(130 if stop.requested else 0)
-        figures = run.finish()
+        numbers = run.finish()
         if lost:
-            print(f"error: {lost}. What is done is kept; the same command goes on from there.", file=sys.stderr)
-            raise SystemExit(1)
+            raise SystemExit(f"error: {lost}. What is done is kept; the same command goes on from there.")
         if not stop.requested:
             push_dataset(run.store.folder / "train.parquet", config.hf_output_dataset, config.private)
     except OSError as error:
         if error.errno not in FULL:
             raise
         where = f"{run.store.folder} ({error.strerror or error})"
-        print(f"error: cannot write to {where}: make room; the same command goes on from there.", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(f"error: cannot write to {where}: make room; the same command goes on from there.") from None
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last whole file.", file=sys.stderr)
         raise SystemExit(130) from None
     if stop.requested:
         raise SystemExit(130)
-    raise SystemExit(0 if figures["generations"] else 1)
+    raise SystemExit(0 if numbers["generations"] else 1)
 
 
 class Run:
     """A run, made ready: all that can be refused was refused, and the folder is this run's."""
 
-    def __init__(self, config: GenerateConfig, rows: Dataset, shown: bool = True) -> None:
-        self.config, self.store = config, Store(config, rows, weights(config))
-        self.sampler = None if config.engine == "server" else Sampler(config)
-        first, step = map(int, (config.shard or "0/1").split("/"))
-        self.indices = range(first, self.store.num_batches, step)
+    def __init__(self, config: GenerateConfig, rows: Dataset) -> None:
+        self.config, self.store = config, Store(config, rows)
+        self.sampler = None if config.engine == "server" else EngineSampler(config.engine, config.model)
+        self.indices = of_shard(range(len(self.store.batch_rows)), config.shard)
         require(
             config.executor == "local" or find_spec("ray") is not None,
             "--executor ray needs Ray: run pip install 'grpo_core[ray]'.",
@@ -98,11 +96,10 @@ class Run:
         if self.sampler is None:
             asyncio.run(self._check_servers())
         else:
-            self.longest = self.sampler.longest(self.store, self.indices)
+            self.longest = longest_prompt(self.store, self.sampler, self.indices)
         if not config.shard:
             check_dataset_push(config.hf_output_dataset, config.private)
             self.store.open()
-        self.progress = Progress(self.store.num_rows, shown)
 
     async def _check_servers(self) -> None:
         async with Client(self.config.urls, timeout=self.config.timeout, retries=0) as client:
@@ -110,40 +107,39 @@ class Run:
 
     def work(self, stop: Any, argv: list[str]) -> None:
         """Generate what is missing, until `stop.requested`."""
+        config = self.config
+        self.done = work = Work(self.store, stop, shown=config.shard in (None, "0/1"))
         if self.sampler is not None:
-            copies = min(max(1, torch.cuda.device_count()), self.store.num_batches)
-            if copies > 1 and not self.config.shard:
+            copies = min(max(1, torch.cuda.device_count()), len(self.store.batch_rows))
+            if copies > 1 and not config.shard:
                 start_shards("gen.generate", argv, copies, stop=stop)
             else:
-                if self.longest:
-                    self.sampler.start(self.longest)
-                sample_here(self.store, self.sampler, self.indices, self.progress, stop)
-        elif self.config.executor == "ray":
+                work.sample_here(self.sampler, self.longest, self.indices)
+        elif config.executor == "ray":
             from gen.ray import ask_on_ray
 
-            ask_on_ray(self.store, self.progress, stop)
+            ask_on_ray(work)
         else:
-            asyncio.run(ask_servers(self.store, self.indices, self.config.at_once, self.progress, stop))
+            asyncio.run(work.ask_servers(self.indices, config.at_once))
 
     def finish(self) -> dict[str, Any]:
         """Put the data set together and say what is in it."""
-        seconds = self.progress.close()
-        figures = self.store.finish()
-        asked = self.progress
-        shown = {**figures, "seconds": f"{seconds:.1f}"}
-        if asked.generations:
-            shown["this run: generations"] = asked.generations
-            shown["this run: tokens/s"] = f"{asked.tokens / seconds:.1f}"
+        seconds, asked = time.monotonic() - self.done.begin, self.done.counts
+        self.done.bar.close()
+        numbers = self.store.finish()
+        shown = {**numbers, "seconds": f"{seconds:.1f}"}
+        if asked["generations"]:
+            shown["this run: generations"] = asked["generations"]
+            shown["this run: tokens/s"] = f"{asked['tokens'] / seconds:.1f}"
         failed = self.store.folder / "failed.jsonl"
         if failed.exists():
             errors = Counter(json.loads(line)["error"] for line in open(failed, encoding="utf-8"))
             shown["failed prompts"] = f"{errors.total()} (in {failed}; the same command asks them again)"
             shown["most often"] = errors.most_common(1)[0][0]
-        missing = self.store.num_rows - figures["prompts"]
-        shown["prompts missing"] = missing
+        shown["prompts missing"] = self.store.num_rows - numbers["prompts"]
         shown["data set"] = self.store.folder / "train.parquet"
         print("\n".join(f"{name:24}{value}" for name, value in shown.items()))
-        return figures
+        return numbers
 
     def result(self) -> "Distiset":
         file = self.store.folder / "train.parquet"
@@ -154,7 +150,7 @@ class Run:
         return Distiset(default=DatasetDict(train=rows))
 
 
-# ---------------------------------------------------------------------------------------------- distilabel's face
+# ---------------------------------------------------------------------------------------------- distilabel's interface
 
 
 class Distiset(dict):
@@ -178,7 +174,7 @@ class Pipeline:
 
         dataset_batch_size   taken and not needed: rows are read as they are asked
         use_cache            go on from what an earlier run of the same pipeline on the same rows has done, in
-                             data/generated; without it all is asked anew, in a folder of its own under /tmp
+                             data/generated; without it all is asked anew, in a new folder under /tmp
 
         Raises ValueError for bad input, ServerError when no server is left (with the cache, what is done is kept).
         """
@@ -186,7 +182,7 @@ class Pipeline:
         rows = dataset if isinstance(dataset, Dataset) else Dataset.from_list(dataset)
         require(len(rows) > 0, "the data set has no rows.")
         folder = None if use_cache else tempfile.mkdtemp(prefix="generated-")
-        config = GenerateConfig(hf_dataset="(given)", output_dir=folder, **self.options)
+        config = GenerateConfig(hf_dataset="(rows)", output_dir=folder, **self.options)
         stop = SimpleNamespace(requested=False)
 
         def work() -> Distiset:

@@ -12,7 +12,7 @@ from typing import Any
 
 from gen.client import ServerError
 from gen.config import GenerateConfig
-from gen.requests import Progress, ask_servers
+from gen.requests import COUNTS, Work
 from gen.store import Store, open_rows
 
 
@@ -25,29 +25,27 @@ class Worker:
             raise RuntimeError(f"{config.hf_dataset} has other rows on this node than where the run was started.")
 
     def __call__(self, numbers: dict[str, Any]) -> dict[str, list[Any]]:
-        progress, config = Progress(0, shown=False), self.store.config
-        at_once = max(1, config.at_once // config.client_replicas)
-        trouble = ""
+        config, trouble = self.store.config, ""
+        work = Work(self.store, SimpleNamespace(requested=False), shown=False)
         try:
-            indices = numbers["id"].tolist()
-            asyncio.run(ask_servers(self.store, indices, at_once, progress, SimpleNamespace(requested=False)))
+            asyncio.run(work.ask_servers(numbers["id"].tolist(), max(1, config.at_once // config.client_replicas)))
         except ServerError as error:
             trouble = str(error)
-        counts = {"generations": progress.generations, "tokens": progress.tokens, "failed": progress.failed}
-        return {name: [value] for name, value in ({"prompts": progress.prompts, "trouble": trouble} | counts).items()}
+        return {"trouble": [trouble]} | {name: [work.counts[name]] for name in COUNTS}
 
 
-def ask_on_ray(store: Store, progress: Any, stop: Any) -> None:
-    """Have `client_replicas` workers answer what is missing; once `stop.requested` they are dropped, not drained.
+def ask_on_ray(work: Work) -> None:
+    """Have `client_replicas` workers answer what is missing; once stopped they are dropped, not drained.
 
     Raises ServerError if no server is left.
     """
     import ray.data
 
-    replicas = store.config.client_replicas
-    together = max(1, min(16, store.num_batches // (4 * replicas)))  # enough for a worker to have no slow tail
-    blocks = -(-store.num_batches // together)
-    done = ray.data.range(store.num_batches, override_num_blocks=blocks).map_batches(
+    store = work.store
+    replicas, batches = store.config.client_replicas, len(store.batch_rows)
+    together = max(1, min(16, batches // (4 * replicas)))  # enough for a worker to have no slow tail
+    blocks = -(-batches // together)
+    done = ray.data.range(batches, override_num_blocks=blocks).map_batches(
         Worker,
         batch_size=together,
         concurrency=replicas,
@@ -55,8 +53,8 @@ def ask_on_ray(store: Store, progress: Any, stop: Any) -> None:
         fn_constructor_args=(store.config, str(store.folder.absolute()), store.digest),
     )
     for row in done.iter_rows():
-        progress.add(row["prompts"], row["generations"], row["tokens"], row["failed"])
+        work.add({name: row[name] for name in COUNTS})
         if row["trouble"]:
             raise ServerError(row["trouble"])
-        if stop.requested:
+        if work.stop.requested:
             break

@@ -1,106 +1,146 @@
-"""Generations without a server: an engine in this process, prompts by the model's own chat template.
+"""The one way to sample text: conversations in; texts, token ids and finish reasons out.
 
-Batches are sampled one after the other, each drained before the next begins: give a large --input-batch-size. Where a
-server's defaults would hold, temperature and top-p are 1. Left out on purpose: models that need several GPUs (serve
-them), and generation_config.json beyond its stop tokens.
+    sampler = EngineSampler("vllm", "path/to/model")                    # an engine in this process
+    sampler.start(EngineConfig("path/to/model", max_model_len=2048))    # loads the weights
+    sampler = ServerSampler(["http://localhost:8000/v1"], "M")          # or OpenAI-compatible servers
+
+    prompts = [sampler.encode(messages) for messages in conversations]
+    [[answer, ...], ...] = sampler.sample(prompts, range(len(prompts)), TextSampling(n=4, max_tokens=512))
+
+Prompts are made by the model's own chat template. Left out on purpose: the log-probs of the tokens, their policy
+version, and scoring while others are sampled. Training, its evaluation and its audit need these and no text: they take
+samples from the engine (`grpo_core/rollout.py`). `gen.generate` has servers answer one batch while another begins, and
+so asks them itself (`gen/requests.py`), with the requests that are made here.
 """
 
-from collections.abc import Iterable
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gen.client import Answer
-from gen.config import GenerateConfig
-from gen.engine.base import Engine, Sampling, check_engine_available, make_engine
-from gen.store import Batch, Store
+from gen.client import Answer, Client, in_parallel
+from gen.config import TextSampling
+from gen.engine.base import Engine, EngineConfig, Sampling, check_engine_available, make_engine
 from sft_core.data.chat_template import set_up
 from sft_core.data.conversation import prompt_ids
-from sft_core.model.policy import load_tokenizer, stop_token_ids
+from sft_core.model.policy import load_tokenizer, local_copy, stop_token_ids
 from sft_core.run.config import ModelConfig
 from sft_core.run.distributed import usage_errors
 
-
-def weights(config: GenerateConfig) -> list[Any] | None:
-    """What tells a model folder's weights from others; a server's are its own affair."""
-    if config.engine == "server":
-        return None
-    files = sorted(Path(config.model).glob("*.safetensors"))
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+Messages = list[dict[str, str]]
+NO_LIMIT = 1 << 30  # tokens
+TRIES, AT_ONCE = 5, 256  # of a request; requests
+TIMEOUT, PATIENCE = 3600.0, 10.0  # seconds: a long answer takes long, a server that is not there does not come soon
 
 
-class Sampler:
-    """A model's tokenizer and limits, and once `start` was called its engine. Raises ValueError for bad input."""
+class EngineSampler:
+    """A model's tokenizer, stop tokens and context, and once `start` was called its engine.
 
-    def __init__(self, config: GenerateConfig) -> None:
-        check_engine_available(config.engine)
-        model = ModelConfig(model_name_or_path=config.model)
-        model_config, self.tokenizer = load_tokenizer(model)
+    Raises ValueError for a model that cannot be had, before any weights are loaded.
+    """
+
+    def __init__(self, engine: str, model: str, revision: str = "main") -> None:
+        check_engine_available(engine)
+        self.source = source = ModelConfig(model_name_or_path=model, model_revision=revision)
+        model_config, self.tokenizer = load_tokenizer(source)
         set_up(self.tokenizer, None, conversations=True, chatml_default=False)  # what ends a turn ends an answer
+        self.stop_ids = stop_token_ids(self.tokenizer, source)
+        self.positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
+        self.engine_name = engine
         self.engine: Engine | None = None
-        self.config, self.stop_ids = config, stop_token_ids(self.tokenizer, model)
-        self.positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
-    def longest(self, store: Store, indices: Iterable[int]) -> int:
-        """Tokens of the longest missing prompt that fits the model's context; 0: there is none.
+    def encode(self, messages: Messages) -> list[int]:
+        return prompt_ids(self.tokenizer, messages)
 
-        Raises ValueError if nothing is done and no prompt fits.
-        """
-        room, longest, shortest, done = self.positions - self.config.max_new_tokens, 0, 1 << 30, 0
-        for index in indices:
-            batch = store.batch(index)
-            done += len(batch.kept_rows)
-            for row in batch.answers:
-                length = len(prompt_ids(self.tokenizer, batch.prompts[row]))  # type: ignore[arg-type]
-                longest, shortest = max(longest, length if length <= room else 0), min(shortest, length)
-        if shortest < 1 << 30 and not longest and not done:
-            raise ValueError(
-                f"no prompt fits: the shortest has {shortest} tokens, and {self.config.max_new_tokens} new ones leave "
-                f"{room} of the model's context of {self.positions}: lower --max-new-tokens."
-            )
-        return longest
+    def decode(self, prompt: list[int]) -> str:
+        return self.tokenizer.decode(prompt)
 
-    def start(self, longest: int) -> None:
-        cuda = torch.cuda.is_available()
+    def start(self, config: EngineConfig) -> None:
+        if self.source.model_revision != "main":  # engines know no revisions: they get a copy of its files
+            config = replace(config, model_path=local_copy(self.source).model_name_or_path)
         with usage_errors():  # weights that are not the model's
-            self.engine = make_engine(
-                self.config.engine,
-                self.config.model,
-                dtype="bfloat16" if cuda else "float32",
-                seed=self.config.seed or 0,
-                max_model_len=longest + self.config.max_new_tokens,
-                max_batch=min(self.config.at_once, 512),
-                gpu_memory_utilization=0.85,
-            )
+            self.engine = make_engine(self.engine_name, config)
 
-    def answer(self, batch: Batch) -> None:
-        """Sample all that is missing of a batch."""
-        config = self.config
-        n, room = config.num_generations, self.positions - config.max_new_tokens
-        ids = {row: prompt_ids(self.tokenizer, batch.prompts[row]) for row in batch.answers}  # type: ignore[arg-type]
-        for row, prompt in ids.items():
-            if len(prompt) > room:
-                batch.failed[row] = f"{len(prompt)} tokens, and only {room} fit before {config.max_new_tokens} new ones"
-        rows = [row for row in ids if row not in batch.failed]
-        if self.engine is None or not rows:
-            return
-        sampling = Sampling(
-            n,
-            config.max_new_tokens,
-            config.temperature or 1.0,
+    def sample(
+        self, prompts: Sequence[list[int]], positions: Sequence[int], sampling: TextSampling
+    ) -> list[list[Answer]]:
+        """`sampling.n` answers to each prompt. Ranks that hold a model together call together."""
+        assert self.engine is not None, "start it first"
+        tokens = Sampling(
+            sampling.n,
+            sampling.max_tokens,
+            sampling.temperature or 1.0,
             self.stop_ids,
-            greedy=config.temperature == 0,
-            top_p=1.0 if config.top_p is None else config.top_p,
+            greedy=sampling.temperature == 0,
+            top_p=sampling.top_p or 1.0,
         )
-        seeds = [sample_seed(config, batch.start + row) for row in rows]
-        groups = self.engine.sample([ids[row] for row in rows], sampling, seeds)
-        for row, group in zip(rows, groups, strict=True):
-            for i, found in enumerate(group):
-                text = self.tokenizer.decode(found.token_ids, skip_special_tokens=True)
-                batch.answers[row][i] = Answer(text, len(found.token_ids), len(ids[row]), found.finish_reason)
+        seeds = [sampling.seed_of(position) for position in positions]
+        groups = self.engine.sample(list(prompts), tokens, seeds)
+        decode = self.tokenizer.decode
+        return [
+            [
+                Answer(
+                    text=decode(sample.token_ids, skip_special_tokens=True),
+                    tokens=len(sample.token_ids),
+                    prompt_tokens=len(prompt),
+                    finish_reason=sample.finish_reason,
+                    token_ids=sample.token_ids,
+                )
+                for sample in group
+            ]
+            for prompt, group in zip(prompts, groups, strict=True)
+        ]
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
 
 
-def sample_seed(config: GenerateConfig, position: int) -> int:
-    """The seed of the first sample of the prompt at `position`; the others count on from it (as in `eval.run`)."""
-    return (config.seed or 0) * 1_000_003 + position * config.num_generations
+class ServerSampler:
+    """Servers at `urls` (".../v1") that know `model`; they keep tokenizer and context to themselves.
+
+    Every answer is needed: a request that fails TRIES times ends the call, with what `Client.ask` raises.
+    """
+
+    positions = NO_LIMIT
+
+    def __init__(self, urls: list[str], model: str) -> None:
+        self.urls, self.model = urls, model
+
+    def encode(self, messages: Messages) -> Messages:
+        return messages
+
+    def decode(self, prompt: Messages) -> str:
+        return json.dumps(prompt, ensure_ascii=False)
+
+    def sample(
+        self, prompts: Sequence[Messages], positions: Sequence[int], sampling: TextSampling
+    ) -> list[list[Answer]]:
+        answers: dict[tuple[int, int], Answer] = {}
+        wanted = [(p, i) for p in range(len(prompts)) for i in range(sampling.n)]
+
+        async def ask_all() -> None:
+            async with Client(self.urls, timeout=TIMEOUT, retries=TRIES - 1, patience=PATIENCE) as client:
+
+                async def ask(place: tuple[int, int]) -> None:
+                    p, i = place
+                    answers[place] = await client.ask(sampling.request(self.model, prompts[p], positions[p], i))
+
+                await in_parallel(ask, wanted, AT_ONCE)
+
+        asyncio.run(ask_all())
+        return [[answers[p, i] for i in range(sampling.n)] for p in range(len(prompts))]
+
+    def close(self) -> None:
+        pass
+
+
+TextSampler = EngineSampler | ServerSampler
+
+
+def weights_of(model: str) -> list[Any]:
+    """Names, sizes and times of a model folder's weights, by which others are noticed; nothing for a Hub id."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]

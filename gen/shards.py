@@ -1,25 +1,35 @@
-"""Copies of a command side by side on the GPUs of this machine, each doing its share of the batches.
+"""Copies of a command side by side on the GPUs of this machine, each with a part of the batches.
 
 For commands that cut their work into files and go on with those that are missing (`eval.run`, `gen.generate`): a copy
-is told its share by `--shard=i/n`, and whoever dies takes nothing with him. Left out on purpose: several machines.
+gets its part by `--shard=i/n`; one that dies takes no finished file with it. Left out on purpose: several machines.
 """
 
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
 from sft_core.run.distributed import StopSignal
+
+T = TypeVar("T")
 
 
 class ShardsFailed(RuntimeError):
     """Copies ended in failure, each having said why; the message is for the user."""
 
 
+def of_shard(batches: Sequence[T], shard: str | None) -> Sequence[T]:
+    """The batches of --shard `shard`, as i/n; None: all."""
+    first, step = map(int, (shard or "0/1").split("/"))
+    return batches[first::step]
+
+
 def start_shards(module: str, argv: list[str], copies: int, width: int = 1, stop: StopSignal | None = None) -> None:
-    """Run `copies` of `python -m module argv`, each on `width` GPUs of its own, to their ends.
+    """Run `copies` of `python -m module argv`, each on `width` other GPUs, to their ends.
 
     A request to `stop` is passed on. Raises ShardsFailed if a copy fails (a stopped one, exit code 130, does not).
     """

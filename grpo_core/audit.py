@@ -115,8 +115,8 @@ def audit_data(run: Run, pool: WorkerPool, report: Report) -> tuple[list[Prompt]
     n, limit = len(run.prompts), run.config.max_prompt_length
     lengths = [len(prompt.ids) for prompt in run.prompts]
     long = sum(length > limit for length in lengths)
-    figures = f"{mean(lengths):.0f} tokens on average, at most {max(lengths)}"
-    tell("prompts", f"{figures}; {long} of {n} are longer than max_prompt_length {limit} and left out")
+    lengths_text = f"{mean(lengths):.0f} tokens on average, at most {max(lengths)}"
+    tell("prompts", f"{lengths_text}; {long} of {n} are longer than max_prompt_length {limit} and left out")
     if long == n:
         report.no_signal.append(f"no prompt fits into max_prompt_length {limit}: raise it.")
     elif long > 0.1 * n:

@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from eval.workers import WorkerPool
-from gen.engine.base import Engine, check_engine_available, kv_cache_bytes, make_engine
+from gen.engine.base import Engine, EngineConfig, check_engine_available, kv_cache_bytes, make_engine
 from gen.engine.vllm import cpu_kv_bytes
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.rewards import get_reward_funcs, reward_name
@@ -285,14 +285,14 @@ def start_engine(run: Run) -> Engine | None:
     config = run.config
     if config.rollouts_from is not None:
         return None
-    return make_engine(
-        config.engine or "vllm",
+    engine = EngineConfig(
         run.local_model.model_name_or_path,
+        max_model_len=longest_sequence(config),
         dtype=run.dtype,
         seed=config.seed,
-        max_model_len=longest_sequence(config),
         max_batch=run.max_batch,
         tensor_parallel_size=config.vllm_tensor_parallel_size,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         sleep_mode=config.vllm_enable_sleep_mode,
     )
+    return make_engine(config.engine or "vllm", engine)

@@ -14,9 +14,7 @@ def head(*names: str) -> str:
 
 def table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """All lines of a table; each cell is padded to the width of its column."""
-    cells = [list(names), *(list(map(str, row)) for row in rows)]
+    cells = [list(names), *([str(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    rule = ["-" * width for width in widths]
-    padded = ((cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
-    first, *others = (line(*row) for row in padded)
-    return "\n".join([first, line(*rule), *others])
+    first, *others = [line(*map(str.ljust, row, widths)) for row in cells]
+    return "\n".join([first, line(*("-" * width for width in widths)), *others])

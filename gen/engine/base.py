@@ -10,7 +10,7 @@ and encoded again. Two makers stand behind the same protocol:
 Left out on purpose: top-k, min-p and penalties, streaming, engines behind HTTP. top-p is for evaluation alone: with it
 the sampler's distribution is not the one that a trainer scores.
 
-    engine = make_engine("vllm", "path/to/model", dtype="float32", max_model_len=512)
+    engine = make_engine("vllm", EngineConfig("path/to/model", max_model_len=512, dtype="float32"))
     [[completion, ...]] = engine.sample([[1, 2, 3]], Sampling(n=8, max_tokens=64, stop_ids={2}), seeds=[7])
 """
 
@@ -175,51 +175,40 @@ def kv_cache_bytes(config: Any, dtype: torch.dtype, tokens: int) -> int:
     return 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize * tokens
 
 
-def make_engine(
-    name: str,
-    model_path: str,
-    *,
-    dtype: str | torch.dtype = "bfloat16",
-    seed: int = 0,
-    max_model_len: int,
-    max_batch: int = 256,
-    tensor_parallel_size: int = 1,
-    gpu_memory_utilization: float = 0.3,
-    enforce_eager: bool = False,
-    sleep_mode: bool = False,
-) -> Engine:
-    """Start the engine `name` on a local Hugging Face model folder (or Hub id).
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine is started with."""
 
-    max_model_len           tokens of prompt plus completion
-    max_batch               sequences sampled at once; more are queued
-    tensor_parallel_size    vLLM: neighbouring ranks that share one copy of the model
-    gpu_memory_utilization  vLLM on a GPU: the engine's share of the whole memory (weights, KV cache, work space)
-    enforce_eager           vLLM on a GPU: no graph capture and no compilation (always so on the CPU)
-    sleep_mode              vLLM on a GPU: `sleep` will be called (vLLM on the CPU cannot)
-    """
+    model_path: str  # a local Hugging Face folder, or a Hub id
+    max_model_len: int  # tokens of prompt plus completion
+    dtype: str | torch.dtype = "bfloat16"  # or auto: bfloat16 on a GPU, else float32
+    seed: int = 0
+    max_batch: int = 256  # sequences sampled at once; more are queued
+    tensor_parallel_size: int = 1  # vLLM: neighbouring ranks that share one copy of the model
+    gpu_memory_utilization: float = 0.3  # vLLM on a GPU: its part of the memory (weights, KV cache, work space)
+    enforce_eager: bool = False  # vLLM on a GPU: no graph capture and no compilation (always so on the CPU)
+    sleep_mode: bool = False  # vLLM on a GPU: `sleep` will be called (vLLM on the CPU cannot)
+
+
+def make_engine(name: str, config: EngineConfig) -> Engine:
+    """Start the engine `name`."""
     check_engine_available(name)
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if name == "vllm":
         from gen.engine.vllm import VLLMEngine
 
-        info = AutoConfig.from_pretrained(model_path)
+        info = AutoConfig.from_pretrained(config.model_path)
         if type(info) in MODEL_FOR_CAUSAL_LM_MAPPING and getattr(info, "quantization_config", None) is None:
-            load_whole(model_path, device_map="meta")  # the names alone: vLLM starts with half of a fused weight, too
-        return VLLMEngine(
-            model_path,
-            dtype=dtype,
-            seed=seed,
-            max_model_len=max_model_len,
-            max_batch=max_batch,
-            tensor_parallel_size=tensor_parallel_size,
-            gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=enforce_eager,
-            sleep_mode=sleep_mode,
-        )
+            # The names alone are read: vLLM starts with half of a fused weight, too.
+            load_whole(config.model_path, device_map="meta")
+        return VLLMEngine(**(vars(config) | {"dtype": dtype}))
     from gen.engine.torch import TorchEngine
 
-    if tensor_parallel_size != 1:
+    if config.tensor_parallel_size != 1:
         raise ValueError(
-            f"--engine torch cannot split a model: set tensor_parallel_size=1 (got {tensor_parallel_size})"
+            f"--engine torch cannot split a model: set tensor_parallel_size=1 (got {config.tensor_parallel_size})"
         )
-    return TorchEngine(model_path, dtype=dtype, max_model_len=max_model_len, max_batch=max_batch)
+    return TorchEngine(config.model_path, dtype=dtype, max_model_len=config.max_model_len, max_batch=config.max_batch)

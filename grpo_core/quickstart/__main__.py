@@ -132,39 +132,38 @@ def run(command: list) -> None:
 def evaluate(folder: Path, engine_name: str, models: list[Path]) -> None:
     """Greedy and pass@1 of each model on the held-out problems, into its heldout.json; one engine for all of them."""
     from safetensors.torch import load_file
-    from transformers import AutoTokenizer
 
     from eval.workers import WorkerPool
-    from gen.engine.base import Sampling, make_engine
+    from gen.config import TextSampling
+    from gen.engine.base import EngineConfig
+    from gen.sampler import EngineSampler
     from grpo_core.rewards import accuracy_reward
     from grpo_core.scoring import ToScore, start_scoring
-    from sft_core.data.conversation import prompt_ids
 
     rows = [json.loads(line) for line in (folder / "data" / "heldout.jsonl").read_text().splitlines()]
-    tokenizer = AutoTokenizer.from_pretrained(models[0])
-    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": row["prompt"]}]) for row in rows]
+    sampler = EngineSampler(engine_name, str(models[0]))
+    prompts = [sampler.encode([{"role": "user", "content": row["prompt"]}]) for row in rows]
     length = GRPO["max_completion_length"]
-    engine = make_engine(
-        engine_name, str(models[0]), dtype="float32", max_model_len=max(map(len, prompts)) + length, max_batch=512
-    )
+    context = max(map(len, prompts)) + length
+    sampler.start(EngineConfig(str(models[0]), max_model_len=context, max_batch=512, dtype="float32"))
+    assert sampler.engine is not None
     pool = WorkerPool(2)
     for version, model in enumerate(tqdm(models, desc="evaluate", disable=None)):
-        engine.load_weights(load_file(model / "model.safetensors").items(), version)
+        sampler.engine.load_weights(load_file(model / "model.safetensors").items(), version)
         result: dict[str, Any] = {}
-        for name, n in (("greedy", 1), ("pass@1", SAMPLES)):
-            sampling = Sampling(n, length, stop_ids={tokenizer.eos_token_id}, greedy=name == "greedy")
-            completions = engine.sample(prompts, sampling, seeds=list(range(0, n * len(prompts), n)))
+        for name, n, temperature in (("greedy", 1, 0.0), ("pass@1", SAMPLES, 1.0)):
+            sampling = TextSampling(n, length, temperature, seed=0)
             to_score = []
-            for group, (row, samples) in enumerate(zip(rows, completions, strict=True)):
-                for ids in (sample.token_ids for sample in samples):
-                    text = tokenizer.decode(ids, skip_special_tokens=True)
-                    to_score.append(ToScore(text, ids, group, row["prompt"], "", {"solution": row["solution"]}))
+            for group, answers in enumerate(sampler.sample(prompts, range(len(prompts)), sampling)):
+                row = rows[group]
+                columns = {"solution": row["solution"]}
+                to_score += [ToScore(a.text, list(a.token_ids), group, row["prompt"], "", columns) for a in answers]
             scores = start_scoring([accuracy_reward], None, to_score, pool)().rewards
             result[name] = interval(np.nan_to_num(scores).reshape(len(rows), n).mean(axis=1).tolist())
         result["problems"] = len(rows)
         write_atomically(model / "heldout.json", json.dumps(result))
     pool.close()
-    engine.close()
+    sampler.close()
 
 
 def interval(shares: list[float]) -> tuple[float, float]:

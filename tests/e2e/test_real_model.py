@@ -41,8 +41,8 @@ def test_recipe_on_two_ranks(smollm2, shared, tmp_path):
     assert model.config.use_cache and model.generation_config.eos_token_id is not None
     expected = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :].tolist()
     script = (
-        "import sys; from gen.engine.base import Sampling, make_engine; "
-        f"engine = make_engine('vllm', {str(out)!r}, dtype='float32', max_model_len=64); "
+        "import sys; from gen.engine.base import EngineConfig, Sampling, make_engine; "
+        f"engine = make_engine('vllm', EngineConfig({str(out)!r}, max_model_len=64, dtype='float32')); "
         f"[[c]] = engine.sample([{prompt['input_ids'][0].tolist()}], Sampling(1, 8, greedy=True), [0]); "
         "print('IDS', c.token_ids)"
     )

@@ -42,9 +42,9 @@ def test_what_is_said_does():
     assert words(r"\frac{1}{23}") != words(r"\frac{12}{3}") and words("x^10") != words("x^1 0")
     assert words(r"\sin 2x") != words(r"\cos 2x") and words(r"\alpha") != words(r"\beta")
     assert words("$$ \\, {}") == [] and runs("", 8) == [] and runs("a b", 8) == ["a b"]
-    start = time.perf_counter()
+    start = time.process_time()
     words("[asy]" * 50_000 + r"\begin{" * 50_000 + r"\frac " * 50_000 + "{,}" * 50_000 + " " * 50_000)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_runs_of_words():

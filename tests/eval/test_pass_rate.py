@@ -158,7 +158,7 @@ def test_processes_side_by_side(tiny_model, problems, tmp_path):
         ({"generations_column": "generation", "check_timeout": 3}, "check_timeout (10.0, now 3.0). Choose another"),
         ({"model": "m", "prompt_column": "prompt"}, "no column 'prompt'"),
         ({"model": "/no/such/folder", "engine": "torch"}, "no model folder at /no/such/folder"),
-        ({"model": "m", "temperature": 0}, "--num_samples 1"),
+        ({"model": "m", "temperature": 0}, "--num_samples (or --num_generations) to 1"),
         ({"model": "m", "tasks": "math_500"}, "unknown flag `--tasks=math_500`"),
         ({"model": "m", "dataset": "/nowhere.jsonl"}, "no data file at /nowhere.jsonl"),
     ],

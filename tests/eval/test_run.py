@@ -117,7 +117,7 @@ def test_a_folder_holds_one_setting_and_several_tasks(tiny_model, data, tmp_path
         ({"dataset": "aime24=/nowhere.jsonl"}, "no file at /nowhere.jsonl: check --dataset."),
         ({"model": "/no/such/folder"}, "no model folder at /no/such/folder"),
         ({"max_new_tokens": 250}, "--fit_context"),
-        ({"temperature": 0}, "--num_samples 1"),
+        ({"temperature": 0}, "--num_samples (or"),
         ({"engine": "vlm"}, "vllm, torch"),
         ({"nun_samples": 3}, "did you mean `num_samples`?"),
         ({"custom_tasks": "/nowhere.py"}, "check --custom_tasks"),

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import server as eval_server
-from gen import client
+from gen import client, sampler
 from tests import launch
 from tests.eval.helpers import samples, write
 from tests.fake_openai import FakeServer
@@ -37,7 +36,7 @@ def data(tmp_path_factory) -> Path:
 
 def hurry() -> None:
     """Wait less for a server that fails."""
-    client.FIRST_WAIT, eval_server.PATIENCE = 0.05, 3.0
+    client.FIRST_WAIT, sampler.PATIENCE = 0.05, 3.0
 
 
 def evaluate(url: str, data: Path, output: Path, log: Path, **options) -> tuple[int, str]:

@@ -17,7 +17,7 @@ import pytest
 
 import gen.client
 from gen.config import GenerateConfig, join_urls
-from gen.engine.base import Sampling, make_engine
+from gen.engine.base import EngineConfig, Sampling, make_engine
 from gen.generate import build_distilabel_pipeline, main
 from sft_core.run.cli import parse
 from tests import launch
@@ -97,7 +97,7 @@ def test_killed_twice_it_ends_with_what_an_unbroken_run_has(server, data, tmp_pa
             time.sleep(0.02)
         process.kill()
         process.join()
-    kept = [row["n"] for path in folder.glob("batches/0*.parquet") for row in pq.read_table(path).to_pylist()]
+    kept = [row["position"] for path in folder.glob("batches/0*.parquet") for row in pq.read_table(path).to_pylist()]
     before = len(server.requests)
     assert generate(server.url, data, folder)[0] == 0
     assert not {f"Say {n}." for n in kept} & {r["messages"][0]["content"] for r in server.requests[before:]}
@@ -189,7 +189,7 @@ def test_bad_input_is_one_sentence(server, data, tmp_path, capsys):
         "'topic', but the data has prompt, n, why": {"prompt_template": "{{ instruction }} on {{ topic }}"},
         "--prompt-column names a column 'problem', but the data has prompt, n, why": {"prompt_column": "problem"},
         "not valid Jinja": {"prompt_template": "{{ instruction"},
-        "use --num-generations 1 or a temperature above 0": {"temperature": 0},
+        "(or --num_generations) to 1, or use a temperature above 0": {"temperature": 0},
         "write it as http://host:8000/v1": {"vllm_server_url": "localhost:8000"},
         "--vllm-server-url is empty": {"vllm_server_url": ","},
         "its address may lack /v1": {"vllm_server_url": server.url.removesuffix("/v1")},
@@ -203,6 +203,12 @@ def test_bad_input_is_one_sentence(server, data, tmp_path, capsys):
     assert generate(server.url, data, tmp_path / "out", limit=8)[0] == 0
     code, log = generate(server.url, data, tmp_path / "out", limit=8, temperature=0.8, num_generations=1)
     assert code == 2 and "temperature (0.7, now 0.8); num_generations (2, now 1). Choose another --output-dir" in log
+    settings = tmp_path / "out" / "settings.json"
+    before = json.loads(settings.read_text())
+    del before["format"]
+    settings.write_text(json.dumps(before))  # of a version whose files were different
+    says = launch.refusal(main, options(server.url, data, tmp_path / "out", limit=8), capsys)
+    assert "format (None, now 2)" in says
 
 
 def test_what_may_differ_in_a_restart(server, data, tmp_path):
@@ -242,7 +248,7 @@ def test_an_engine_in_process_needs_no_server(tiny_model, data, tmp_path):
     messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "Say 9."}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-    engine = make_engine("torch", tiny_model, dtype="float32", max_model_len=200)
+    engine = make_engine("torch", EngineConfig(tiny_model, max_model_len=200, dtype="float32"))
     sampling = Sampling(2, 12, temperature=0.7, stop_ids={tokenizer.eos_token_id})
     [group] = engine.sample([prompt], sampling, seeds=[1_000_003 + 18])
     assert found[9]["generation"] == [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in group]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gen.engine.base import Sampling, check_engine_available, make_engine
+from gen.engine.base import EngineConfig, Sampling, check_engine_available, make_engine
 from gen.engine.torch import TorchEngine, choose_tokens
 
 PROMPTS = [[5, 9, 17], [40, 41, 42, 43, 44, 45, 46], [7], [100, 3, 99, 12]]
@@ -176,4 +176,4 @@ def test_engine_names(monkeypatch, tied_llama):
         check_engine_available("vllm")
     check_engine_available("torch")
     with pytest.raises(ValueError, match="tensor_parallel_size=1"):
-        make_engine("torch", tied_llama, max_model_len=64, tensor_parallel_size=2)
+        make_engine("torch", EngineConfig(tied_llama, max_model_len=64, tensor_parallel_size=2))

@@ -15,13 +15,17 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from gen.engine import vllm_internals
-from gen.engine.base import Engine, Sampling, kv_cache_bytes, make_engine
+from gen.engine.base import Engine, EngineConfig, Sampling, kv_cache_bytes, make_engine
 from gen.engine.weight_sync import probe, sync_weights
 
 STOP = frozenset(range(20, 28))
 LONG = [(7 * i) % 150 + 4 for i in range(70)]  # more than two blocks of the prefix cache
 PROMPTS = [[5, 9, 17], LONG, [7], [100, 3, 99, 12]]
 SEEDS = [11, 222, 3333, 44444]
+
+
+def start(folder: str, **options) -> Engine:
+    return make_engine("vllm", EngineConfig(folder, max_model_len=128, **options))
 
 
 def sample(engine: Engine, prompts=PROMPTS, seeds=SEEDS, **options):
@@ -169,7 +173,7 @@ def expect_another_vllm_refused() -> None:
 def check_single(folder: str) -> None:
     host = (torch.get_num_threads(), torch.set_num_threads, os.sched_getaffinity(0), os.environ.get("LD_PRELOAD"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    engine = make_engine("vllm", folder, dtype="float32", max_model_len=128, max_batch=64)
+    engine = start(folder, dtype="float32", max_batch=64)
     after = (torch.get_num_threads(), torch.set_num_threads, os.sched_getaffinity(0), os.environ.get("LD_PRELOAD"))
     assert after == host, (host, after)
     assert engine.version == -1
@@ -246,7 +250,7 @@ def check_crowded(folder: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     few = patch("gen.engine.vllm.cpu_kv_bytes", lambda config, dtype, *_: kv_cache_bytes(config, dtype, 16 * 32))
     with few, patch.object(CpuPlatform, "check_and_update_config", staticmethod(ahead)):
-        engine = make_engine("vllm", folder, dtype="float32", max_model_len=128, max_batch=30)
+        engine = start(folder, dtype="float32", max_batch=30)
     core, options = engine.llm.llm_engine.engine_core.engine_core, {"n": 8, "max_tokens": 58}  # type: ignore[attr-defined]
     with patch.object(core.scheduler, "_preempt_request", wraps=core.scheduler._preempt_request) as preempted:
         groups = sample(engine, **options)
@@ -264,7 +268,7 @@ def check_crowded(folder: str) -> None:
 def check_bfloat16(folder: str) -> None:
     """The head's logits are float32, as the trainer's are: half of what else would differ."""
     body = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    engine = make_engine("vllm", folder, dtype="bfloat16", max_model_len=128, max_batch=64)
+    engine = start(folder, dtype="bfloat16", max_batch=64)
 
     def mean_difference(dtype: torch.dtype) -> float:
         head = body.lm_head.weight.detach().to(dtype)
@@ -287,15 +291,8 @@ def check_bfloat16(folder: str) -> None:
 def check_sleep(folder: str) -> None:
     """On a GPU: weights and cache are given back, and what is sampled after is of the weights that came then."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    engine = make_engine(
-        "vllm",
-        folder,
-        dtype="float32",
-        max_model_len=128,
-        max_batch=64,
-        enforce_eager=True,
-        gpu_memory_utilization=0.2,
-        sleep_mode=True,
+    engine = start(
+        folder, dtype="float32", max_batch=64, enforce_eager=True, gpu_memory_utilization=0.2, sleep_mode=True
     )
     free, total = torch.cuda.mem_get_info()
     for version in (1, 2):
@@ -313,9 +310,7 @@ def check_ranks(tensor_parallel_size: int, folder: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    engine = make_engine(
-        "vllm", folder, dtype="float32", max_model_len=128, max_batch=64, tensor_parallel_size=tensor_parallel_size
-    )
+    engine = start(folder, dtype="float32", max_batch=64, tensor_parallel_size=tensor_parallel_size)
     mine = slice(0, 3) if rank == 0 else slice(3, 4)  # ranks need not have equally many prompts
     perturb(model, 1)
     sync_weights(engine, model.named_parameters(), names(model), 1)

@@ -9,11 +9,11 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from eval.run import make_prompt
 from gen.config import GenerateConfig
 from gen.store import Store
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
 from grpo_core.rollout import load_prompts
+from sft_core.data.conversation import prompt_ids
 from sft_core.dataset import check_columns, supervised_example, supervised_examples
 from sft_core.prepare import prepare
 from sft_core.run import distributed
@@ -247,8 +247,8 @@ def test_templates_without_a_system_role(tokenizer, body):
     with pytest.raises(ValueError, match="row 1 of the data: the chat template (refuses|leaves out `content`)"):
         prompt(tokenizer, {"prompt": [{"role": "system", "content": "Add."}, USER]})
     with pytest.raises(ValueError, match="^the chat template (refuses|leaves out `content`)"):
-        make_prompt(tokenizer, "Ben has 4", "Add.")  # of an evaluation; gen.generate's are made by the same function
-    assert make_prompt(tokenizer, "Ben has 4", None)
+        prompt_ids(tokenizer, [{"role": "system", "content": "Add."}, USER])  # of an evaluation and of gen.generate
+    assert prompt_ids(tokenizer, [USER])
 
 
 def test_prompts_too_long_only_because_of_the_system_prompt_are_said_so(tokenizer):

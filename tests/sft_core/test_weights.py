@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import grpo_core.train
 import sft_core.train
-from gen.engine.base import make_engine
+from gen.engine.base import EngineConfig, make_engine
 from gen.engine.torch import TorchEngine
 from sft_core.model.policy import load_whole
 from tests.eval.helpers import stones, write
@@ -92,7 +92,7 @@ def test_weights_that_do_not_fill_the_model(name, damaged):
     folder = damaged(damage)
     loads = [load_whole, lambda folder: TorchEngine(folder, max_model_len=8)]
     if find_spec("vllm") and name != "two ends":  # which only their values tell
-        loads.append(lambda folder: make_engine("vllm", folder, max_model_len=8))
+        loads.append(lambda folder: make_engine("vllm", EngineConfig(folder, max_model_len=8)))
     for load in loads:
         with pytest.raises(ValueError, match=says) as error:
             load(folder)

@@ -1,0 +1,65 @@
+"""Rows of data sets: the questions of a benchmark, and the columns of texts that the data tools read."""
+
+import re
+from pathlib import Path
+
+from datasets import Dataset
+
+from eval.tasks import Doc, LightevalTaskConfig, find_tasks
+from sft_core.data.rows import FILES, load_rows
+from sft_core.run.config import require
+
+TEXT = re.compile(r"(large_)?string")
+TEXTS = re.compile(r"(large_)?(string|list<\w+: (large_)?string>)")  # or a list of them
+
+
+def load(
+    name: str, config: str | None, split: str, columns: dict[str, tuple[str, re.Pattern]], limit: int | None = None
+) -> Dataset:
+    """The rows, once they are seen to have the columns that these flags name: {flag: (column, TEXT or TEXTS)}."""
+    rows = load_rows(name, config, split, option="--dataset")
+    for flag, (column, wanted) in columns.items():
+        there = f"it has {', '.join(rows.column_names)}"
+        require(column in rows.column_names, f"{name} has no column {column!r}: {there}. Choose one with --{flag}.")
+        kind = str(rows.features.arrow_schema.field(column).type)
+        remedy = f"choose a column of texts with --{flag}"
+        require(bool(wanted.fullmatch(kind)), f"column {column!r} of {name} holds {kind}: {remedy}.")
+    return rows.select(range(min(len(rows), limit or len(rows))))
+
+
+def places_of(tasks: list[LightevalTaskConfig], entries: list[str], option: str) -> dict[str, str]:
+    """{task's name: where its rows are}: what `option` says in entries of task=place, else what the task says."""
+    places = {task.name: task.hf_repo for task in tasks}
+    for entry in entries:
+        name, _, place = entry.partition("=")
+        require(bool(place), f"{option} takes task=file or task=Hub id, got {entry!r}.")
+        places[find_tasks(name, tasks)[0].name] = place
+    return places
+
+
+def load_docs(task: LightevalTaskConfig, place: str, limit: int | None) -> list[Doc]:
+    """The questions of a task from `place`, a Hub id or a local file."""
+    found = Path(place).suffix not in FILES or Path(place).is_file()
+    require(found, f"{task.name}: there is no file at {place}: check --dataset.")
+    subset = None if task.hf_subset == "default" else task.hf_subset
+    rows = load_rows(place, subset, task.evaluation_splits[0], option=f"--dataset {task.name}=file")
+    rows = rows.select(range(min(len(rows), limit or len(rows))))
+    docs = []
+    for i, row in enumerate(rows):
+        try:
+            doc = task.prompt_function(row, task.name)
+            golds = doc.get_golds()
+        except KeyError as error:
+            columns = ", ".join(rows.column_names)
+            remedy = "rename columns, or describe the data by a task of your own (--custom_tasks)"
+            raise ValueError(
+                f"{place} has no column {error} that {task.name} needs, only {columns}: {remedy}."
+            ) from error
+        except Exception as error:  # of a user's task anything
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{task.name} can make no question of row {i} of {place} ({said}).") from error
+        texts = [doc.query, *golds]
+        sound = len(texts) > 1 and all(isinstance(text, str) and text.strip() for text in texts)
+        require(sound, f"row {i} of {place} has no problem or no right answer: leave it out.")
+        docs.append(doc)
+    return docs
