@@ -68,7 +68,7 @@ def no_weights(monkeypatch):
         ({"benchmarks": ["math500"]}, "benchmarks: unknown task 'math500': did you mean math_500?"),
         ({"benchmarks": ["math_500"], "benchmark_kwargs": '{"limits": 3}'}, "did you mean `limit`?"),
         ({"benchmarks": ["math_500"], "benchmark_kwargs": '{"model": "x"}'}, "may not hold model"),
-        ({"callbacks": ["early_stopping"]}, "unknown callback 'early_stopping'"),
+        ({"callbacks": ["early_stopping"]}, "callbacks: early_stopping"),
         ({"chat_template": "chat.jinja"}, "'chat.jinja' is neither Jinja text nor a file"),
         ({"torch_dtype": "float16"}, "use bfloat16"),
         ({"do_eval": "true"}, "is one file: name another with --dataset_test_split FILE"),

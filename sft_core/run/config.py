@@ -250,6 +250,8 @@ class TrainingConfig:
                 getattr(self, name) is None or getattr(self, name) > 0,
                 f"{name} must be positive, got {getattr(self, name)}.",
             )
+        unknown = set(self.callbacks) - {"push_to_hub_revision"}
+        require(not unknown, f"unknown callback in callbacks: {', '.join(unknown)}; known: push_to_hub_revision.")
         require(self.optim in OPTIMIZERS, f"unknown optim {self.optim!r}: {', '.join(OPTIMIZERS)}.")
         require(
             self.gradient_checkpointing or not self.activation_offloading,
