@@ -47,20 +47,23 @@ class GRPOScriptArguments(ScriptArguments):
 
 @dataclass(frozen=True)
 class GRPOConfig(TrainingConfig):
-    learning_rate: float = option(1e-6, "Peak learning rate.")
+    learning_rate: float = option(1e-6, "Peak learning rate.", ge=0)
     system_prompt: str | None = option(
         None, "System prompt; default: open-r1's <think>/<answer> prompt; '' for none. Benchmarks: only if given."
     )
     prompts_per_step: int | None = option(
         None,
         "Prompts a rollout; default: per_device_train_batch_size x gradient_accumulation_steps x ranks completions.",
+        ge=1,
     )
-    num_generations: int = option(8, "Completions per prompt: the group G.")
-    num_generations_eval: int | None = option(None, "Completions per prompt in evaluation; default: num_generations.")
-    num_iterations: int = option(1, "Optimizer steps taken on each rollout.")
-    max_prompt_length: int = option(512, "Prompts longer than this many tokens are left out and counted.")
-    max_completion_length: int = option(256, "Longest completion in tokens.")
-    temperature: float = option(1.0, "Sampling temperature; every log-prob of the trainer is taken at it too.")
+    num_generations: int = option(8, "Completions per prompt: the group G.", ge=2)
+    num_generations_eval: int | None = option(
+        None, "Completions per prompt in evaluation; default: num_generations.", ge=1
+    )
+    num_iterations: int = option(1, "Optimizer steps taken on each rollout.", ge=1)
+    max_prompt_length: int = option(512, "Prompts longer than this many tokens are left out and counted.", ge=1)
+    max_completion_length: int = option(256, "Longest completion in tokens.", ge=1)
+    temperature: float = option(1.0, "Sampling temperature; every log-prob of the trainer is taken at it too.", gt=0)
     top_p: float = option(1.0, "Refused below 1 in training: the trainer scores the whole distribution.")
     top_k: int = option(0, "Refused above 0 in training.")
     min_p: float | None = option(None, "Refused in training.")
@@ -89,20 +92,24 @@ class GRPOConfig(TrainingConfig):
     mask_truncated_completions: bool = option(False, "Leave completions cut by length out of the loss and its counts.")
     entropy_coef: float = option(0.0, "Weight of an entropy bonus.")
     reward_weights: list[float] | None = option(None, "One weight a reward function; default: all 1.")
-    reward_num_workers: int = option(2, "Processes per rank that score completions.")
-    reward_timeout: float = option(5.0, "Seconds a check may take; then it is killed and the completion not scored.")
+    reward_num_workers: int = option(2, "Processes per rank that score completions.", ge=1)
+    reward_timeout: float = option(
+        5.0, "Seconds a check may take; then it is killed and the completion not scored.", gt=0
+    )
     engine: str | None = option(
-        None, f"What samples: {', '.join(ENGINES)} (plain torch: slow, exact); default: vllm, unless use_vllm is false."
+        None,
+        f"What samples: {', '.join(ENGINES)} (plain torch: slow, exact); default: vllm, unless use_vllm is false.",
+        choices=ENGINES,
     )
     use_vllm: bool | None = option(None, "true: engine vllm, false: engine torch (TRL's name for the choice).")
     vllm_mode: Literal["colocate", "server"] = option(
         "colocate", "The engine lives in the ranks; server is taken for colocate, with a warning."
     )
-    vllm_gpu_memory_utilization: float = option(0.3, "Share of GPU memory for the engine.")
+    vllm_gpu_memory_utilization: float = option(0.3, "Share of GPU memory for the engine.", gt=0, lt=1)
     vllm_enable_sleep_mode: bool = option(
         False, "The engine gives its GPU memory back during the update, and gets weights anew before it samples."
     )
-    vllm_tensor_parallel_size: int = option(1, "Ranks that share one engine; must divide the number of ranks.")
+    vllm_tensor_parallel_size: int = option(1, "Ranks that share one engine; must divide the number of ranks.", ge=1)
     max_logp_difference: float = option(
         0.1, "The run stops when engine and policy log-probs differ by more on average."
     )
@@ -114,38 +121,17 @@ class GRPOConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._resolve()
-        require(
-            self.num_generations >= 2,
-            f"num_generations must be at least 2, got {self.num_generations}: an "
-            "advantage compares the completions of a group.",
-        )
-        require(
-            self.num_generations_eval is None or self.num_generations_eval >= 1,
-            f"num_generations_eval must be at least 1, got {self.num_generations_eval}.",
-        )
         self.objective()  # checks its options
         require(
             self.engine != "torch" or self.vllm_tensor_parallel_size == 1,
             "engine torch has no tensor parallelism: leave out --vllm_tensor_parallel_size.",
         )
-        require(self.reward_timeout > 0, f"reward_timeout must be above 0 seconds, got {self.reward_timeout}.")
         neutral = self.top_p == 1.0 and self.top_k <= 0 and not self.min_p and self.repetition_penalty == 1.0
         require(
             neutral,
             "top_p, top_k, min_p and repetition_penalty change what is sampled but not what is scored: "
             "leave them out in training (temperature is fine).",
         )
-        require(self.temperature > 0, f"temperature must be above 0 in training, got {self.temperature}.")
-        for name in (
-            "num_iterations",
-            "max_prompt_length",
-            "max_completion_length",
-            "vllm_tensor_parallel_size",
-            "reward_num_workers",
-        ):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
-        require(self.prompts_per_step is None or self.prompts_per_step >= 1, "prompts_per_step must be at least 1.")
-        require(0 < self.vllm_gpu_memory_utilization < 1, "vllm_gpu_memory_utilization is a share between 0 and 1.")
 
     def _resolve(self) -> None:
         """One name for what several options or spellings say."""

@@ -33,7 +33,7 @@ from sft_core.model.policy import Policy, load_policy
 from sft_core.run import distributed
 from sft_core.run.benchmarks import FAILURES, get_callbacks, run_benchmarks
 from sft_core.run.files import write_atomically
-from sft_core.run.hub import Uploader, push_final
+from sft_core.run.hub import push_final
 from sft_core.run.logging import MetricsLogger, announce
 from sft_core.run.model_card import write_model_card
 from sft_core.run.watchdog import Phases, watchdog
@@ -126,8 +126,6 @@ class TrainingRun(Generic[P]):
             self.config.output_dir, self.config.report_to, step, run.options, self.console, run.total_steps
         )
         self.kept.callback(self.log.close)
-        pushes = self.config.push_to_hub and self.config.hub_strategy != "end" and self.first
-        self.uploader = Uploader(self.config) if pushes else None
         self.callbacks = get_callbacks(self.config, run.model) if self.first else []
         self.stop = distributed.StopSignal()
         self.saved_at = step
@@ -230,8 +228,6 @@ class TrainingRun(Generic[P]):
     def _push(self, checkpoint: Path) -> None:
         step = self.progress.step
         try:
-            if self.uploader is not None and (self.config.hub_always_push or not self.uploader.busy):
-                self.uploader.push_checkpoint(step, checkpoint)
             for callback in self.callbacks:
                 callback.on_save(step, checkpoint)
         except OSError as error:  # no room for the copy that is pushed: the training goes on
@@ -263,10 +259,9 @@ class TrainingRun(Generic[P]):
         which the machine is free."""
         dist.barrier()
         self.leave()
-        lines = [self.uploader, *(callback.uploader for callback in self.callbacks)]
         if self.first and self.complete:
             self._finish(Path(self.config.output_dir))
-        elif any(line.busy for line in lines if line is not None):
+        elif any(callback.busy for callback in self.callbacks):
             print("stopped: what was still being pushed to the Hub is not there", file=sys.stderr)
 
     def _finish(self, folder: Path) -> None:
@@ -301,8 +296,6 @@ class TrainingRun(Generic[P]):
             self.failures += callback.close()
         self._log_benchmarks()
         self._write_state(folder)
-        if self.uploader is not None:
-            self.failures += self.uploader.wait()
         write_model_card(folder, self.run, results | progress.eval_metrics | benchmarks)
         if config.push_to_hub or config.push_to_hub_revision:
             self.failures += push_final(config, folder)

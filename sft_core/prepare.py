@@ -35,7 +35,7 @@ from sft_core.model.policy import (
     stop_token_ids,
 )
 from sft_core.run import distributed
-from sft_core.run.benchmarks import check_benchmarks, get_callbacks, init_wandb_training
+from sft_core.run.benchmarks import check_benchmarks
 from sft_core.run.cli import as_yaml, parse
 from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig, require
 from sft_core.run.hub import check_hub
@@ -81,9 +81,7 @@ def prepare_base(algorithm: str, model: ModelConfig, data: ScriptArguments, conf
     set_log_level(config)
     set_seed(config.seed)
     check_schedule(config)
-    init_wandb_training(config)
     check_report_to(config.report_to)
-    get_callbacks(config, model)  # refuses unknown names
     rank, world_size, _, device = distributed.init_distributed(config.ddp_timeout)
     check_compile(config, device)
     bf16 = compute_in_bf16(config.bf16, model.dtype, device)

@@ -1,10 +1,10 @@
 """What a run does after each checkpoint, as open-r1 names it, and benchmarks as processes of their own.
 
-A callback has `on_save(step, checkpoint)`, `finished()` for benchmark results that came in since it was last asked, and
-`close()`, which waits and returns what failed. First rank only; none of them can stop the training.
+A callback has `on_save(step, checkpoint)`, `finished()` for benchmark results that came in since it was last asked,
+`close()`, which waits and returns what failed, and `busy`. First rank only; none of them can stop the training.
 
 Left out on purpose: other callbacks, and jobs of a cluster's scheduler (open-r1 hands benchmarks to Slurm, and nothing
-comes back into the run; here their figures do).
+comes back into the run; here their results do).
 """
 
 import functools
@@ -21,27 +21,15 @@ from pathlib import Path
 import torch
 
 from sft_core.run.config import ModelConfig, TrainingConfig
-from sft_core.run.hub import TRAINING_STATE, InOrder, Uploader, stage
+from sft_core.run.hub import TRAINING_STATE, InOrder, PushToHub, Uploader, stage
 from sft_core.run.model_card import write_checkpoint_card
 
 logger = logging.getLogger(__name__)
 
-# eval.run, which ends with this process: the kernel kills it when the thread that started it is gone.
-EVALUATE = (
-    "import runpy, sys; from sft_core.run.distributed import die_with_parent; die_with_parent(int(sys.argv.pop(1))); "
-    "runpy.run_module('eval.run', run_name='__main__', alter_sys=True)"
-)
-# What its parser, its tasks and its engine say before it starts.
-CHECK = (
-    "import sys; from eval.config import EvalConfig; from eval.tasks import find_tasks, load_custom_tasks; "
-    "from gen.engine.base import check_engine_available; from sft_core.run.cli import parse; "
-    "[c] = parse((EvalConfig,), sys.argv[1:]); c.base_url or check_engine_available(c.engine); "
-    "find_tasks(c.tasks, load_custom_tasks(c.custom_tasks) if c.custom_tasks else ())"
-)
 FAILURES = (RuntimeError, OSError, ValueError, KeyError)  # of `run_benchmarks`
 
 
-class PushToHubRevision:
+class PushToHubRevision(Uploader):
     """Each checkpoint's model to branch `<hub_model_revision>-step-<step, nine digits>`, then its benchmarks.
 
     Both happen in the background, in order, from a copy that outlives the checkpoint. Uploads slower than saves queue
@@ -50,17 +38,16 @@ class PushToHubRevision:
     """
 
     def __init__(self, config: TrainingConfig, model: ModelConfig) -> None:
-        self.config, self.model = config, model
-        self.uploader = Uploader(config)
+        super().__init__(config)
+        self.model = model
         self._benchmarks = InOrder()  # a line of their own: they take longer than an upload
         self._results: queue.SimpleQueue[tuple[int, dict[str, float]]] = queue.SimpleQueue()
-        self._failures: list[str] = []
         self._waiting: list[Callable[[], None]] = []
 
     def on_save(self, step: int, checkpoint: Path) -> None:
         staged = stage(checkpoint, TRAINING_STATE)
         write_checkpoint_card(staged, self.model, step)
-        self.uploader.start(
+        self.start(
             staged,
             revision=f"{self.config.hub_model_revision}-step-{step:09d}",
             message=f"Checkpoint of step {step}",
@@ -82,8 +69,8 @@ class PushToHubRevision:
         try:
             self._results.put((step, run_benchmarks(staged, self.config, folder)))
         except FAILURES as error:
-            self._failures.append(f"benchmarks of checkpoint-{step}: {error}")
-            logger.warning("%s", self._failures[-1])
+            self.failures.append(f"benchmarks of checkpoint-{step}: {error}")
+            logger.warning("%s", self.failures[-1])
         finally:
             shutil.rmtree(staged)
 
@@ -93,30 +80,21 @@ class PushToHubRevision:
 
     def close(self) -> list[str]:
         """Wait for uploads and benchmarks; returns what failed, a sentence each."""
-        failed = self.uploader.wait()
+        self.wait()
         for measure in self._waiting:
             self._benchmarks.add(measure)
         self._benchmarks.wait()
-        return failed + self._failures
+        return self.failures
 
 
-CALLBACKS = {"push_to_hub_revision": PushToHubRevision}
-
-
-def get_callbacks(training_args: TrainingConfig, model_args: ModelConfig) -> list[PushToHubRevision]:
-    """The callbacks that `training_args.callbacks` names; ValueError for one that is not known."""
-    for name in training_args.callbacks:
-        if name not in CALLBACKS:
-            raise ValueError(f"unknown callback {name!r} in callbacks: known are {', '.join(CALLBACKS)}.")
-    return [CALLBACKS[name](training_args, model_args) for name in training_args.callbacks]
-
-
-def init_wandb_training(training_args: TrainingConfig) -> None:
-    """WANDB_ENTITY, WANDB_PROJECT and WANDB_RUN_GROUP from the options that are given."""
-    for name in ("entity", "project", "run_group"):
-        value = getattr(training_args, f"wandb_{name}")
-        if value is not None:
-            os.environ[f"WANDB_{name.upper()}"] = value
+def get_callbacks(config: TrainingConfig, model: ModelConfig) -> list[PushToHub | PushToHubRevision]:
+    """What is done after each checkpoint."""
+    callbacks: list[PushToHub | PushToHubRevision] = []
+    if config.push_to_hub and config.hub_strategy != "end":
+        callbacks.append(PushToHub(config))
+    if "push_to_hub_revision" in config.callbacks:
+        callbacks.append(PushToHubRevision(config, model))
+    return callbacks
 
 
 def check_benchmarks(config: TrainingConfig) -> None:
@@ -126,10 +104,10 @@ def check_benchmarks(config: TrainingConfig) -> None:
         return
     if taken := {"model", "tasks", "output_dir", "shard"} & set(config.benchmark_kwargs or {}):
         raise ValueError(f"benchmark_kwargs may not hold {', '.join(sorted(taken))}: the run says these itself.")
-    flags = _flags(config, Path("model"), Path("results"))
-    asked = subprocess.run([sys.executable, "-c", CHECK, *flags], capture_output=True, text=True, env=_environment())
+    command = [sys.executable, "-m", "eval.check", *_flags(config, Path("model"), Path("results"))]
+    asked = subprocess.run(command, capture_output=True, text=True, env=_environment())
     if asked.returncode != 0:
-        raise ValueError(f"benchmarks: {asked.stderr.strip().splitlines()[-1].removeprefix('ValueError: ')}")
+        raise ValueError(f"benchmarks: {asked.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
 
 
 def _flags(config: TrainingConfig, model: Path, output_dir: Path) -> list[str]:
@@ -167,14 +145,13 @@ def run_benchmarks(model_folder: Path, config: TrainingConfig, output_dir: Path)
             path.rename(aside / path.name)
     output_dir.mkdir(parents=True, exist_ok=True)
     log = output_dir / "log.txt"
+    ends_with_us = [sys.executable, "-m", "sft_core.run.child", str(os.getpid())]
+    command = [*ends_with_us, "eval.run", *_flags(config, model_folder, output_dir)]
     with open(log, "w") as file:
-        command = [sys.executable, "-c", EVALUATE, str(os.getpid()), *_flags(config, model_folder, output_dir)]
-        code = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=_environment()
-        ).returncode
-    if code != 0:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=_environment())
+    if done.returncode != 0:
         tail = " ".join(log.read_text(errors="replace")[-600:].split())
-        raise RuntimeError(f"eval.run ended with exit code {code} (all of it in {log}): {tail}")
+        raise RuntimeError(f"eval.run ended with exit code {done.returncode} (all of it in {log}): {tail}")
     results = json.loads((output_dir / "results.json").read_text())["results"]
     return {
         f"benchmarks/{task}/{metric}": value

@@ -8,13 +8,16 @@ prints the resolved configuration as YAML and ends. Types, `--help` and choices 
 HfArgumentParser.
 """
 
+import copy
 import dataclasses
 import difflib
 import json
 import logging
 import os
+from argparse import ArgumentParser
 from collections.abc import Iterable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
@@ -23,6 +26,18 @@ from transformers import HfArgumentParser
 from sft_core.run.open_r1_keys import FOREIGN_KEYS
 
 logger = logging.getLogger(__name__)
+
+
+class Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:  # argparse would print its whole usage first
+        raise ValueError(f"{message} (see --help)")
+
+    @staticmethod
+    def _parse_dataclass_field(parser: ArgumentParser, field: dataclasses.Field) -> None:
+        field = copy.copy(field)
+        metadata = {name: value for name, value in field.metadata.items() if name != "bounds"}  # unknown to argparse
+        field.metadata = MappingProxyType(metadata)
+        HfArgumentParser._parse_dataclass_field(parser, field)
 
 
 def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
@@ -49,9 +64,7 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
             raise ValueError(f"unknown key `{key}` in {path}{_nearest(key, known)}")
         else:
             tokens += _as_tokens(key, value, known[key])
-    parser = HfArgumentParser(config_types, allow_abbrev=False)
-    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its whole usage first
-    *configs, remaining = parser.parse_args_into_dataclasses(
+    *configs, remaining = Parser(config_types, allow_abbrev=False).parse_args_into_dataclasses(
         [*tokens, *argv], return_remaining_strings=True, look_for_args_file=False
     )
     foreign = False  # values that follow a key of others go with it
@@ -122,10 +135,6 @@ def _as_tokens(key: str, value: Any, field: dataclasses.Field) -> list[str]:
     if isinstance(value, list):
         return [f"--{key}", *map(str, value)]
     return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ValueError(f"{message} (see --help)")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ here is an optimizer step. How they are read from YAML and the command line: `sf
 import dataclasses
 import json
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,15 +36,42 @@ class JsonDict(dict):
         super().__init__(parsed)
 
 
-def option(default: Any, help: str, alias: str | None = None) -> Any:
+BOUNDS = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "above"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "below"),
+}
+
+
+def option(
+    default: Any, help: str, alias: str | None = None, choices: tuple[str, ...] | None = None, **bounds: float
+) -> Any:
     """A dataclass field with its one-line documentation (also the source of README's option tables).
 
-    `alias`: another name under which recipes know it.
+    `alias`: another name under which recipes know it; `choices`: of a text, or of each in a list; `bounds`: ge, gt, le,
+    lt as in pydantic. `check_options` holds a value to both; None, where an option may be None, is always allowed.
     """
-    metadata: dict[str, Any] = {"help": help} | ({"aliases": [f"--{alias}"]} if alias else {})
+    metadata: dict[str, Any] = {"help": help, "bounds": bounds}
+    metadata |= {"aliases": [f"--{alias}"]} if alias else {}
+    metadata |= {"choices": choices} if choices else {}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_options(config: Any) -> None:
+    """Raise ValueError for an option outside the bounds or choices at its field."""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if value is None:
+            continue
+        for bound, limit in field.metadata.get("bounds", {}).items():
+            holds, words = BOUNDS[bound]
+            require(holds(value, limit), f"{name} must be {words} {limit}, got {value}.")
+        if choices := field.metadata.get("choices"):
+            for text in value if isinstance(value, list) else [value]:
+                require(text in choices, f"{name} must be one of {', '.join(choices)}, got {text!r}.")
 
 
 def require(condition: bool, message: str) -> None:
@@ -72,6 +100,7 @@ class ModelConfig:
         None,
         "Precision of computing where bf16 is not given: bfloat16, float32 or auto; masters are float32 always.",
         alias="torch_dtype",
+        choices=("auto", "bfloat16", "float32"),
     )
     trust_remote_code: bool = option(False, "Run the model code that comes with a Hub model.")
     attn_implementation: str | None = option(
@@ -80,9 +109,11 @@ class ModelConfig:
     use_peft: bool = option(
         False, "Train low-rank adapters (LoRA, arXiv:2106.09685) through peft; the model is frozen."
     )
-    lora_r: int = option(16, "Rank of the adapters.")
+    lora_r: int = option(16, "Rank of the adapters.", ge=1)
     lora_alpha: float = option(32, "Adapters are scaled by lora_alpha / lora_r.")
-    lora_dropout: float = option(0.05, "Dropout before the adapters in SFT; GRPO, whose sampler has none, takes 0.")
+    lora_dropout: float = option(
+        0.05, "Dropout before the adapters in SFT; GRPO, whose sampler has none, takes 0.", ge=0, lt=1
+    )
     lora_target_modules: list[str] | None = option(
         None,
         "Modules that get adapters, by the end of their names, or all-linear; default: peft's for the architecture.",
@@ -98,18 +129,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(self.model_name_or_path != "", "--model_name_or_path is missing: give a Hub id or a model folder.")
-        require(
-            self.dtype in (None, "auto", "bfloat16", "float32"),
-            f"dtype {self.dtype!r} is not supported (float16 needs loss scaling): use bfloat16.",
-        )
+        check_options(self)
         require(not (self.load_in_4bit and self.load_in_8bit), "give one of load_in_4bit and load_in_8bit.")
         require(
             self.use_peft or not (self.load_in_4bit or self.load_in_8bit),
             "a quantised model cannot be trained whole: give --use_peft true with load_in_4bit or load_in_8bit, or "
             "leave them out.",
         )
-        require(self.lora_r >= 1, f"lora_r must be at least 1, got {self.lora_r}.")
-        require(0 <= self.lora_dropout < 1, f"lora_dropout is a share from 0 to below 1, got {self.lora_dropout}.")
 
 
 @dataclass(frozen=True)
@@ -142,27 +168,31 @@ class TrainingConfig:
     seed: int = option(42, "Seed of the data order and of sampling.")
     num_train_epochs: float = option(1.0, "Passes over the training rows (used where max_steps is not given).")
     max_steps: int = option(-1, "Optimizer steps; -1: as many as num_train_epochs needs.")
-    per_device_train_batch_size: int = option(8, "Sequences per device and accumulation step.")
-    gradient_accumulation_steps: int = option(1, "Accumulation steps; a step takes the product of the two x devices.")
-    max_tokens_per_micro_batch: int = option(
-        8192, "Token budget of one packed forward and backward pass; bounds memory, never changes the gradient."
+    per_device_train_batch_size: int = option(8, "Sequences per device and accumulation step.", ge=1)
+    gradient_accumulation_steps: int = option(
+        1, "Accumulation steps; a step takes the product of the two x devices.", ge=1
     )
-    learning_rate: float = option(2e-5, "Peak learning rate.")
-    lr_scheduler_type: str = option("linear", f"Schedule after the warm-up: {', '.join(SCHEDULES)}.")
+    max_tokens_per_micro_batch: int = option(
+        8192, "Token budget of one packed forward and backward pass; bounds memory, never changes the gradient.", ge=1
+    )
+    learning_rate: float = option(2e-5, "Peak learning rate.", ge=0)
+    lr_scheduler_type: str = option("linear", f"Schedule after the warm-up: {', '.join(SCHEDULES)}.", choices=SCHEDULES)
     lr_scheduler_kwargs: JsonDict | None = option(
         None, 'JSON; cosine_with_min_lr takes {"min_lr_rate": share of the peak} or {"min_lr": value}.'
     )
-    warmup_ratio: float = option(0.0, "Share of the steps that warm up linearly.")
-    warmup_steps: int = option(0, "Warm-up steps; above 0 it replaces warmup_ratio.")
-    weight_decay: float = option(0.0, "AdamW's decoupled weight decay (matrices only).")
-    adam_beta1: float = option(0.9, "AdamW's beta 1.")
-    adam_beta2: float = option(0.999, "AdamW's beta 2.")
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
-    max_grad_norm: float = option(1.0, "Gradient norm clipped to this; 0: not clipped.")
+    warmup_ratio: float = option(0.0, "Share of the steps that warm up linearly.", ge=0, le=1)
+    warmup_steps: int = option(0, "Warm-up steps; above 0 it replaces warmup_ratio.", ge=0)
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay (matrices only).", ge=0)
+    adam_beta1: float = option(0.9, "AdamW's beta 1.", ge=0, lt=1)
+    adam_beta2: float = option(0.999, "AdamW's beta 2.", ge=0, lt=1)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", ge=0)
+    max_grad_norm: float = option(1.0, "Gradient norm clipped to this; 0: not clipped.", ge=0)
     bf16: bool | None = option(None, "Compute in bfloat16 (masters stay float32); default: on CUDA yes, on CPU no.")
     fp16: bool = option(False, "Refused: float16 needs loss scaling; use bf16.")
     gradient_checkpointing: bool = option(False, "Recompute each block's activations in the backward pass.")
-    gradient_checkpointing_every: int = option(1, "Do so for every k-th block only: more memory, less recomputing.")
+    gradient_checkpointing_every: int = option(
+        1, "Do so for every k-th block only: more memory, less recomputing.", ge=1
+    )
     activation_offloading: bool = option(
         False, "Keep what checkpointed blocks save in host memory; needs gradient_checkpointing."
     )
@@ -173,11 +203,13 @@ class TrainingConfig:
     )
     merge_adapter: bool = option(False, "Beside the adapter, write the merged model to output_dir/merged.")
     dry_run: bool = option(False, "Predict memory and time of a step, refuse what cannot fit, and end.")
-    dry_run_gpus: int = option(8, "GPUs that dry_run plans for.")
+    dry_run_gpus: int = option(8, "GPUs that dry_run plans for.", ge=1)
     dry_run_gpu_gib: float = option(80.0, "Memory of each of them [GiB].")
-    optim: str = option("adamw_torch", f"Always AdamW with float32 moments; known: {', '.join(OPTIMIZERS)}.")
+    optim: str = option(
+        "adamw_torch", f"Always AdamW with float32 moments; known: {', '.join(OPTIMIZERS)}.", choices=OPTIMIZERS
+    )
     logging_strategy: Literal["no", "steps", "epoch"] = option("steps", "Log every logging_steps, each epoch, or not.")
-    logging_steps: float = option(1, "Steps between log lines; below 1: a share of all steps.")
+    logging_steps: float = option(1, "Steps between log lines; below 1: a share of all steps.", gt=0)
     logging_first_step: bool = option(False, "Log the first step too.")
     log_level: Literal["debug", "info", "warning", "error", "critical", "passive"] = option(
         "passive", "Verbosity of this program, datasets and transformers; passive: as they are set."
@@ -191,7 +223,9 @@ class TrainingConfig:
     eval_strategy: Literal["no", "steps", "epoch"] = option(
         "no", "Evaluate during training too: every eval_steps, or each epoch."
     )
-    eval_steps: float | None = option(None, "Steps between evaluations; below 1: a share; default: logging_steps.")
+    eval_steps: float | None = option(
+        None, "Steps between evaluations; below 1: a share; default: logging_steps.", gt=0
+    )
     benchmarks: list[str] = option([], "Tasks of eval.run to measure the final model with; all: every one.")
     benchmark_kwargs: JsonDict | None = option(
         None, 'JSON; options of eval.run for the benchmarks, such as {"num_samples": 4, "limit": 100}.'
@@ -203,13 +237,17 @@ class TrainingConfig:
     save_strategy: Literal["no", "steps", "epoch"] = option(
         "steps", "Write checkpoints every save_steps, each epoch, or none."
     )
-    save_steps: float = option(500, "Steps between checkpoints; below 1: a share of all steps.")
+    save_steps: float = option(500, "Steps between checkpoints; below 1: a share of all steps.", gt=0)
     save_total_limit: int | None = option(None, "Checkpoints to keep; older ones are removed.")
     save_only_model: bool = option(False, "Checkpoints hold the model alone: small, but no run resumes from them.")
     resume_from_checkpoint: str | None = option(
         None, "Checkpoint folder to go on from; default: the last one in output_dir."
     )
-    callbacks: list[str] = option([], "push_to_hub_revision: each checkpoint to a branch of its own, and benchmarks.")
+    callbacks: list[str] = option(
+        [],
+        "push_to_hub_revision: each checkpoint to a branch of its own, and benchmarks.",
+        choices=("push_to_hub_revision",),
+    )
     push_to_hub: bool = option(False, "Push the model and its card to the Hub.")
     hub_model_id: str | None = option(None, "Repository to push to; default: output_dir's name.")
     hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = option(
@@ -221,11 +259,12 @@ class TrainingConfig:
     overwrite_hub_revision: bool = option(False, "Push there even if the branch holds a model.")
     push_to_hub_revision: bool = option(False, "Push the final model to hub_model_revision.")
     ddp_timeout: int = option(
-        1800, "Seconds a collective or a phase may take before all stacks are dumped and it ends."
+        1800, "Seconds a collective or a phase may take before all stacks are dumped and it ends.", ge=1
     )
 
     def __post_init__(self) -> None:
         require(self.output_dir != "", "--output_dir is missing: give a folder for checkpoints, logs and the model.")
+        check_options(self)
         require(not self.fp16, "fp16 is not supported (it needs loss scaling): use --bf16 true.")
         if str(self.resume_from_checkpoint).lower() == "true":  # the last one in output_dir, as without it
             object.__setattr__(self, "resume_from_checkpoint", None)
@@ -233,26 +272,6 @@ class TrainingConfig:
             str(self.resume_from_checkpoint).lower() != "false",
             "a run always goes on from its last checkpoint: to start anew give another --output_dir.",
         )
-        names = ", ".join(SCHEDULES)
-        require(self.lr_scheduler_type in SCHEDULES, f"unknown lr_scheduler_type {self.lr_scheduler_type!r}: {names}.")
-        for name in (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "max_tokens_per_micro_batch",
-            "ddp_timeout",
-            "gradient_checkpointing_every",
-            "dry_run_gpus",
-        ):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "warmup_steps"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}.")
-        require(self.warmup_ratio <= 1, f"warmup_ratio is a share of the run (0 to 1), got {self.warmup_ratio}.")
-        for name in ("save_steps", "logging_steps", "eval_steps"):
-            require(
-                getattr(self, name) is None or getattr(self, name) > 0,
-                f"{name} must be positive, got {getattr(self, name)}.",
-            )
-        require(self.optim in OPTIMIZERS, f"unknown optim {self.optim!r}: {', '.join(OPTIMIZERS)}.")
         require(
             self.gradient_checkpointing or not self.activation_offloading,
             "activation_offloading moves what checkpointed blocks save: give --gradient_checkpointing true too.",
@@ -290,7 +309,9 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class SFTConfig(TrainingConfig):
-    max_length: int = option(1024, "Longest row in tokens, and with packing the size of a bin.", alias="max_seq_length")
+    max_length: int = option(
+        1024, "Longest row in tokens, and with packing the size of a bin.", alias="max_seq_length", ge=2
+    )
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = option(
         "keep_start", "What becomes of longer rows: their start or end is kept, or they are left out."
     )
@@ -309,7 +330,7 @@ class SFTConfig(TrainingConfig):
     )
     dataset_text_field: str = option("text", "Column of plain text, trained whole.")
     dataset_num_proc: int | None = option(
-        None, "Processes that tokenise, unless streaming; default: one a core, at most 16."
+        None, "Processes that tokenise, unless streaming; default: one a core, at most 16.", ge=1
     )
     dataset_streaming: bool = option(
         False, "Read and tokenise the rows as they are needed, in the order of the files; needs max_steps."
@@ -318,8 +339,6 @@ class SFTConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.max_length >= 2, f"max_length must be at least 2, got {self.max_length}.")
-        require(self.dataset_num_proc is None or self.dataset_num_proc >= 1, "dataset_num_proc must be at least 1.")
         require(
             not self.dataset_streaming or self.max_steps > 0,
             "the length of a streamed data set is not known: say how long to train with --max_steps.",

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -77,13 +77,14 @@ def check_hub(config: TrainingConfig) -> None:
         ValueError: no token or one that may not write; no Hub; or `hub_model_revision` holds a model already (its
             README.md says so) and `overwrite_hub_revision` is not set.
     """
-    to_branches = config.push_to_hub_revision or "push_to_hub_revision" in config.callbacks
-    if not (config.push_to_hub or to_branches):
+    if not (config.push_to_hub or config.push_to_hub_revision or config.callbacks):
         return
     api = HfApi()
 
     def ask() -> bool:
-        repo = _create_repo(api, config)
+        _user(api.endpoint, get_token())  # without a token the Hub would say 401, which reads like a wrong one
+        repo = resolve_repo_id(config)
+        api.create_repo(repo, private=config.hub_private_repo or None, exist_ok=True)
         return config.push_to_hub_revision and api.file_exists(repo, "README.md", revision=config.hub_model_revision)
 
     with refusals_said(api, "another --hub_model_id"):
@@ -130,7 +131,7 @@ def check_dataset_push(repo: str | None, private: bool) -> None:
     if repo:
         api = HfApi()
         with refusals_said(api, "another name"):
-            api.whoami()  # without a token creating would say 401, which reads like a wrong one
+            _user(api.endpoint, get_token())  # without a token the Hub would say 401, which reads like a wrong one
             api.create_repo(repo, repo_type="dataset", private=private or None, exist_ok=True)
 
 
@@ -158,14 +159,13 @@ def resolve_repo_id(config: TrainingConfig) -> str:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise ValueError(f"{repo!r} cannot be a repository's name: give --hub_model_id ({_reason(error)}).") from error
-    return repo if "/" in repo else f"{HfApi().whoami()['name']}/{repo}"
+    return repo if "/" in repo else f"{_user(HfApi().endpoint, get_token())}/{repo}"
 
 
-def _create_repo(api: HfApi, config: TrainingConfig) -> str:
-    api.whoami()  # without a token the Hub would say 401, which reads like a wrong one
-    repo = resolve_repo_id(config)
-    api.create_repo(repo, private=True if config.hub_private_repo else None, exist_ok=True)
-    return repo
+@functools.cache
+def _user(endpoint: str, token: str | None) -> str:
+    """Whose token it is: asked once, for the Hub limits how often one may."""
+    return HfApi(endpoint, token).whoami()["name"]
 
 
 def _retrying(work: Callable[[], T], tries: int, first_wait_s: float) -> T:
@@ -230,17 +230,15 @@ class InOrder:
         self._jobs.join()
 
 
-class Uploader:
-    """Folders to the repository, in the background and in order; nothing is asked of the Hub before the first."""
+class Uploader(InOrder):
+    """Folders to the repository that `check_hub` has made."""
 
-    def __init__(self, config: TrainingConfig, tries: int = 5, first_wait_s: float = 4.0) -> None:
-        self.config, self._tries, self._first_wait_s = config, tries, first_wait_s
-        self._line = InOrder()
-        self._failures: list[str] = []
+    tries, first_wait_s = 5, 4.0
 
-    @property
-    def busy(self) -> bool:
-        return self._line.busy
+    def __init__(self, config: TrainingConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.failures: list[str] = []
 
     def start(
         self,
@@ -260,8 +258,7 @@ class Uploader:
 
         def upload() -> None:
             disable_progress_bars()  # they would run through the trainer's own
-            api = HfApi()
-            repo = _create_repo(api, self.config)
+            api, repo = HfApi(), resolve_repo_id(self.config)
             if revision != "main":
                 initial = api.list_repo_commits(repo)[-1].commit_id
                 api.create_branch(repo, branch=revision, revision=initial, exist_ok=True)
@@ -277,20 +274,30 @@ class Uploader:
 
         def job() -> None:
             try:
-                _retrying(upload, self._tries, self._first_wait_s)
+                _retrying(upload, self.tries, self.first_wait_s)
             except Exception as error:  # whatever it is, the training goes on
                 place = self.config.hub_model_id or Path(self.config.output_dir).resolve().name
-                self._failures.append(f"{message}, to branch {revision} of {place}: {_reason(error)}")
-                logger.warning("the Hub did not take %s", self._failures[-1])
+                self.failures.append(f"{message}, to branch {revision} of {place}: {_reason(error)}")
+                logger.warning("the Hub did not take %s", self.failures[-1])
             finally:
                 if then is not None:
                     then()
 
-        self._line.add(job)
+        self.add(job)
 
-    def push_checkpoint(self, step: int, checkpoint: Path) -> None:
-        """Push a checkpoint's model to main, and with hub_strategy `checkpoint` or `all_checkpoints` the whole of it
-        to the folder `last-checkpoint` or `checkpoint-<step>`."""
+    def close(self) -> list[str]:
+        """Wait for all uploads; returns every one that failed, a sentence each."""
+        self.wait()
+        return self.failures
+
+
+class PushToHub(Uploader):
+    """A run's callback (see `benchmarks.py`): each checkpoint's model to main, and with hub_strategy `checkpoint` or
+    `all_checkpoints` the whole of it to the folder `last-checkpoint` or `checkpoint-<step>`."""
+
+    def on_save(self, step: int, checkpoint: Path) -> None:
+        if self.busy and not self.config.hub_always_push:
+            return
         folder = {"checkpoint": "last-checkpoint", "all_checkpoints": checkpoint.name}.get(self.config.hub_strategy)
         message = f"Training in progress, step {step}"
         ignore = [name for pattern in TRAINING_STATE for name in (pattern, f"{pattern}/*")]
@@ -300,10 +307,8 @@ class Uploader:
         if folder:
             self.start(staged, message=f"{message}, {folder}", path_in_repo=folder, then=remove)
 
-    def wait(self) -> list[str]:
-        """Wait for all uploads; returns every one that failed, a sentence each."""
-        self._line.wait()
-        return list(self._failures)
+    def finished(self) -> list[tuple[int, dict[str, float]]]:
+        return []
 
 
 @functools.cache
@@ -331,12 +336,11 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def push_final(config: TrainingConfig, folder: Path, tries: int = 5, first_wait_s: float = 4.0) -> list[str]:
+def push_final(config: TrainingConfig, folder: Path) -> list[str]:
     """Push what training left in `folder` (output_dir), without checkpoints and the run's own files: to main with
     `push_to_hub`, to `hub_model_revision` with `push_to_hub_revision`. Waits; returns the failures."""
-    branches = ["main"] if config.push_to_hub else []
-    branches += [config.hub_model_revision] if config.push_to_hub_revision else []
-    uploader = Uploader(config, tries, first_wait_s)
+    branches = ["main"] * config.push_to_hub + [config.hub_model_revision] * config.push_to_hub_revision
+    uploader = Uploader(config)
     for branch in dict.fromkeys(branches):
         uploader.start(folder, revision=branch, message="End of training", ignore=NOT_PUSHED)
-    return uploader.wait()
+    return uploader.close()

@@ -132,11 +132,11 @@ class MetricsLogger:
         output_dir: str | Path,
         report_to: str | Sequence[str] = "tensorboard",
         resume_step: int = 0,
-        config: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
         console: Sequence[str] = (),
         total_steps: int | None = None,
     ) -> None:
-        """`console`: the metrics worth a console line, in order, those present; `config`: flat, for the record.
+        """`console`: the metrics worth a console line, in order, those present; `options`: the run's, for the record.
 
         Raises ValueError for an unknown `report_to`, or wandb without its package, on every rank.
         """
@@ -153,7 +153,8 @@ class MetricsLogger:
             path = folder / f"{name}.jsonl"
             cut_back(path, resume_step)
             self._files[name] = open(path, "a", encoding="utf-8")
-        record = {key: str(value) for key, value in (config or {}).items()}
+        options = options or {}
+        record = {key: str(value) for key, value in options.items()}
         if "tensorboard" in destinations:
             self._tensorboard = SummaryWriter(folder / "runs", purge_step=resume_step + 1)
             rows = [f"| {key} | {value} |" for key, value in record.items()]
@@ -165,7 +166,14 @@ class MetricsLogger:
             if not identity.is_file():
                 write_atomically(identity, uuid.uuid4().hex)
             wandb.init(
-                name=(config or {}).get("run_name"), id=identity.read_text(), resume="allow", dir=folder, config=record
+                name=options.get("run_name"),
+                entity=options.get("wandb_entity"),
+                project=options.get("wandb_project"),
+                group=options.get("wandb_run_group"),
+                id=identity.read_text(),
+                resume="allow",
+                dir=folder,
+                config=record,
             )
             wandb.define_metric("*", step_metric="step")  # wandb's own step cannot go back on resume
             self._wandb = wandb

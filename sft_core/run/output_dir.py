@@ -108,7 +108,7 @@ def prepare_output_dir(
             if reason is None and (difference := differences(read_state(named)["identity"], identity)):
                 reason = f"it is of another run: {difference}"
             if reason is not None:
-                raise ValueError(f"cannot resume from {named}: {reason}. Check --resume_from_checkpoint.")
+                raise ValueError(f"cannot resume from {resume_from}: {reason}. Check --resume_from_checkpoint.")
         folder.mkdir(parents=True, exist_ok=True)
         decision = decide(folder, look_into(folder, identity), overwrite, named)
         if isinstance(decision, Refuse):

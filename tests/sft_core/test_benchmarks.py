@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 
-from sft_core.run.benchmarks import get_callbacks, init_wandb_training, run_benchmarks
+from sft_core.run.benchmarks import get_callbacks, run_benchmarks
 from sft_core.run.config import ModelConfig, SFTConfig
+from sft_core.run.hub import check_hub
 from tests.hub_server import HubServer
 
 
@@ -35,8 +36,10 @@ def test_branch_and_benchmarks_of_a_checkpoint_that_is_gone(tiny_model, options,
     model = (checkpoint / "model.safetensors").read_bytes()
     with HubServer() as hub:
         hub.take_over(monkeypatch)
-        [callback] = get_callbacks(SFTConfig(**options), ModelConfig(model_name_or_path=tiny_model))
-        assert not hub.requests and callback.finished() == []
+        config = SFTConfig(**options)
+        check_hub(config)
+        [callback] = get_callbacks(config, ModelConfig(model_name_or_path=tiny_model))
+        assert callback.finished() == []
         callback.on_save(7, checkpoint)
         shutil.rmtree(checkpoint)  # save_total_limit
         assert callback.close() == []
@@ -67,11 +70,7 @@ def test_a_failing_benchmark_says_why(options, tmp_path):
         run_benchmarks(tmp_path / "nowhere", SFTConfig(**options), tmp_path / "benchmarks")
 
 
-def test_unknown_callbacks_and_wandb(options, monkeypatch):
-    with pytest.raises(ValueError, match="push_to_hub_revison.*push_to_hub_revision"):
-        get_callbacks(SFTConfig(**options | {"callbacks": ["push_to_hub_revison"]}), None)
+def test_callbacks_by_name(options):
+    with pytest.raises(ValueError, match="callbacks.*push_to_hub_revison.*push_to_hub_revision"):
+        SFTConfig(**options | {"callbacks": ["push_to_hub_revison"]})
     assert get_callbacks(SFTConfig(**options | {"callbacks": []}), None) == []
-    for name in ("ENTITY", "PROJECT", "RUN_GROUP"):
-        monkeypatch.setenv(f"WANDB_{name}", "before")
-    init_wandb_training(SFTConfig(**options, wandb_project="p", wandb_run_group="g"))
-    assert [os.environ[f"WANDB_{name}"] for name in ("ENTITY", "PROJECT", "RUN_GROUP")] == ["before", "p", "g"]

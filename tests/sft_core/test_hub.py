@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig
-from sft_core.run.hub import Uploader, check_hub, push_final, resolve_repo_id, stage
+from sft_core.run.hub import PushToHub, Uploader, check_hub, push_final, resolve_repo_id, stage
 from sft_core.run.model_card import write_model_card
 from tests.hub_server import HubServer
 
@@ -58,28 +58,33 @@ def checkpoint(folder, step):
 
 
 def test_every_save_pushes_the_model_alone_and_outlives_pruning(hub, config, tmp_path):
-    uploader = Uploader(config())
+    check_hub(config())
+    pushes = PushToHub(config())
     folder = checkpoint(tmp_path / "out", 1)
     model = (folder / "model.safetensors").read_bytes()
     before = random.getstate()
-    hub.fail_next(503, times=2, path="/api/repos/create")
-    uploader._first_wait_s = 0.01
-    uploader.push_checkpoint(1, folder)
+    hub.fail_next(503, times=2, path="/commit/")
+    pushes.first_wait_s = 0.01
+    pushes.on_save(1, folder)
     for path in folder.rglob("*"):
         path.unlink() if path.is_file() else None  # save_total_limit, at the worst moment
-    assert uploader.wait() == [] and not uploader.busy
+    assert pushes.close() == [] and not pushes.busy
     assert hub.repos["me/m"].files() == {"model.safetensors": model, "config.json": b"{}", "trainer_state.json": b"{}"}
-    assert hub.requests.count(("POST", "/api/repos/create")) == 3
+    assert sum("/commit/" in path for _, path in hub.requests) == 3
     assert not list((tmp_path / "out").glob(".upload-*"))
     assert random.getstate() == before  # the run's generator is not the jitter's
 
 
 @pytest.mark.parametrize("strategy, folder", [("checkpoint", "last-checkpoint"), ("all_checkpoints", "checkpoint-2")])
 def test_whole_checkpoints_are_pushed_beside_the_model(hub, config, tmp_path, strategy, folder):
-    uploader = Uploader(config(hub_strategy=strategy))
+    options = config(hub_strategy=strategy, hub_always_push=True, hub_model_id="m")
+    check_hub(options)
+    pushes = PushToHub(options)
     for step in (1, 2):
-        uploader.push_checkpoint(step, checkpoint(tmp_path / "out", step))
-    assert uploader.wait() == []
+        pushes.on_save(step, checkpoint(tmp_path / "out", step))
+    assert pushes.close() == []
+    asked = [path for _, path in hub.requests]
+    assert asked.count("/api/whoami-v2") == asked.count("/api/repos/create") == 1  # in the whole run
     files = hub.repos["me/m"].files()
     whole = {
         str(p.relative_to(tmp_path / "out/checkpoint-2")): p.read_bytes()
@@ -118,13 +123,15 @@ def test_final_push_leaves_out_what_is_the_runs_and_old_shards(hub, config, tmp_
 
 
 def test_what_fails_for_good_is_a_warning_and_the_next_goes_on(hub, config, tmp_path, caplog):
-    uploader = Uploader(config(), tries=3, first_wait_s=0.01)
+    check_hub(config())
+    uploader = Uploader(config())
+    uploader.tries, uploader.first_wait_s = 3, 0.01
     first, second = (write(tmp_path / name, config_dot_json=name) for name in "ab")
     done = []
     hub.fail_next(500, times=3, path="/commit/")
     uploader.start(first, message="first", then=lambda: done.append("first"))
     uploader.start(second, message="second", then=lambda: done.append("second"))
-    [failure] = uploader.wait()
+    [failure] = uploader.close()
     assert failure.startswith("first, to branch main of me/m:") and "500" in failure
     assert any(failure in record.message for record in caplog.records)
     assert hub.repos["me/m"].files() == {"config.json": b"b"} and done == ["first", "second"]
@@ -132,7 +139,7 @@ def test_what_fails_for_good_is_a_warning_and_the_next_goes_on(hub, config, tmp_
     hub.requests.clear()
     hub.fail_next(403, path="/commit/")
     uploader.start(first, message="third")
-    assert len(uploader.wait()) == 2 and sum("/commit/" in path for _, path in hub.requests) == 1
+    assert len(uploader.close()) == 2 and sum("/commit/" in path for _, path in hub.requests) == 1
 
 
 def test_a_branch_with_a_model_is_not_overwritten_unasked(hub, config):
@@ -151,18 +158,17 @@ def test_a_branch_with_a_model_is_not_overwritten_unasked(hub, config):
 
 
 def test_names_and_refusals(hub, config):
-    assert (
-        resolve_repo_id(config(hub_model_id=None)) == "me/out" and resolve_repo_id(config(hub_model_id="x")) == "me/x"
-    )
+    hub.fail_next(404, path="/whoami")
+    with pytest.raises(ValueError, match="404"):
+        check_hub(config())
+    assert resolve_repo_id(config(hub_model_id=None)) == "me/out"
+    assert resolve_repo_id(config(hub_model_id="x")) == "me/x"
     with pytest.raises(ValueError, match="--hub_model_id"):
         check_hub(config(hub_model_id="a b"))
     with pytest.raises(ValueError, match="403 .*write.*--hub_model_id"):
         check_hub(config(hub_model_id="others/m"))
     hub.fail_next(503, times=2)
     check_hub(config())  # one that passes is waited for
-    hub.fail_next(404, path="/whoami")
-    with pytest.raises(ValueError, match="404"):
-        check_hub(config())
 
 
 @pytest.mark.parametrize(
@@ -224,6 +230,7 @@ def test_model_card(hub, config, tmp_path):
     table = ("| math_500 | pass@1 | 0.5 |", "| train_samples | 12 |", "| 29 | 0.03448 | 0.5 |")
     for text in (*table, "learning_rate: 1e-06", str(tmp_path), command):
         assert text in re.sub(" +", " ", card.text), text
+    check_hub(run.config)
     assert push_final(run.config, out) == []  # the Hub's own check of the head
     write_model_card(out, run, figures | {"train_samples": 13.0})
     assert re.search(r"train_samples *\| 13 ", (out / "README.md").read_text())  # ours is written anew

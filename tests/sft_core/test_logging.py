@@ -2,7 +2,9 @@ import json
 import math
 import os
 import signal
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +98,20 @@ def test_wandb_without_its_package_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install wandb"):
         MetricsLogger(tmp_path, "tensorboard,wandb")
+
+
+def test_wandb_gets_the_runs_options_and_the_same_run_after_a_restart(tmp_path, monkeypatch):
+    made = []
+    wandb = SimpleNamespace(
+        init=lambda **options: made.append(options), define_metric=lambda *names, **more: None, finish=lambda: None
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    options = {"run_name": "r", "wandb_entity": "e", "wandb_project": "p", "wandb_run_group": "g"}
+    for _ in range(2):
+        MetricsLogger(tmp_path, "wandb", options=options).close()
+    assert made[0] == made[1] and len(made[0]["id"]) == 32
+    assert [made[0][name] for name in ("name", "entity", "project", "group")] == ["r", "e", "p", "g"]
 
 
 def test_cut_back_leaves_no_file_where_there_was_none(tmp_path):
