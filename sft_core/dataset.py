@@ -56,59 +56,57 @@ def needs_template(row: dict[str, Any]) -> bool:
 def supervised_example(
     tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], stop_ids: frozenset[int], config: SFTConfig
 ) -> Example:
-    """Token ids and loss mask of one whole row, whose text is tokenised in one piece.
+    """Token ids and loss mask of one row, whose text is tokenised in one piece.
 
     Raises:
         ValueError: the row has no text where it should, or what the assistant says cannot be told apart in it.
     """
+    options = options_of(row)
     if "messages" in row:
-        return _conversation(tokenizer, messages_of(row["messages"], "messages"), 0, options_of(row), stop_ids, config)
+        messages, trained_from = messages_of(row["messages"], "messages"), 0
+        return _conversation(tokenizer, messages, trained_from, options, stop_ids, config)
     if needs_template(row):
-        given, answer = (messages_of(row[name], name) for name in ("prompt", "completion"))
-        trained_from = 0 if config.completion_only_loss is False else len(given)
-        return _conversation(tokenizer, given + answer, trained_from, options_of(row), stop_ids, config)
-    column = "completion" if {"prompt", "completion"} <= row.keys() else config.dataset_text_field
-    if more := options_of(row):
-        raise ValueError(f"plain text has no place for `{next(iter(more))}`: make it messages, or take that out.")
-    prompt, text = text_of(row["prompt"], "prompt") if column == "completion" else "", text_of(row.get(column), column)
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token, so the model would never learn to stop: give --eos_token.")
-    trained = (0 if config.completion_only_loss is False else len(prompt), len(prompt) + len(text))
-    ids, [(start, end)] = _encode_spans(tokenizer, prompt + text, [trained])
-    mask = [start <= t < end for t in range(len(ids))]
+        prompt, answer = (messages_of(row[name], name) for name in ("prompt", "completion"))
+        trained_from = 0 if config.completion_only_loss is False else len(prompt)
+        return _conversation(tokenizer, prompt + answer, trained_from, options, stop_ids, config)
+    if options:
+        raise ValueError(f"plain text has no place for `{next(iter(options))}`: make it messages, or take that out.")
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("the tokenizer has no EOS token, so the model would never learn to stop: give --eos_token.")
+    columns = ["prompt", "completion"] if {"prompt", "completion"} <= row.keys() else [config.dataset_text_field]
+    *before, text = (text_of(row.get(column), column) for column in columns)
+    start = 0 if config.completion_only_loss is False else len("".join(before))
+    ids, mask = _encode(tokenizer, "".join([*before, text]), start)
     if ids[:1] != [bos] and adds_bos(tokenizer):
         ids, mask = [bos, *ids], [False, *mask]  # as the tokenizer begins any text
     return (ids, mask) if ids[-1:] == [eos] else ([*ids, eos], [*mask, True])
 
 
-def _encode_spans(
-    tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of `text`, and for begin and end of each span in characters the tokens that touch it."""
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> Example:
+    """Token ids of `text`, and which of them touch what comes from character `start` on."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    starts, ends = np.array(encoded["offset_mapping"], int).reshape(-1, 2).T
-    tokens = [(int(np.searchsorted(ends, a, "right")), int(np.searchsorted(starts, b, "left"))) for a, b in spans]
-    return encoded["input_ids"], tokens
+    return encoded["input_ids"], [end > start for _, end in encoded["offset_mapping"]]
 
 
 def _conversation(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
     trained_from: int,
-    more: dict[str, Any],
+    options: dict[str, Any],
     stop_ids: frozenset[int],
     config: SFTConfig,
 ) -> Example:
     """Ids and mask of a conversation; nothing before message `trained_from` is trained."""
-    check_shown(tokenizer, messages, more)
+    check_shown(tokenizer, messages, options)
+    show = partial(render, tokenizer, more=options)
     if not config.assistant_only_loss:
-        whole = render(tokenizer, messages, more)
-        before = _before(tokenizer, messages, trained_from, more, whole) if trained_from else ""
-        ids, [(start, end)] = _encode_spans(tokenizer, whole, [(len(before), len(whole))])
-        return ids, [start <= t < end for t in range(len(ids))]
-    find = _marked_spans if has_markers(tokenizer) else _compared_spans
-    ids, spans = find(tokenizer, messages, trained_from, more, stop_ids)
+        text = show(messages)
+        return _encode(tokenizer, text, _start(show, messages, trained_from, text) if trained_from else 0)
+    if has_markers(tokenizer):
+        ids, spans = _marked_spans(tokenizer, messages, trained_from, options, stop_ids)
+    else:
+        ids, spans = _compared_spans(tokenizer, messages, trained_from, show)
     mask = [False] * len(ids)
     limits = [*(start for start, _ in spans[1:]), len(ids)]  # where the next turn begins
     for (start, said), limit in zip(spans, limits, strict=False):
@@ -130,12 +128,12 @@ def _marked_spans(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
     trained_from: int,
-    more: dict[str, Any],
+    options: dict[str, Any],
     stop_ids: frozenset[int],
 ) -> tuple[list[int], Spans]:
     """Token ids and trained turns by the template's generation markers, whether or not these hold the stop token."""
     encoded = tokenizer.apply_chat_template(
-        messages, **more, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        messages, **options, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     ids = encoded["input_ids"]
     edges = np.flatnonzero(np.diff([0, *encoded["assistant_masks"], 0])).tolist()
@@ -154,39 +152,37 @@ def _marked_spans(
 
 
 def _compared_spans(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, Any]],
-    trained_from: int,
-    more: dict[str, Any],
-    stop_ids: frozenset[int],
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], trained_from: int, show: Callable[..., str]
 ) -> tuple[list[int], Spans]:
     """The same by rendering up to where each turn begins: what follows is the turn, from its first word to its last."""
-    whole = render(tokenizer, messages, more)
+    text = show(messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts, ends = np.array(encoded["offset_mapping"], int).reshape(-1, 2).T
     spans = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and i >= trained_from:
-            start = len(_before(tokenizer, messages, i, more, whole))
-            spans.append((start, start + _end_of_words(message["content"], whole[start:])))
-            if not whole[start:].lstrip().startswith(message["content"].strip()) and not has_prompt(tokenizer):
+            start = _start(show, messages, i, text)
+            end = start + _end_of_words(message["content"], text[start:])
+            if not text[start:].lstrip().startswith(message["content"].strip()) and not has_prompt(tokenizer):
                 raise ValueError(
                     "the chat template has neither {% generation %} markers nor a generation prompt, so the "
                     "assistant's words cannot be told from their heading: add one of them, or train all with "
                     "--assistant_only_loss false."
                 )
-    return _encode_spans(tokenizer, whole, spans)
+            # the first token that touches the turn, and the first after its words
+            spans.append((int(np.searchsorted(ends, start, "right")), int(np.searchsorted(starts, end, "left"))))
+    return encoded["input_ids"], spans
 
 
-def _before(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], turn: int, more: dict[str, Any], whole: str
-) -> str:
-    """The text before message `turn`, up to where the assistant would begin to speak."""
+def _start(show: Callable[..., str], messages: list[dict[str, Any]], turn: int, text: str) -> int:
+    """Where in `text`, the rendered conversation, message `turn` begins: where the assistant would begin to speak."""
     if turn == 0:
         raise ValueError("a conversation begins with the assistant: put a message of the user or the system before.")
-    before = render(tokenizer, messages[:turn], more, prompt=True)
-    if whole.startswith(before):
-        return before
+    before = show(messages[:turn], prompt=True)
+    if text.startswith(before):
+        return len(before)
     why = "earlier turns are rendered otherwise once later ones follow"
-    if whole.startswith(render(tokenizer, messages[:turn], more)):
+    if text.startswith(show(messages[:turn])):
         why = "a finished turn does not begin as the generation prompt does"
     raise ValueError(
         f"in the chat template {why}, so the assistant's tokens cannot be told apart: give a --chat_template with "

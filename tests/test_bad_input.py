@@ -71,7 +71,7 @@ def no_weights(monkeypatch):
         ({"callbacks": ["early_stopping"]}, "--callbacks: invalid choice: 'early_stopping'"),
         ({"chat_template": "chat.jinja"}, "'chat.jinja' is neither Jinja text nor a file"),
         ({"torch_dtype": "float16"}, "invalid choice: 'float16'"),
-        ({"do_eval": "true"}, "is one file: name another with --dataset_test_split FILE"),
+        ({"do_eval": "true"}, "is one file or undivided set: name another file with --dataset_test_split FILE"),
         ({"num_generations_eval": 0}, "num_generations_eval must be at least 1"),
         ({"scale_rewards": "maybe"}, "unknown scale_rewards 'maybe': group, batch or none"),
         ({"load_in_4bit": "true"}, "a quantised model cannot be trained whole: give --use_peft true"),

@@ -110,7 +110,7 @@ def messages_of(value: Any, column: str, wanted: str = "a list of messages") -> 
                 f"a message of the {role} in `{column}` is not text but {type(content).__name__}: "
                 "give every message one text."
             )
-        messages.append({name: part for name, part in fields.items() if part not in EMPTY} | {"content": content or ""})
+        messages.append(_filled(fields) | {"content": content or ""})
     return messages
 
 
@@ -149,7 +149,11 @@ def options_of(row: dict[str, Any]) -> dict[str, Any]:
             ) from error
     if isinstance(found["chat_template_kwargs"], dict):
         found |= found.pop("chat_template_kwargs")
-    return {name: without_none(value) for name, value in found.items() if value not in EMPTY}
+    return _filled(without_none(found))
+
+
+def _filled(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value not in EMPTY}
 
 
 def without_none(value: Any) -> Any:
@@ -162,18 +166,18 @@ def without_none(value: Any) -> Any:
 def check_shown(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], more: dict[str, Any]) -> None:
     """Raise ValueError where a part of the conversation does not show: with another value the rendering is the same."""
     for name, value in more.items():  # some matter to the generation prompt alone
-        other = render(tokenizer, messages, more | {name: _other(value)}, prompt=True)
-        if other == render(tokenizer, messages, more, prompt=True):
+        changed = render(tokenizer, messages, more | {name: _other(value)}, prompt=True)
+        if changed == render(tokenizer, messages, more, prompt=True):
             raise ValueError(
                 f"the chat template knows no {name} and would leave them out: give a --chat_template that "
                 "shows them, or take them out of the data."
             )
-    whole = render(tokenizer, messages, more)
+    text = render(tokenizer, messages, more)
     for i, message in enumerate(messages):
+        links = (*LINKS, "name") if message["role"] == "tool" else LINKS
         for name, value in message.items():
-            changed = [*messages[:i], message | {name: _other(value)}, *messages[i + 1 :]]
-            link = name in LINKS or (name == "name" and message["role"] == "tool")
-            if not link and value != "" and render(tokenizer, changed, more) == whole:
+            other = [*messages[:i], message | {name: _other(value)}, *messages[i + 1 :]]
+            if name not in links and value != "" and render(tokenizer, other, more) == text:
                 raise ValueError(
                     f"the chat template leaves out `{name}` of message {i + 1} (role {message['role']}): "
                     "give a --chat_template that shows it, or take it out."

@@ -19,6 +19,7 @@ from sft_core.run.config import ScriptArguments
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+logger = logging.getLogger(__name__)
 FILES = (".json", ".jsonl", ".parquet")
 logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it cannot read is said below, better
 
@@ -32,22 +33,37 @@ def load_splits(
         ValueError: nothing is there, or no such split, or no rows to evaluate on; the message names the remedy.
     """
     if arguments.dataset_mixture is not None:
+        _warn_of_unused(arguments, "a mixture")
         if streaming:
             raise ValueError("a mixture is shuffled whole and cannot be streamed: leave out --dataset_streaming.")
         return _mix(arguments.dataset_mixture, test)
-    load = stream_rows if streaming else load_rows
-    train = load(arguments.dataset_name, arguments.dataset_config, arguments.dataset_train_split)
+    name, config, test_split = arguments.dataset_name, arguments.dataset_config, arguments.dataset_test_split
+    if is_undivided(name):
+        _warn_of_unused(arguments, name)
+    train = load_rows(name, config, arguments.dataset_train_split, streaming=streaming)
     if not test:
         return train, None
-    name = arguments.dataset_test_split
-    if Path(name).suffix in FILES:
-        return train, load_rows(name, None, name)
-    if Path(arguments.dataset_name).suffix in FILES:
+    if Path(test_split).suffix in FILES:
+        return train, load_rows(test_split, option="--dataset_test_split")
+    if is_undivided(name):
         raise ValueError(
-            f"evaluation needs a test split, and {arguments.dataset_name} is one file: name another with "
+            f"evaluation needs a test split, and {name} is one file or undivided set: name another file with "
             "--dataset_test_split FILE, or leave out do_eval and eval_strategy."
         )
-    return train, load_rows(arguments.dataset_name, arguments.dataset_config, name)
+    return train, load_rows(name, config, test_split)
+
+
+def is_undivided(name: str) -> bool:
+    """Whether the data is one file, or a saved set without splits."""
+    path = Path(name).expanduser()
+    return path.suffix in FILES or (path / "state.json").exists()
+
+
+def _warn_of_unused(arguments: ScriptArguments, data: str) -> None:
+    options = {"dataset_config": arguments.dataset_config, "dataset_train_split": arguments.dataset_train_split}
+    for option, value in options.items():
+        if value not in (None, "train"):
+            logger.warning("--%s %s is not used: %s has no such parts.", option, value, data)
 
 
 def _mix(mixture: dict[str, Any], test: bool) -> tuple[Dataset, Dataset | None]:
@@ -61,22 +77,22 @@ def _mix(mixture: dict[str, Any], test: bool) -> tuple[Dataset, Dataset | None]:
     for entry in mixture["datasets"]:
         if not entry.get("id") or set(entry) - {"id", "config", "split", "columns", "weight"}:
             raise ValueError(f"a set of dataset_mixture takes id, config, split, columns and weight; got {entry}.")
-        rows = load_rows(entry["id"], entry.get("config"), entry.get("split", "train"))
-        if columns := entry.get("columns"):
+        name, columns, weight = entry["id"], entry.get("columns"), entry.get("weight", 1.0)
+        rows = load_rows(name, entry.get("config"), entry.get("split", "train"))
+        if columns:
             if missing := set(columns) - set(rows.column_names):
-                raise ValueError(f"{entry['id']} has no columns {sorted(missing)}; it has {rows.column_names}.")
+                raise ValueError(f"{name} has no columns {sorted(missing)}; it has {rows.column_names}.")
             rows = rows.select_columns(columns)
-        weight = entry.get("weight", 1.0)
         count = int(len(rows) * weight)
         if not 0 < weight <= 1 or count == 0:
             raise ValueError(
-                f"weight {weight} of {entry['id']}, a share of its {len(rows)} rows, must be above 0 and at most 1 and "
+                f"weight {weight} of {name}, a share of its {len(rows)} rows, must be above 0 and at most 1 and "
                 "leave a row."
             )
         parts.append(rows.shuffle(seed=seed).select(range(count)))
         if set(rows.column_names) != set(parts[0].column_names):
             raise ValueError(
-                f"the sets of a mixture must have the same columns: {entry['id']} has {sorted(rows.column_names)}, "
+                f"the sets of a mixture must have the same columns: {name} has {sorted(rows.column_names)}, "
                 f"the first has {sorted(parts[0].column_names)}; choose them with `columns`."
             )
     try:
@@ -91,20 +107,23 @@ def _mix(mixture: dict[str, Any], test: bool) -> tuple[Dataset, Dataset | None]:
     return mixed, None
 
 
-def load_rows(name: str, config: str | None = None, split: str = "train", option: str = "--dataset_name") -> Dataset:
-    """The rows of `split`. A local file or an undivided saved data set is one split, whatever its name.
+def load_rows(
+    name: str, config: str | None = None, split: str = "train", option: str = "--dataset_name", streaming: bool = False
+) -> Any:
+    """The rows of `split`, a Dataset; streamed an IterableDataset, read as it is needed in the order of the files. An
+    undivided set is one split, whatever its name.
 
     option: what the user named it by, for the message.
 
     Raises:
         ValueError: nothing is there, or no such split; the message says what there is.
     """
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import load_dataset, load_from_disk
 
     path = Path(name).expanduser()
     if path.suffix in FILES:
-        data = _read_file(name, option=option)
-    elif path.is_dir() and (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        data = _read_file(name, streaming, option)
+    elif is_undivided(name) or (path / "dataset_dict.json").exists():
         try:
             data = load_from_disk(str(path))
         except IndexError as error:  # it looks into the first of no tables
@@ -113,22 +132,24 @@ def load_rows(name: str, config: str | None = None, split: str = "train", option
         raise ValueError(f"there is no data set at {name}: check {option}.")
     else:
         try:
-            data = load_dataset(name, config)
+            data = load_dataset(name, config, streaming=streaming)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"no data set {name!r} to be had: it is neither a .json, .jsonl or .parquet file, a saved set, nor "
                 f"a Hub id that can be reached from here (check {option}). Cause: {str(error).splitlines()[0]}"
             ) from error
-    if isinstance(data, DatasetDict):
+    if isinstance(data, dict):
         if split not in data:
             raise ValueError(f"{name} has no split {split!r}: it has {', '.join(data)}.")
         data = data[split]
+    if streaming:
+        return data.to_iterable_dataset() if hasattr(data, "to_iterable_dataset") else data
     if len(data) == 0:
         raise ValueError(f"{name} has no rows.")
     return data
 
 
-def _read_file(name: str, streaming: bool = False, option: str = "--dataset_name and --dataset_test_split") -> Any:
+def _read_file(name: str, streaming: bool, option: str) -> Any:
     """The rows of a data file; where it cannot be read, ValueError says which line is damaged."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
@@ -168,24 +189,6 @@ def json_lines(name: str) -> list[dict[str, Any]]:
     if path.suffix not in (".json", ".jsonl") or damaged_line(path) is not None:
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-
-
-def stream_rows(name: str, config: str | None = None, split: str = "train") -> IterableDataset:
-    """The rows of `split`, read as they are needed, in the order of the files; see `load_rows`."""
-    from datasets import load_dataset
-
-    path = Path(name).expanduser()
-    if path.suffix in FILES:
-        rows = _read_file(name, streaming=True)
-    elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        rows = load_rows(name, config, split).to_iterable_dataset()
-    else:
-        try:
-            rows = load_dataset(name, config, split=split, streaming=True)
-        except (OSError, ValueError) as error:
-            cause = str(error).splitlines()[0]
-            raise ValueError(f"no data set {name!r} to be streamed: check --dataset_name. Cause: {cause}") from error
-    return rows
 
 
 def first_row(rows: Dataset | IterableDataset) -> dict[str, Any]:

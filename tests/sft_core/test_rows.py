@@ -6,12 +6,12 @@ from itertools import zip_longest
 import pytest
 import torch
 import yaml
-from datasets import Dataset, concatenate_datasets, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_core.data.packing import balance, pack
-from sft_core.data.rows import fingerprint, load_splits, row_order
+from sft_core.data.rows import fingerprint, load_rows, load_splits, row_order
 from sft_core.model.optim import check_schedule, make_scheduler
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig
@@ -172,13 +172,36 @@ def test_a_mixture_that_cannot_be_made(change, says, tmp_path):
         load_splits(ScriptArguments(dataset_mixture=mixture), test=True)
 
 
-def test_the_test_split_of_a_data_file(tmp_path):
+def test_the_test_split_of_undivided_data(tmp_path):
     """Never the training rows themselves."""
     train, test = jsonl(tmp_path / "a.jsonl", [{"x": 1}] * 3), jsonl(tmp_path / "b.jsonl", [{"x": 1}] * 2)
-    with pytest.raises(ValueError, match="is one file: name another with --dataset_test_split FILE"):
-        load_splits(ScriptArguments(dataset_name=train), test=True)
-    both = load_splits(ScriptArguments(dataset_name=train, dataset_test_split=test), test=True)
-    assert [len(rows) for rows in both] == [3, 2]
+    Dataset.from_list([{"x": 1}] * 3).save_to_disk(tmp_path / "saved")
+    for name in (train, str(tmp_path / "saved")):
+        with pytest.raises(ValueError, match="is one file or undivided set: name .* --dataset_test_split FILE"):
+            load_splits(ScriptArguments(dataset_name=name), test=True)
+        both = load_splits(ScriptArguments(dataset_name=name, dataset_test_split=test), test=True)
+        assert [len(rows) for rows in both] == [3, 2]
+
+
+@pytest.mark.parametrize(("option", "value"), [("dataset_config", "main"), ("dataset_train_split", "all")])
+def test_options_of_parts_that_the_data_does_not_have_are_warned_of(tmp_path, caplog, option, value):
+    file = jsonl(tmp_path / "a.jsonl", [{"x": 1}])
+    for data in ({"dataset_name": file}, {"dataset_mixture": {"datasets": [{"id": file}]}}):
+        for more in ({}, {option: value}):
+            caplog.clear()
+            with caplog.at_level("WARNING"):
+                load_splits(ScriptArguments(**data, **more), test=False)
+            assert (f"--{option} {value} is not used" in caplog.text) == bool(more)
+
+
+def test_a_saved_set_and_a_split_of_it_can_be_streamed(tmp_path):
+    rows = Dataset.from_list([{"x": i} for i in range(3)])
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": rows}).save_to_disk(tmp_path / "parts")
+    for name in ("one", "parts"):
+        assert [row["x"] for row in load_rows(str(tmp_path / name), streaming=True)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="has no split 'test': it has train"):
+        load_rows(str(tmp_path / "parts"), split="test", streaming=True)
 
 
 def messy(count):

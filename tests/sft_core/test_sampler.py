@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_core import sampler as order
-from sft_core.data.rows import first_row, stream_rows
+from sft_core.data.rows import first_row, load_rows
 from sft_core.dataset import Examples
 from sft_core.sampler import Shuffled, Streamed
 from tests.processes import run_ranks
@@ -54,7 +54,7 @@ def test_windows_bound_the_packing_and_bins_are_full(monkeypatch):
 
 def stream(path, monkeypatch_window, bin_size=None):
     order.WINDOW = monkeypatch_window
-    rows = stream_rows(path)
+    rows = load_rows(path, streaming=True)
     assert first_row(rows)["i"] == 0  # a look at it does not move the stream
 
     def encode(row, number):
