@@ -102,11 +102,11 @@ def set_up(argv: list[str]) -> tuple[Run, bool]:
     base = prepare_base("grpo", model, data, config)
     check_lengths(base.model_info, config)
     order = row_order(len(base.rows), config.seed, 0, min(audit.audit_prompts, len(base.rows)))
-    prompts, _ = load_prompts(base.rows, data, replace(config, max_prompt_length=10**9), base.tokenizer, order)
+    any_length = replace(config, max_prompt_length=10**9)
+    prompts, _ = load_prompts(base.rows, data, any_length, base.tokenizer, data.dataset_name, order)
     local = local_copy(model) if audit.audit_samples else model
-    return Run(
-        **vars(base), config=config, local_model=local, reward_funcs=functions, prompts=prompts
-    ), audit.audit_samples
+    run = Run(**vars(base), config=config, local_model=local, reward_funcs=functions, prompts=prompts)
+    return run, audit.audit_samples
 
 
 def audit_data(run: Run, pool: WorkerPool, report: Report) -> tuple[list[Prompt], str]:

@@ -111,7 +111,8 @@ def prepare(argv: list[str]) -> Run:
     prompts_line = f"{len(prompts)} prompts; left out: {left_out}"
     test_prompts: list[Prompt] = []
     if base.test_rows is not None:
-        test_prompts, left_out = prompts_to_use(base, base.test_rows, data.dataset_test_split, config, reward_funcs)
+        file = "" if data.dataset_mixture else data.dataset_test_split
+        test_prompts, left_out = prompts_to_use(base, base.test_rows, file, config, reward_funcs)
         prompts_line += f"; {len(test_prompts)} to evaluate on; left out: {left_out}"
     if config.rollouts_from is None:
         distributed.on_first_rank(lambda: dry_call(base, config, prompts, reward_funcs), patient=True)
@@ -193,7 +194,7 @@ def prompts_to_use(
     data = base.data
     assert isinstance(data, GRPOScriptArguments)
     distributed.on_first_rank(lambda: check_columns(rows, file, data, functions), patient=True)
-    prompts, reason = load_prompts(rows, data, config, base.tokenizer)
+    prompts, reason = load_prompts(rows, data, config, base.tokenizer, file)
     needy = sorted(GOLD_REWARDS & set(data.reward_funcs))
     if not data.drop_unparseable_golds or not needy:
         return prompts, reason
@@ -213,10 +214,9 @@ def prompts_to_use(
 
 
 def check_columns(rows: Dataset, file: str, data: GRPOScriptArguments, functions: list[Callable]) -> None:
-    """Refuse a column that a reward asks for by name where its values are of several types, or where reading the rows
-    from `file` changed one: `datasets` makes 21 of "21" if another row has a number, text of a list if earlier rows are
-    text, and times of text that looks like one. Only .json and .jsonl files have no types of their own. Of a column
-    that a reward gets by `**kwargs` alone there is a warning.
+    """Refuse a column that a reward asks for by name where its values are of several types. In data that is no JSON
+    lines `datasets` may have made numbers of text there, so it cannot be used at all. Of a column that a reward gets by
+    `**kwargs` alone there is a warning.
 
     Raises:
         ValueError: with the row and the column.
@@ -226,23 +226,18 @@ def check_columns(rows: Dataset, file: str, data: GRPOScriptArguments, functions
     if "solution" in asked or GOLD_REWARDS & set(data.reward_funcs):
         asked |= {"solution", "answer"}
     seen = asked.union(*(accepted(function, rows.column_names) for function in users))
-    lines = json_lines(file)
+    written = json_lines(file)
     for name in seen.intersection(rows.column_names) - {prompt_column(rows, data)}:
-        read = rows.with_format(None)[name][:]
-        written = [line.get(name) for line in lines] or read
-        kinds = ["number" if type(value) in (int, float) else type(value).__name__ for value in written]
+        values = [row.get(name) for row in written] or rows.with_format(None)[name][:]
+        kinds = ["number" if type(value) in (int, float) else type(value).__name__ for value in values]
         first = next((kind for kind in kinds if kind != "NoneType"), "dict")
         wrong = [i for i, kind in enumerate(kinds) if kind not in (first, "NoneType")]
-        feature = repr(rows.features[name])
-        several_types = "Json" in feature
-        if several_types or "{" not in feature:  # a struct's missing fields may come as None
-            wrong += [i for i, value in enumerate(written) if value == value != read[i]]  # NaN equals nothing
-        if several_types and not lines and first not in ("dict", "list"):  # what was written is not known
+        if not written and "Json" in repr(rows.features[name]) and first not in ("dict", "list"):
             wrong.append(kinds.index(first))
         for i in wrong[:1]:
             text = (
-                f"row {i + 1} of the data: `{name}` is {written[i]!r:.80}, read as {read[i]!r:.80}, in a column that "
-                f"begins as {first}: write one type in every row, or save the data as .parquet."
+                f"row {i + 1} of the data: `{name}` is {values[i]!r:.80} in a column of several types, which begins as "
+                f"{first}: write one type in every row, or save the data as .parquet."
             )
             require(name not in asked, text)
             print(f"warning: {text}", flush=True)

@@ -24,6 +24,7 @@ from grpo_core.advantage import group_advantages
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
 from grpo_core.scoring import Scores, ToScore, start_scoring
 from sft_core.data.conversation import options_of, prompt_of, render_prompt, shows_system
+from sft_core.data.rows import json_lines
 from sft_core.run.config import require
 from sft_core.run.files import whole_file
 
@@ -62,16 +63,20 @@ def load_prompts(
     arguments: GRPOScriptArguments,
     config: GRPOConfig,
     tokenizer: PreTrainedTokenizerBase,
+    file: str = "",
     chosen: list[int] | None = None,
 ) -> tuple[list[Prompt], str]:
     """Prompts as token ids, and how many were left out because they are longer than max_prompt_length; of the rows
-    `chosen`, or of all.
+    `chosen`, or of all. Where `file` is JSON lines, rewards get its values as they are written: `datasets` makes 21 of
+    "21" if another row has a number, and times of text that looks like one.
 
     Raises:
         ValueError: no prompt column, no column with the answer that a reward needs, a row that is no prompt or does not
             show in the chat template, a system prompt that does not, or no prompt short enough.
     """
     column = prompt_column(rows, arguments)
+    written = json_lines(file)
+    assert len(written) in (0, len(rows)), f"{file} is not what the rows were read from"
     indices = range(len(rows)) if chosen is None else chosen
     rows = rows.with_format(None).select(indices)  # a saved set may have a format that turns values into arrays
     needy = [name for name in arguments.reward_funcs if name in GOLD_REWARDS]
@@ -100,7 +105,8 @@ def load_prompts(
             raise ValueError(f"row {i + 1} of the data: {error}") from error
         row.pop("messages", None)  # may hold the answer
         if len(ids) <= config.max_prompt_length:
-            prompts.append(Prompt(own, ids, row))
+            columns = {name: written[i].get(name) if written else value for name, value in row.items()}
+            prompts.append(Prompt(own, ids, columns))
     if not prompts:
         raise ValueError(
             f"all {len(rows)} prompts are longer than max_prompt_length {config.max_prompt_length}: raise it"

@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 import sft_core.data.chat_template
 import sft_core.data.conversation
@@ -100,78 +101,73 @@ def _conversation(
     """Ids and mask of a conversation; nothing before message `trained_from` is trained."""
     check_shown(tokenizer, messages, options)
     show = partial(render, tokenizer, more=options)
+    text = show(messages)
     if not config.assistant_only_loss:
-        text = show(messages)
         return _encode(tokenizer, text, _start(show, messages, trained_from, text) if trained_from else 0)
-    if has_markers(tokenizer):
-        ids, spans = _marked_spans(tokenizer, messages, trained_from, options, stop_ids)
-    else:
-        ids, spans = _compared_spans(tokenizer, messages, trained_from, show)
-    mask = [False] * len(ids)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, mask = encoded["input_ids"], [False] * len(encoded["input_ids"])
+    starts, ends = np.array(encoded["offset_mapping"], int).reshape(-1, 2).T
+    by_markers = has_markers(tokenizer)
+    spans = [
+        (int(np.searchsorted(ends, start, "right")), int(np.searchsorted(starts, end, "left")))  # as tokens
+        for start, end in _trained_text(tokenizer, messages, trained_from, options, text)
+    ]
     limits = [*(start for start, _ in spans[1:]), len(ids)]  # where the next turn begins
-    for (start, said), limit in zip(spans, limits, strict=False):
-        stop = next((t for t in range(said, limit) if ids[t] in stop_ids), None)
-        if stop is None:
+    for (start, end), limit in zip(spans, limits, strict=False):
+        inside = [t for t in range(start, end) if ids[t] in stop_ids] if by_markers else []
+        after = [t for t in range(end, limit) if ids[t] in stop_ids]
+        stops = inside[-1:] or after[:1]
+        if not stops:
             raise ValueError(
                 "the chat template does not end the assistant's turn with a stop token, so the model would never learn "
                 f"to stop: set eos_token to the template's end of turn (stop ids are {sorted(stop_ids)}), or put "
                 "{{ eos_token }} there."
             )
-        mask[start : stop + 1] = [True] * (stop + 1 - start)
+        mask[start : stops[0] + 1] = [True] * (stops[0] + 1 - start)
     return ids, mask
 
 
-Spans = list[tuple[int, int]]  # of each trained turn: its first token, and the token from which on a stop token ends it
-
-
-def _marked_spans(
+def _trained_text(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
     trained_from: int,
     options: dict[str, Any],
-    stop_ids: frozenset[int],
-) -> tuple[list[int], Spans]:
-    """Token ids and trained turns by the template's generation markers, whether or not these hold the stop token."""
-    encoded = tokenizer.apply_chat_template(
-        messages, **options, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids = encoded["input_ids"]
-    edges = np.flatnonzero(np.diff([0, *encoded["assistant_masks"], 0])).tolist()
+    text: str,
+) -> Iterator[tuple[int, int]]:
+    """Where in `text`, the rendered conversation, each trained turn is: what the template's generation markers hold,
+    whether or not the stop token is in it; without markers from where the turn begins to its last word."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(edges) != 2 * len(turns):
-        raise ValueError(
-            f"the chat template marks {len(edges) // 2} assistant turns of {len(turns)}, so what is trained cannot be "
-            "told: put {% generation %} around every assistant message, or leave the markers out."
+    marks: list[tuple[int, int]] = []
+    if has_markers(tokenizer):
+        template = tokenizer.get_chat_template(tools=options.get("tools"))
+        variables = tokenizer.special_tokens_map | options
+        _, [found] = render_jinja_template(
+            [messages], chat_template=template, return_assistant_tokens_mask=True, **variables
         )
-    spans = []
-    for turn, start, end in zip(turns, edges[::2], edges[1::2], strict=True):
-        if turn >= trained_from:
-            _end_of_words(messages[turn]["content"], tokenizer.decode(ids[start:end]))
-            spans.append((start, max((t for t in range(start, end) if ids[t] in stop_ids), default=end)))
-    return ids, spans
-
-
-def _compared_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], trained_from: int, show: Callable[..., str]
-) -> tuple[list[int], Spans]:
-    """The same by rendering up to where each turn begins: what follows is the turn, from its first word to its last."""
-    text = show(messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    starts, ends = np.array(encoded["offset_mapping"], int).reshape(-1, 2).T
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant" and i >= trained_from:
-            start = _start(show, messages, i, text)
-            end = start + _end_of_words(message["content"], text[start:])
-            if not text[start:].lstrip().startswith(message["content"].strip()) and not has_prompt(tokenizer):
+        marks = [(start, end) for start, end in found if start < end]
+        if len(marks) != len(turns):
+            raise ValueError(
+                f"the chat template marks {len(marks)} assistant turns of {len(turns)}, so what is trained cannot be "
+                "told: put {% generation %} around every assistant message, or leave the markers out."
+            )
+    show = partial(render, tokenizer, more=options)
+    for i, turn in enumerate(turns):
+        if turn < trained_from:
+            continue
+        words = messages[turn]["content"]
+        if marks:
+            start, end = marks[i]
+            _end_of_words(words, text[start:end])
+            yield start, end
+        else:
+            start = _start(show, messages, turn, text)
+            yield start, start + _end_of_words(words, text[start:])
+            if not text[start:].lstrip().startswith(words.strip()) and not has_prompt(tokenizer):
                 raise ValueError(
                     "the chat template has neither {% generation %} markers nor a generation prompt, so the "
                     "assistant's words cannot be told from their heading: add one of them, or train all with "
                     "--assistant_only_loss false."
                 )
-            # the first token that touches the turn, and the first after its words
-            spans.append((int(np.searchsorted(ends, start, "right")), int(np.searchsorted(starts, end, "left"))))
-    return encoded["input_ids"], spans
 
 
 def _start(show: Callable[..., str], messages: list[dict[str, Any]], turn: int, text: str) -> int:

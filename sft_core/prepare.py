@@ -148,18 +148,15 @@ def open_output_dir(base: Base, config: TrainingConfig, **more: Any) -> tuple[di
         lambda: [rows and fingerprint(rows) for rows in (base.rows, base.test_rows)], patient=True
     )
     options = base.options | {"chat_template": base.tokenizer.chat_template, "test_data": test_data}
-    identity = (
-        {
-            "algorithm": base.algorithm,
-            "model": base.model.model_name_or_path,
-            "architecture": architecture(base.model_info),
-            "data": data,
-            "seed": config.seed,
-            "options": options,
-        }
-        | describe(base.model)
-        | more
-    )
+    identity = more | {
+        "algorithm": base.algorithm,
+        "model": base.model.model_name_or_path,
+        "architecture": architecture(base.model_info),
+        "data": data,
+        "seed": config.seed,
+        "options": options,
+        **describe(base.model),
+    }
     distributed.on_first_rank(lambda: distributed.lock_output_dir(config.output_dir))
     checkpoint = prepare_output_dir(
         config.output_dir, identity, config.overwrite_output_dir, config.resume_from_checkpoint
@@ -214,25 +211,19 @@ def prepare(argv: list[str]) -> Run:
     if base.test_rows is not None:
         test_examples = supervised_examples(base.test_rows, base.tokenizer, base.stop_ids, config)
         check_lengths(base.model_info, int(test_examples.lengths.max()))
+        rows_line += f"; {len(test_examples.lengths)} rows to evaluate on; {test_examples}"
     samples = None if isinstance(source, Streamed) else len(source.lengths)
     of_rows = {"examples": samples, "packing": config.packing, "row_lengths": source.digest}
     identity, checkpoint = open_output_dir(base, config, **of_rows, **what_is_trained(config))
     sequences_per_step = rows * base.world_size
     per_pass = source.sequences_per_pass if isinstance(source, Shuffled) else 0
     total_steps = config.total_steps(per_pass / sequences_per_step)
-    longest, parameters = (
-        source.longest or config.max_length,
-        count_parameters(base.model_info, model.trust_remote_code),
-    )
+    longest = source.longest or config.max_length
+    parameters = count_parameters(base.model_info, model.trust_remote_code)
     plan = Plan(base.model_info, model, config, parameters, base.world_size, rows, longest, base.dtype.itemsize)
     what = f"bins of at most {config.max_length} tokens" if config.packing else "rows"
-    summary = [
-        base.template,
-        rows_line
-        + (f"; {len(test_examples.lengths)} rows to evaluate on; {test_examples}" if test_examples is not None else ""),
-        f"{total_steps} steps of {sequences_per_step} {what}",
-        memory_plan(plan, base.device),
-    ]
+    steps_line = f"{total_steps} steps of {sequences_per_step} {what}"
+    summary = [base.template, rows_line, steps_line, memory_plan(plan, base.device)]
     return Run(
         **vars(base),
         config=config,
@@ -260,14 +251,13 @@ def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, s
     unused = check_columns(list(first_row(base.rows)), config)
     note = f"; columns not used: {', '.join(unused)}" if unused else ""
     if isinstance(base.rows, IterableDataset):
-        own = copy.deepcopy(base.tokenizer)  # it is used by a thread
-        encode = partial(encode_row, tokenizer=own, stop_ids=base.stop_ids, config=config)
+        tokenizer = copy.deepcopy(base.tokenizer)  # it is used by a thread
+        encode = partial(encode_row, tokenizer=tokenizer, stop_ids=base.stop_ids, config=config)
         for i, row in enumerate(base.rows.take(8)):
             encode(row, i)
         check_lengths(base.model_info, config.max_length)
-        return Streamed(
-            base.rows, encode, bin_size, config.seed, base.data.dataset_name
-        ), f"rows are streamed in the order of their files{note}"
+        source = Streamed(base.rows, encode, bin_size, config.seed, base.data.dataset_name)
+        return source, f"rows are streamed in the order of their files{note}"
     examples = supervised_examples(base.rows, base.tokenizer, base.stop_ids, config)
     check_lengths(base.model_info, int(examples.lengths.max()))
     shuffled = Shuffled(examples, bin_size, config.seed)

@@ -58,11 +58,6 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return None
 
 
-def opens_think(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template begins the assistant's answer with `<think>` by itself."""
-    return render(tokenizer, PROBE[:1], prompt=True).rstrip().endswith("<think>")
-
-
 def has_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template marks what the assistant says: {% generation %} ... {% endgeneration %}."""
     return re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)) is not None
@@ -114,7 +109,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
     if faults:
         return "\n".join(f"chat template: {fault}" for fault in faults)
     bos_text = f"one {tokenizer.bos_token}" if ids[:1] == [bos] else "no BOS"
-    think = "opened by the template" if opens_think(tokenizer) else "left to the model"
+    think = "opened by the template" if text.rstrip().endswith("<think>") else "left to the model"
     return (
         f"chat template: all is well ({bos_text}; turns end with {tokenizer.convert_ids_to_tokens(end)}, trained and a "
         f"stop token; <think> {think}; prompts survive a round trip)"

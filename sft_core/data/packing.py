@@ -132,8 +132,8 @@ class StepCounts:
 def step_counts(batches: list[PackedSequences], device: torch.device) -> StepCounts:
     """Counts over all ranks, in one collective."""
     numbers = [len(batches), sum(len(b.targets) for b in batches), sum(b.num_sequences for b in batches)]
-    own = torch.tensor(numbers, device=device)
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, own)
+    counts = torch.tensor(numbers, device=device)
+    parts = [torch.empty_like(counts) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, counts)
     every = torch.stack(parts)  # [ranks, 3]
     return StepCounts(max(1, int(every[:, 0].max())), int(every[:, 1].sum()), int(every[:, 2].sum()))

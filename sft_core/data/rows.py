@@ -33,13 +33,13 @@ def load_splits(
         ValueError: nothing is there, or no such split, or no rows to evaluate on; the message names the remedy.
     """
     if arguments.dataset_mixture is not None:
-        _warn_of_unused(arguments, "a mixture")
+        _warn_of_unused(arguments, "a mixture", "dataset_config", "dataset_train_split", "dataset_test_split")
         if streaming:
             raise ValueError("a mixture is shuffled whole and cannot be streamed: leave out --dataset_streaming.")
         return _mix(arguments.dataset_mixture, test)
     name, config, test_split = arguments.dataset_name, arguments.dataset_config, arguments.dataset_test_split
     if is_undivided(name):
-        _warn_of_unused(arguments, name)
+        _warn_of_unused(arguments, name, "dataset_config", "dataset_train_split")
     train = load_rows(name, config, arguments.dataset_train_split, streaming=streaming)
     if not test:
         return train, None
@@ -59,10 +59,9 @@ def is_undivided(name: str) -> bool:
     return path.suffix in FILES or (path / "state.json").exists()
 
 
-def _warn_of_unused(arguments: ScriptArguments, data: str) -> None:
-    options = {"dataset_config": arguments.dataset_config, "dataset_train_split": arguments.dataset_train_split}
-    for option, value in options.items():
-        if value not in (None, "train"):
+def _warn_of_unused(arguments: ScriptArguments, data: str, *options: str) -> None:
+    for option in options:
+        if (value := getattr(arguments, option)) not in (None, "train", "test"):  # the defaults
             logger.warning("--%s %s is not used: %s has no such parts.", option, value, data)
 
 

@@ -223,7 +223,7 @@ def plain_name(name: str) -> str | None:
 
 
 def merge(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A function that gives the whole tensor for a base parameter of `model`, float32 where an adapter adds to it.
+    """A function that gives the full tensor for a base parameter of `model`, float32 where an adapter adds to it.
 
     All ranks call it in step. A quantised parameter is dequantised.
     """
@@ -240,12 +240,12 @@ def merge(model: nn.Module) -> Callable[[Tensor], Tensor]:
         if layer is None:
             return base
         base = base.float()
-        whole = base + full(layer.get_delta_weight(ADAPTER)).to(base)  # type: ignore[operator]
+        total = base + full(layer.get_delta_weight(ADAPTER)).to(base)  # type: ignore[operator]
         if ADAPTER not in layer.lora_magnitude_vector:
-            return whole
+            return total
         # DoRA (arXiv:2402.09353), equation 5; peft's layers keep one magnitude an output.
         magnitude = full(layer.lora_magnitude_vector[ADAPTER].weight).to(base)  # type: ignore[index,union-attr]
-        return magnitude[:, None] * whole / whole.norm(dim=1, keepdim=True)
+        return magnitude[:, None] * total / total.norm(dim=1, keepdim=True)
 
     return merged
 
@@ -255,9 +255,9 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def write_adapter(model: Any, trained: dict[str, Tensor], folder: Any) -> None:
-    """adapter_config.json and adapter_model.safetensors, as peft writes them, from {name in `model`: whole tensor}.
+    """adapter_config.json and adapter_model.safetensors, as peft writes them, from {name in `model`: full tensor}.
 
-    peft is asked with an empty twin of `model`, which has neither shards nor wrappers in its names. A tied model's
+    peft is asked with an empty copy of `model`, which has neither shards nor wrappers in its names. A tied model's
     trained embedding is written as its head's too, since peft loads the two apart.
     """
     from peft import get_peft_model, get_peft_model_state_dict
@@ -270,8 +270,8 @@ def write_adapter(model: Any, trained: dict[str, Tensor], folder: Any) -> None:
         trained = trained | {two: trained[one].clone()}
         lora.modules_to_save = [*lora.modules_to_save, head]
     with torch.random.fork_rng(devices=[]), torch.device("meta"):  # a checkpoint's generators must not have moved
-        twin: Any = get_peft_model(empty_twin(base), copy.deepcopy(lora))
-    state = get_peft_model_state_dict(twin, state_dict=trained, save_embedding_layers=False)
+        empty: Any = get_peft_model(empty_copy(base), copy.deepcopy(lora))
+    state = get_peft_model_state_dict(empty, state_dict=trained, save_embedding_layers=False)
     assert len(state) == len(trained), "peft would not write every trained tensor"
     save_file(
         {name: tensor.contiguous() for name, tensor in state.items()},
@@ -290,10 +290,10 @@ def plain_config(base: Any) -> PretrainedConfig:
     return config
 
 
-def empty_twin(base: Any) -> Any:
+def empty_copy(base: Any) -> Any:
     """`base` without weights, adapters and quantisation, on the meta device."""
     with torch.device("meta"):
-        twin = type(base)(plain_config(base))
+        empty = type(base)(plain_config(base))
     if hasattr(base, "_weight_conversions"):  # how transformers turned the names of the files into the model's
-        twin._weight_conversions = base._weight_conversions
-    return twin
+        empty._weight_conversions = base._weight_conversions
+    return empty

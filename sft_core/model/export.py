@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from sft_core.model.adapters import (
     WRAPPERS,
-    empty_twin,
+    empty_copy,
     full,
     has_adapters,
     merge,
@@ -123,10 +123,10 @@ def _write(
     model: Any, state: dict[str, Tensor], tokenizer: Any, folder: Path, dtype: torch.dtype, stop_ids: Collection[int]
 ) -> None:
     config, generation = plain_config(model), copy.deepcopy(model.generation_config)
-    # An empty twin of the model writes the weights: it has no quantisation, whose format is another, and its own
+    # An empty copy of the model writes the weights: it has no quantisation, whose format is another, and its own
     # generation config. That of some published models contradicts itself, which save_pretrained refuses: not at the end
     # of a run. Both configurations are written again below.
-    empty_twin(model).save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    empty_copy(model).save_pretrained(folder, state_dict=state, max_shard_size="5GB")
 
     config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard renames the class
     config.dtype = dtype

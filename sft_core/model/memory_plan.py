@@ -15,7 +15,6 @@ as a document of full length and every token as scored: an upper bound.
 import itertools
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -93,6 +92,11 @@ class Plan:
         return math.ceil(shape(self.info).layers / c.gradient_checkpointing_every) if c.gradient_checkpointing else 0
 
     @property
+    def engine_weights(self) -> float:
+        """Bytes on a rank."""
+        return self.itemsize * self.parameters / self.engine_ranks
+
+    @property
     def trained(self) -> int:
         """Parameters that get a gradient."""
         if not self.model.use_peft:
@@ -135,18 +139,18 @@ def frozen(plan: Plan) -> float:
 
 def memory(plan: Plan, device_bytes: float = 0.0) -> dict[str, float]:
     """Bytes on a rank by part, at the fullest moment of a step; an engine's share is of `device_bytes`."""
-    s, item, trained, whole = shape(plan.info), plan.itemsize, plan.trained / plan.gpus, not plan.model.use_peft
+    s, item, trained = shape(plan.info), plan.itemsize, plan.trained / plan.gpus
+    full = not plan.model.use_peft  # full fine-tuning
     parts: dict[str, float] = {}
     if not plan.config.cpu_offload:
         parts = {"parameters": 4 * trained, "gradients": 4 * trained, "optimizer": 8 * trained}
-        parts["reference model" if whole else "frozen model"] = frozen(plan) / plan.gpus  # without adapters: reference
+        parts["reference model" if full else "frozen model"] = frozen(plan) / plan.gpus  # without adapters: reference
     parts["quantised weights"] = quantised(plan)
     engine: dict[str, float] = {}
     if plan.engine_share > 0 or plan.engine_kv_bytes >= 0:
-        weights = item * plan.parameters / plan.engine_ranks
-        share = max(0.0, plan.engine_share * device_bytes - weights)
+        share = max(0.0, plan.engine_share * device_bytes - plan.engine_weights)
         cache = share if plan.engine_share > 0 else plan.engine_kv_bytes
-        engine = {"engine weights": weights, "engine KV cache": cache}
+        engine = {"engine weights": plan.engine_weights, "engine KV cache": cache}
     parts |= {} if plan.engine_sleeps else engine
     # The root unit (embedding and head) stays gathered during a pass; two blocks are while the next is prefetched, and
     # on one GPU all of them from the forward to the backward pass, unless they are offloaded.
@@ -162,15 +166,15 @@ def memory(plan: Plan, device_bytes: float = 0.0) -> dict[str, float]:
         {  # the head's backward
             "activations": kept + plan.tokens * tail_per_token(s, item),
             "gathered units": item * (root + kept_blocks * block),
-            "logits workspace": head_workspace(s, plan.tokens, item, plan.device, whole),
+            "logits workspace": head_workspace(s, plan.tokens, item, plan.device, full),
         },
         {  # the last block's backward, with three gradients as wide as the MLP and a norm's three in float32
             "activations": kept,
             "gathered units": item * (root + max(2, kept_blocks) * block),
             "block workspace": recomputed + plan.tokens * (3 * item * s.ffn + 12 * s.hidden),
-            "gradients in flight": whole * ((item + 8) * block + item * s.vocab * s.hidden),
+            "gradients in flight": full * ((item + 8) * block + item * s.vocab * s.hidden),
         },
-        {"gathered units": item * root, "gradients in flight": whole * (item + 4) * root},  # the root's reduction
+        {"gathered units": item * root, "gradients in flight": full * (item + 4) * root},  # the root's reduction
         engine if plan.engine_sleeps else {},  # sampling
     ]
     fullest = max(moments, key=lambda moment: sum(moment.values()))
@@ -188,7 +192,8 @@ def host_memory(plan: Plan) -> float:
 
 def seconds(plan: Plan) -> dict[str, float]:
     """Seconds of an optimizer step by part, in bf16 on H100 SXM cards."""
-    s, whole, peak = shape(plan.info), not plan.model.use_peft, PEAK_FLOPS["H100"]
+    s, peak = shape(plan.info), PEAK_FLOPS["H100"]
+    full = not plan.model.use_peft  # full fine-tuning
     tokens, lengths = plan.rows * plan.longest, [plan.longest] * plan.rows
     again = plan.checkpointed / s.layers
     linear = 2 * tokens * block_weights(s) / (GEMM_EFFICIENCY * peak)  # a forward pass
@@ -197,23 +202,23 @@ def seconds(plan: Plan) -> dict[str, float]:
     traffic = tokens * s.layers * widths * (COMPILED_SHARE if plan.config.torch_compile else 1) / BANDWIDTH
     logits = 2 * tokens * s.vocab * s.hidden / (GEMM_EFFICIENCY * peak)
     parts = {
-        "matrix products of the blocks": linear * (2 + whole + again),  # a frozen weight has no gradient
+        "matrix products of the blocks": linear * (2 + full + again),  # a frozen weight has no gradient
         "attention": attention * (3 + again),
         "element-wise": traffic * (1 + FORWARD_SHARE * again),
-        "head": logits * (2 + whole) + tokens * s.vocab * HEAD_TRAFFIC / BANDWIDTH,
+        "head": logits * (2 + full) + tokens * s.vocab * HEAD_TRAFFIC / BANDWIDTH,
     }
     if plan.reference:
         head = logits + tokens * s.vocab * HEAD_FORWARD_TRAFFIC / BANDWIDTH
         parts["reference model"] = linear + attention + FORWARD_SHARE * traffic + head
-    moved = plan.itemsize * plan.parameters * whole + frozen(plan)  # gathered for the forward and for the backward
+    moved = plan.itemsize * plan.parameters * full + frozen(plan)  # gathered for the forward and for the backward
     link = (2 * moved + 4 * plan.trained) * (1 - 1 / plan.gpus) / (NVLINK if plan.gpus <= NODE else NETWORK)
     offloaded = plan.config.cpu_offload * (12 * plan.trained + 2 * frozen(plan)) / plan.gpus
     inputs = plan.checkpointed * plan.tokens * plan.itemsize * s.hidden  # to the host and back
     offloaded += plan.config.activation_offloading * 2 * inputs
     hidden = sum(parts.values())
     parts["communication not hidden"] = max(0.0, plan.micro_batches * max(link, offloaded / PCIE) - hidden)
-    own = OPTIMIZER_TRAFFIC * plan.trained / plan.gpus
-    parts["optimizer"] = own * min(plan.gpus, NODE) / HOST if plan.config.cpu_offload else own / BANDWIDTH
+    optimizer = OPTIMIZER_TRAFFIC * plan.trained / plan.gpus
+    parts["optimizer"] = optimizer * min(plan.gpus, NODE) / HOST if plan.config.cpu_offload else optimizer / BANDWIDTH
     return parts
 
 
@@ -222,49 +227,49 @@ def seconds(plan: Plan) -> dict[str, float]:
 
 def remedy(plan: Plan, room: float, device_bytes: float) -> str:
     """What to change so that `plan` takes at most `room` bytes a GPU: as few options as will do, the cheapest first."""
-    weights = plan.itemsize * plan.parameters / plan.engine_ranks
     if plan.engine_share > 0:
         trainer = sum(memory(replace(plan, engine_share=0.0, engine_kv_bytes=-1)).values())
         spare = math.floor(100 * (room - trainer) / device_bytes) / 100  # rounded down: what is said must fit
-        if spare * device_bytes > weights:
+        if spare * device_bytes > plan.engine_weights:
             return f"lower vllm_gpu_memory_utilization from {plan.engine_share:.2f} to at most {spare:.2f}"
 
-    def fits(p: Plan) -> bool:
-        return sum(memory(p, device_bytes).values()) <= room and host_memory(p) <= p.gpus * HOST_MEMORY
-
-    def option(**change: Any) -> Callable[[Plan], Plan]:
-        return lambda p: replace(p, config=replace(p.config, **change))
-
-    def adapters(**change: Any) -> Callable[[Plan], Plan]:
-        return lambda p: replace(p, model=replace(p.model, **change))
-
-    def cards(number: int) -> Callable[[Plan], Plan]:
-        return lambda p: replace(p, gpus=number)
-
     budgets = [plan.tokens >> n for n in range(1, 20) if plan.tokens >> n >= plan.longest]
-    every = option(gradient_checkpointing=True, gradient_checkpointing_every=1)
-    name = "gradient_checkpointing_every 1" if plan.config.gradient_checkpointing else "gradient_checkpointing true"
-    options = [(f"--{name}", every)] if plan.checkpointed < shape(plan.info).layers else []
-    options += [(f"--max_tokens_per_micro_batch {n}", option(max_tokens_per_micro_batch=n)) for n in budgets]
-    if plan.config.gradient_checkpointing:
-        options += [("--activation_offloading true", option(activation_offloading=True))]
-    else:
-        both = option(gradient_checkpointing=True, activation_offloading=True)
-        options += [("--gradient_checkpointing true --activation_offloading true", both)]
-    options += [("--cpu_offload true", option(cpu_offload=True))]
-    options += [(f"{plan.gpus * n} GPUs", cards(plan.gpus * n)) for n in (2, 3, 4, 6, 8, 16)]
-    options += [("--use_peft true", adapters(use_peft=True))]
-    options += [("--use_peft true --load_in_4bit true", adapters(use_peft=True, load_in_8bit=False, load_in_4bit=True))]
+    options: list[dict[str, Any]] = [
+        {"gradient_checkpointing": True, "gradient_checkpointing_every": 1},
+        *({"max_tokens_per_micro_batch": budget} for budget in budgets),
+        {"gradient_checkpointing": True, "activation_offloading": True},
+        {"cpu_offload": True},
+        *({"GPUs": plan.gpus * n} for n in (2, 3, 4, 6, 8, 16)),
+        {"use_peft": True},
+        {"use_peft": True, "load_in_8bit": False, "load_in_4bit": True},
+    ]
     for size in range(1, 4):
         for chosen in itertools.combinations(options, size):
             changed = plan
-            for _, change in chosen:
-                changed = change(changed)
-            if fits(changed):
-                host = host_memory(changed) / GIB
-                where = f" ({host:,.0f} GiB of host memory in all)" if host else ""
-                return f"use {' and '.join(text for text, _ in chosen)}{where}"
+            for option in chosen:
+                changed = change(changed, option)
+            host = host_memory(changed)
+            if sum(memory(changed, device_bytes).values()) <= room and host <= changed.gpus * HOST_MEMORY:
+                where = f" ({host / GIB:,.0f} GiB of host memory in all)" if host else ""
+                return f"use {' and '.join(describe_change(plan, option) for option in chosen)}{where}"
     return "choose a smaller model or shorter sequences, for no option of memory is enough"
+
+
+def change(plan: Plan, option: dict[str, Any]) -> Plan:
+    """`plan` with other values of options of the training or the model, or other `GPUs`."""
+    if "GPUs" in option:
+        return replace(plan, gpus=option["GPUs"])
+    if "use_peft" in option:
+        return replace(plan, model=replace(plan.model, **option))
+    return replace(plan, config=replace(plan.config, **option))
+
+
+def describe_change(plan: Plan, option: dict[str, Any]) -> str:
+    """What is to be said on the command line, where `plan` has another value."""
+    if "GPUs" in option:
+        return f"{option['GPUs']} GPUs"
+    present = vars(plan.config) | vars(plan.model)
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in option.items() if present[name] != value)
 
 
 def memory_plan(plan: Plan, device: torch.device) -> str:
@@ -289,7 +294,7 @@ def memory_plan(plan: Plan, device: torch.device) -> str:
 
 
 def check_engine(plan: Plan, device_bytes: float) -> None:
-    share, weights = plan.engine_share * device_bytes, plan.itemsize * plan.parameters / plan.engine_ranks
+    share, weights = plan.engine_share * device_bytes, plan.engine_weights
     require(
         not 0 < share < weights,
         f"The engine's share of {share / GIB:.1f} GiB cannot hold its weights, "

@@ -170,21 +170,18 @@ BLOCK = 10 << 20  # characters that `datasets` reads before it settles the types
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        (["21", 3], "row 2 of the data: `solution` is 3, read as 3, in a column that begins as str: write one type"),
-        ([21, "x"], "row 2 of the data: `solution` is 'x', read as 'x', in a column that begins as number"),
-        ([None, 21, None, 2.5, "21"], "row 5 of the data: `solution` is '21', read as 21,"),
-        (["3", ["3", "4"]], "row 2 of the data: `solution` is ['3', '4'],"),
-        ([1, True], "row 2 of the data: `solution` is True,"),
-        ([{"a": 1}, "1"], "row 2 of the data: `solution` is '1',"),
-        ([["1"], ["2", 3]], "row 1 of the data: `solution` is ['1'], read as [1],"),
-        ([{"a": "1"}, {"a": 2}], "row 1 of the data: `solution` is {'a': '1'}, read as {'a': 1},"),
-        (
-            ["2024-01-01", "2024-01-02"],
-            "row 1 of the data: `solution` is '2024-01-01', read as datetime.datetime(2024, 1",
-        ),
-        ([2**53 + 1, 0.5], "row 1 of the data: `solution` is 9007199254740993, read as 9007199254740992.0,"),
-        (["1", BLOCK, 3], "row 3 of the data: `solution` is 3, read as '3',"),
-        ([1, BLOCK, "3"], "row 3 of the data: `solution` is '3', read as 3,"),
+        (["21", 3], "row 2 of the data: `solution` is 3 in a column of several types, which begins as str: write one"),
+        ([21, "x"], "row 2 of the data: `solution` is 'x' in a column of several types, which begins as number"),
+        ([None, 21, None, 2.5, "21"], "row 5 of the data: `solution` is '21' in"),
+        (["3", ["3", "4"]], "row 2 of the data: `solution` is ['3', '4'] in"),
+        ([1, True], "row 2 of the data: `solution` is True in"),
+        ([{"a": 1}, "1"], "row 2 of the data: `solution` is '1' in"),
+        (["1", BLOCK, 3], "row 3 of the data: `solution` is 3 in"),
+        ([1, BLOCK, "3"], "row 3 of the data: `solution` is '3' in"),
+        ([["1"], ["2", 3]], None),
+        ([{"a": "1"}, {"a": 2}], None),
+        (["2024-01-01", "2024-01-02"], None),
+        ([2**53 + 1, 0.5], None),
         (["21", "x", "", None], None),
         ([21, 2, None], None),
         ([21, 2.5, 1e-05, 1e300], None),
@@ -208,15 +205,26 @@ def test_a_column_of_mixed_types_is_refused_where_a_reward_uses_it(own, tiny_mod
 
 
 def test_of_a_column_that_a_reward_does_not_ask_for_it_is_only_said(own, tiny_model, tmp_path, capsys):
-    """A date of creation, say, that a reward of TRL's form is given with all else."""
-    data = rows_file(tmp_path, ["2024-01-01", "2024-01-02"], column="created")
-    accept(options(tiny_model, data, tmp_path / "out", reward_funcs=["own:prints"]))
-    assert "warning: row 1 of the data: `created` is '2024-01-01', read as" in capsys.readouterr().out
+    """One that a reward of TRL's form is given with all else."""
+    data = rows_file(tmp_path, ["21", 3], column="created")
+    run = accept(options(tiny_model, data, tmp_path / "out", reward_funcs=["own:prints"]))
+    assert [prompt.columns["created"] for prompt in run.prompts] == ["21", 3]
+    assert "warning: row 2 of the data: `created` is 3 in a column of several" in capsys.readouterr().out
+
+
+def test_the_rows_of_a_mixture_keep_their_columns(own, tiny_model, tmp_path):
+    """They are no file's rows, whatever file --dataset_test_split names."""
+    data = rows_file(tmp_path, [str(i) for i in range(8)])
+    mixture = json.dumps({"datasets": [{"id": str(data)}], "test_split_size": 3})
+    argv = options(tiny_model, data, tmp_path / "out", dataset_mixture=mixture, do_eval="true", dataset_test_split=data)
+    run = accept([text for text in argv if not text.startswith("--dataset_name")])
+    for prompt in run.prompts + run.test_prompts:
+        assert f"Ben has {prompt.columns['solution']} stones." in prompt.messages[-1]["content"]
 
 
 def test_mixed_types_in_data_that_is_no_local_file_of_lines(own, tiny_model, tmp_path, capsys):
     """A folder, a list in .json, and a saved set, of which the written form is not known."""
-    said = "of the data: `solution` is 21, read as 21, in a column that begins as number"
+    said = "of the data: `solution` is 21 in a column of several types, which begins as number"
     for values in (["21", 3], [21, "x"]):
         (folder := tmp_path / f"folder{values[1]}").mkdir()
         rows_file(folder, values)
@@ -225,7 +233,7 @@ def test_mixed_types_in_data_that_is_no_local_file_of_lines(own, tiny_model, tmp
         for data in (folder, rows_file(tmp_path, values, "rows.json"), tmp_path / f"saved{values[1]}"):
             argv = options(tiny_model, data, tmp_path / "out", reward_funcs=["own:solution"])
             line = refusal(grpo_core.train.main, argv, capsys)
-            assert said in line or "row 2 of the data: `solution` is 'x', read as 'x', in a column" in line
+            assert said in line or "row 2 of the data: `solution` is 'x' in a column of several types" in line
 
 
 def test_a_saved_set_keeps_its_values_whatever_format_it_was_saved_in(own, tiny_model, tmp_path):

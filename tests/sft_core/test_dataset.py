@@ -324,3 +324,13 @@ def test_base_models_get_chatml(tokenizer):
     whole, learnt = trained(tokenizer, {"messages": MESSAGES[:2]})
     assert whole == "<|im_start|>user\nBen has 4<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
     assert learnt == "yes<|im_end|>"
+
+
+def test_marks_end_after_all_tokens_of_a_character(tokenizer):
+    """A character that is several tokens is trained to its end."""
+    messages = [MESSAGES[0], {"role": "assistant", "content": "yes 🙂"}]
+    inside = tokenizer.chat_template
+    outside = inside.replace("+ eos_token }}{% endgeneration %}", "}}{% endgeneration %}{{ eos_token }}")
+    for template in (inside, outside, PLAIN):
+        tokenizer.chat_template = template
+        assert trained(tokenizer, {"messages": messages})[1] == "yes 🙂<|end|>"
