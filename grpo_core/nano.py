@@ -153,7 +153,7 @@ def positions(attention_mask: Tensor) -> Tensor:  # [B, T] -> [B, T]
 
 @torch.no_grad()
 def sample(model: Any, prompts: list[list[int]], eos_id: int, max_length: int, temperature: float) -> list[Sample]:
-    """A completion of each prompt, from softmax(logits / temperature); temperature 0 takes the likeliest token.
+    """Complete each prompt up to EOS or max_length, from softmax(logits / temperature); temperature 0 is greedy.
 
     The first pass reads the prompts. Each later one reads only the newest token of every sequence, and takes the keys
     and values of the earlier ones from the cache. A sequence that has ended stays in the batch until all have, and what
