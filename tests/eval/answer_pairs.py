@@ -94,7 +94,7 @@ ANSWERS: dict[str, list[tuple[str, list[str], list[str]]]] = {
             r"2\text{ hours }45\text{ minutes}"]),
         (r"4\text{ billion}", ["4000000000", r"4\times10^9"], ["4", r"4\text{ million}"]),
         (r"25\text{ cm}^2", ["25", r"25\,\text{cm}^{2}", "25 cm^2", r"25\mathrm{~cm}^2", "25 cm²"], ["5", "25x^2"]),
-        ("60", [r"60^\circ", "60°", r"60\text{ degrees}", r"60^{\circ}", r"60\degree"], [r"60\pi", r"\frac{\pi}{3}",
+        ("60", [r"60^\circ", "60°", r"90^\circ-30^{\circ}", r"60^{\circ}", r"60\degree"], [r"60\pi", r"\frac{\pi}{3}",
             r"6^\circ"]),
         (r"\$32.50", ["32.5", r"\$32.50", r"32.50\text{ dollars}"], ["3250", "32"]),
         (r"12\%", ["12", "0.12", r"\frac{3}{25}", r"12\text{ percent}"], ["1.2", "1200"]),
