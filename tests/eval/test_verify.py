@@ -187,7 +187,7 @@ HOSTILE = [
     r"\boxed{x^{x^{x^{x^x}}}}",
     r"\boxed{1e999999999}",
     r"\boxed{\frac{1}{0}}",
-    r"\boxed{5\text{ km}^{999999999}}",
+    r"\boxed{6\text{ km}^{999999999}}",
     r"\boxed{0." + "3" * 200 + r"\overline{" + "3" * 200 + "}}",
     r"\boxed{" + "{" * 2000 + "1" + "}" * 2000 + "}",
     r"\boxed{" + "1+" * 50_000 + "1}",
