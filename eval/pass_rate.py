@@ -134,7 +134,6 @@ def scored(
     """Schema and tables of the rows with their verdicts; `counts` is filled on the way."""
     new: dict[str, Any] = {"generation": List(Value("string"))} if sampled else {}
     new |= {"correct": List(Value("bool")), "pass_rate": Value("float64")}
-
     if old := [name for name in new if name in rows.column_names]:
         print(f"columns of these names are replaced: {', '.join(old)}.", file=sys.stderr)
     kept = rows.remove_columns(old).with_format("arrow")
@@ -197,8 +196,8 @@ def report(config: PassRateConfig, counts: Counter[str]) -> None:
     numbers["mean_pass_rate"] = sum(rates) / max(1, len(rates))
     numbers["rows_in_filtered_set"] = pq.read_metadata(folder / "filtered.parquet").num_rows
     tenths = Counter(-1 if rate == 0 else math.floor(10 * rate + 1e-9) for rate in rates)
-    names = {-1: "0", 0: "0.0 to 0.1", 10: "1"} | {i: f"{i / 10} to {(i + 1) / 10}" for i in range(1, 10)}
-    histogram = {names[i]: tenths[i] for i in sorted(names)}
+    names = {-1: "0"} | {i: f"{i / 10} to {(i + 1) / 10}" for i in range(10)} | {10: "1"}
+    histogram = {name: tenths[i] for i, name in names.items()}
     options = {name: getattr(config, name) for name in ("pass_rate_min", "pass_rate_max", "dataset_name", "model")}
     write_atomically(folder / "report.json", json.dumps(options | numbers | {"histogram": histogram}, indent=1))
     most = max(1, *histogram.values())
