@@ -23,6 +23,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
 from typing import Any
@@ -112,45 +113,8 @@ def reasoning_steps_reward(completions: list, **kwargs: Any) -> list[float | Non
     return [min(1.0, len(_STEP.findall(text)) / 3) for text in _texts(completions, kwargs)]
 
 
-def cosine_scaled_reward(
-    completions: list,
-    solution: list,
-    *,
-    min_value_wrong: float,
-    max_value_wrong: float,
-    min_value_correct: float,
-    max_value_correct: float,
-    max_len: int,
-    tokens: bool,
-    completion_ids: list | None = None,
-    **kwargs: Any,
-) -> list[float | None]:
-    """What `get_cosine_scaled_reward` returns, its numbers not yet bound."""
-    from eval.verify import check_answer
-
-    if tokens and completion_ids is None:
-        raise ValueError("the cosine reward counts tokens: it needs completion_ids")
-    rewards: list[float | None] = []
-    for i, (completion, gold) in enumerate(zip(completions, solution, strict=True)):
-        text = completion[0]["content"]
-        score = check_answer(gold_text(gold), text)
-        length = len(completion_ids[i]) if tokens and completion_ids is not None else len(text)
-        cosine = math.cos(math.pi * min(1.0, length / max_len))
-        # (of no length, of max_len): a short right answer is worth most, a short wrong one least
-        short, long = (max_value_correct, min_value_correct) if score else (min_value_wrong, max_value_wrong)
-        rewards.append(None if score is None else long + 0.5 * (short - long) * (1.0 + cosine))
-    return rewards
-
-
-def get_cosine_scaled_reward(
-    min_value_wrong: float = -1.0,
-    max_value_wrong: float = -0.5,
-    min_value_correct: float = 0.5,
-    max_value_correct: float = 1.0,
-    max_len: int = 1000,
-    *,
-    tokens: bool = False,
-) -> RewardFunction:
+@dataclass(frozen=True)
+class CosineScaledReward:
     """Accuracy scaled by length along half a cosine (Yeo et al. 2025, Demystifying Long Chain-of-Thought Reasoning).
 
     A right answer falls from max_value_correct (no length) to min_value_correct (max_len and beyond), a wrong one goes
@@ -159,39 +123,65 @@ def get_cosine_scaled_reward(
     answer of twice that length is worth most again; it compares answer and gold in the wrong order; and its script's
     defaults for wrong answers (0, -0.5) contradict its documentation: they are the ones above in ours.
     """
-    if max_len < 1:
-        raise ValueError(f"cosine max_len {max_len} should be at least 1")
-    return _bind(
-        cosine_scaled_reward,
-        min_value_wrong=min_value_wrong,
-        max_value_wrong=max_value_wrong,
-        min_value_correct=min_value_correct,
-        max_value_correct=max_value_correct,
-        max_len=max_len,
-        tokens=tokens,
-    )
+
+    min_value_wrong: float = -1.0
+    max_value_wrong: float = -0.5
+    min_value_correct: float = 0.5
+    max_value_correct: float = 1.0
+    max_len: int = 1000
+    tokens: bool = field(default=False, kw_only=True)
+
+    __name__ = "cosine_scaled_reward"
+
+    def __post_init__(self) -> None:
+        if self.max_len < 1:
+            raise ValueError(f"cosine max_len {self.max_len} should be at least 1")
+
+    def __call__(
+        self, completions: list, solution: list, completion_ids: list | None = None, **kwargs: Any
+    ) -> list[float | None]:
+        from eval.verify import check_answer
+
+        if self.tokens and completion_ids is None:
+            raise ValueError("the cosine reward counts tokens: it needs completion_ids")
+        rewards: list[float | None] = []
+        for i, (completion, gold) in enumerate(zip(completions, solution, strict=True)):
+            text = completion[0]["content"]
+            score = check_answer(gold_text(gold), text)
+            length = len(completion_ids[i]) if self.tokens and completion_ids is not None else len(text)
+            cosine = math.cos(math.pi * min(1.0, length / self.max_len))
+            # (of no length, of max_len): a short right answer is worth most, a short wrong one least
+            short, long = self.min_value_wrong, self.max_value_wrong
+            if score:
+                short, long = self.max_value_correct, self.min_value_correct
+            rewards.append(None if score is None else long + 0.5 * (short - long) * (1.0 + cosine))
+        return rewards
 
 
-def repetition_penalty_reward(
-    completions: list, *, ngram_size: int, max_penalty: float, **kwargs: Any
-) -> list[float | None]:
+@dataclass(frozen=True)
+class RepetitionPenaltyReward:
     """max_penalty * (1 - distinct / all n-grams) over lower-case words; 0.0 for fewer than n words (as in open-r1,
-    after Yeo et al. 2025, Demystifying Long Chain-of-Thought Reasoning)."""
-    rewards: list[float | None] = []
-    for completion in completions:
-        words = completion[0]["content"].lower().split()
-        ngrams = list(zip(*(words[i:] for i in range(ngram_size)), strict=False))
-        rewards.append((1 - len(set(ngrams)) / len(ngrams)) * max_penalty if ngrams else 0.0)
-    return rewards
+    after Yeo et al. 2025, Demystifying Long Chain-of-Thought Reasoning). ValueError if max_penalty > 0 or
+    ngram_size < 1."""
 
+    ngram_size: int
+    max_penalty: float
 
-def get_repetition_penalty_reward(ngram_size: int, max_penalty: float) -> RewardFunction:
-    """`repetition_penalty_reward` with its two numbers bound. ValueError if max_penalty > 0 or ngram_size < 1."""
-    if max_penalty > 0:
-        raise ValueError(f"max_penalty {max_penalty} should not be positive: it is what full repetition costs")
-    if ngram_size < 1:
-        raise ValueError(f"ngram_size {ngram_size} should be at least 1")
-    return _bind(repetition_penalty_reward, ngram_size=ngram_size, max_penalty=max_penalty)
+    __name__ = "repetition_penalty_reward"
+
+    def __post_init__(self) -> None:
+        if self.max_penalty > 0:
+            raise ValueError(f"max_penalty {self.max_penalty} should not be positive: it is what full repetition costs")
+        if self.ngram_size < 1:
+            raise ValueError(f"ngram_size {self.ngram_size} should be at least 1")
+
+    def __call__(self, completions: list, **kwargs: Any) -> list[float | None]:
+        rewards: list[float | None] = []
+        for completion in completions:
+            words = completion[0]["content"].lower().split()
+            ngrams = list(zip(*(words[i:] for i in range(self.ngram_size)), strict=False))
+            rewards.append((1 - len(set(ngrams)) / len(ngrams)) * self.max_penalty if ngrams else 0.0)
+        return rewards
 
 
 def len_reward(
@@ -221,40 +211,41 @@ def len_reward(
 len_reward.batch = True  # type: ignore[attr-defined]
 
 
-def soft_overlong_punishment_reward(
-    completion_ids: list, *, max_completion_len: int, soft_punish_cache: int, **kwargs: Any
-) -> list[float | None]:
-    """What `get_soft_overlong_punishment` returns, its numbers not yet bound."""
-    rewards: list[float | None] = []
-    for ids in completion_ids:
-        over = len(ids) - (max_completion_len - soft_punish_cache)
-        rewards.append(-1.0 if len(ids) > max_completion_len else -over / soft_punish_cache if over > 0 else 0.0)
-    return rewards
-
-
-def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> RewardFunction:
+@dataclass(frozen=True)
+class SoftOverlongPunishment:
     """DAPO's penalty on length in tokens (arXiv:2503.14476, equation 13): 0.0 up to max_completion_len -
     soft_punish_cache, from there a straight line down to -1.0 at max_completion_len, and -1.0 beyond."""
-    if not 0 <= soft_punish_cache <= max_completion_len:
-        raise ValueError(f"soft_punish_cache {soft_punish_cache} should be between 0 and {max_completion_len=}")
-    return _bind(
-        soft_overlong_punishment_reward, max_completion_len=max_completion_len, soft_punish_cache=soft_punish_cache
-    )
+
+    max_completion_len: int
+    soft_punish_cache: int
+
+    __name__ = "soft_overlong_punishment_reward"
+
+    def __post_init__(self) -> None:
+        longest, cache = self.max_completion_len, self.soft_punish_cache
+        if not 0 <= cache <= longest:
+            raise ValueError(f"soft_punish_cache {cache} should be between 0 and max_completion_len={longest}")
+
+    def __call__(self, completion_ids: list, **kwargs: Any) -> list[float | None]:
+        longest, cache = self.max_completion_len, self.soft_punish_cache
+        rewards: list[float | None] = []
+        for ids in completion_ids:
+            over = len(ids) - (longest - cache)
+            rewards.append(-1.0 if len(ids) > longest else -over / cache if over > 0 else 0.0)
+        return rewards
 
 
-def _bind(function: RewardFunction, **numbers: float) -> RewardFunction:
-    """A partial, since a closure does not pickle, with the `__name__` that a partial lacks."""
-    bound = partial(function, **numbers)
-    bound.__name__ = function.__name__  # type: ignore[attr-defined]
-    return bound
-
+# open-r1's names of what makes them.
+get_cosine_scaled_reward = CosineScaledReward
+get_repetition_penalty_reward = RepetitionPenaltyReward
+get_soft_overlong_punishment = SoftOverlongPunishment
 
 # Name -> how to make it from the script's arguments; each reads only its own.
 REWARD_FUNCS_REGISTRY: dict[str, Callable[[Any], RewardFunction]] = {
     "accuracy": lambda args: accuracy_reward,
     "format": lambda args: format_reward,
     "reasoning_steps": lambda args: reasoning_steps_reward,
-    "cosine": lambda args: get_cosine_scaled_reward(
+    "cosine": lambda args: CosineScaledReward(
         args.cosine_min_value_wrong,
         args.cosine_max_value_wrong,
         args.cosine_min_value_correct,
@@ -262,14 +253,10 @@ REWARD_FUNCS_REGISTRY: dict[str, Callable[[Any], RewardFunction]] = {
         args.cosine_max_len,
         tokens=getattr(args, "cosine_in_tokens", False),  # open-r1's arguments do not have it
     ),
-    "repetition_penalty": lambda args: get_repetition_penalty_reward(
-        args.repetition_n_grams, args.repetition_max_penalty
-    ),
+    "repetition_penalty": lambda args: RepetitionPenaltyReward(args.repetition_n_grams, args.repetition_max_penalty),
     "tag_count": lambda args: tag_count_reward,
     "length": lambda args: len_reward,
-    "soft_overlong_punishment": lambda args: get_soft_overlong_punishment(
-        args.max_completion_len, args.soft_punish_cache
-    ),
+    "soft_overlong_punishment": lambda args: SoftOverlongPunishment(args.max_completion_len, args.soft_punish_cache),
 }
 _CODE_REWARDS = ("code", "binary_code", "ioi_code", "cf_code", "code_format")
 

@@ -18,6 +18,10 @@ gathered again before the backward, and the gradient is returned to autograd, wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -31,6 +35,8 @@ from kernels.rows import Stats, logits_gradient, softmax_stats
 CHUNKS_IN_BLOCK = {"cpu": 1, "cuda": 8}
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 3 * 2**29 // (4 + 2 * CHUNKS_IN_BLOCK["cuda"])}
 TILE = 128
+Rows: TypeAlias = Tensor | slice  # an index into [N]
+Gradients = Callable[[Stats, Rows, bool], Any]
 
 
 def linear_logprob(
@@ -81,13 +87,10 @@ def chunk_rows(vocab: int, device: str) -> int:
 def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chunks = LogitChunks(hidden, weight, chunk_size)
-    stats = Stats.empty(len(hidden), chunks.buffer)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for rows in row_slices(hidden.shape[0], chunk_size):
-            logits, scratch = chunks.logits(hidden[rows].to(chunks.operand), slice(0, chunk_size))
-            softmax_stats(logits, targets[rows], temperature, scratch, into=stats[rows])
-    return stats.logps, stats.entropies, stats.best_logps
+    sweep = HeadSweep(hidden, weight, targets, temperature, chunk_size)
+    for block in row_slices(hidden.shape[0], sweep.block):
+        sweep.immediate(block, False, lambda *_: None)
+    return sweep.logps, sweep.entropies, sweep.best_logps
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -104,56 +107,94 @@ class _LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logps, grad_entropies, _):
         hidden, weight, targets = ctx.saved_tensors
-        chunks = LogitChunks(hidden, weight, ctx.chunk_size, ctx.needs_input_grad[:2])
+        sweep = HeadSweep(hidden, weight, targets, ctx.temperature, ctx.chunk_size, ctx.needs_input_grad[:2])
         if grad_logps is None:  # only the entropies were used
-            grad_logps = torch.zeros_like(targets, dtype=chunks.dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for block in row_slices(hidden.shape[0], chunks.block):
-                states = hidden[block].to(chunks.operand)  # [B, D]
-                for part in row_slices(len(states), ctx.chunk_size):
-                    rows = subset(block, part)
-                    logits, out = chunks.logits(states[part], part)
-                    stats = softmax_stats(logits, targets[rows], ctx.temperature, out)
-                    logits_gradient(
-                        logits,
-                        stats,
-                        targets[rows],
-                        ctx.temperature,
-                        grad_logps[rows],
-                        None if grad_entropies is None else grad_entropies[rows],
-                        out=out,
-                    )
-                    del logits, out
-                chunks.products(block, states)
-        grad_hidden, grad_weight = chunks.gradients()
+            grad_logps = torch.zeros_like(targets, dtype=sweep.dtype)
+
+        def gradients(stats: Stats, rows: Rows, learns: bool) -> tuple[Tensor, Tensor | None]:
+            return grad_logps[rows], None if grad_entropies is None else grad_entropies[rows]
+
+        for block in row_slices(hidden.shape[0], sweep.block):
+            sweep.immediate(block, True, gradients)
+        grad_hidden, grad_weight = sweep.gradients()
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
-class LogitChunks:
-    """Logits of a chunk of rows at a time and their gradient of a block of chunks, in buffers that are used again; and
-    the gradients of hidden states and weight that come of them."""
+class HeadSweep:
+    """The head's logits, a chunk of rows at a time, and their gradient, a block of chunks at a time, in buffers that
+    are used again; what comes of them: statistics of each row, and the gradients of hidden states and weight.
+
+    A block is computed in one of two orders:
+
+        immediate   chunk by chunk: statistics, then the gradient of the logits
+        deferred    both at once, the gradient less a factor a row; the factors join the block's GEMMs. The logits are
+                    read once less. Not where entropies have gradients, which are no factor a row.
+
+    The caller's function says what to differentiate: called with statistics, the rows that they are of and whether
+    these learn, it gives the gradients by log-prob and by entropy (None where there is none).
+    """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, chunk_size: int, needed: tuple[bool, bool] = (False, False)
+        self,
+        hidden: Tensor,  # [N, D]
+        weight: Tensor,  # [V, D]
+        targets: Tensor,  # [N]
+        temperature: float,
+        chunk_size: int,
+        needed: tuple[bool, bool] = (False, False),  # the gradients of hidden states and weight
     ) -> None:
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         half = hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
-        # What the matrix products take: half precision only where the product can come out in float32.
+        # What the GEMMs take: half precision only where the product can come out in float32.
         self.operand = hidden.dtype if half else self.dtype
+        self.hidden, self.targets, self.temperature, self.chunk_size = hidden, targets, temperature, chunk_size
         self.head = weight.detach().to(self.operand)  # [V, D]
-        self.size, self.device = hidden.shape[0], hidden.device
+        size, self.device = hidden.shape[0], hidden.device
         self.block = chunk_size * CHUNKS_IN_BLOCK.get(self.device.type, 1)
-        # Rows begin where matrix products can read 16 bytes at once, whatever the vocabulary.
+        # Rows begin where GEMMs can read 16 bytes at once, whatever the vocabulary.
         vocab = weight.shape[0]
         wide = -(-vocab // 64) * 64 if hidden.is_cuda else vocab
-        options = {"device": self.device}
-        self.buffer = torch.empty(min(chunk_size, self.size), wide, dtype=self.dtype, **options)[:, :vocab]
+        empty = partial(torch.empty, device=self.device)
+        self.buffer = empty(min(chunk_size, size), wide, dtype=self.dtype)[:, :vocab]
         self.out: Tensor | None = None
         if any(needed) or not hidden.is_cuda:  # scratch memory too on a CPU
-            self.out = torch.empty(min(self.block, self.size), wide, dtype=self.operand, **options)[:, :vocab]
+            self.out = empty(min(self.block, size), wide, dtype=self.operand)[:, :vocab]
+        self.logps, self.entropies, self.best_logps = (empty(size, dtype=self.dtype) for _ in range(3))
         self.grad_hidden = torch.zeros_like(hidden) if needed[0] else None
         self.grad_weight = torch.empty_like(weight, dtype=self.dtype) if needed[1] else None
         self.empty = True  # grad_weight is not written yet
+
+    def immediate(self, rows: Rows, learns: bool, gradients: Gradients) -> None:
+        """A block of at most `self.block` rows; `gradients` is called with each chunk of it."""
+        states, targets = self.hidden[rows].to(self.operand), self.targets[rows]  # [B, D], [B]
+        stats = Stats.empty(len(targets), self.buffer)
+        with torch.autocast(self.device.type, enabled=False):
+            for part in row_slices(len(targets), self.chunk_size):
+                logits, out = self.logits(states[part], part)
+                chunk = softmax_stats(logits, targets[part], self.temperature, out, into=stats[part])
+                found = gradients(chunk, subset(rows, part), learns)
+                if learns:
+                    logits_gradient(logits, chunk, targets[part], self.temperature, *found, out=out)
+            if learns:
+                self.products(rows, states)
+        self.keep(rows, stats)
+
+    def deferred(self, rows: Rows, learns: bool, gradients: Gradients) -> None:
+        """The same; `gradients` is called once, with the block."""
+        states, targets = self.hidden[rows].to(self.operand), self.targets[rows]  # [B, D], [B]
+        stats = Stats.empty(len(targets), self.buffer)
+        with torch.autocast(self.device.type, enabled=False):
+            for part in row_slices(len(targets), self.chunk_size):
+                logits, out = self.logits(states[part], part)
+                unscaled = out if learns else None
+                softmax_stats(logits, targets[part], self.temperature, out, unscaled=unscaled, into=stats[part])
+            found = gradients(stats, rows, learns)
+            if learns:
+                self.products(rows, states, found[0] * stats.scales / -self.temperature)
+        self.keep(rows, stats)
+
+    def keep(self, rows: Rows, stats: Stats) -> None:
+        self.logps[rows], self.entropies[rows], self.best_logps[rows] = stats.logps, stats.entropies, stats.best_logps
 
     def logits(self, states: Tensor, part: slice) -> tuple[Tensor, Tensor | None]:
         """states @ head.T [C, V], and where in the block their gradient goes."""
@@ -164,7 +205,7 @@ class LogitChunks:
             torch.mm(states, self.head.T, out_dtype=logits.dtype, out=logits)
         return logits, None if self.out is None else self.out[part][: len(states)]
 
-    def products(self, rows: Tensor | slice, states: Tensor, factors: Tensor | None = None) -> None:
+    def products(self, rows: Rows, states: Tensor, factors: Tensor | None = None) -> None:
         """From the block's gradient, each row times its factor: that of hidden[rows], and its part of the weight's."""
         assert self.out is not None
         gradient = self.out[: len(states)]  # [B, V]
@@ -193,7 +234,7 @@ class LogitChunks:
         return self.grad_hidden, self.grad_weight
 
 
-def subset(rows: Tensor | slice, part: slice) -> Tensor | slice:
+def subset(rows: Rows, part: slice) -> Rows:
     """rows[part]."""
     return rows[part] if isinstance(rows, Tensor) else slice(rows.start + part.start, rows.start + part.stop)
 

@@ -42,7 +42,7 @@ def test_equals_the_reference(loss, chunk_size):
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """Gradients of the logits up to a factor a row, and products a block of chunks, in plain torch."""
-    monkeypatch.setattr(kernels.linear_loss, "can_be_deferred", lambda chunks, sweep: True)
+    monkeypatch.setattr(kernels.linear_loss, "can_be_deferred", lambda sweep: True)
     monkeypatch.setitem(kernels.linear_logprob.CHUNKS_IN_BLOCK, "cpu", 2)
 
 

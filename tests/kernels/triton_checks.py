@@ -69,7 +69,7 @@ def test_what_is_not_finite_shows():
 def test_heads_on_the_kernels(monkeypatch):
     """Chunks, blocks and factors of the CUDA path, with the kernels interpreted."""
     monkeypatch.setattr(rows, "_fused", lambda logits: True)
-    monkeypatch.setattr(kernels.linear_loss, "can_be_deferred", lambda chunks, sweep: True)
+    monkeypatch.setattr(kernels.linear_loss, "can_be_deferred", lambda sweep: True)
     monkeypatch.setitem(kernels.linear_logprob.CHUNKS_IN_BLOCK, "cpu", 2)
     rows_triton.BLOCK = 64
     hidden, weight, targets = inputs(rows=11, vocab=211, dtype=torch.float32)
