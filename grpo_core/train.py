@@ -192,9 +192,9 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         # 7 log, evaluate, save
         if training.due("logging"):
             metrics |= timing | {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
-            training.log.log(step, progress.rollout_metrics | metrics)
+            training.logger.log(step, progress.rollout_metrics | metrics)
             samples = from_different_groups(rollouts, config.num_completions_to_print if config.log_completions else 0)
-            training.log.log_completions(step, completion_rows(samples, run.reward_names, run.tokenizer))
+            training.logger.log_completions(step, completion_rows(samples, run.reward_names, run.tokenizer))
         training.end_step(save, evaluate)
     training.end(policy, save, evaluate)
     if training.complete and rank == 0 and progress.effective_groups == 0:

@@ -122,10 +122,10 @@ class TrainingRun(Generic[P]):
         """Open the log, and have signals stop the run after a step. Call it when the engine, which may set handlers of
         its own, is there."""
         run, step = self.run, self.progress.step
-        self.log = MetricsLogger(
+        self.logger = MetricsLogger(
             self.config.output_dir, self.config.report_to, step, run.options, self.console, run.total_steps
         )
-        self.kept.callback(self.log.close)
+        self.kept.callback(self.logger.close)
         self.callbacks = get_callbacks(self.config, run.model) if self.first else []
         self.stop = distributed.StopSignal()
         self.saved_at = step
@@ -147,10 +147,7 @@ class TrainingRun(Generic[P]):
 
     def due(self, what: Literal["logging", "save", "eval"]) -> bool:
         """Whether `what` is due after the step that was counted last; the same on every rank."""
-        step, total = self.progress.step, self.run.total_steps
-        if what == "logging" and (step == total or (step == 1 and self.config.logging_first_step)):
-            return self.config.logging_strategy != "no"
-        return self.config.due(what, step, total, self.run.steps_per_epoch)
+        return self.config.due(what, self.progress.step, self.run.total_steps, self.run.steps_per_epoch)
 
     def count_step(self, start: float, tokens: int, loss: float) -> Metrics:
         """Count an optimizer step that began at `start`; returns what both trainers log of every step."""
@@ -217,13 +214,13 @@ class TrainingRun(Generic[P]):
     def _log_evaluation(self, metrics: Metrics) -> None:
         progress = self.progress
         progress.eval_step, progress.eval_metrics = progress.step, metrics | {"epoch": self.epoch}
-        self.log.log(progress.step, progress.eval_metrics)
+        self.logger.log(progress.step, progress.eval_metrics)
 
     def _log_benchmarks(self) -> None:
         """Results of checkpoints' benchmarks that have come in, at their own step."""
         for callback in self.callbacks:
             for step, metrics in callback.finished():
-                self.log.log(step, metrics)
+                self.logger.log(step, metrics)
 
     def _push(self, checkpoint: Path) -> None:
         step = self.progress.step
@@ -290,7 +287,7 @@ class TrainingRun(Generic[P]):
             except FAILURES as error:  # the model is there all the same: its card and its push go on
                 self.failures.append(f"benchmarks of the final model: {error}")
             else:
-                self.log.log(progress.step, benchmarks)
+                self.logger.log(progress.step, benchmarks)
                 save_results(folder, "benchmarks", benchmarks)
         for callback in self.callbacks:
             self.failures += callback.close()

@@ -109,7 +109,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             metrics["tflops"] = flops / 1e12  # on each device
             if peak_rate is not None and not run.model.use_peft:  # adapters spare a part of those
                 metrics["mfu"] = flops / peak_rate
-            training.log.log(progress.step, metrics)
+            training.logger.log(progress.step, metrics)
         training.end_step(save, measure)
     training.end(policy, save, measure)
 

@@ -60,7 +60,7 @@ def no_weights(monkeypatch):
         ({"fp16": "true"}, "use --bf16 true"),
         ({"lr_scheduler_type": "sawtooth"}, "invalid choice: 'sawtooth'"),
         ({"lr_scheduler_kwargs": '{"min_lr": 1}'}, "mean nothing to linear"),
-        ({"report_to": ["mlflow"]}, "unknown report_to mlflow: choose from tensorboard, wandb, none"),
+        ({"report_to": ["mlflow"]}, "report-to: invalid choice: 'mlflow'"),
         ({"save_steps": 0}, "save_steps must be above 0"),
         ({"engine": "vllm", "vllm_tensor_parallel_size": 3}, "does not divide 1 ranks"),
         ({"rollouts_from": "./no/rollouts"}, "no folder of rollouts at ./no/rollouts"),

@@ -23,6 +23,7 @@ import torch
 from sft_core.run.config import ModelConfig, TrainingConfig
 from sft_core.run.hub import TRAINING_STATE, InOrder, PushToHub, Uploader, stage
 from sft_core.run.model_card import write_checkpoint_card
+from sft_core.run.output_dir import move_aside
 
 logger = logging.getLogger(__name__)
 
@@ -137,13 +138,8 @@ def run_benchmarks(model_folder: Path, config: TrainingConfig, output_dir: Path)
     Raises:
         RuntimeError: the process failed; with the end of what it wrote.
     """
-    old = [path for path in output_dir.glob("*") if not path.name.startswith("previous-")]
-    if old:  # eval.run goes on with samples that it finds, and these are of other weights
-        aside = output_dir / f"previous-{1 + len(list(output_dir.glob('previous-*')))}"
-        aside.mkdir()
-        for path in old:
-            path.rename(aside / path.name)
     output_dir.mkdir(parents=True, exist_ok=True)
+    move_aside(output_dir, "of other weights")  # eval.run would go on with their samples
     log = output_dir / "log.txt"
     ends_with_us = [sys.executable, "-m", "sft_core.run.child", str(os.getpid())]
     command = [*ends_with_us, "eval.run", *_flags(config, model_folder, output_dir)]

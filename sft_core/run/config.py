@@ -214,7 +214,9 @@ class TrainingConfig:
     log_level: Literal["debug", "info", "warning", "error", "critical", "passive"] = option(
         "passive", "Verbosity of this program, datasets and transformers; passive: as they are set."
     )
-    report_to: list[str] = option(["tensorboard"], "Any of tensorboard, wandb; or none.")
+    report_to: list[str] = option(
+        ["tensorboard"], "Any of tensorboard, wandb; or none.", choices=("tensorboard", "wandb", "none")
+    )
     run_name: str | None = option(None, "Name of the run in wandb.")
     wandb_entity: str | None = option(None, "wandb's team or user.")
     wandb_project: str | None = option(None, "wandb's project.")
@@ -297,9 +299,9 @@ class TrainingConfig:
 
     def due(self, what: Literal["logging", "save", "eval"], step: int, total: int, steps_per_epoch: float) -> bool:
         """Whether `what` is due after `step` of `total`: `<what>_strategy` and `<what>_steps` say so."""
-        strategy, every = getattr(self, f"{what}_strategy"), getattr(self, f"{what}_steps")
-        if what == "eval" and every is None:
-            every = self.logging_steps
+        strategy, every = getattr(self, f"{what}_strategy"), getattr(self, f"{what}_steps") or self.logging_steps
+        if what == "logging" and (step == total or (step == 1 and self.logging_first_step)):
+            return strategy != "no"
         if strategy == "epoch":
             done, before = (int(n / steps_per_epoch + 1e-9) for n in (step, step - 1))  # whole epochs
             return step == total or done > before

@@ -130,7 +130,7 @@ class MetricsLogger:
     def __init__(
         self,
         output_dir: str | Path,
-        report_to: str | Sequence[str] = "tensorboard",
+        report_to: Sequence[str] = ("tensorboard",),
         resume_step: int = 0,
         options: Mapping[str, Any] | None = None,
         console: Sequence[str] = (),
@@ -138,9 +138,9 @@ class MetricsLogger:
     ) -> None:
         """`console`: the metrics worth a console line, in order, those present; `options`: the run's, for the record.
 
-        Raises ValueError for an unknown `report_to`, or wandb without its package, on every rank.
+        Raises ValueError for wandb without its package, on every rank.
         """
-        destinations = check_report_to(report_to)
+        check_report_to(report_to)
         self.console, self.total_steps = console, total_steps
         self._files: dict[str, TextIO] = {}
         self._tensorboard: SummaryWriter | None = None
@@ -155,11 +155,11 @@ class MetricsLogger:
             self._files[name] = open(path, "a", encoding="utf-8")
         options = options or {}
         record = {key: str(value) for key, value in options.items()}
-        if "tensorboard" in destinations:
+        if "tensorboard" in report_to:
             self._tensorboard = SummaryWriter(folder / "runs", purge_step=resume_step + 1)
             rows = [f"| {key} | {value} |" for key, value in record.items()]
             self._tensorboard.add_text("config", "\n".join(["| option | value |", "| - | - |", *rows]), resume_step)
-        if "wandb" in destinations:
+        if "wandb" in report_to:
             import wandb
 
             identity = folder / "wandb_id"  # in the run's folder, so that a restart continues the same wandb run
@@ -221,16 +221,10 @@ class MetricsLogger:
             self._wandb.finish()
 
 
-def check_report_to(report_to: str | Sequence[str]) -> set[str]:
-    """The destinations in `report_to` (a name, a comma-separated string or a list); ValueError says what is wrong."""
-    names = report_to.split(",") if isinstance(report_to, str) else report_to
-    destinations = {name.strip() for name in names} - {"", "none"}
-    unknown = destinations - {"tensorboard", "wandb"}
-    if unknown:
-        raise ValueError(f"unknown report_to {', '.join(sorted(unknown))}: choose from tensorboard, wandb, none.")
-    if "wandb" in destinations and importlib.util.find_spec("wandb") is None:
+def check_report_to(report_to: Sequence[str]) -> None:
+    """Raise ValueError for wandb without its package."""
+    if "wandb" in report_to and importlib.util.find_spec("wandb") is None:
         raise ValueError("report_to wandb needs a package that is not here: pip install wandb, or take tensorboard.")
-    return destinations
 
 
 def cut_back(path: Path, step: int) -> None:

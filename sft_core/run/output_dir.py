@@ -147,6 +147,7 @@ def differences(recorded: dict[str, Any], identity: dict[str, Any]) -> str | Non
 
 
 def move_aside(folder: Path, why: str) -> None:
+    """Move what is in the folder into `previous-<n>`."""
     number = 1 + max((int(path.name.split("-")[1]) for path in folder.glob("previous-*")), default=0)
     aside = folder / f"previous-{number}"
     entries = [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("previous-")]
@@ -156,7 +157,7 @@ def move_aside(folder: Path, why: str) -> None:
     for entry in sorted(entries, key=lambda path: path.name == RUN):  # run.json last: until then it is another run
         os.rename(entry, aside / entry.name)
     flush_to_disk(folder)
-    print(f"moved the earlier run in {folder} to {aside} ({why})", flush=True)
+    print(f"moved what was in {folder} to {aside} ({why})", flush=True)
 
 
 # --- the checkpoints in it ---------------------------------------------------------------------------------------

@@ -120,14 +120,14 @@ def test_command_line_over_yaml_over_defaults(tmp_path, monkeypatch):
 
 
 def test_when_something_is_due():
-    """Steps, a share of all steps, and the ends of epochs of 2.5 steps (steps 3, 5, 8, 10)."""
+    """Steps, a share of all steps, and the ends of epochs of 2.5 steps (3, 5, 8, 10); the last one is always logged."""
     [config] = parse(
         (SFTConfig,), ["--output_dir=x", "--save_steps=0.25", "--eval_strategy=epoch", "--logging_steps=4"]
     )
     due = {
         what: [step for step in range(1, 11) if config.due(what, step, 10, 2.5)] for what in ("save", "eval", "logging")
     }
-    assert due == {"save": [3, 6, 9], "eval": [3, 5, 8, 10], "logging": [4, 8]}
+    assert due == {"save": [3, 6, 9], "eval": [3, 5, 8, 10], "logging": [4, 8, 10]}
     assert config.total_steps(12.3) == 13
 
 
