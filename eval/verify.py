@@ -198,32 +198,57 @@ def _is_too_big(value: Any) -> bool:
     )
 
 
+def _comparable(gold: Answer, answer: Answer) -> bool:
+    """Whether both are written as the same kind of thing: with the same brackets, as a ratio or not, in units of which
+    one converts to the other. Without a unit on one side, units are not compared."""
+    brackets = {match[0] for match in map(_BRACKET.match, (gold.text, answer.text)) if match}
+    are_sets = isinstance(gold.value, sympy.FiniteSet) and isinstance(answer.value, sympy.FiniteSet)
+    if len(brackets) > 1 and not are_sets:
+        return False
+    if (":" in gold.text) != (":" in answer.text):
+        return False
+    return 1 in (gold.unit, answer.unit) or (answer.unit / gold.unit).is_number
+
+
+def _said(text: str) -> str:
+    """The text without its markup, case and blanks, for answers that are no mathematics or too big to compute."""
+    plain = re.sub(r"\\text\{([^{}]*)\}|[$()]|\{(?=\w\})|(?<=\{\w)\}", r"\1", text)
+    return "".join(plain.lower().split())
+
+
+def _equal(gold: Answer, answer: Answer) -> bool:
+    """Whether two comparable answers say the same."""
+    is_text = isinstance(gold.value, str)
+    if is_text != isinstance(answer.value, str):
+        return False
+    if is_text or _is_too_big(gold.value) or _is_too_big(answer.value):
+        return _said(gold.text) == _said(answer.text)
+    ratio = answer.unit / gold.unit
+    if 1 not in (gold.unit, answer.unit):
+        ratios = [ratio]
+    elif PERCENT in (gold.unit, answer.unit):
+        ratios = [1, ratio]  # a share may be written without %
+    else:
+        ratios = [1]
+    try:
+        return (
+            any(_same(gold.value, answer.value if ratio == 1 else answer.value * ratio) for ratio in ratios)
+            or _is_rounded(gold.value, answer.value, answer.text)
+            or _is_rounded(answer.value, gold.value, gold.text)
+        )
+    except (NotImplementedError, TypeError, ValueError):  # sympy cannot solve or compare them
+        return False
+
+
 def check_answer(gold: str, completion: str) -> float | None:
     """1.0 if the completion's answer equals the gold one, 0.0 if it does not or there is none; None for a gold that
     cannot be parsed. May take for ever on hostile input: run it in a `WorkerPool`."""
     expected, given = parse_gold(gold), parse_answer(completion)
-    if not expected or not given:
-        return 0.0 if expected else None
-    values, units, texts = zip(expected, given, strict=True)
-    brackets = {match[0] for match in map(_BRACKET.match, texts) if match}
-    are_sets = all(isinstance(value, sympy.FiniteSet) for value in values)
-    if (len(brackets) > 1 and not are_sets) or (":" in texts[0]) != (":" in texts[1]):
+    if not expected:
+        return None
+    if not given:
         return 0.0
-    ratio = units[1] / units[0]
-    if 1 not in units and not ratio.is_number:
-        return 0.0
-    are_texts = [isinstance(value, str) for value in values]
-    if any(are_texts) or any(map(_is_too_big, values)):
-        said = [re.sub(r"\\text\{([^{}]*)\}|[$()]|\{(?=\w\})|(?<=\{\w)\}", r"\1", text).lower() for text in texts]
-        return float(are_texts[0] == are_texts[1] and "".join(said[0].split()) == "".join(said[1].split()))
-    # Without a unit on one side, units are not compared, but a share may be written without %.
-    ratios = [ratio] if 1 not in units else [1, ratio] if PERCENT in units else [1]
-    try:
-        if any(_same(values[0], values[1] if ratio == 1 else values[1] * ratio) for ratio in ratios):
-            return 1.0
-        return float(_is_rounded(values[0], values[1], texts[1]) or _is_rounded(values[1], values[0], texts[0]))
-    except (NotImplementedError, TypeError, ValueError):  # sympy cannot solve or compare them
-        return 0.0
+    return float(_comparable(expected, given) and _equal(expected, given))
 
 
 class AnswerMetric:
