@@ -38,6 +38,7 @@ _CHARACTERS = r"""
     ∈ => \\in␣
     。 => .
     、 => ,
+    \{:\} => :
     \\\$ => ¤
     (\d\.\d+)(?:\.{3}|…) => \1\\ldots␣
     ¢ => ␣cents
@@ -93,7 +94,8 @@ _UNITS = r"""
 # backslash before what is a function or a Greek letter, and the imaginary unit as I.
 _WORDS = r"""
     ^\(?([A-Z])[).:]\s+(?!and\b|or\b|\()\S.*$ => \1
-    ^(\d+)(?:\\!)?\s*:(?:\\!)?\s*(\d\d)\W*(?:\\text\W*)?(?:[AaPp]\W?[Mm]\W*)?$ => \1:\2
+    ^(\d+)(?:\\!)?\s*:(?:\\!)?\s*(\d\d)\W*(?:\\text\W*)?([AaPp])\W?[Mm]\W*$ => \1:\2\\text{␣\3m}
+    ^(\d+)(?:\\!)?\s*:(?:\\!)?\s*(\d\d)$ => \1:\2
     (?i)^(yes|no|true|false)\b[,.].*$ => \1
     ,?\s*\\text\{\s*(?:for␣(?:all|any|some)|where)\b[^\d]*$ =>
     [,(]\s*[kmn]\s*\\in\s*(?:\\mathbb\s*)?\{?Z\}?\s*\)?$ =>
@@ -170,6 +172,8 @@ _WORTH = """
     volt: V volt
     ampere: A amp ampere
     base: base
+    am: am Am
+    pm: pm Pm
 """
 _UNIT = {
     name: sympy.sympify(value)

@@ -51,9 +51,9 @@ _BRACES = r"\{(?:[^{}\\]|\\.)*+\}"
 for _ in range(9):  # ++ and *+ never go back, so that thousands of boxes that do not close cost linear time
     _BRACES = rf"\{{(?:[^{{}}\\]|\\.|{_BRACES})*+\}}"
 _BOX = re.compile(rf"\\(?:boxed|fbox)\s*+(?:{_BRACES}|(?<=\s)\w)", re.DOTALL)
-_AND = re.compile(r"(?:[,;$\s}]|\\(?:text|mbox)\s*\{|\\q?quad|\\[ ,;]|and|or)+")
+_AND = re.compile(r"(?:[,;$\s}]|\\(?:text|mbox)\s*\{|\\q?quad|\\[ ,;]|and|or|\b[a-z]\s*=)+")
 _ANCHOR = re.compile(
-    r"(?i:\banswer\b)[^.\n]{0,60}?(?:\b(?:is|(?:would|must|should|will) be)\b|[:=])[\s:]*"
+    r"(?i:\banswer\b|\bcorrect (?:option|choice)\b)[^.\n]{0,60}?(?:\b(?:is|(?:would|must|should|will) be)\b|[:=])[\s:]*"
     r"|(?im:^[#* ]{0,8}(?:final )?answer[*: ]{0,8}\n)[\s*]*|答案[是为：:\s]*"
 )
 _SENTENCE_END = r"(?<!\\)[.!?](?:\s|$)|\n"
@@ -211,9 +211,9 @@ def _comparable(gold: Answer, answer: Answer) -> bool:
 
 
 def _said(text: str) -> str:
-    """The text without its markup, case and blanks, for answers that are no mathematics or too big to compute."""
+    """The text without its markup, case, articles, plurals and blanks, for answers that are no mathematics or too big to compute."""
     plain = re.sub(r"\\text\{([^{}]*)\}|[$()]|\{(?=\w\})|(?<=\{\w)\}", r"\1", text)
-    return "".join(plain.lower().split())
+    return re.sub(r"\b(?:an?|the|solutions?)\b|s\b|\s", "", plain.lower())
 
 
 def _equal(gold: Answer, answer: Answer) -> bool:
@@ -227,7 +227,9 @@ def _equal(gold: Answer, answer: Answer) -> bool:
     if 1 not in (gold.unit, answer.unit):
         ratios = [ratio]
     elif PERCENT in (gold.unit, answer.unit):
-        ratios = [1, ratio]  # a share may be written without %
+        # 40 % may be written as 0.4, and where the percentage is asked for as 40; but 0.4 % is not 0.4
+        plain = answer.value if gold.unit == PERCENT else gold.value
+        ratios = [1, ratio] if plain.is_number and abs(plain) >= 1 else [ratio]
     else:
         ratios = [1]
     try:
