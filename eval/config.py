@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from gen.config import TextSampling, check_at_least
-from sft_core.run.config import option, require
+from gen.config import TextSampling
+from sft_core.run.config import check_options, option, require
 
 
 @dataclass(frozen=True)
@@ -15,24 +15,30 @@ class EvalConfig:
     model_revision: str = option("main", "Branch, tag or commit of a Hub model.")
     dataset: list[str] = option([], "Data of a task from elsewhere, as task=file or task=Hub id.")
     custom_tasks: str | None = option(None, "Python file with a TASKS_TABLE of your own tasks.")
-    num_samples: int = option(1, "Answers sampled to each problem; pass@1 is their mean.")
-    temperature: float = option(0.6, "Sampling temperature; 0 takes the most likely token.")
-    top_p: float = option(0.95, "Sample from the most likely tokens that reach this probability together.")
-    max_new_tokens: int | None = option(None, "Longest answer in tokens; without it what the task says (32768).")
+    num_samples: int = option(1, "Answers sampled to each problem; pass@1 is their mean.", ge=1)
+    temperature: float = option(0.6, "Sampling temperature; 0 takes the most likely token.", ge=0)
+    top_p: float = option(0.95, "Sample from the most likely tokens that reach this probability together.", gt=0, le=1)
+    max_new_tokens: int | None = option(None, "Longest answer in tokens; without it what the task says (32768).", ge=1)
     fit_context: bool = option(
         False, "Let answers end where the context does, if a prompt and the longest answer exceed it."
     )
     system_prompt: str | None = option(None, "System message before each problem.")
-    limit: int | None = option(None, "Only the first so many problems of each task.")
+    limit: int | None = option(None, "Only the first so many problems of each task.", ge=1)
     seed: int = option(0, "Seed of the sampling.")
     engine: str = option("vllm", "What samples: vllm or torch.")
     base_url: str | None = option(None, "OpenAI-compatible server that samples instead, as http://host:8000/v1.")
-    dtype: str = option("auto", "bfloat16, float16 or float32; auto: bfloat16 on a GPU, else float32.")
-    batch_size: int = option(512, "Answers sampled together; part of what makes a run repeat exactly.")
-    data_parallel_size: int | None = option(None, "Copies of the model side by side; without it, all GPUs are used.")
-    tensor_parallel_size: int = option(1, "GPUs that share one copy of the model.")
-    gpu_memory_utilization: float = option(0.8, "vLLM's share of the GPU's memory.")
-    check_timeout: float = option(10.0, "Seconds that checking one answer may take.")
+    dtype: str = option(
+        "auto",
+        "bfloat16, float16 or float32; auto: bfloat16 on a GPU, else float32.",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    batch_size: int = option(512, "Answers sampled together; part of what makes a run repeat exactly.", ge=1)
+    data_parallel_size: int | None = option(
+        None, "Copies of the model side by side; without it, all GPUs are used.", ge=1
+    )
+    tensor_parallel_size: int = option(1, "GPUs that share one copy of the model.", ge=1)
+    gpu_memory_utilization: float = option(0.8, "vLLM's share of the GPU's memory.", gt=0)
+    check_timeout: float = option(10.0, "Seconds that checking one answer may take.", gt=0)
     shard: str | None = option(None, "For internal use: the part i/n of the batches that this process does.")
 
     REQUIRED: ClassVar[tuple[str, ...]] = ("model", "tasks", "output_dir")
@@ -40,12 +46,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         for name in self.REQUIRED:
             require(getattr(self, name) != "", f"--{name} is required.")
-        check_at_least(self, 1, "limit", "batch_size", "tensor_parallel_size", "data_parallel_size")
-        for name in ("check_timeout", "gpu_memory_utilization"):
-            require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}.")
-        dtypes = ("auto", "bfloat16", "float16", "float32")
-        require(self.dtype in dtypes, f"dtype must be one of {', '.join(dtypes)}, got {self.dtype!r}.")
-        self.sampling(task_tokens=1)  # its values are checked when it is made
+        check_options(self)
+        self.sampling(task_tokens=1)  # it is checked when it is made
 
     def sampling(self, task_tokens: int) -> TextSampling:
         """`task_tokens`: longest answer as the task says."""
@@ -63,9 +65,9 @@ class PassRateConfig(EvalConfig):
     prompt_column: str = option("problem", "Column of the problems.", alias="dataset_prompt_column")
     solution_column: str = option("solution", "Column of the right answers.")
     generations_column: str | None = option(None, "Column of answers to check (a text or a list), instead of a model.")
-    num_samples: int = option(4, "Answers sampled to each problem.", alias="num_generations")
-    pass_rate_min: float = option(0.1, "The filtered set has the problems solved more often than this ...")
-    pass_rate_max: float = option(0.9, "... and less often than this.")
+    num_samples: int = option(4, "Answers sampled to each problem.", alias="num_generations", ge=1)
+    pass_rate_min: float = option(0.1, "The filtered set has the problems solved more often than this ...", ge=0)
+    pass_rate_max: float = option(0.9, "... and less often than this.", le=1)
     output_dataset_name: str | None = option(None, "Hub data set to push to: configurations gen, filt-<min>-<max>.")
     private: bool = option(False, "Push to a private one.")
 
@@ -79,7 +81,7 @@ class PassRateConfig(EvalConfig):
         one = bool(self.model) != bool(self.generations_column)
         require(one, "give either --model to sample answers, or --generations_column to check those that are there.")
         low, high = self.pass_rate_min, self.pass_rate_max
-        require(0 <= low < high <= 1, f"pass_rate_min ({low}) must be below pass_rate_max ({high}), both in [0, 1].")
+        require(low < high, f"pass_rate_min ({low}) must be below pass_rate_max ({high}).")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class DecontaminateConfig:
     dataset_config: str | None = option(None, "Configuration of a Hub data set (--config, as in open-r1).")
     split: str = option("train", "Its split.")
     problem_column: str = option("problem", "Column of the problems.")
-    ngram_size: int = option(8, "Words that a row must share with a problem, one after another.")
+    ngram_size: int = option(8, "Words that a row must share with a problem, one after another.", ge=1)
     tasks: str = option("aime24,aime25,math_500,gpqa:diamond", "Evaluation sets, with commas between, or all.")
     eval_dataset: list[str] = option([], "Rows of an evaluation set from elsewhere, as task=file or task=Hub id.")
     custom_tasks: str | None = option(None, "Python file with a TASKS_TABLE of your own tasks.")
@@ -100,7 +102,7 @@ class DecontaminateConfig:
     def __post_init__(self) -> None:
         for name in ("dataset", "output_dir"):
             require(getattr(self, name) != "", f"--{name} is required.")
-        check_at_least(self, 1, "ngram_size")
+        check_options(self)
 
 
 # What a sample does not depend on: may differ when a run is continued.

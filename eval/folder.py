@@ -85,6 +85,12 @@ def verdicts_by(config: EvalConfig, task: LightevalTaskConfig) -> str:
     return digest([type(metric).__qualname__, source, state, versions, config.check_timeout])
 
 
+def has_verdicts(path: Path, config: EvalConfig, task: LightevalTaskConfig) -> bool:
+    """Whether the file is there, with the verdicts that would be given today."""
+    wanted = verdicts_by(config, task).encode()
+    return path.exists() and (pq.read_schema(path).metadata or {}).get(b"verdicts") == wanted
+
+
 def checkers(config: EvalConfig) -> WorkerPool:
     return WorkerPool(min(8, os.cpu_count() or 1), timeout=config.check_timeout)
 
@@ -120,8 +126,7 @@ def refresh(config: EvalConfig, works: list[Work]) -> None:
                 print(f"{batch.path} is damaged: its problems are sampled again.", file=sys.stderr)
                 batch.path.unlink()
                 continue
-            verdicts = (pq.read_schema(batch.path).metadata or {}).get(b"verdicts")
-            if verdicts != verdicts_by(config, work.task).encode():
+            if not has_verdicts(batch.path, config, work.task):
                 stale.append((work, batch))
     if stale:
         print(f"{len(stale)} batches were checked in another way: their answers are checked again.", file=sys.stderr)

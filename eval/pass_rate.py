@@ -36,7 +36,7 @@ from datasets import Dataset, Features, List, Value
 
 from eval.config import PassRateConfig
 from eval.data import TEXT, TEXTS, load
-from eval.folder import MISSING, Sample, Work, fill, task_folder
+from eval.folder import MISSING, Sample, Work, fill, has_verdicts, task_folder
 from eval.report import read_rows
 from eval.run import run
 from eval.tasks import Doc, LightevalTaskConfig
@@ -124,7 +124,7 @@ def check_column(config: PassRateConfig, task: LightevalTaskConfig, rows: Datase
                 samples.append(Sample(doc, text, {"task": NAME, "problem": problem, "sample": i}))
         return samples
 
-    fill(config, [(work, batch) for batch in batches if not batch.path.exists()], samples_of)
+    fill(config, [(work, batch) for batch in batches if not has_verdicts(batch.path, config, task)], samples_of)
     return batches
 
 

@@ -13,8 +13,6 @@ import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kernels import tables
-
 OPTIMIZERS = (
     "adamw_torch",
     "adamw_torch_fused",
@@ -82,13 +80,13 @@ def require(condition: bool, message: str) -> None:
 def option_table(config_type: type, base: type | None = None) -> str:
     """README's table of a configuration: a row an option, without those that `base` has in the same form."""
     inherited = {f.name: (f.default, f.metadata["help"]) for f in dataclasses.fields(base)} if base else {}
-    rows = [tables.head("option", "default", "meaning")]
+    rows = ["| option | default | meaning |", "|---|---|---|"]
     for f in (f for f in dataclasses.fields(config_type) if f.init):
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         if inherited.get(f.name) == (f.default, f.metadata["help"]):
             continue
         shown = "required" if default == "" else " ".join(default) if isinstance(default, list) else default
-        rows.append(tables.line(f"`{f.name}`", shown, f.metadata["help"].replace("|", "/")))
+        rows.append(f"| `{f.name}` | {shown} | {f.metadata['help'].replace('|', '/')} |")
     return "\n".join(rows)
 
 

@@ -23,7 +23,7 @@ def rows_of(output: Path, name: str = "scored") -> list[dict]:
     return pq.read_table(output / f"{name}.parquet").to_pylist()
 
 
-def test_generations_that_are_there(tmp_path, capsys):
+def test_generations_that_are_there(tmp_path, capsys, monkeypatch):
     right, wrong = "so \\boxed{7}", "<think>\\boxed{7}</think> the answer is 8"
     cases = [  # gold, generations, correct, pass rate
         ("7", [right, right, wrong, wrong], [True, True, False, False], 0.5),
@@ -71,6 +71,10 @@ def test_generations_that_are_there(tmp_path, capsys):
     run(*argv, str(tmp_path / "out"), "--pass_rate_min", "0", "--pass_rate_max", "0.6")
     assert [row["id"] for row in rows_of(tmp_path / "out", "filtered")] == [0, 8]
     assert details.stat().st_mtime_ns == when
+    # another version of the checker does
+    monkeypatch.setattr("eval.folder.CHECKERS", ("math-verify",))
+    run(*argv, str(tmp_path / "out"))
+    assert details.stat().st_mtime_ns > when and rows_of(tmp_path / "out") == found
     # what this wrote can be scored again; its old verdicts are replaced
     run("--dataset", str(tmp_path / "out" / "filtered.parquet"), *argv[2:], str(tmp_path / "again"))
     assert rows_of(tmp_path / "again") == rows_of(tmp_path / "out", "filtered")

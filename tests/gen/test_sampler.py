@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 import gen.sampler
-from gen.config import TextSampling
+from gen.config import GenerateConfig, TextSampling
 from gen.engine.base import EngineConfig
 from gen.sampler import EngineSampler, ServerSampler
 
@@ -44,13 +44,16 @@ def test_weights_and_tokenizer_are_of_the_same_revision(tiny_model, monkeypatch)
 @pytest.mark.parametrize(
     ("wrong", "option"),
     [
-        ({"n": 0}, "--num_samples"),
-        ({"max_tokens": 0}, "--max_new_tokens"),
-        ({"temperature": -1}, "--temperature"),
-        ({"top_p": 0}, "--top_p"),
-        ({"temperature": 0}, "--num_samples"),
+        ({"num_generations": 0}, "num_generations"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"temperature": 0, "num_generations": 2}, "--num_samples"),
+        ({"timeout": 0}, "timeout"),
+        ({"retries": -1}, "retries"),
     ],
 )
-def test_what_cannot_be_sampled(wrong, option):
+def test_what_cannot_be_generated(wrong, option):
     with pytest.raises(ValueError, match=option):
-        TextSampling(**({"n": 2, "max_tokens": 8} | wrong))
+        GenerateConfig(**({"hf_dataset": "d", "model": "m"} | wrong))
