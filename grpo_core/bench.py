@@ -6,9 +6,9 @@
     torchrun --nproc_per_node 8 -m grpo_core.bench           # sharded over all GPUs, as in training; without a peer
 
 Random weights in the shapes of Qwen2.5 and groups of 8 random rows of 2,048 tokens (fewer where --tokens has no room)
-that fill the given number of tokens on every GPU in one micro-batch. Prompts are 16 tokens of a row: nearly all tokens
-reach the head, as TFLOP/s counts them. The old log-probs are the policy's own (one update a rollout), no group is
-without spread. `--peer` does the same step in the way of TRL 1.16's trainer: rows in a rectangle (there is nothing to
+that fill --tokens on every GPU in one micro-batch. Prompts are 16 tokens of a row: nearly all tokens
+reach the head, as TFLOP/s counts them. The old log-probs are the policy's own (one update a rollout), no group has
+equal rewards. `--peer` does the same step in the way of TRL 1.16's trainer: rows in a rectangle (there is nothing to
 pad here), its fused head, float32 weights under autocast, this project's objective.
 `--shape tiny` is for the CPU. Left out on purpose: sampling, scoring and the weights' way into the engine (`train.py`
 logs what they take); the 7B shape, whose float32 masters, gradients and moments take 16 bytes a parameter, 113 GiB.
@@ -56,7 +56,7 @@ def make_rollouts(tokens: int, vocab: int, seed: int) -> list[Sample]:
 
 
 def update_step(case: Case) -> Step:
-    """A step of `grpo_core.train` on given samples."""
+    """A step of `grpo_core.train` on samples."""
     updated, config, device = Updated(case), case.config, case.device
     if distributed.is_first_rank():
         units = sum(isinstance(module, FSDPModule) for module in updated.policy.modules())

@@ -41,7 +41,7 @@ class Objective:
 
     loss_type: str = "grpo"
     epsilon: float = 0.2
-    epsilon_high: float | None = None  # None: epsilon; "cispo", which has no other bound, must be given one
+    epsilon_high: float | None = None  # None: epsilon; "cispo", which has no other bound, needs one
     delta: float | None = None
     beta: float = 0.0
     importance_sampling_level: str = "token"
@@ -76,7 +76,7 @@ class Objective:
 
     @property
     def by_token(self) -> bool:
-        """Whether a token's loss is its own affair."""
+        """Whether each token has a ratio of its own, so that its loss depends on no other token."""
         return self.importance_sampling_level == "token"
 
 

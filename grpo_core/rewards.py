@@ -202,8 +202,8 @@ def len_reward(
     rewards: list[float | None] = []
     for i, length in enumerate(lengths):
         of_group = groups[0 if group_ids is None else group_ids[i]]
-        spread = max(of_group) - min(of_group)
-        value = 0.5 - (length - min(of_group)) / spread if spread else 0.0
+        shortest, longest = min(of_group), max(of_group)
+        value = 0.5 - (length - shortest) / (longest - shortest) if longest > shortest else 0.0
         rewards.append(None if right[i] is None else value if right[i] else min(0.0, value))
     return rewards
 

@@ -97,16 +97,16 @@ def load_prompts(
     for i, row in zip(indices, tqdm(rows, desc="prompts", disable=None, leave=False), strict=True):
         try:
             messages, more = prompt_of(row.pop(column), column), options_of(row)
-            own = with_system(messages, system, role)
-            ids = render_prompt(tokenizer, own, more)
-            if len(ids) > config.max_prompt_length and own != messages:
+            shown = with_system(messages, system, role)
+            ids = render_prompt(tokenizer, shown, more)
+            if len(ids) > config.max_prompt_length and shown != messages:
                 fit_without += len(render_prompt(tokenizer, messages, more)) <= config.max_prompt_length
         except ValueError as error:
             raise ValueError(f"row {i + 1} of the data: {error}") from error
         row.pop("messages", None)  # may hold the answer
         if len(ids) <= config.max_prompt_length:
             columns = {name: written[i].get(name) if written else value for name, value in row.items()}
-            prompts.append(Prompt(own, ids, columns))
+            prompts.append(Prompt(shown, ids, columns))
     if not prompts:
         raise ValueError(
             f"all {len(rows)} prompts are longer than max_prompt_length {config.max_prompt_length}: raise it"

@@ -129,9 +129,9 @@ def start_scoring(
     names = [reward_name(function) for function in functions]
     assert len(set(names)) == len(names), f"reward functions of the same name: {names}"
     arguments = [completion.arguments() for completion in completions]
-    given = list(arguments[0])
+    known = list(arguments[0])
     assert all(row.keys() == arguments[0].keys() for row in arguments), "completions with different columns"
-    wanted = [[name for name in given if name in accepted(function, given)] for function in functions]
+    wanted = [[name for name in known if name in accepted(function, known)] for function in functions]
 
     groups: dict[int, list[int]] = {}
     for row, completion in enumerate(completions):

@@ -141,9 +141,9 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             sync()
             # 2 sample and score: this rank's share of the rollout's prompts; a group is scored while others are sampled
             order = row_order(len(run.prompts), config.seed, progress.samples, run.prompts_per_rollout)
-            own = range(rank, run.prompts_per_rollout, world_size)
-            chosen = {group: run.prompts[order[group]] for group in own}
-            seeds = [sample_seed(config.seed, step, group) for group in chosen]
+            groups = range(rank, run.prompts_per_rollout, world_size)
+            chosen = {group: run.prompts[order[group]] for group in groups}
+            seeds = [sample_seed(config.seed, step, group) for group in groups]
             scorer = Scorer(chosen, run.reward_funcs, config, run.tokenizer, pool)
             with phases("sample"):
                 rollouts = sample_groups(engine, chosen, sampling, seeds, scorer.begin)

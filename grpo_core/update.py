@@ -73,7 +73,9 @@ def score(
         # Without KL and entropy bonus, a token without advantage has no gradient.
         active = None if config.beta or coef else batch.active
         losses = token_loss(tokens, objective, coef)
-        loss, logps, entropies, _ = policy(batch.sequences, config.temperature, losses, active, coef != 0)
+        loss, logps, entropies, _ = policy(
+            batch.sequences, config.temperature, losses, active=active, entropy_gradient=coef != 0
+        )
         return loss, logps, entropies
     logps, entropies, _ = policy(batch.sequences, config.temperature)
     loss = token_loss(tokens, objective)(logps, entropies, ALL).sum()

@@ -122,8 +122,8 @@ def packed_attention(
         )
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError("packed attention is causal, and this model's is not")
-    for name, given in kwargs.items():
-        if given is not None and given is not False:
+    for name, setting in kwargs.items():
+        if setting is not None and setting is not False:
             raise ValueError(f"packed attention has no {name}: use another attn_implementation for this model")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if query.is_cuda and flash_takes(query.dtype, query.shape[-1]) and value.shape[-1] == query.shape[-1]:

@@ -52,14 +52,13 @@ show = partial(print, flush=True)  # a bench that is cut off has shown what it h
 
 def machine(*packages: str) -> str:
     """The card, and the versions of those packages that are there."""
-    every = list(importlib.metadata.distributions())[::-1]  # of a name the first on the path counts
-    found = {d.metadata["Name"].replace("_", "-"): d.version for d in every}
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return ", ".join([card, *(f"{name} {found[name]}" for name in packages if name in found)])
+    found = {name: list(importlib.metadata.distributions(name=name)) for name in packages}  # the first counts
+    return ", ".join([card, *(f"{name} {versions[0].version}" for name, versions in found.items() if versions)])
 
 
 def failure(error: Exception) -> tuple[str, bool]:
-    """What a table shows in place of figures, and whether it should not have been (exit code 1)."""
+    """What a table shows in place of numbers, and whether it should not have been (exit code 1)."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of memory", False
     if isinstance(error, ModuleNotFoundError) and error.name in PEERS:
@@ -170,7 +169,7 @@ def repeats(run: Callable, case: Case) -> bool | None:
 def bench(
     shape: str, tokens: int, options: argparse.Namespace, device: torch.device, found: dict[str, Measured]
 ) -> None:
-    """Show the shape's table, and put its figures into `found`, line by line."""
+    """Show the shape's table, and put what was measured into `found`, line by line."""
     hidden, vocab = SHAPES[shape]
     columns = ("ms", "TFLOP/s", "x products", "GiB peak", "workspace", "log-prob", "dX", "dW", "repeats")
     show("\n" + tables.head(f"{shape}: T={tokens}, D={hidden}, V={vocab}", *columns))
@@ -244,7 +243,7 @@ def sweep(shape: str, tokens: int, rounds: int, device: torch.device) -> bool:
     of_the_code = head.chunk_rows(vocab, device.type), head.CHUNKS_IN_BLOCK[device.type]
     line(*of_the_code)
     fitting = [(rows, chunks) for rows in ROWS for chunks in CHUNKS if rows * (4 + 2 * chunks) * vocab <= WORKSPACE]
-    best = min(fitting, key=lambda shares: line(*shares))
+    best = min(fitting, key=lambda constants: line(*constants))
     for widths in WIDTHS if on_gpu else []:
         line(*best, **widths)
     line(*of_the_code)

@@ -30,7 +30,7 @@ def _sweep(logits, unscaled, target, base, vocab, scale, block: tl.constexpr):
     """
     best = tl.full((block,), -float("inf"), tl.float32)
     total = tl.full((block,), 0.0, tl.float32)
-    spread = tl.full((block,), 0.0, tl.float32)
+    moment = tl.full((block,), 0.0, tl.float32)
     lanes = tl.arange(0, block)
     following = tl.load(logits + lanes, mask=lanes < vocab, other=-float("inf"))
     for start in range(0, vocab, block):
@@ -41,10 +41,10 @@ def _sweep(logits, unscaled, target, base, vocab, scale, block: tl.constexpr):
         distance = tl.where(columns == target, -float("inf"), (z - base) * scale)
         weight = tl.exp2(distance)
         total += weight
-        spread += tl.where(weight > 0.0, distance * weight, 0.0)
+        moment += tl.where(weight > 0.0, distance * weight, 0.0)
         if unscaled is not None:
             tl.store(unscaled + columns, weight.to(unscaled.dtype.element_ty), mask=columns < vocab)
-    return tl.max(best, 0), tl.sum(total, 0), tl.sum(spread, 0)
+    return tl.max(best, 0), tl.sum(total, 0), tl.sum(moment, 0)
 
 
 @triton.jit
@@ -71,19 +71,19 @@ def _stats_kernel(
     target = tl.load(targets + row).to(tl.int32)
     at_target = tl.load(logits + target)
     base = at_target
-    best, others, spread = _sweep(logits, unscaled, target, base, vocab, scale, block)
+    best, others, moment = _sweep(logits, unscaled, target, base, vocab, scale, block)
     if (best - at_target) * scale > FAR:
         base = best
         tl.debug_barrier()  # what was written is written again, maybe by other threads
-        _, others, spread = _sweep(logits, unscaled, target, base, vocab, scale, block)
+        _, others, moment = _sweep(logits, unscaled, target, base, vocab, scale, block)
     distance = (at_target - base) * scale
     weight = tl.exp2(distance)
     total = others + weight
-    spread += tl.where(weight > 0.0, distance * weight, 0.0)
+    moment += tl.where(weight > 0.0, distance * weight, 0.0)
     log_total = tl.log2(total)
     logp = (distance - log_total) * LN2
     tl.store(logps + row, logp)
-    tl.store(entropies + row, (log_total - spread / total) * LN2)
+    tl.store(entropies + row, (log_total - moment / total) * LN2)
     # Equal bits where the target is the likeliest: the difference is taken before anything is rounded.
     tl.store(bests + row, tl.where(base == at_target, logp + (best - at_target) * scale * LN2, -log_total * LN2))
     tl.store(scales + row, 1.0 / total)

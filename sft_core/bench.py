@@ -73,7 +73,7 @@ class Case:
 
 
 Trainer = Callable[[Case], list[Phases]]  # makes itself; the phases of each timed step
-Step = Callable[[Any, "Clock"], None]  # of a trainer, on given data
+Step = Callable[[Any, "Clock"], None]  # of a trainer, on data
 
 
 @dataclass(frozen=True)

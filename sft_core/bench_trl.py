@@ -5,7 +5,6 @@ varlen kernel as this trainer has it, since flash-attn, which TRL would use, is 
 on_step_begin to on_step_end: the collation of its batch is not in it. Written for TRL 1.16.
 """
 
-import itertools
 import tempfile
 from typing import Any
 
@@ -47,10 +46,10 @@ def trl(case: Case) -> list[Phases]:
     rows = [ids for i in range(total) for ids in documents(case.tokens, case.info.vocab_size, seed=1 + i)]
     words = models.WordLevel({"<eos>": 0, "a": 1}, unk_token="a")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="<eos>")
-    transformers.AttentionInterface.register("by_positions", attention_by_positions)
+    transformers.AttentionInterface.register("by_lengths", attention_by_lengths)
     torch.manual_seed(0)
     with device:
-        model = AutoModelForCausalLM.from_config(case.info, attn_implementation="by_positions", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(case.info, attn_implementation="by_lengths", dtype=torch.float32)
     clock, on_gpu = Callback(device), device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         arguments = TRLConfig(
@@ -75,16 +74,15 @@ def trl(case: Case) -> list[Phases]:
     return clock.steps[WARM_UP:]
 
 
-def attention_by_positions(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, position_ids: Tensor, **more: Any
+def attention_by_lengths(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, cu_seq_lens_q: Tensor, **more: Any
 ) -> Any:
-    """Packed attention for a trainer that knows its documents by their positions alone; one layout a batch."""
-    if _layout[0] is not position_ids:
-        starts = [*(position_ids[0] == 0).nonzero()[:, 0].tolist(), position_ids.shape[1]]
-        _layout[:] = position_ids, packed_layout([b - a for a, b in itertools.pairwise(starts)], query.device)
+    """Packed attention where TRL gives the documents' cumulative lengths; one layout a batch."""
+    if _layout[0] is not cu_seq_lens_q:
+        _layout[:] = cu_seq_lens_q, packed_layout(cu_seq_lens_q.diff().tolist(), query.device)
     if torch.is_autocast_enabled(query.device.type):  # the rotation has left query and key in float32
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    return packed_attention(module, query, key, value, mask, packed=_layout[1], **more)
+    return packed_attention(module, query, key, value, mask, packed=_layout[1], scaling=more["scaling"])
 
 
-_layout: list[Any] = [None, None]  # the last position_ids and what they say
+_layout: list[Any] = [None, None]  # the last cu_seq_lens_q and what they say
