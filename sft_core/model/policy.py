@@ -30,7 +30,7 @@ from kernels.linear_logprob import linear_logprob
 from kernels.linear_loss import TokenLoss, linear_loss
 from sft_core.data.packing import PackedSequences, pack_sequences
 from sft_core.model.adapters import add_adapters, is_tied, quantization
-from sft_core.run.config import ModelConfig, require
+from sft_core.run.config import ModelConfig, TrainingConfig, require
 
 kernels.attention.register()
 # What its warnings are about, `load_whole` says in a sentence.
@@ -306,3 +306,9 @@ def compute_in_bf16(bf16: bool | None, dtype: str | None, device: torch.device) 
     if bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError("this GPU has no bfloat16: use --bf16 false (float32).")
     return device.type == "cuda" and torch.cuda.is_bf16_supported() if bf16 is None else bf16
+
+
+def planned_dtype(model: ModelConfig, config: TrainingConfig) -> torch.dtype:
+    """What a GPU would compute in, for a plan made without one."""
+    bf16 = model.dtype != "float32" if config.bf16 is None else config.bf16
+    return torch.bfloat16 if bf16 else torch.float32
