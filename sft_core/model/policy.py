@@ -170,17 +170,16 @@ def load_tokenizer(
         ValueError: there is no such model, or it is of a kind that is refused.
     """
     model_config, tokenizer = load_model_info(config), _from_files(AutoTokenizer, config)
-    if chat_template is not None:
-        tokenizer.chat_template = _template(chat_template)
+    if (
+        chat_template is not None and len(chat_template) < 1000 and "{" not in chat_template
+    ):  # no Jinja, which has braces
+        require(
+            Path(chat_template).is_file(),
+            f"chat_template {chat_template!r} is neither Jinja text nor a file: check --chat_template.",
+        )
+        chat_template = Path(chat_template).read_text(encoding="utf-8")
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
     return model_config, tokenizer
-
-
-def _template(text: str) -> str:
-    if len(text) < 1000 and "{" not in text:  # a Jinja template has braces
-        if not Path(text).is_file():
-            raise ValueError(f"chat_template {text!r} is neither Jinja text nor a file: check --chat_template.")
-        text = Path(text).read_text(encoding="utf-8")
-    return text
 
 
 def architecture(config: PretrainedConfig) -> str:
