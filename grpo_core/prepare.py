@@ -21,8 +21,8 @@ from grpo_core.rewards import get_reward_funcs, reward_name
 from grpo_core.rollout import GOLD_REWARDS, Prompt, Sample, Scorer, load_prompts, prompt_column
 from grpo_core.scoring import accepted, gold_answers, unparseable_golds
 from sft_core.data.rows import json_lines
-from sft_core.model.memory_plan import Plan, dry_run, memory_plan, planned_dtype
-from sft_core.model.policy import check_positions, count_parameters, local_copy
+from sft_core.model.memory_plan import Plan, dry_run, memory_plan
+from sft_core.model.policy import check_positions, count_parameters, local_copy, planned_dtype
 from sft_core.prepare import Base, check_model, open_output_dir, prepare_base
 from sft_core.run import distributed
 from sft_core.run.cli import parse

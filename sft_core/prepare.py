@@ -21,7 +21,7 @@ from sft_core.data.rows import fingerprint, first_row, load_splits
 from sft_core.dataset import Examples, check_columns, encode_row, needs_template, supervised_examples, what_is_trained
 from sft_core.model.adapters import check_adapters, describe
 from sft_core.model.architectures import check_architecture
-from sft_core.model.memory_plan import Plan, dry_run, memory_plan, planned_dtype
+from sft_core.model.memory_plan import Plan, dry_run, memory_plan
 from sft_core.model.optim import check_schedule
 from sft_core.model.parallel import check_compile
 from sft_core.model.policy import (
@@ -32,6 +32,7 @@ from sft_core.model.policy import (
     load_model_info,
     load_tokenizer,
     local_copy,
+    planned_dtype,
     stop_token_ids,
 )
 from sft_core.run import distributed

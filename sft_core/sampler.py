@@ -18,10 +18,8 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -101,7 +99,7 @@ class Shuffled:
         chosen = self.examples.rows[rows]
         return list(zip(chosen["input_ids"], chosen["loss_mask"], strict=True))
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {}  # what was cut or dropped is said before the run
 
     def state(self) -> dict[str, Any]:
@@ -109,15 +107,6 @@ class Shuffled:
 
     def resume(self, state: dict[str, Any]) -> None:
         self.taken = state["taken"]
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """A window that has been read and is being tokenised."""
-
-    rows: int
-    following: dict[str, Any]  # where the window after it begins
-    own: Future  # this rank's share, and what is wrong with it
 
 
 class Streamed:
@@ -136,11 +125,12 @@ class Streamed:
         name: str = "the data",
     ) -> None:
         self.rows, self.encode, self.bin_size, self.seed, self.name = rows, encode, bin_size, seed, name
-        self._start = rows.state_dict()  # of every pass
-        self._next = {"reader": self._start, "rows": 0, "outcomes": [0] * 4}  # where the next window begins
+        self._start = {"reader": rows.state_dict(), "rows": 0}  # of every pass
+        self._next = self._start | {"outcomes": [0] * 4}  # where the next window begins
         self._begin = self._next  # where this one began
         self._iterator: Iterator[dict] | None = None
-        self._ahead: Ahead | None = None  # the window that begins at `_next`
+        self._tokeniser = ThreadPoolExecutor(1)
+        self._ahead: tuple[Future, int, dict[str, Any]] | None = None  # see `_look_ahead`
         self._window: list[Example] = []
         self._sequences: list[list[int]] = []
         self.taken = 0  # sequences of this window
@@ -153,7 +143,7 @@ class Streamed:
         """Rows of all windows so far: kept, cut, too long, nothing to learn."""
         return self._next["outcomes"]
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """For the log: rows that were cut, and that were dropped, in all windows so far."""
         _, cut, too_long, nothing = self.outcomes
         return {"rows_cut": cut, "rows_dropped": too_long + nothing}
@@ -185,41 +175,37 @@ class Streamed:
         self.taken = state["taken"]
 
     def _fill(self) -> None:
-        ahead = self._ahead or self._look_ahead()
+        future, count, following = self._ahead or self._look_ahead()
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, ahead.own.result())
+        dist.all_gather_object(parts, future.result())
         if errors := [error for _, error in parts if error is not None]:
             raise ValueError(errors[0])
-        encoded = [parts[i % len(parts)][0][i // len(parts)] for i in range(ahead.rows)]
+        encoded = [parts[i % len(parts)][0][i // len(parts)] for i in range(count)]
         self._window = [(row["input_ids"], row["loss_mask"]) for row in encoded if row["outcome"] <= CUT]
         lengths = [len(ids) for ids, _ in self._window]
         self._sequences = sequences_of(lengths, self.bin_size, self.seed + self._next["rows"])
-        met = np.bincount([row["outcome"] for row in encoded], minlength=4)
+        outcomes = self.outcomes + np.bincount([row["outcome"] for row in encoded], minlength=4)
         self._begin, self.taken = self._next, 0
-        self._next = ahead.following | {"outcomes": (np.array(self._begin["outcomes"]) + met).tolist()}
+        self._next = following | {"outcomes": outcomes.tolist()}
         self._ahead = self._look_ahead()
 
-    def _look_ahead(self) -> Ahead:
-        """Read the window that begins at `_next`, and have this rank's share of it tokenised in the background."""
+    def _look_ahead(self) -> tuple[Future, int, dict[str, Any]]:
+        """Read the window that begins at `_next`; gives this rank's share of it, which is tokenised in the background,
+        the rows of all ranks' shares, and where the window after it begins."""
         shares = self._read(dist.get_world_size()) if dist.get_rank() == 0 else None
         share: list[Any] = [None]
         dist.scatter_object_list(share, shares, src=0)
-        own, rows, following = share[0]
-        future: Future = Future()
-        # A daemon: a run that is over does not wait for rows that it will not need.
-        Thread(target=self._encode_all, args=(own, future), daemon=True).start()
-        return Ahead(rows, following, future)
+        rows, count, following = share[0]
+        return self._tokeniser.submit(self._encode_all, rows), count, following
 
-    def _encode_all(self, rows: list[tuple[int, dict]] | str, done: Future) -> None:
+    def _encode_all(self, rows: list[tuple[int, dict]] | str) -> tuple[list[dict], str | None]:
         """`rows`: (number, row) each, or what is wrong with the data. All ranks have to leave in the same way."""
+        if isinstance(rows, str):
+            return [], rows
         try:
-            if isinstance(rows, str):
-                raise ValueError(rows)
-            done.set_result(([self.encode(row, number) for number, row in rows], None))
+            return [self.encode(row, number) for number, row in rows], None
         except ValueError as error:
-            done.set_result(([], str(error)))
-        except BaseException as error:
-            done.set_exception(error)
+            return [], str(error)
 
     def _read(self, ranks: int) -> list[tuple[list[tuple[int, dict]] | str, int, dict[str, Any]]]:
         """On the first rank: for each rank its share of a window, the window's rows, and where the next one begins."""
@@ -240,7 +226,7 @@ class Streamed:
         except (DatasetGenerationError, ValueError) as error:
             cause = damaged_line(Path(self.name)) or f"after row {number + len(window)}: {' '.join(str(error).split())}"
             return [(f"{self.name} cannot be read: {cause}.", 0, {})] * ranks
-        following = {"reader": self._start, "rows": 0}
+        following = self._start
         if self._iterator is not None:
             following = {"reader": copy.deepcopy(self.rows.state_dict()), "rows": number + len(window)}
         return [(window[rank::ranks], len(window), following) for rank in range(ranks)]

@@ -104,7 +104,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         # 5 log, evaluate, save
         if training.due("logging"):
             flops = training_flops(run.model_info, lengths) / timing["step_time"] / run.world_size
-            metrics |= timing | run.source.figures()
+            metrics |= timing | run.source.metrics()
             metrics |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
             metrics["tflops"] = flops / 1e12  # on each device
             if peak_rate is not None and not run.model.use_peft:  # adapters spare a part of those

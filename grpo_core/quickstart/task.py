@@ -56,11 +56,6 @@ class Problem:
     def answer(self) -> int:
         return self.a + self.b if self.operation == "+" else self.a - self.b
 
-    @property
-    def key(self) -> tuple[str, int, int]:
-        """What two splits must not share; an addition and its mirror image have one key."""
-        return (self.operation, min(self.a, self.b), max(self.a, self.b))
-
 
 def write_problem(rng: random.Random, operation: str, a: int, b: int) -> Problem:
     name, other = rng.sample(NAMES, 2)
@@ -102,8 +97,8 @@ def make_splits(seed: int, sizes: dict[str, int]) -> dict[str, list[Problem]]:
     splits = {}
     for split, size in sizes.items():
         taken, keys = keys[:size], keys[size:]
-        turned = [(op, *((b, a) if op == "+" and rng.random() < 0.5 else (a, b))) for op, a, b in taken]
-        splits[split] = [write_problem(rng, op, a, b) for op, a, b in turned]
+        turned = [(op, b, a) if op == "+" and rng.random() < 0.5 else (op, a, b) for op, a, b in taken]
+        splits[split] = [write_problem(rng, *key) for key in turned]
     return splits
 
 

@@ -303,12 +303,6 @@ def check_engine(plan: Plan, device_bytes: float) -> None:
     )
 
 
-def planned_dtype(model: ModelConfig, config: TrainingConfig) -> torch.dtype:
-    """What a GPU would compute in."""
-    bf16 = model.dtype != "float32" if config.bf16 is None else config.bf16
-    return torch.bfloat16 if bf16 else torch.float32
-
-
 def dry_run(plan: Plan) -> NoReturn:
     """Print what a step takes on `dry_run_gpus` cards and end with exit code 0.
 

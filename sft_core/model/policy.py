@@ -30,7 +30,7 @@ from kernels.linear_logprob import linear_logprob
 from kernels.linear_loss import TokenLoss, linear_loss
 from sft_core.data.packing import PackedSequences, pack_sequences
 from sft_core.model.adapters import add_adapters, is_tied, quantization
-from sft_core.run.config import ModelConfig, require
+from sft_core.run.config import ModelConfig, TrainingConfig, require
 
 kernels.attention.register()
 # What its warnings are about, `load_whole` says in a sentence.
@@ -170,17 +170,16 @@ def load_tokenizer(
         ValueError: there is no such model, or it is of a kind that is refused.
     """
     model_config, tokenizer = load_model_info(config), _from_files(AutoTokenizer, config)
-    if chat_template is not None:
-        tokenizer.chat_template = _template(chat_template)
+    if (
+        chat_template is not None and len(chat_template) < 1000 and "{" not in chat_template
+    ):  # no Jinja, which has braces
+        require(
+            Path(chat_template).is_file(),
+            f"chat_template {chat_template!r} is neither Jinja text nor a file: check --chat_template.",
+        )
+        chat_template = Path(chat_template).read_text(encoding="utf-8")
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
     return model_config, tokenizer
-
-
-def _template(text: str) -> str:
-    if len(text) < 1000 and "{" not in text:  # a Jinja template has braces
-        if not Path(text).is_file():
-            raise ValueError(f"chat_template {text!r} is neither Jinja text nor a file: check --chat_template.")
-        text = Path(text).read_text(encoding="utf-8")
-    return text
 
 
 def architecture(config: PretrainedConfig) -> str:
@@ -306,3 +305,9 @@ def compute_in_bf16(bf16: bool | None, dtype: str | None, device: torch.device) 
     if bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError("this GPU has no bfloat16: use --bf16 false (float32).")
     return device.type == "cuda" and torch.cuda.is_bf16_supported() if bf16 is None else bf16
+
+
+def planned_dtype(model: ModelConfig, config: TrainingConfig) -> torch.dtype:
+    """What a GPU would compute in, for a plan made without one."""
+    bf16 = model.dtype != "float32" if config.bf16 is None else config.bf16
+    return torch.bfloat16 if bf16 else torch.float32

@@ -80,7 +80,7 @@ def streamed(path, bin_size, start, count):
     resumed = stream(path, 16, bin_size)
     resumed.resume(json.loads(state))
     again = names(resumed.take(count))
-    assert resumed.outcomes == source.outcomes and source.figures()["rows_dropped"] == source.outcomes[3] > 0
+    assert resumed.outcomes == source.outcomes and source.metrics()["rows_dropped"] == source.outcomes[3] > 0
     distributed.shutdown()
     return np.array([whole, again])
 
