@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from gen.config import TextSampling, check_at_least
-from sft_core.run.config import option, require
+from gen.config import TextSampling
+from sft_core.run.config import check_options, option, require
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,22 @@ class EvalConfig:
         False, "Let answers end where the context does, if a prompt and the longest answer exceed it."
     )
     system_prompt: str | None = option(None, "System message before each problem.")
-    limit: int | None = option(None, "Only the first so many problems of each task.")
+    limit: int | None = option(None, "Only the first so many problems of each task.", ge=1)
     seed: int = option(0, "Seed of the sampling.")
     engine: str = option("vllm", "What samples: vllm or torch.")
     base_url: str | None = option(None, "OpenAI-compatible server that samples instead, as http://host:8000/v1.")
-    dtype: str = option("auto", "bfloat16, float16 or float32; auto: bfloat16 on a GPU, else float32.")
-    batch_size: int = option(512, "Answers sampled together; part of what makes a run repeat exactly.")
-    data_parallel_size: int | None = option(None, "Copies of the model side by side; without it, all GPUs are used.")
-    tensor_parallel_size: int = option(1, "GPUs that share one copy of the model.")
-    gpu_memory_utilization: float = option(0.8, "vLLM's share of the GPU's memory.")
-    check_timeout: float = option(10.0, "Seconds that checking one answer may take.")
+    dtype: str = option(
+        "auto",
+        "bfloat16, float16 or float32; auto: bfloat16 on a GPU, else float32.",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    batch_size: int = option(512, "Answers sampled together; part of what makes a run repeat exactly.", ge=1)
+    data_parallel_size: int | None = option(
+        None, "Copies of the model side by side; without it, all GPUs are used.", ge=1
+    )
+    tensor_parallel_size: int = option(1, "GPUs that share one copy of the model.", ge=1)
+    gpu_memory_utilization: float = option(0.8, "vLLM's share of the GPU's memory.", gt=0)
+    check_timeout: float = option(10.0, "Seconds that checking one answer may take.", gt=0)
     shard: str | None = option(None, "For internal use: the part i/n of the batches that this process does.")
 
     REQUIRED: ClassVar[tuple[str, ...]] = ("model", "tasks", "output_dir")
@@ -40,11 +46,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         for name in self.REQUIRED:
             require(getattr(self, name) != "", f"--{name} is required.")
-        check_at_least(self, 1, "limit", "batch_size", "tensor_parallel_size", "data_parallel_size")
-        for name in ("check_timeout", "gpu_memory_utilization"):
-            require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}.")
-        dtypes = ("auto", "bfloat16", "float16", "float32")
-        require(self.dtype in dtypes, f"dtype must be one of {', '.join(dtypes)}, got {self.dtype!r}.")
+        check_options(self)
         self.sampling(task_tokens=1)  # its values are checked when it is made
 
     def sampling(self, task_tokens: int) -> TextSampling:
@@ -88,7 +90,7 @@ class DecontaminateConfig:
     dataset_config: str | None = option(None, "Configuration of a Hub data set (--config, as in open-r1).")
     split: str = option("train", "Its split.")
     problem_column: str = option("problem", "Column of the problems.")
-    ngram_size: int = option(8, "Words that a row must share with a problem, one after another.")
+    ngram_size: int = option(8, "Words that a row must share with a problem, one after another.", ge=1)
     tasks: str = option("aime24,aime25,math_500,gpqa:diamond", "Evaluation sets, with commas between, or all.")
     eval_dataset: list[str] = option([], "Rows of an evaluation set from elsewhere, as task=file or task=Hub id.")
     custom_tasks: str | None = option(None, "Python file with a TASKS_TABLE of your own tasks.")
@@ -100,7 +102,7 @@ class DecontaminateConfig:
     def __post_init__(self) -> None:
         for name in ("dataset", "output_dir"):
             require(getattr(self, name) != "", f"--{name} is required.")
-        check_at_least(self, 1, "ngram_size")
+        check_options(self)
 
 
 # What a sample does not depend on: may differ when a run is continued.

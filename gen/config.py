@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sft_core.run.config import option, require
+from sft_core.run.config import check_options, option, require
 
 # What a generation depends on, besides the rows and the model's weights: may not differ when a run is continued.
 IDENTITY = (
@@ -74,19 +74,21 @@ class GenerateConfig:
     seed: int | None = option(
         None, "Sample i of prompt p gets seed * 1000003 + p * num_generations + i; default: none."
     )
-    limit: int | None = option(None, "Only the first so many rows.")
+    limit: int | None = option(None, "Only the first so many rows.", ge=1)
     output_dir: str | None = option(
         None, "Folder for what is generated; the same command goes on there. Default: data/generated/ and a hash."
     )
     hf_output_dataset: str | None = option(None, "Hub data set to push to at the end.")
     private: bool = option(False, "Make it private where it is new.")
-    input_batch_size: int = option(64, "Prompts to a file.")
-    client_replicas: int = option(1, "Multiplies the requests in flight; with --executor ray, its workers.")
+    input_batch_size: int = option(64, "Prompts to a file.", ge=1)
+    client_replicas: int = option(1, "Multiplies the requests in flight; with --executor ray, its workers.", ge=1)
     max_concurrent: int | None = option(
-        None, "Requests in flight, all servers together; default: client_replicas x input_batch_size x num_generations."
+        None,
+        "Requests in flight, all servers together; default: client_replicas x input_batch_size x num_generations.",
+        ge=1,
     )
-    timeout: float = option(600, "Seconds that one request may take, and that no server may be usable.")
-    retries: int = option(0, "Times a request is sent again that failed while its server is well.")
+    timeout: float = option(600, "Seconds that one request may take, and that no server may be usable.", gt=0)
+    retries: int = option(0, "Times a request is sent again that failed while its server is well.", ge=0)
     engine: Literal["server", "vllm", "torch"] = option(
         "server", "What samples: a server, or in this process (one a GPU) vLLM or plain torch."
     )
@@ -96,9 +98,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         require(self.hf_dataset != "", "--hf-dataset is missing: give a Hub id or a data file.")
         require(self.model != "", "--model is missing: give the name that the server knows.")
-        check_at_least(self, 1, "input_batch_size", "client_replicas", "max_concurrent", "limit")
-        check_at_least(self, 0, "retries")
-        require(self.timeout > 0, f"--timeout must be above 0, got {self.timeout}.")
+        check_options(self)
         require(
             self.executor == "local" or self.engine == "server",
             "--executor ray asks servers: start them (vllm serve), or use --executor local, which has an engine "
@@ -122,13 +122,6 @@ class GenerateConfig:
     @property
     def at_once(self) -> int:
         return self.max_concurrent or self.client_replicas * self.input_batch_size * self.num_generations
-
-
-def check_at_least(config: Any, bound: int, *names: str) -> None:
-    """Raise ValueError for an option of these names that is below `bound`; None is an option that was not set."""
-    for name in names:
-        value = getattr(config, name)
-        require(value is None or value >= bound, f"--{name} must be at least {bound}, got {value}.")
 
 
 def join_urls(argv: list[str]) -> list[str]:

@@ -34,19 +34,19 @@ from sft_core.model.policy import local_copy
 from sft_core.prepare import prepare_base
 from sft_core.run import distributed
 from sft_core.run.cli import parse
-from sft_core.run.config import ModelConfig, option, require
+from sft_core.run.config import ModelConfig, check_options, option, require
 from sft_core.run.logging import start_logging
 
 
 @dataclass(frozen=True)
 class AuditConfig:
-    audit_prompts: int = option(32, "Prompts to look at: the first of the data in a seeded order.")
+    audit_prompts: int = option(32, "Prompts to look at: the first of the data in a seeded order.", ge=1)
     audit_samples: bool = option(
         True, "Sample num_generations completions of each; false: no model is loaded, only data and rewards are probed."
     )
 
     def __post_init__(self) -> None:
-        require(self.audit_prompts >= 1, f"audit_prompts must be at least 1, got {self.audit_prompts}.")
+        check_options(self)
 
 
 def main(argv: list[str] | None = None) -> None:
