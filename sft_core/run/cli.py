@@ -2,7 +2,7 @@
 
 YAML values are turned into the same tokens as a command line and put before the real one, so there is one conversion
 of types and the command line wins. An unknown key or flag is refused with the nearest known name; one of open-r1's that
-means nothing here is accepted with a warning (`foreign_keys.py`). A key `env:` in the YAML sets environment variables
+means nothing here is accepted with a warning (`open_r1_keys.py`). A key `env:` in the YAML sets environment variables
 (those of libraries that read them when they are imported, such as HF_ENDPOINT, belong into the shell). `--parse_only`
 prints the resolved configuration as YAML and ends. Types, `--help` and choices come from transformers'
 HfArgumentParser.
