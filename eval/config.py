@@ -47,7 +47,7 @@ class EvalConfig:
         for name in self.REQUIRED:
             require(getattr(self, name) != "", f"--{name} is required.")
         check_options(self)
-        self.sampling(task_tokens=1)  # it is checked when it is made
+        self.sampling(task_tokens=1)  # its values are checked when it is made
 
     def sampling(self, task_tokens: int) -> TextSampling:
         """`task_tokens`: longest answer as the task says."""

@@ -158,7 +158,7 @@ class GRPOConfig(TrainingConfig):
         return self.num_generations * math.ceil(self.prompts_a_rollout(world_size) / world_size)
 
     def objective(self) -> Objective:
-        """What `grpo_core.loss` is told of these options."""
+        """The options that `grpo_core.loss` knows."""
         return Objective(**{field.name: getattr(self, field.name) for field in fields(Objective)})
 
 

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 8 -m grpo_core.train --config recipe.yaml [--field value ...]
     python -m grpo_core.train --model_name_or_path M --dataset_name problems.jsonl --output_dir runs/grpo
 
-It is `sft_core/train.py` with rollouts and advantages in front. One step, as the loop in `main` shows it:
+It is `sft_core/train.py` with rollouts and advantages in front. One step, as the loop in `train` shows it:
 
     1 sync         the engine gets the policy's weights, and proves it
     2 sample       G completions a prompt, scored by the reward functions

@@ -36,7 +36,7 @@ from sft_core.data.packing import pack_sequences
 from sft_core.model.flops import PEAK_FLOPS, peak_flops, training_flops
 from sft_core.model.memory_plan import Plan, memory, seconds
 from sft_core.model.optim import clip_gradients, guarded_step, make_optimizer, make_scheduler
-from sft_core.model.parallel import make_mesh, shard
+from sft_core.model.parallel import Sharding, make_mesh, shard
 from sft_core.model.policy import Policy, count_parameters
 from sft_core.run import distributed
 from sft_core.run.config import ModelConfig, SFTConfig, require
@@ -142,13 +142,7 @@ class Updated:
         torch.manual_seed(0)
         with device:
             model = AutoModelForCausalLM.from_config(case.info, attn_implementation="packed", dtype=torch.bfloat16)
-        self.policy = shard(
-            Policy(model).eval(),
-            make_mesh(device),
-            bf16=device.type == "cuda",
-            gradient_checkpointing=config.gradient_checkpointing,
-            compile_backend="inductor" if config.torch_compile else None,
-        )
+        self.policy = shard(Policy(model).eval(), make_mesh(device), Sharding.of(config, bf16=device.type == "cuda"))
         self.max_grad_norm = config.max_grad_norm
         self.optimizer = make_optimizer(self.policy, config)
         self.scheduler = make_scheduler(self.optimizer, config, WARM_UP + case.steps)

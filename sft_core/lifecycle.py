@@ -28,7 +28,7 @@ from transformers import TrainerState
 from sft_core.model.checkpoint import Record, Trained, load_checkpoint, save_checkpoint
 from sft_core.model.export import export_model
 from sft_core.model.optim import make_optimizer, make_scheduler
-from sft_core.model.parallel import make_mesh, memory_options, shard
+from sft_core.model.parallel import Sharding, make_mesh, shard
 from sft_core.model.policy import Policy, load_policy
 from sft_core.run import distributed
 from sft_core.run.benchmarks import FAILURES, get_callbacks, run_benchmarks
@@ -108,7 +108,7 @@ class TrainingRun(Generic[P]):
         return self.shard(policy)
 
     def shard(self, policy: Policy) -> Policy:
-        return shard(policy, make_mesh(self.run.device), bf16=self.run.bf16, **memory_options(self.config))
+        return shard(policy, make_mesh(self.run.device), Sharding.of(self.config, self.run.bf16))
 
     def resume(self, policy: Policy) -> Trained:
         """Optimizer and schedule for `policy`, all three and `progress` as the checkpoint has them, if there is one."""

@@ -8,7 +8,8 @@ included). Rows lie end to end without padding and without seeing each other. Th
 on all ranks, so how it is cut into micro-batches and ranks does not change its gradient. The same command resumes from
 the last complete checkpoint. GRPO (`grpo_core/train.py`) is this loop plus rollouts.
 
-What a row becomes is in `supervised.py`, which rows a step takes in `order.py`, how they are cut in `packing.py`.
+What a row becomes is in `dataset.py`, which rows a step takes in `sampler.py`, how they are cut in `data/packing.py`,
+and what surrounds the loop (resume, log, save, close) in `lifecycle.py`.
 Left out on purpose: padding, NEFTune, dropout other than the adapters' own, sequences split over ranks.
 """
 

@@ -4,11 +4,22 @@ import dataclasses
 
 import pytest
 
+from eval.config import DecontaminateConfig, EvalConfig
+from gen.config import GenerateConfig
+from grpo_core.audit import AuditConfig
 from grpo_core.config import GRPOConfig
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig, SFTConfig
 
-REQUIRED = {ModelConfig: {"model_name_or_path": "m"}, SFTConfig: {"output_dir": "o"}, GRPOConfig: {"output_dir": "o"}}
+REQUIRED = {
+    ModelConfig: {"model_name_or_path": "m"},
+    SFTConfig: {"output_dir": "o"},
+    GRPOConfig: {"output_dir": "o"},
+    EvalConfig: {"model": "m", "tasks": "all", "output_dir": "o"},
+    DecontaminateConfig: {"dataset": "d", "output_dir": "o"},
+    GenerateConfig: {"hf_dataset": "d", "model": "m"},
+    AuditConfig: {},
+}
 OUTSIDE = {"ge": lambda limit: limit - 1, "gt": lambda limit: limit, "le": lambda limit: limit + 1, "lt": lambda x: x}
 BOUNDS = [
     (kind, field.name, bound, limit)

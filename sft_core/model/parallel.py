@@ -7,7 +7,7 @@ gradient does not depend on how many ranks share the work. Tensor and pipeline p
 
 import os
 import shutil
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -25,52 +25,62 @@ def make_mesh(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (dist.get_world_size(),))
 
 
-def shard(
-    policy: Policy,
-    mesh: DeviceMesh,
-    *,
-    bf16: bool,
-    gradient_checkpointing: bool = False,
-    checkpointing_every: int = 1,
-    activation_offloading: bool = False,
-    cpu_offload: bool = False,
-    compile_backend: str | None = None,
-) -> Policy:
+@dataclass(frozen=True)
+class Sharding:
+    """How a policy computes and where it keeps what it needs: memory and time, never the gradient."""
+
+    bf16: bool = False
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass,
+    checkpointing_every: int = 1  # or every k-th alone
+    activation_offloading: bool = False  # keep the inputs that such a block saves in host memory (pinned on CUDA)
+    cpu_offload: bool = False  # keep shards, their gradients and so the optimizer's state in host memory
+    compile_backend: str | None = None  # compile each block by torch.compile with this backend
+
+    @classmethod
+    def of(cls, config: TrainingConfig, bf16: bool) -> "Sharding":
+        return cls(
+            bf16,
+            config.gradient_checkpointing,
+            config.gradient_checkpointing_every,
+            config.activation_offloading,
+            config.cpu_offload,
+            config.torch_compile_backend if config.torch_compile else None,
+        )
+
+
+def shard(policy: Policy, mesh: DeviceMesh, sharding: Sharding) -> Policy:
     """Turn `policy`'s parameters into shards over `mesh`, in place; they move to the mesh's device.
 
     What is trained is stored as float32 masters, what is frozen in the compute dtype. Quantised parameters, which are
-    no numbers to shard or sum, stay whole on every rank. The flags change memory and time, never the gradient:
-
-    gradient_checkpointing   recompute each block in the backward pass, or every `checkpointing_every`-th alone
-    activation_offloading    keep the inputs that such a block saves in host memory (pinned on CUDA)
-    cpu_offload              keep shards, their gradients and so the optimizer's state in host memory
-    compile_backend          compile each block by torch.compile with this backend
+    no numbers to shard or sum, stay whole on every rank.
 
     Embedding, final norm and head stay in the root unit: it is gathered once a pass, the fused head runs inside the
     root's forward, and tied embeddings remain one parameter. On one rank blocks stay gathered from the forward to the
     backward pass: to gather is to copy there, and nothing is saved by doing it twice.
     """
-    compute = torch.bfloat16 if bf16 else torch.float32
+    compute = torch.bfloat16 if sharding.bf16 else torch.float32
+    backend, offloads = sharding.compile_backend, sharding.activation_offloading
     options = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False),
-        "offload_policy": CPUOffloadPolicy(torch.cuda.is_available()) if cpu_offload else OffloadPolicy(),
-        "reshard_after_forward": False if mesh.size() == 1 and not cpu_offload else None,  # None: all but the root
+        "offload_policy": CPUOffloadPolicy(torch.cuda.is_available()) if sharding.cpu_offload else OffloadPolicy(),
+        # None: all but the root
+        "reshard_after_forward": False if mesh.size() == 1 and not sharding.cpu_offload else None,
         "ignored_params": {p for p in policy.parameters() if not p.is_floating_point()},
     }
     blocks = policy.blocks
     for i, block in enumerate(blocks):
         _cast(block, compute)  # one at a time: the float32 copy of a large model never stands whole on the host
         # Checkpoints are part of the graph, but where inputs are offloaded: the graph's weights would be so too.
-        if compile_backend and activation_offloading:
-            _compile(block, compile_backend)
-        if gradient_checkpointing and i % checkpointing_every == 0:
+        if backend and offloads:
+            _compile(block, backend)
+        if sharding.gradient_checkpointing and i % sharding.checkpointing_every == 0:
             drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
             blocks[i] = checkpoint_wrapper(block, preserve_rng_state=drops)
-            if activation_offloading:  # outside of the checkpoint, whose inputs are all that it then sees
+            if offloads:  # outside of the checkpoint, whose inputs are all that it then sees
                 blocks[i] = offload_wrapper(blocks[i])
-        if compile_backend and not activation_offloading:
-            _compile(blocks[i], compile_backend)
+        if backend and not offloads:
+            _compile(blocks[i], backend)
         fully_shard(blocks[i], **options)
     _cast(policy, compute)
     fully_shard(policy, **options)
@@ -78,17 +88,6 @@ def shard(
         if isinstance(module, FSDPModule) and mesh.size() > 1:
             _sum_gradients(module)
     return policy
-
-
-def memory_options(config: TrainingConfig) -> dict[str, Any]:
-    """The arguments of `shard` that are options of a run."""
-    return {
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "checkpointing_every": config.gradient_checkpointing_every,
-        "activation_offloading": config.activation_offloading,
-        "cpu_offload": config.cpu_offload,
-        "compile_backend": config.torch_compile_backend if config.torch_compile else None,
-    }
 
 
 def check_compile(config: TrainingConfig, device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 YAML values are turned into the same tokens as a command line and put before the real one, so there is one conversion
 of types and the command line wins. An unknown key or flag is refused with the nearest known name; one of open-r1's that
-means nothing here is accepted with a warning (`foreign_keys.py`). A key `env:` in the YAML sets environment variables
+means nothing here is accepted with a warning (`open_r1_keys.py`). A key `env:` in the YAML sets environment variables
 (those of libraries that read them when they are imported, such as HF_ENDPOINT, belong into the shell). `--parse_only`
 prints the resolved configuration as YAML and ends. Types, `--help` and choices come from transformers'
 HfArgumentParser.
@@ -46,8 +46,11 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     Raises:
         ValueError: unknown key or flag, unreadable YAML, or a value that a dataclass refuses.
     """
-    parse_only = "--parse_only" in argv
-    path, argv = _take_config_path([text for text in argv if text != "--parse_only"])
+    first = Parser(None, add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--parse_only", action="store_true")
+    ours, argv = first.parse_known_args(argv)
+    path = ours.config
     known = {
         name: field
         for config_type in config_types
@@ -76,7 +79,7 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
             raise ValueError(f"unknown flag `{text}`{_nearest(name, known)}")
         if text.startswith("--"):
             _warn(name)
-    if parse_only:
+    if ours.parse_only:
         if os.environ.get("RANK", "0") == "0":
             print(as_yaml(configs), end="")
         raise SystemExit(0)
@@ -99,17 +102,6 @@ def as_yaml(configs: list[Any]) -> str:
 def _warn(key: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         logger.warning("`%s` has no meaning here and is passed over: %s.", key, FOREIGN_KEYS[key])
-
-
-def _take_config_path(argv: list[str]) -> tuple[str | None, list[str]]:
-    for i, text in enumerate(argv):
-        if text == "--config":
-            if i + 1 == len(argv):
-                raise ValueError("--config needs the path of a YAML file.")
-            return argv[i + 1], argv[:i] + argv[i + 2 :]
-        if text.startswith("--config="):
-            return text.removeprefix("--config="), argv[:i] + argv[i + 1 :]
-    return None, argv
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

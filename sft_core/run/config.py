@@ -1,4 +1,4 @@
-"""What a run can be told: flat frozen dataclasses, one field an option, validated as they are made.
+"""The options of a run: flat frozen dataclasses, one field an option, checked when they are made.
 
 `ModelConfig` and `ScriptArguments` (model and data) are shared by both trainers; `TrainingConfig` holds the options of
 any training run, `SFTConfig` adds those of supervised training (`grpo_core.config` adds those of GRPO). Names and

@@ -1,6 +1,6 @@
 """A run's traffic with the Hugging Face Hub: the check before it, uploads beside it, the final push.
 
-All of it is the first rank's own business and in no collective. Only `check_hub` may stop a run; an upload that fails
+All of it is done on the first rank, and in no collective. Only `check_hub` may stop a run; an upload that fails
 for good later is a warning and an entry in what `wait` returns. Transfers and the meaning of HF_ENDPOINT, HF_TOKEN and
 HF_HUB_OFFLINE are huggingface_hub's.
 
@@ -108,12 +108,11 @@ def refusals_said(api: HfApi, elsewhere: str) -> Iterator[None]:
         raise ValueError("pushing to the Hub: HF_HUB_OFFLINE is set; unset it, or do not push.") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
-        if status == 401:
-            remedy = "it refuses the token: log in anew with `hf auth login`, or set HF_TOKEN"
-        elif status == 403:
-            remedy = f"the token may not write there: take one with write access, or {elsewhere}"
-        else:
-            remedy = "try again later, or do not push"
+        remedies = {
+            401: "it refuses the token: log in anew with `hf auth login`, or set HF_TOKEN",
+            403: f"the token may not write there: take one with write access, or {elsewhere}",
+        }
+        remedy = remedies.get(status, "try again later, or do not push")
         raise ValueError(f"the Hub at {api.endpoint} answers {status} ({_reason(error)}): {remedy}.") from error
     except (HTTPError, OSError) as error:
         raise ValueError(

@@ -209,7 +209,9 @@ def unreadable_reason(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is damaged"
     if manifest.get("format") != FORMAT:
         return f"its format is {manifest.get('format', 1)}, this version reads {FORMAT}"
-    files = manifest["files"]
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        return f"{MANIFEST} is damaged"
     if "state/.metadata" not in files:
         return "it holds the model alone (save_only_model)"
     missing = [name for name in files if not (checkpoint / name).is_file()]

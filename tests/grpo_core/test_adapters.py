@@ -45,16 +45,16 @@ def reference_and_base(model: str, bf16: bool) -> list[float]:
     """Greatest differences of log-probs: reference and the base model, policy and the base model; per rank."""
     from sft_core.data.packing import pack_sequences
     from sft_core.model.adapters import without_adapters
-    from sft_core.model.parallel import freeze, make_mesh, shard
+    from sft_core.model.parallel import Sharding, freeze, make_mesh, shard
     from sft_core.model.policy import load_policy
     from sft_core.run import distributed
     from sft_core.run.config import ModelConfig
 
     device = distributed.init_distributed(60)[3]
     config = ModelConfig(model, use_peft=True, lora_r=4, lora_modules_to_save=["embed_tokens", "norm"], use_dora=True)
-    sharding = {"mesh": make_mesh(device), "bf16": bf16}
-    policy = shard(load_policy(config, dtype=torch.bfloat16 if bf16 else torch.float32), **sharding)
-    base = shard(freeze(load_policy(ModelConfig(model))), **sharding)
+    layout = (make_mesh(device), Sharding(bf16))
+    policy = shard(load_policy(config, dtype=torch.bfloat16 if bf16 else torch.float32), *layout)
+    base = shard(freeze(load_policy(ModelConfig(model))), *layout)
     with torch.no_grad():
         for parameter in policy.parameters():
             if parameter.requires_grad:

@@ -45,19 +45,19 @@ def gradients(model: str) -> dict[str, dict[str, np.ndarray]]:
     from grpo_core.config import GRPOConfig
     from grpo_core.update import update
     from sft_core.data.packing import step_counts
-    from sft_core.model.parallel import freeze, make_mesh, shard
+    from sft_core.model.parallel import Sharding, freeze, make_mesh, shard
     from sft_core.model.policy import load_policy
     from sft_core.run import distributed
     from sft_core.run.config import ModelConfig
 
     rank, world_size, _, device = distributed.init_distributed(60)
-    policy = shard(load_policy(ModelConfig(model)), make_mesh(device), bf16=False)
+    policy = shard(load_policy(ModelConfig(model)), make_mesh(device), Sharding())
     reference = load_policy(ModelConfig(model))
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.mul_(1.01)
     freeze(reference)
-    reference = shard(reference, make_mesh(device), bf16=False)
+    reference = shard(reference, make_mesh(device), Sharding())
     result = {}
     for name, options in LOSSES.items():
         config = GRPOConfig(output_dir="unused", **({"beta": 0.0} | options))

@@ -48,7 +48,7 @@ def written(model: str, kind: str, folder: str, bf16: bool = False) -> dict:
     from sft_core.data.packing import pack_sequences
     from sft_core.model.adapters import without_adapters
     from sft_core.model.export import export_model, full_weights, reshard, weight_names
-    from sft_core.model.parallel import make_mesh, shard
+    from sft_core.model.parallel import Sharding, make_mesh, shard
     from sft_core.model.policy import load_policy
     from sft_core.run import distributed
 
@@ -57,7 +57,7 @@ def written(model: str, kind: str, folder: str, bf16: bool = False) -> dict:
     policy = load_policy(config, dtype=torch.bfloat16 if bf16 else torch.float32, seed=5)
     ids = [(7 * i) % 300 + 5 for i in range(30)]
     batch = pack_sequences([ids], [[True] * len(ids)], device)
-    policy = shard(policy, make_mesh(device), bf16=bf16, gradient_checkpointing=True)
+    policy = shard(policy, make_mesh(device), Sharding(bf16, gradient_checkpointing=True))
     found = {"start": policy(batch)[0].detach(), "base": without_adapters(policy)(batch)[0].detach()}
     reshard(policy)
     generator = torch.Generator().manual_seed(1)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from kernels import attention
 from kernels.attention import packed_layout
 from sft_core.model.adapters import check_adapters
-from sft_core.model.parallel import check_compile
+from sft_core.model.parallel import Sharding, check_compile
 from sft_core.run.config import ModelConfig, SFTConfig
 from tests.grpo_core.test_train import TRAIN as GRPO
 from tests.grpo_core.test_train import options, weights
@@ -51,7 +51,7 @@ def passes(model: str, options: dict, flags: dict, graphs: int, bf16: bool = Fal
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.2, generator=generator)  # before it is moved to the device
-        policy = shard(policy, make_mesh(device), bf16=bf16, **flags | {"compile_backend": backend})
+        policy = shard(policy, make_mesh(device), Sharding(bf16, **flags | {"compile_backend": backend}))
         values: dict = {"names": list(policy.state_dict())}
         for i, lengths in enumerate(LENGTHS):
             sequences = batch(lengths)

@@ -19,13 +19,13 @@ def step(model: str, flags: dict) -> dict:
     from sft_core.data.packing import pack_sequences
     from sft_core.model.export import full_weights, hf_name, weight_names
     from sft_core.model.optim import clip_gradients, make_optimizer
-    from sft_core.model.parallel import make_mesh, shard
+    from sft_core.model.parallel import Sharding, make_mesh, shard
     from sft_core.model.policy import load_policy
     from sft_core.run import distributed
     from sft_core.run.config import ModelConfig, TrainingConfig
 
     rank, world_size, _, device = distributed.init_distributed(60)
-    policy = shard(load_policy(ModelConfig(model)), make_mesh(device), bf16=False, **flags)
+    policy = shard(load_policy(ModelConfig(model)), make_mesh(device), Sharding(**flags))
     optimizer = make_optimizer(policy, TrainingConfig(output_dir="unused", learning_rate=1e-3))
     own = SEQUENCES[rank::world_size]
     pack = pack_sequences(own, [[True] * len(sequence) for sequence in own], device)
@@ -65,7 +65,7 @@ def offloaded(model: str, compile_backend: str | None) -> list[int]:
     import torch
 
     from sft_core.data.packing import pack_sequences
-    from sft_core.model.parallel import make_mesh, shard
+    from sft_core.model.parallel import Sharding, make_mesh, shard
     from sft_core.model.policy import load_policy
     from sft_core.run import distributed
     from sft_core.run.config import ModelConfig
@@ -80,7 +80,7 @@ def offloaded(model: str, compile_backend: str | None) -> list[int]:
     device = distributed.init_distributed(60)[3]
     policy = load_policy(ModelConfig(model))
     flags = {"gradient_checkpointing": True, "activation_offloading": True, "compile_backend": compile_backend}
-    policy = shard(policy, make_mesh(device), bf16=False, **flags)
+    policy = shard(policy, make_mesh(device), Sharding(**flags))
     torch.autograd.graph.save_on_cpu.__init__ = watched
     policy(pack_sequences(SEQUENCES, [[True] * len(sequence) for sequence in SEQUENCES], device))
     distributed.shutdown()
@@ -103,13 +103,13 @@ def gathered(model: str, flags: dict) -> tuple[list[bool], float]:
     from sft_core.data.packing import pack_sequences
     from sft_core.model.export import full_weights, reshard
     from sft_core.model.optim import make_optimizer
-    from sft_core.model.parallel import make_mesh, shard
+    from sft_core.model.parallel import Sharding, make_mesh, shard
     from sft_core.model.policy import load_policy
     from sft_core.run import distributed
     from sft_core.run.config import ModelConfig, TrainingConfig
 
     device = distributed.init_distributed(60)[3]
-    policy = shard(load_policy(ModelConfig(model)), make_mesh(device), bf16=False, **flags)
+    policy = shard(load_policy(ModelConfig(model)), make_mesh(device), Sharding(**flags))
     optimizer = make_optimizer(policy, TrainingConfig(output_dir="unused", learning_rate=1e-2))
     found = []
 

@@ -11,7 +11,7 @@ SEQUENCES = [[(7 * i + j) % 300 + 5 for i in range(length)] for j, length in enu
 def scored(model: str, bf16: bool, frozen: bool, checkpointing: bool) -> np.ndarray:
     """On one rank: the policy's log-probs of all tokens but each sequence's first, packed into one row."""
     from sft_core.data.packing import pack_sequences
-    from sft_core.model.parallel import freeze, make_mesh, shard
+    from sft_core.model.parallel import Sharding, freeze, make_mesh, shard
     from sft_core.model.policy import load_policy
     from sft_core.run import distributed
     from sft_core.run.config import ModelConfig
@@ -19,7 +19,7 @@ def scored(model: str, bf16: bool, frozen: bool, checkpointing: bool) -> np.ndar
     device = distributed.init_distributed(60)[3]
     policy = load_policy(ModelConfig(model))
     policy = shard(
-        freeze(policy) if frozen else policy, make_mesh(device), bf16=bf16, gradient_checkpointing=checkpointing
+        freeze(policy) if frozen else policy, make_mesh(device), Sharding(bf16, gradient_checkpointing=checkpointing)
     )
     batch = pack_sequences(SEQUENCES, [[True] * len(sequence) for sequence in SEQUENCES], device)
     logps = policy(batch, temperature=0.7)[0].detach().numpy().copy()
