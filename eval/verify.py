@@ -211,7 +211,8 @@ def _comparable(gold: Answer, answer: Answer) -> bool:
 
 
 def _said(text: str) -> str:
-    """The text without its markup, case, articles, plurals and blanks, for answers that are no mathematics or too big to compute."""
+    """The text of an answer that is no mathematics, or too big to compute, without markup, case, articles, plurals and
+    blanks."""
     plain = re.sub(r"\\text\{([^{}]*)\}|[$()]|\{(?=\w\})|(?<=\{\w)\}", r"\1", text)
     return re.sub(r"\b(?:an?|the|solutions?)\b|s\b|\s", "", plain.lower())
 
