@@ -26,8 +26,8 @@ from grpo_core.advantage import group_advantages
 from grpo_core.audit_probes import Report, audit_rewards, tell
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.prepare import Run, check_lengths, start_engine
-from grpo_core.rewards import accuracy_reward, get_reward_funcs, gold_text
-from grpo_core.rollout import GOLD_REWARDS, Prompt, Sample, Scorer, load_prompts, sample_groups, sample_seed
+from grpo_core.rewards import GOLD_REWARDS, accuracy_reward, get_reward_funcs, gold_text
+from grpo_core.rollout import Prompt, Sample, Scorer, load_prompts, sample_groups, sample_seed
 from grpo_core.scoring import gold_answers, unparseable_golds
 from sft_core.data.rows import row_order
 from sft_core.model.policy import local_copy

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from eval.workers import WorkerPool
 from grpo_core.config import GRPOScriptArguments
 from grpo_core.prepare import Run
-from grpo_core.rollout import GOLD_REWARDS, Prompt
+from grpo_core.rewards import GOLD_REWARDS
+from grpo_core.rollout import Prompt
 from grpo_core.scoring import ToScore, start_scoring
 from kernels.tables import table
 

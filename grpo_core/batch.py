@@ -72,7 +72,7 @@ def _micro_batch(samples: list[Sample], device: torch.device) -> MicroBatch:
 
 
 def idle_micro_batch(device: torch.device) -> MicroBatch:
-    """A pass over one token that scores nothing (N = 0), for a rank that has run out of its own."""
+    """A pass that scores nothing (N = 0), for a rank that has run out of micro-batches of its own."""
     nothing = torch.zeros(0, device=device)
     return MicroBatch([], idle_sequences(device), torch.zeros(1, device=device), nothing.long(), nothing)
 

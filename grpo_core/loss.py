@@ -198,6 +198,7 @@ def aggregation_weights(batch: TokenBatch, objective: Objective) -> Tensor:  # [
         assert objective.max_completion_length is not None
         denominator = num_sequences * objective.max_completion_length
     else:
+        assert objective.loss_type in ("dapo", "bnpo", "cispo"), objective.loss_type
         denominator = _at_least_one(batch.num_tokens)
     return torch.ones_like(batch.sequence_ids, dtype=torch.float64) / denominator
 

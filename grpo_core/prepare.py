@@ -17,8 +17,8 @@ from eval.workers import WorkerPool
 from gen.engine.base import Engine, EngineConfig, check_engine_available, kv_cache_bytes, make_engine
 from gen.engine.vllm import cpu_kv_bytes
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
-from grpo_core.rewards import get_reward_funcs, reward_name
-from grpo_core.rollout import GOLD_REWARDS, Prompt, Sample, Scorer, load_prompts, prompt_column
+from grpo_core.rewards import GOLD_REWARDS, get_reward_funcs, reward_name
+from grpo_core.rollout import Prompt, Sample, Scorer, load_prompts, prompt_column
 from grpo_core.scoring import accepted, gold_answers, unparseable_golds
 from sft_core.data.rows import json_lines
 from sft_core.model.memory_plan import Plan, dry_run, memory_plan

@@ -258,6 +258,7 @@ REWARD_FUNCS_REGISTRY: dict[str, Callable[[Any], RewardFunction]] = {
     "length": lambda args: len_reward,
     "soft_overlong_punishment": lambda args: SoftOverlongPunishment(args.max_completion_len, args.soft_punish_cache),
 }
+GOLD_REWARDS = {"accuracy", "cosine", "length"}  # of those, what compares with a gold answer
 _CODE_REWARDS = ("code", "binary_code", "ioi_code", "cf_code", "code_format")
 
 

@@ -22,6 +22,7 @@ from eval.workers import WorkerPool
 from gen.engine.base import Completion, Engine, Sampling
 from grpo_core.advantage import group_advantages
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
+from grpo_core.rewards import GOLD_REWARDS
 from grpo_core.scoring import Scores, ToScore, start_scoring
 from sft_core.data.conversation import options_of, prompt_of, render_prompt, shows_system
 from sft_core.data.rows import json_lines
@@ -31,8 +32,6 @@ from sft_core.run.files import whole_file
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
-
-GOLD_REWARDS = {"accuracy", "cosine", "length"}  # what compares with a gold answer
 
 
 @dataclass(frozen=True)

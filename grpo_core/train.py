@@ -121,8 +121,10 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
 
     def evaluate() -> dict[str, float]:
         sync()
-        with phases("eval", watchdog_s=0):
+        with phases("eval", watchdog_s=0):  # no limit: it may take longer than any step
             return evaluate_policy(engine, run, pool)
+
+    micro_batches: list[MicroBatch] = []  # of the rollouts; made anew for each rollout, and after a resume within one
 
     def save() -> None:
         if progress.updates:
@@ -131,7 +133,6 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         training.save(trained, lambda folder: write_rollouts(folder, progress.step, kept))
 
     sampling = Sampling(config.num_generations, config.max_completion_length, config.temperature, run.stop_ids)
-    micro_batches: list[MicroBatch] = []  # of the rollouts; made anew for each rollout, and after a resume within one
     while training.goes_on:
         start = time.perf_counter()
         step = progress.step + 1
