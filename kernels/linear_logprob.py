@@ -36,7 +36,7 @@ CHUNKS_IN_BLOCK = {"cpu": 1, "cuda": 8}
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 3 * 2**29 // (4 + 2 * CHUNKS_IN_BLOCK["cuda"])}
 TILE = 128
 Rows: TypeAlias = Tensor | slice  # an index into [N]
-Gradients = Callable[[Stats, Rows, bool], Any]
+RowGradients = Callable[[Stats, Rows, bool], Any]
 
 
 def linear_logprob(
@@ -111,12 +111,12 @@ class _LinearLogprob(torch.autograd.Function):
         if grad_logps is None:  # only the entropies were used
             grad_logps = torch.zeros_like(targets, dtype=sweep.dtype)
 
-        def gradients(stats: Stats, rows: Rows, learns: bool) -> tuple[Tensor, Tensor | None]:
+        def row_gradients(stats: Stats, rows: Rows, learns: bool) -> tuple[Tensor, Tensor | None]:
             return grad_logps[rows], None if grad_entropies is None else grad_entropies[rows]
 
         for block in row_slices(hidden.shape[0], sweep.block):
-            sweep.immediate(block, True, gradients)
-        grad_hidden, grad_weight = sweep.gradients()
+            sweep.immediate(block, True, row_gradients)
+        grad_hidden, grad_weight = sweep.take_gradients()
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
@@ -130,8 +130,11 @@ class HeadSweep:
         deferred    both at once, the gradient less a factor a row; the factors join the block's GEMMs. The logits are
                     read once less. Not where entropies have gradients, which are no factor a row.
 
-    The caller's function says what to differentiate: called with statistics, the rows that they are of and whether
-    these learn, it gives the gradients by log-prob and by entropy (None where there is none).
+    `row_gradients` is the caller's: from statistics, the rows that they are of and whether these learn, it gives the
+    gradients of the caller's loss by log-prob and by entropy (None where there is none).
+
+        chunk of `hidden`  --GEMM-->  `buffer`, the logits [C, V]  --row pass-->  `out`, their gradient [block, V]
+        `out` of a block   --GEMM-->  `grad_hidden`[rows]  and, added up over the blocks,  `grad_weight`
     """
 
     def __init__(
@@ -164,23 +167,23 @@ class HeadSweep:
         self.grad_weight = torch.empty_like(weight, dtype=self.dtype) if needed[1] else None
         self.empty = True  # grad_weight is not written yet
 
-    def immediate(self, rows: Rows, learns: bool, gradients: Gradients) -> None:
-        """A block of at most `self.block` rows; `gradients` is called with each chunk of it."""
+    def immediate(self, rows: Rows, learns: bool, row_gradients: RowGradients) -> None:
+        """A block of at most `self.block` rows; `row_gradients` is called with each chunk of it."""
         states, targets = self.hidden[rows].to(self.operand), self.targets[rows]  # [B, D], [B]
         stats = Stats.empty(len(targets), self.buffer)
         with torch.autocast(self.device.type, enabled=False):
             for part in row_slices(len(targets), self.chunk_size):
                 logits, out = self.logits(states[part], part)
                 chunk = softmax_stats(logits, targets[part], self.temperature, out, into=stats[part])
-                found = gradients(chunk, subset(rows, part), learns)
+                found = row_gradients(chunk, subset(rows, part), learns)
                 if learns:
                     logits_gradient(logits, chunk, targets[part], self.temperature, *found, out=out)
             if learns:
                 self.products(rows, states)
         self.keep(rows, stats)
 
-    def deferred(self, rows: Rows, learns: bool, gradients: Gradients) -> None:
-        """The same; `gradients` is called once, with the block."""
+    def deferred(self, rows: Rows, learns: bool, row_gradients: RowGradients) -> None:
+        """The same; `row_gradients` is called once, with the block."""
         states, targets = self.hidden[rows].to(self.operand), self.targets[rows]  # [B, D], [B]
         stats = Stats.empty(len(targets), self.buffer)
         with torch.autocast(self.device.type, enabled=False):
@@ -188,7 +191,7 @@ class HeadSweep:
                 logits, out = self.logits(states[part], part)
                 unscaled = out if learns else None
                 softmax_stats(logits, targets[part], self.temperature, out, unscaled=unscaled, into=stats[part])
-            found = gradients(stats, rows, learns)
+            found = row_gradients(stats, rows, learns)
             if learns:
                 self.products(rows, states, found[0] * stats.scales / -self.temperature)
         self.keep(rows, stats)
@@ -226,7 +229,7 @@ class HeadSweep:
             total.addmm_(gradient.T, states)
         self.empty = False
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+    def take_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Of hidden states, and of the weight in float32; the buffers are let go."""
         if self.grad_weight is not None and self.empty:
             self.grad_weight.zero_()

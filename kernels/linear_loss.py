@@ -54,11 +54,12 @@ def linear_loss(
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, token_loss, entropy_gradient, temperature, active, chunk_size, enabled):
+        # The gradients by hidden states and weight are computed here; backward only scales them.
         needed = tuple(enabled and need for need in ctx.needs_input_grad[:2])
         sweep = HeadSweep(hidden, weight, targets, temperature, chunk_size, needed)
         loss = torch.zeros((), dtype=sweep.dtype, device=hidden.device)
 
-        def gradients(stats: Stats, rows: Rows, learns: bool) -> tuple[Tensor, Tensor | None] | None:
+        def row_gradients(stats: Stats, rows: Rows, learns: bool) -> tuple[Tensor, Tensor | None] | None:
             with torch.enable_grad():
                 logps, entropies = (x.detach().requires_grad_(learns) for x in (stats.logps, stats.entropies))
                 value = token_loss(logps, entropies, rows).sum()
@@ -73,8 +74,8 @@ class _LinearLoss(torch.autograd.Function):
         deferred = any(needed) and not entropy_gradient and can_be_deferred(sweep)
         compute = sweep.deferred if deferred else sweep.immediate
         for rows, learns in _blocks(hidden, active, sweep.block, any(needed)):
-            compute(rows, learns, gradients)
-        ctx.gradients, ctx.dtypes = sweep.gradients(), (hidden.dtype, weight.dtype)
+            compute(rows, learns, row_gradients)
+        ctx.gradients, ctx.dtypes = sweep.take_gradients(), (hidden.dtype, weight.dtype)
         ctx.mark_non_differentiable(sweep.logps, sweep.entropies, sweep.best_logps)
         return loss, sweep.logps, sweep.entropies, sweep.best_logps
 
