@@ -18,7 +18,7 @@ vLLM's own weight-transfer engines.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -99,18 +99,22 @@ def sync_weights(
 
     loaded = engine.load_weights(watched(), version)
     now = (sent.read(), loaded)
-    other, unchanged = stale_parameters(engine.synced, now)
-    everyone: list[Any] = [(loaded.share, loaded.held, unchanged)]
+    mine = Held(loaded.share, loaded.held, unchanged(engine.synced, now))
+    ranks = [mine]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        everyone *= dist.get_world_size()
-        dist.all_gather_object(everyone, everyone[0])
-    alike = [held for share, held, _ in everyone if share == loaded.share]
+        ranks *= dist.get_world_size()
+        dist.all_gather_object(ranks, mine)
+    # A change of one share's part of a tensor may leave that of another as it was.
+    unchanged_everywhere = set.intersection(*(rank.unchanged for rank in ranks))
     faults = {
         "tensors did not arrive": set(expected) - set(sent.kinds),
-        # A change of one share's part of a tensor may leave that of another as it was.
-        "parameters of the engine are not what was sent": other.union(set.intersection(*(u for *_, u in everyone))),
+        "parameters of the engine are not what was sent": not_as_sent(engine.synced, now) | unchanged_everywhere,
         "parameters differ between the engines of several ranks": {
-            name for held in alike for name in held if held[name] != loaded.held[name]
+            name
+            for rank in ranks
+            if rank.share == mine.share
+            for name, checksum in rank.held.items()
+            if checksum != mine.held[name]
         },
     }
     for what, names in faults.items():
@@ -122,30 +126,50 @@ def sync_weights(
     engine.synced = now
 
 
-def stale_parameters(before: Synced | None, now: Synced) -> tuple[set[str], set[str]]:
-    """The engine's own parameters that do not follow what was sent, as far as they can be read back.
+@dataclass(frozen=True)
+class Held:
+    """What an engine holds after a sync, for the other ranks to compare."""
 
-    First those that should be held as they are sent (the engine says so, or they once were) and are not. Then those
-    that are held in another form (several tensors in one, a share of one, another dtype, transposed) and are unchanged
-    though all that they may be made of has changed: the tensor of their name, else its neighbours (q_proj, k_proj and
-    v_proj for qkv_proj). Where there are none, it is left to the probe.
-    """
+    share: int  # which part of the model
+    held: Mapping[str, Checksum | None]
+    unchanged: set[str]
+
+
+def is_held_as_sent(name: str, before: Synced | None, now: Synced) -> bool:
+    """Whether the engine holds this parameter in the form in which it is sent: it says so, or it once was so."""
     (sent, loaded), (old_sent, old) = now, before or ({}, now[1])
+    return name in sent and (loaded.as_sent or old.held.get(name) == old_sent.get(name))
+
+
+def not_as_sent(before: Synced | None, now: Synced) -> set[str]:
+    """The engine's own parameters that are held as they are sent and yet are not what was sent."""
+    sent, loaded = now
+    return {
+        name
+        for name, held in loaded.held.items()
+        if held is not None and is_held_as_sent(name, before, now) and held != sent[name]
+    }
+
+
+def unchanged(before: Synced | None, now: Synced) -> set[str]:
+    """The engine's own parameters that are held in another form (several tensors in one, a share of one, another dtype,
+    transposed) and are what they were, though all that they may be made of has changed: the tensor of their name, else
+    its neighbours (q_proj, k_proj and v_proj for qkv_proj). Where there are none, it is left to the probe.
+    """
+    if before is None:
+        return set()
+    (sent, loaded), (old_sent, old) = now, before
     changed = {name for name in sent if old_sent.get(name) != sent[name]}
-    other, unchanged = set[str](), set[str]()
+    found = set()
     for name, held in loaded.held.items():
-        if held is None:
+        if held is None or held != old.held.get(name) or is_held_as_sent(name, before, now):
             continue
-        if name in sent and (loaded.as_sent or old.held.get(name) == old_sent.get(name)):
-            if held != sent[name]:
-                other.add(name)
-        elif before is not None and held == old.held.get(name):
-            *module, _, leaf = ["", *name.split(".")]
-            near = {n for n in sent if f".{n}".startswith(".".join(module)) and n.endswith(f".{leaf}")}
-            sources = {name} & sent.keys() or near
-            if sources and sources <= changed:
-                unchanged.add(name)
-    return other, unchanged
+        *module, _, leaf = ["", *name.split(".")]
+        neighbours = {n for n in sent if f".{n}".startswith(".".join(module)) and n.endswith(f".{leaf}")}
+        sources = {name} & sent.keys() or neighbours
+        if sources and sources <= changed:
+            found.add(name)
+    return found
 
 
 def probe(
