@@ -89,6 +89,7 @@ def ours(options: argparse.Namespace, folder: Path, more: list[str]) -> None:
 
     from grpo_core import train as trainer
     from grpo_core.prepare import prepare
+    from sft_core.lifecycle import TrainingRun
 
     arguments = {
         "model_name_or_path": options.model,
@@ -118,8 +119,10 @@ def ours(options: argparse.Namespace, folder: Path, more: list[str]) -> None:
 
     trainer.guarded_step, trainer.start_engine = timed_step, meter.starts_engine(trainer.start_engine)
     run = prepare([f"--{name}={value}" for name, value in arguments.items()] + more)
+    run = dataclasses.replace(run, stop_ids=frozenset())
     try:
-        trainer.train(dataclasses.replace(run, stop_ids=frozenset()))
+        with TrainingRun(run, trainer.Progress(), trainer.CONSOLE, len(run.prompts)) as training:
+            trainer.train(run, training)
     finally:
         text = (folder / "ours" / "metrics.jsonl").read_text()
         if rows := [json.loads(line) for line in text.splitlines()][options.warm_up :]:

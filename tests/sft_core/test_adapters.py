@@ -183,7 +183,7 @@ def test_four_bits_learn_alike_on_two_ranks(tiny_model, rows, tmp_path):
 def test_bad_options_are_said_before_weights_are_loaded(tiny_model, rows, tmp_path, capsys, monkeypatch, change, says):
     missing, find = change.get("missing"), importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == missing else find(name, *more))
-    monkeypatch.setattr(sft_core.train, "load_policy", None)
+    monkeypatch.setattr(sft_core.lifecycle, "load_policy", None)
     options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=tmp_path / "out") | LORA
     with pytest.raises(SystemExit) as stopped:
         sft_core.train.main(flags(**(options | {name: value for name, value in change.items() if name != "missing"})))

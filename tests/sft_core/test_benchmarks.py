@@ -71,6 +71,6 @@ def test_a_failing_benchmark_says_why(options, tmp_path):
 
 
 def test_callbacks_by_name(options):
-    with pytest.raises(ValueError, match="callbacks.*push_to_hub_revison.*push_to_hub_revision"):
+    with pytest.raises(ValueError, match="callbacks.*push_to_hub_revision.*push_to_hub_revison"):
         SFTConfig(**options | {"callbacks": ["push_to_hub_revison"]})
     assert get_callbacks(SFTConfig(**options | {"callbacks": []}), None) == []
