@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gen.engine.base import Sampling
+from gen.engine.base import EngineConfig, Sampling
 from gen.engine.vllm import VLLMEngine
 from gen.engine.weight_sync import sync_weights
 from kernels import tables
@@ -79,13 +79,8 @@ def main(argv: list[str] | None = None) -> None:
             config = LlamaConfig(**(SMOLLM2 if on_gpu else TINY), max_position_embeddings=tokens + 128)
             AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
         model = options.model or folder
-        engine = VLLMEngine(
-            model,
-            dtype=torch.bfloat16 if on_gpu else torch.float32,
-            max_model_len=tokens + 128,
-            max_batch=options.prompts * n,
-            sleep_mode=True,
-        )
+        config = EngineConfig(model, tokens + 128, dtype="auto", max_batch=options.prompts * n, sleep_mode=True)
+        engine = VLLMEngine(config)
         prompts = [[1 + (i * j) % 500 for j in range(1, 101)] for i in range(options.prompts)]
         seeds = [n * i for i in range(options.prompts)]
         ways = {

@@ -189,14 +189,16 @@ class EngineConfig:
     enforce_eager: bool = False  # vLLM on a GPU: no graph capture and no compilation (always so on the CPU)
     sleep_mode: bool = False  # vLLM on a GPU: `sleep` will be called (vLLM on the CPU cannot)
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        if self.dtype == "auto":
+            return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        return getattr(torch, self.dtype) if isinstance(self.dtype, str) else self.dtype
+
 
 def make_engine(name: str, config: EngineConfig) -> Engine:
     """Start the engine `name`."""
     check_engine_available(name)
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if name == "vllm":
         from gen.engine.vllm import VLLMEngine
 
@@ -204,11 +206,13 @@ def make_engine(name: str, config: EngineConfig) -> Engine:
         if type(info) in MODEL_FOR_CAUSAL_LM_MAPPING and getattr(info, "quantization_config", None) is None:
             # The names alone are read: vLLM starts with half of a fused weight, too.
             load_whole(config.model_path, device_map="meta")
-        return VLLMEngine(**(vars(config) | {"dtype": dtype}))
+        return VLLMEngine(config)
     from gen.engine.torch import TorchEngine
 
     if config.tensor_parallel_size != 1:
         raise ValueError(
             f"--engine torch cannot split a model: set tensor_parallel_size=1 (got {config.tensor_parallel_size})"
         )
-    return TorchEngine(config.model_path, dtype=dtype, max_model_len=config.max_model_len, max_batch=config.max_batch)
+    return TorchEngine(
+        config.model_path, dtype=config.torch_dtype, max_model_len=config.max_model_len, max_batch=config.max_batch
+    )

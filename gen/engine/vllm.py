@@ -8,7 +8,7 @@ the others and keeps its own, so callers see no difference, except that the T ra
 Left out on purpose: vLLM in a process or on machines of its own (there vLLM's own weight transfer is the way), LoRA,
 quantisation, multi-modal models.
 
-    engine = VLLMEngine("path/to/model", dtype=torch.float32, seed=0, max_model_len=512)
+    engine = VLLMEngine(EngineConfig("path/to/model", max_model_len=512, dtype="float32"))
 """
 
 from __future__ import annotations
@@ -27,7 +27,17 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from gen.engine import vllm_internals
-from gen.engine.base import ASLEEP, INITIAL_VERSION, Completion, Loaded, Sampling, Synced, check_request, kv_cache_bytes
+from gen.engine.base import (
+    ASLEEP,
+    INITIAL_VERSION,
+    Completion,
+    EngineConfig,
+    Loaded,
+    Sampling,
+    Synced,
+    check_request,
+    kv_cache_bytes,
+)
 
 GIB = 1 << 30
 CPU_KV_LIMIT = GIB  # above it vLLM queues sequences; VLLM_CPU_KVCACHE_SPACE (whole GiB) in the environment overrules
@@ -91,48 +101,36 @@ class VLLMEngine:
     its own where there is none.
     """
 
-    def __init__(
-        self,
-        model_path: str,
-        *,
-        dtype: torch.dtype,
-        seed: int = 0,
-        max_model_len: int,
-        max_batch: int = 256,
-        tensor_parallel_size: int = 1,
-        gpu_memory_utilization: float = 0.3,
-        enforce_eager: bool = False,
-        sleep_mode: bool = False,
-    ):
+    def __init__(self, config: EngineConfig) -> None:
         self.on_cpu = not torch.cuda.is_available()
-        self.tensor_parallel_size = tensor_parallel_size
-        self.max_model_len = max_model_len
+        self.tensor_parallel_size = config.tensor_parallel_size
+        self.max_model_len = config.max_model_len
         self.version = INITIAL_VERSION
         self.synced: Synced | None = None
         self.asleep = False
         self.request_numbers = count()
         self.joined_group = dist.is_initialized()
         ranks = dist.get_world_size() if self.joined_group else 1
-        if ranks % tensor_parallel_size:
+        if ranks % config.tensor_parallel_size:
             raise ValueError(
-                f"tensor_parallel_size {tensor_parallel_size} does not divide the number of ranks ({ranks}): "
+                f"tensor_parallel_size {config.tensor_parallel_size} does not divide the number of ranks ({ranks}): "
                 "each copy of the model is spread over that many ranks started by torchrun"
             )
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are replaced in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if self.on_cpu else "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # else it reports its use to a server of vLLM's
         options: dict[str, Any] = {
-            "dtype": dtype,
-            "seed": seed,
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_batch,
-            "tensor_parallel_size": tensor_parallel_size,
-            "enforce_eager": enforce_eager or self.on_cpu,
+            "dtype": config.torch_dtype,
+            "seed": config.seed,
+            "max_model_len": config.max_model_len,
+            "max_num_seqs": config.max_batch,
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "enforce_eager": config.enforce_eager or self.on_cpu,
             "skip_tokenizer_init": True,
             "generation_config": "vllm",  # the folder's generation_config.json would change the sampling
             "logprobs_mode": "processed_logprobs",  # after the temperature, as the trainer computes them
             "enable_prefix_caching": True,
-            "enable_sleep_mode": sleep_mode and not self.on_cpu,
+            "enable_sleep_mode": config.sleep_mode and not self.on_cpu,
             "disable_log_stats": True,
         }
         if self.joined_group:
@@ -143,17 +141,19 @@ class VLLMEngine:
         if self.on_cpu:
             # A prompt prefilled in parts makes vLLM rewind the seeded generator, which a CPU generator cannot do; so
             # prompts are never split. Blocks of 32 tokens let prompts shorter than the CPU's default 128 be shared.
-            options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, 4096)}
+            options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(config.max_model_len, 4096)}
             options["block_size"] = 32
             if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-                config = AutoConfig.from_pretrained(model_path)
-                options["kv_cache_memory_bytes"] = cpu_kv_bytes(config, dtype, max_model_len, max_batch)
+                info = AutoConfig.from_pretrained(config.model_path)
+                options["kv_cache_memory_bytes"] = cpu_kv_bytes(
+                    info, config.torch_dtype, config.max_model_len, config.max_batch
+                )
         else:
-            _check_gpu_memory(gpu_memory_utilization)
-            options["gpu_memory_utilization"] = gpu_memory_utilization
+            _check_gpu_memory(config.gpu_memory_utilization)
+            options["gpu_memory_utilization"] = config.gpu_memory_utilization
             # vLLM captures graphs for multiples of 16 up to 512; beyond the largest, sequences run without one.
-            options["max_cudagraph_capture_size"] = options["max_num_seqs"] = -(-max_batch // 16) * 16
-        if dtype != torch.float32:  # float32 logits, as the trainer computes them
+            options["max_cudagraph_capture_size"] = options["max_num_seqs"] = -(-config.max_batch // 16) * 16
+        if config.torch_dtype != torch.float32:  # float32 logits, as the trainer computes them
             options["hf_overrides"] = {"head_dtype": "float32"}
         with _host_settings_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of vLLM's own imports
@@ -161,7 +161,7 @@ class VLLMEngine:
 
             self.vllm = vllm
             vllm_internals.check(options)
-            self.llm = vllm.LLM(model_path, **options)
+            self.llm = vllm.LLM(config.model_path, **options)
 
     def sample(
         self,
