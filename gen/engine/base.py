@@ -4,7 +4,7 @@ Tokens in, tokens out: an engine knows no tokenizer, no text and no chat templat
 and encoded again. Two makers stand behind the same protocol:
 
 * `vllm`  (gen/engine/vllm.py)   real vLLM inside this process, one a rank, for training at speed;
-* `torch` (gen/engine/torch.py)  the model in plain torch with a KV cache: the twin for tests, exactness and machines
+* `torch` (gen/engine/torch.py)  the model in plain torch with a KV cache, for tests, exactness and machines
   without vLLM.
 
 Left out on purpose: top-k, min-p and penalties, streaming, engines behind HTTP. top-p is for evaluation alone: with it
