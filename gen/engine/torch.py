@@ -1,8 +1,8 @@
 """The plain engine: a transformers model, a KV cache and a loop, in about a hundred lines of torch.
 
 It is the reference implementation beside gen/engine/vllm.py, and slow: in float32 it agrees with the training forward
-to rounding, on the CPU it repeats bitwise, and it needs nothing but transformers. What it does for speed: each prompt is
-computed once and its cache shared out to its n samples, rows that have ended leave the batch, and sampling is
+to rounding, on the CPU it repeats bitwise, and it needs nothing but transformers. What it does for speed: each prompt
+is computed once and its cache shared out to its n samples, rows that have ended leave the batch, and sampling is
 vectorised.
 
 Every sample owns its randomness: sample i of a prompt draws all its uniforms from a generator seeded with `seed + i`,
