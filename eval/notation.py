@@ -11,7 +11,7 @@ parse is its text, and is compared as that.
 """
 
 import re
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import sympy
@@ -83,7 +83,11 @@ _UNITS = r"""
     (?<=[\d}])\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?)\s*(?:\\text\s*\{)?\s*([CF]?)\}?$ => \\text{␣degrees␣\1}
     \^\s*\{?\s*\\circ\s*\}?\s*[CF]?|\\degrees?(?![a-z]) =>
     ^([^¤=]*)¤\s*(NUM)((?:␣[^¤=\\]*)?)$ => \1\2␣dollars\3
+    ^([^€=]*)€\s*(NUM)((?:␣[^€=\\]*)?)$ => \1\2␣euros\3
+    ^([^£=]*)£\s*(NUM)((?:␣[^£=\\]*)?)$ => \1\2␣sterling\3
+    ^([^¥=]*)¥\s*(NUM)((?:␣[^¥=\\]*)?)$ => \1\2␣yuan\3
     [¤€£¥] =>
+    (?<=[\d}])\s*(?:\\text\s*\{\s*)?([AaPp])\.\s?[Mm]\.?\s*\}?$ => \\text{␣\1m}
     ^(\d[\dA-F.]*)\s*_\s*\{?(\d+)\}?$ => \1\\text{␣base}^{\2}
     (?:\bsq(?:uare)?\b|平方)\.?\s*([a-z]+|CHINESE) => \1^2
     (?:\bcu(?:bic)?\b|立方)\.?\s*([a-z]+|CHINESE) => \1^3
@@ -160,7 +164,8 @@ _WORTH = """
     5*m/18/s: kph kmh
     dollar: dollar USD usd
     dollar/100: cent
-    euro: euro
+    euro: euro EUR
+    sterling: sterling GBP
     yuan: yuan RMB 元
     radian: rad radian
     pi*radian/180: deg degree 度
@@ -180,6 +185,7 @@ _UNIT = {
     for value, _, names in (line.partition(": ") for line in _WORTH.splitlines())
     for name in names.split()
 }
+DEGREE, TEMPERATURES = _UNIT["degree"], {_UNIT["celsius"], _UNIT["fahrenheit"]}
 _CHINESE = "|".join(name for name in sorted(_UNIT, key=len)[::-1] if not name.isascii())
 _UNIT_WORD = re.compile(
     r"(\b(?:per|an?)\b|/|每)?\W*"
@@ -233,7 +239,8 @@ def unit_of(phrase: str) -> sympy.Expr:
             break
         sign = -1 if per else sign
         unit *= known ** (sign * int(power or 1))
-    return unit
+    temperature = unit / DEGREE  # degrees Celsius
+    return temperature if temperature in TEMPERATURES else unit
 
 
 _PLAIN = r"[^\d$\\=<>^+{}*]"  # no mathematics
@@ -288,14 +295,18 @@ def _parse(text: str) -> Any:
 
 
 def _total(text: str) -> Answer | None:
-    """Several quantities of one kind, `2 hours and 15 minutes`, as one in the first unit."""
-    plain = re.sub(r"\\(?:text|mathrm|mbox)|\\[,;:! ()]|\band\b|[{}$~,*]|\.$", " ", text)
+    """Several quantities of one kind, each in a smaller unit, `2 hours and 15 minutes`, as one in the first unit; not a
+    list, `3 cm and 4 cm`."""
+    plain = re.sub(r"\\(?:text|mathrm|mbox)|\\[,;:! ()]|\band\b|\*\*|[{}$~,]|\.$", " ", text)
     parts = _QUANTITY.findall(plain)
     if len(parts) < 2 or _QUANTITY.sub("", plain).strip():
         return None
     units = [unit_of(name) for _, name in parts]
+    ratios = [smaller / larger for larger, smaller in pairwise(units)]
+    if units[0] == 1 or not all(ratio.is_number and ratio < 1 for ratio in ratios):
+        return None
     total = sum(sympy.Rational(number) * unit for (number, _), unit in zip(parts, units, strict=True)) / units[0]
-    return Answer(total, units[0], text) if units[0] != 1 and total.is_number else None
+    return Answer(total, units[0], text)
 
 
 def read(text: str) -> Answer | None:

@@ -25,7 +25,8 @@ factor, inequalities made sets, `x=1, y=2` the values of its names. A decimal of
 (relative 1e-6).
 Units are compared where both sides have one that `eval/notation.py` knows, and converted: 120 minutes are 2 hours, 3 m
 are not 3 km. Where one side has none, they are not (15 cm^2 is 15, as in open-r1), nor are other words: 5 oranges are 5
-apples. 12 % is 12 and 0.12. The base of a number is such a unit.
+apples; nor is what money is paid for, per hour or per day. 12 % is 12 and 0.12, 0.4 % is 0.004 alone. The base of a
+number is such a unit.
 Left out: a gold of words without LaTeX ("Paris") is not parseable; `\text{Evelyn}` and single letters are.
 
     PYTHONPATH=. python -c "from eval.verify import check_answer; print(check_answer('63', r'so \boxed{63}'))"
@@ -41,7 +42,7 @@ import sympy
 from math_verify import verify
 from sympy.core.relational import Relational
 
-from eval.notation import MAX_LENGTH, PERCENT, Answer, has_words, read
+from eval.notation import DEGREE, MAX_LENGTH, PERCENT, TEMPERATURES, Answer, has_words, read
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns that its time limits are off
 
@@ -182,11 +183,13 @@ def _same(gold: Any, answer: Any) -> bool:
     return verify(*plain, numeric_precision=100, allow_set_relation_comp=True, timeout_seconds=None)
 
 
-def _is_rounded(exact: sympy.Expr, decimal: sympy.Expr, text: str) -> bool:
-    """Whether a decimal of six or more digits is the exact number's to 1e-6; one that ends is not rounded."""
-    match = _DECIMAL.fullmatch(text)
+def _is_rounded(exact: sympy.Expr, decimal: sympy.Expr, text: str, ratio: sympy.Expr) -> bool:
+    """Whether a decimal of six or more digits, in a unit of `ratio` of the exact number's, is that number to 1e-6; one
+    that ends is not rounded."""
+    match = _DECIMAL.fullmatch(text.removesuffix("%"))
     if not match or len((match[1] + match[2]).lstrip("0")) < 6 or not exact.is_number or exact.is_infinite:
         return False
+    exact = exact / ratio
     return bool(abs(exact - decimal) <= abs(exact) / 10**6 and not (exact * 10 ** len(match[2])).is_integer)
 
 
@@ -207,7 +210,9 @@ def _comparable(gold: Answer, answer: Answer) -> bool:
         return False
     if (":" in gold.text) != (":" in answer.text):
         return False
-    return 1 in (gold.unit, answer.unit) or (answer.unit / gold.unit).is_number
+    units = {gold.unit, answer.unit}
+    is_temperature = DEGREE in units and units & TEMPERATURES  # 20° may be 20 °C
+    return 1 in units or (answer.unit / gold.unit).is_number or bool(is_temperature)
 
 
 def _said(text: str) -> str:
@@ -226,7 +231,7 @@ def _equal(gold: Answer, answer: Answer) -> bool:
         return _said(gold.text) == _said(answer.text)
     ratio = answer.unit / gold.unit
     if 1 not in (gold.unit, answer.unit):
-        ratios = [ratio]
+        ratios = [ratio if ratio.is_number else 1]
     elif PERCENT in (gold.unit, answer.unit):
         # 40 % may be written as 0.4, and where the percentage is asked for as 40; but 0.4 % is not 0.4
         plain = answer.value if gold.unit == PERCENT else gold.value
@@ -234,10 +239,11 @@ def _equal(gold: Answer, answer: Answer) -> bool:
     else:
         ratios = [1]
     try:
-        return (
-            any(_same(gold.value, answer.value if ratio == 1 else answer.value * ratio) for ratio in ratios)
-            or _is_rounded(gold.value, answer.value, answer.text)
-            or _is_rounded(answer.value, gold.value, gold.text)
+        return any(
+            _same(gold.value, answer.value if ratio == 1 else answer.value * ratio)
+            or _is_rounded(gold.value, answer.value, answer.text, ratio)
+            or _is_rounded(answer.value, gold.value, gold.text, 1 / ratio)
+            for ratio in ratios
         )
     except (NotImplementedError, TypeError, ValueError):  # sympy cannot solve or compare them
         return False

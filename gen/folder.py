@@ -2,8 +2,7 @@
 
 `eval.run`, `eval.pass_rate`, `eval.decontaminate` and `gen.generate` cut their records into batches. The results of a
 batch are one file, which is written aside and renamed: it is whole or not there, and nothing else is remembered.
-`settings.json` says what the results depend on; a folder of other settings is refused. Tables are written as they are
-made, so memory does not grow with the data.
+`settings.json` says what the results depend on; a folder of other settings is refused.
 """
 
 import hashlib
@@ -37,8 +36,9 @@ def open_folder(folder: str | Path, settings: dict[str, Any], files: str, option
     distributed.lock_output_dir(folder)
     used = (folder / "settings.json").exists() or any(folder.glob(files))
     keep_settings(folder, settings, used, option)
-    for leftover in folder.rglob(".*.*.tmp"):
-        leftover.unlink()
+    for pattern in (".*.*.tmp", str(Path(files).with_name(".*.*.tmp"))):  # below lie folders of other runs, perhaps
+        for leftover in folder.glob(pattern):
+            leftover.unlink()
 
 
 def ranges(count: int, size: int) -> list[range]:

@@ -133,7 +133,9 @@ class Store:
             records = [self._record(batch, row) for row in batch.done]
             tables = [pa.Table.from_pylist(records, schema=BATCH)]
             if batch.path.exists():
-                tables.append(pq.read_table(batch.path))
+                there = pq.read_table(batch.path)
+                is_new = pc.is_in(there["position"], pa.array(batch.done, there["position"].type))
+                tables.append(there.filter(pc.invert(is_new)))
             write_tables(batch.path, BATCH, [pa.concat_tables(tables).sort_by("position")], compression="zstd")
         if batch.failed:
             lines = [
