@@ -40,6 +40,7 @@ from sft_core.run.watchdog import Phases, watchdog
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, float]
+CLOSING_LIMIT = 300.0  # seconds, after an exception
 
 
 @dataclass
@@ -77,14 +78,18 @@ class TrainingRun(Generic[P]):
         announce(self.run)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception):  # said first: what is closed may hang after it
+            print(f"stopping: {error!r}", file=sys.stderr, flush=True)
+            distributed.StopSignal.restore()
+            watchdog(CLOSING_LIMIT)
         try:
-            if kind is None or self.run.world_size == 1:  # else the others may wait for this rank, which has to end
+            if error is None or self.run.world_size == 1:  # else the others may wait for this rank, which has to end
                 self.leave()
         finally:
             watchdog(0)
             distributed.StopSignal.restore()
-            self.kept.close()
+            self.kept.__exit__(kind, error, trace)
 
     def leave(self) -> None:
         """Close what the loop worked with, and leave the process group, which an engine needs to its end."""
@@ -125,7 +130,7 @@ class TrainingRun(Generic[P]):
         self.logger = MetricsLogger(
             self.config.output_dir, self.config.report_to, step, run.options, self.console, run.total_steps
         )
-        self.kept.callback(self.logger.close)
+        self.kept.push(lambda kind, *_: self.logger.close(failed=kind is not None))
         self.callbacks = get_callbacks(self.config, run.model) if self.first else []
         self.stop = distributed.StopSignal()
         self.saved_at = step

@@ -18,8 +18,9 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -129,7 +130,6 @@ class Streamed:
         self._next = self._start | {"outcomes": [0] * 4}  # where the next window begins
         self._begin = self._next  # where this one began
         self._iterator: Iterator[dict] | None = None
-        self._tokeniser = ThreadPoolExecutor(1)
         self._ahead: tuple[Future, int, dict[str, Any]] | None = None  # see `_look_ahead`
         self._window: list[Example] = []
         self._sequences: list[list[int]] = []
@@ -196,7 +196,17 @@ class Streamed:
         share: list[Any] = [None]
         dist.scatter_object_list(share, shares, src=0)
         rows, count, following = share[0]
-        return self._tokeniser.submit(self._encode_all, rows), count, following
+        encoded: Future = Future()
+
+        def encode() -> None:
+            try:
+                encoded.set_result(self._encode_all(rows))
+            except BaseException as error:  # for whoever waits for the rows
+                encoded.set_exception(error)
+
+        # A daemon: a run that is over does not wait for rows that it will not need.
+        Thread(target=encode, daemon=True).start()
+        return encoded, count, following
 
     def _encode_all(self, rows: list[tuple[int, dict]] | str) -> tuple[list[dict], str | None]:
         """`rows`: (number, row) each, or what is wrong with the data. All ranks have to leave in the same way."""

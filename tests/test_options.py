@@ -54,3 +54,13 @@ def test_choices(kind, field):
 
 def test_there_are_some():
     assert len(BOUNDS) > 40 and len(CHOICES) >= 6
+
+
+def test_a_value_that_must_be_there_and_a_recipe_given_twice(tmp_path):
+    with pytest.raises(ValueError, match="learning_rate must have a value"):
+        GRPOConfig(output_dir="out", learning_rate=None)
+    assert GRPOConfig(output_dir="out", epsilon_high=None).epsilon_high is None
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("beta: 0.1\n")
+    with pytest.raises(ValueError, match="--config is given 2 times"):
+        parse((GRPOConfig,), ["--config", str(recipe), "--config", str(recipe)])

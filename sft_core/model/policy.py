@@ -170,15 +170,15 @@ def load_tokenizer(
         ValueError: there is no such model, or it is of a kind that is refused.
     """
     model_config, tokenizer = load_model_info(config), _from_files(AutoTokenizer, config)
-    if (
-        chat_template is not None and len(chat_template) < 1000 and "{" not in chat_template
-    ):  # no Jinja, which has braces
-        require(
-            Path(chat_template).is_file(),
-            f"chat_template {chat_template!r} is neither Jinja text nor a file: check --chat_template.",
-        )
-        chat_template = Path(chat_template).read_text(encoding="utf-8")
-    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    if chat_template is not None:
+        text = chat_template
+        if len(text) < 1000 and "{" not in text:  # no Jinja, which has braces
+            require(
+                Path(text).is_file(), f"chat_template {text!r} is neither Jinja text nor a file: check --chat_template."
+            )
+            text = Path(text).read_text(encoding="utf-8")
+        require(text.strip() != "", f"the chat template {chat_template} is empty: check --chat_template.")
+        tokenizer.chat_template = text
     return model_config, tokenizer
 
 

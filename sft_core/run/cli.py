@@ -47,10 +47,12 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
         ValueError: unknown key or flag, unreadable YAML, or a value that a dataclass refuses.
     """
     first = Parser(None, add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
+    first.add_argument("--config", action="append", default=[])
     first.add_argument("--parse_only", action="store_true")
     ours, argv = first.parse_known_args(argv)
-    path = ours.config
+    if len(ours.config) > 1:
+        raise ValueError(f"--config is given {len(ours.config)} times: put all into one file.")
+    path = ours.config[0] if ours.config else None
     known = {
         name: field
         for config_type in config_types

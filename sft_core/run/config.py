@@ -29,8 +29,7 @@ class JsonDict(dict):
 
     def __init__(self, value: Any) -> None:
         parsed = json.loads(value) if isinstance(value, str) else dict(value)  # dataclasses.asdict gives pairs
-        if not isinstance(parsed, dict):
-            raise ValueError(f"expected a JSON object, got {value!r}")
+        require(isinstance(parsed, dict), f"expected a JSON object, got {value!r}")
         super().__init__(parsed)
 
 
@@ -63,6 +62,7 @@ def check_options(config: Any) -> None:
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
         if value is None:
+            require("None" in str(field.type), f"{name} must have a value.")
             continue
         for bound, limit in field.metadata.get("bounds", {}).items():
             holds, words = BOUNDS[bound]

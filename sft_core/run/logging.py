@@ -210,7 +210,7 @@ class MetricsLogger:
         self._files[name].write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self._files[name].flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         for file in self._files.values():
             os.fsync(file.fileno())
             file.close()
@@ -218,7 +218,7 @@ class MetricsLogger:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=int(failed))
 
 
 def check_report_to(report_to: Sequence[str]) -> None:

@@ -101,7 +101,9 @@ def test_wandb_without_its_package_says_how_to_get_it(tmp_path, monkeypatch):
 def test_wandb_gets_the_runs_options_and_the_same_run_after_a_restart(tmp_path, monkeypatch):
     made = []
     wandb = SimpleNamespace(
-        init=lambda **options: made.append(options), define_metric=lambda *names, **more: None, finish=lambda: None
+        init=lambda **options: made.append(options),
+        define_metric=lambda *names, **more: None,
+        finish=lambda exit_code: None,
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)

@@ -47,3 +47,9 @@ def test_frozen_reference_scores_as_the_policy_in_bfloat16(tiny_model):
     [exact] = run_ranks(1, scored, tiny_model, False, False, False)
     np.testing.assert_array_equal(policy, reference)
     assert 0 < np.abs(policy - exact).max() < 0.5
+
+
+def test_an_empty_chat_template_is_refused(tiny_model, tmp_path):
+    (tmp_path / "empty.jinja").write_text("\n")
+    with pytest.raises(ValueError, match="empty.jinja is empty"):
+        load_tokenizer(ModelConfig(tiny_model), str(tmp_path / "empty.jinja"))
