@@ -1,8 +1,11 @@
 """The policy against transformers' own forward, sharded and not, in float32 and bfloat16."""
 
 import numpy as np
+import pytest
 import torch
 
+from sft_core.model.policy import load_tokenizer
+from sft_core.run.config import ModelConfig
 from tests.processes import run_ranks
 
 SEQUENCES = [[(7 * i + j) % 300 + 5 for i in range(length)] for j, length in enumerate((200, 31, 90))]
