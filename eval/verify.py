@@ -219,7 +219,9 @@ def _said(text: str) -> str:
     """The text of an answer that is no mathematics, or too big to compute, without markup, case, articles, plurals and
     blanks."""
     plain = re.sub(r"\\text\{([^{}]*)\}|[$()]|\{(?=\w\})|(?<=\{\w)\}", r"\1", text)
-    return re.sub(r"\b(?:an?|the|solutions?)\b|s\b|\s", "", plain.lower())
+    # Of words alone: a single letter is a choice or a variable.
+    words = r"\b(?:an?|the)\s+(?=[a-z]{2})|(?<=[a-z]{3} )solutions?\b|(?<=[a-z]{3})s\b"
+    return "".join(re.sub(words, "", plain.lower()).split())
 
 
 def _equal(gold: Answer, answer: Answer) -> bool:
