@@ -232,15 +232,15 @@ def _equal(gold: Answer, answer: Answer) -> bool:
     if is_text or _is_too_big(gold.value) or _is_too_big(answer.value):
         return _said(gold.text) == _said(answer.text)
     ratio = answer.unit / gold.unit
-    if 1 not in (gold.unit, answer.unit):
-        ratios = [ratio if ratio.is_number else 1]
-    elif PERCENT in (gold.unit, answer.unit):
-        # 40 % may be written as 0.4, and where the percentage is asked for as 40; but 0.4 % is not 0.4
-        plain = answer.value if gold.unit == PERCENT else gold.value
-        ratios = [1, ratio] if plain.is_number and abs(plain) >= 1 else [ratio]
-    else:
-        ratios = [1]
     try:
+        if 1 not in (gold.unit, answer.unit):
+            ratios = [ratio if ratio.is_number else 1]
+        elif PERCENT in (gold.unit, answer.unit):
+            # 40 % may be written as 0.4, and where the percentage is asked for as 40; but 0.4 % is not 0.4
+            plain = answer.value if gold.unit == PERCENT else gold.value
+            ratios = [1, ratio] if plain.is_number and abs(plain) >= 1 else [ratio]
+        else:
+            ratios = [1]
         return any(
             _same(gold.value, answer.value if ratio == 1 else answer.value * ratio)
             or _is_rounded(gold.value, answer.value, answer.text, ratio)
