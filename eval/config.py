@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from gen.config import TextSampling
-from sft_core.run.config import check_options, option, require
+from sft_core.run.options import Options, option, require
 
 
-@dataclass(frozen=True)
-class EvalConfig:
+@dataclass
+class EvalConfig(Options):
     model: str = option("", "Model to score: a Hub id or a folder.", alias="model_name_or_path")
     tasks: str = option("", "Tasks, with commas between: names, LightEval's `custom|math_500|0|0`, or all.")
     output_dir: str = option("", "Folder for results and details; the same command again goes on there.")
@@ -43,10 +43,10 @@ class EvalConfig:
 
     REQUIRED: ClassVar[tuple[str, ...]] = ("model", "tasks", "output_dir")
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for name in self.REQUIRED:
             require(getattr(self, name) != "", f"--{name} is required.")
-        check_options(self)
+        super().check()
         self.sampling(task_tokens=1)  # its values are checked when it is made
 
     def sampling(self, task_tokens: int) -> TextSampling:
@@ -55,7 +55,7 @@ class EvalConfig:
         return TextSampling(self.num_samples, longest, self.temperature, self.top_p, self.seed)
 
 
-@dataclass(frozen=True)
+@dataclass
 class PassRateConfig(EvalConfig):
     """Of eval.pass_rate: the sampling is eval.run's, with a data set for the task."""
 
@@ -76,16 +76,16 @@ class PassRateConfig(EvalConfig):
     custom_tasks: str | None = field(default=None, init=False)
     REQUIRED: ClassVar[tuple[str, ...]] = ("dataset_name", "output_dir")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         one = bool(self.model) != bool(self.generations_column)
         require(one, "give either --model to sample answers, or --generations_column to check those that are there.")
         low, high = self.pass_rate_min, self.pass_rate_max
         require(low < high, f"pass_rate_min ({low}) must be below pass_rate_max ({high}).")
 
 
-@dataclass(frozen=True)
-class DecontaminateConfig:
+@dataclass
+class DecontaminateConfig(Options):
     dataset: str = option("", "Data set to search: a Hub id, a file, or a saved data set.", alias="dataset_name")
     dataset_config: str | None = option(None, "Configuration of a Hub data set (--config, as in open-r1).")
     split: str = option("train", "Its split.")
@@ -99,10 +99,10 @@ class DecontaminateConfig:
     new_dataset_name: str | None = option(None, "Hub data set to push the rows to.")
     private: bool = option(False, "Push to a private one.")
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for name in ("dataset", "output_dir"):
             require(getattr(self, name) != "", f"--{name} is required.")
-        check_options(self)
+        super().check()
 
 
 # What a sample does not depend on: may differ when a run is continued.

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from eval.tasks import Doc, LightevalTaskConfig, find_tasks
 from sft_core.data.rows import FILES, load_rows
-from sft_core.run.config import require
+from sft_core.run.options import require
 
 TEXT = re.compile(r"(large_)?string")
 TEXTS = re.compile(r"(large_)?(string|list<\w+: (large_)?string>)")  # or a list of them

@@ -26,8 +26,8 @@ from eval.workers import Unscored, WorkerPool
 from gen.config import TextSampling
 from gen.folder import Batch, digest, write_tables
 from gen.sampler import weights_of
-from sft_core.run.config import require
 from sft_core.run.files import keep_settings
+from sft_core.run.options import require
 
 CHECKERS = ("math-verify", "latex2sympy2_extended", "sympy")
 MISSING = "there is no text"

@@ -44,10 +44,10 @@ from eval.verify import AnswerMetric
 from gen.folder import Batch, batches_by_content, open_folder, write_tables
 from kernels.tables import table
 from sft_core.run.cli import parse
-from sft_core.run.config import require
 from sft_core.run.distributed import usage_errors
 from sft_core.run.files import write_atomically
 from sft_core.run.hub import check_dataset_push, push_dataset
+from sft_core.run.options import require
 
 NAME = "pass_rate"  # of the task
 CHUNK = 256  # rows checked between two files

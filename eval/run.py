@@ -38,8 +38,8 @@ from gen.shards import ShardsFailed, of_shard, start_shards
 from kernels.tables import table
 from sft_core.run import distributed
 from sft_core.run.cli import parse
-from sft_core.run.config import require
 from sft_core.run.files import write_atomically
+from sft_core.run.options import require
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sft_core.run.config import check_options, option, require
+from sft_core.run.options import Options, option, require
 
 # What a generation depends on, besides the rows and the model's weights: may not differ when a run is continued.
 IDENTITY = (
@@ -50,8 +50,8 @@ class TextSampling:
         return {"model": model, "messages": messages, "max_tokens": self.max_tokens} | set_options
 
 
-@dataclass(frozen=True)
-class GenerateConfig:
+@dataclass
+class GenerateConfig(Options):
     hf_dataset: str = option("", "Prompts: a Hub id, a .json/.jsonl/.parquet file, or a saved data set.")
     model: str = option("", "Model by the name that the server knows; in process a Hub id or a folder.")
     hf_dataset_config: str | None = option(None, "Configuration (subset) of a Hub data set.")
@@ -90,10 +90,10 @@ class GenerateConfig:
     executor: Literal["local", "ray"] = option("local", "What asks the servers: this process, or workers of Ray Data.")
     shard: str | None = option(None, "For internal use: the part i/n of the batches that this process does.")
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         require(self.hf_dataset != "", "--hf-dataset is missing: give a Hub id or a data file.")
         require(self.model != "", "--model is missing: give the name that the server knows.")
-        check_options(self)
+        super().check()
         require(
             self.executor == "local" or self.engine == "server",
             "--executor ray asks servers: start them (vllm serve), or use --executor local, which has an engine "

@@ -37,8 +37,8 @@ from gen.shards import ShardsFailed, of_shard, start_shards
 from gen.store import Store, open_rows
 from sft_core.run import distributed
 from sft_core.run.cli import parse
-from sft_core.run.config import require
 from sft_core.run.hub import check_dataset_push, push_dataset
+from sft_core.run.options import require
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 

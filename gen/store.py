@@ -39,7 +39,7 @@ from gen.sampler import weights_of
 from sft_core.data.conversation import text_of
 from sft_core.data.rows import fingerprint, load_rows
 from sft_core.run import distributed
-from sft_core.run.config import require
+from sft_core.run.options import require
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 STATISTICS = pa.struct([("input_tokens", pa.int64()), ("output_tokens", pa.int64())])

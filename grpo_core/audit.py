@@ -34,19 +34,17 @@ from sft_core.model.policy import local_copy
 from sft_core.prepare import prepare_base
 from sft_core.run import distributed
 from sft_core.run.cli import parse
-from sft_core.run.config import ModelConfig, check_options, option, require
+from sft_core.run.config import ModelConfig
 from sft_core.run.logging import start_logging
+from sft_core.run.options import Options, option, require
 
 
-@dataclass(frozen=True)
-class AuditConfig:
+@dataclass
+class AuditConfig(Options):
     audit_prompts: int = option(32, "Prompts to look at: the first of the data in a seeded order.", ge=1)
     audit_samples: bool = option(
         True, "Sample num_generations completions of each; false: no model is loaded, only data and rewards are probed."
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,7 +78,7 @@ def set_up(argv: list[str]) -> tuple[Run, bool]:
     types = (ModelConfig, GRPOScriptArguments, GRPOConfig, AuditConfig)
     start_logging()
     # An output_dir need not be given, for none is touched; nor is anything pushed, reported or evaluated.
-    model, data, config, audit = parse(types, ["--output_dir=none", *argv])
+    model, data, config, audit = (given.frozen() for given in parse(types, ["--output_dir=none", *argv]))
     config = replace(
         config,
         push_to_hub=False,

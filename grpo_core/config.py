@@ -14,7 +14,8 @@ from gen.config import GenerateConfig
 from gen.engine.base import ENGINES
 from grpo_core.advantage import SCALES
 from grpo_core.loss import LOSS_TYPES, Objective
-from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig, option, option_table, require
+from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig
+from sft_core.run.options import option, option_table, require
 
 SYSTEM_PROMPT = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
@@ -24,7 +25,7 @@ SYSTEM_PROMPT = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class GRPOScriptArguments(ScriptArguments):
     dataset_prompt_column: str | None = option(
         None, "Column of the prompt; default: `prompt` if there, else `problem`."
@@ -45,7 +46,7 @@ class GRPOScriptArguments(ScriptArguments):
     soft_punish_cache: int = option(4096, "soft_overlong_punishment: the last tokens before that, where it falls.")
 
 
-@dataclass(frozen=True)
+@dataclass
 class GRPOConfig(TrainingConfig):
     learning_rate: float = option(1e-6, "Peak learning rate.", ge=0)
     system_prompt: str | None = option(
@@ -118,10 +119,16 @@ class GRPOConfig(TrainingConfig):
     log_completions: bool = option(True, "Log samples to completions.jsonl and, as text, to TensorBoard.")
     num_completions_to_print: int = option(2, "Completions shown as text in each log entry.")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._resolve()
+    def check(self) -> None:
+        super().check()
         self.objective()  # checks its options
+        require(self._scale in SCALES, f"unknown scale_rewards {self.scale_rewards!r}: group, batch or none.")
+        chosen = "torch" if self.use_vllm is False else "vllm"
+        require(
+            self.use_vllm is None or self.engine in (None, chosen),
+            f"engine {self.engine} and use_vllm {self.use_vllm} contradict each other: leave one out, or "
+            f"give --use_vllm {str(chosen == 'torch').lower()}.",
+        )
         require(
             self.engine != "torch" or self.vllm_tensor_parallel_size == 1,
             "engine torch has no tensor parallelism: leave out --vllm_tensor_parallel_size.",
@@ -133,18 +140,14 @@ class GRPOConfig(TrainingConfig):
             "leave them out in training (temperature is fine).",
         )
 
-    def _resolve(self) -> None:
-        """One name for what several options or spellings say."""
-        scale = {"true": "group", "false": "none"}.get(self.scale_rewards.lower(), self.scale_rewards)
-        require(scale in SCALES, f"unknown scale_rewards {scale!r}: group, batch or none.")
-        chosen = "torch" if self.use_vllm is False else "vllm"
-        require(
-            self.use_vllm is None or self.engine in (None, chosen),
-            f"engine {self.engine} and use_vllm {self.use_vllm} contradict each other: leave one out, or "
-            f"give --use_vllm {str(chosen == 'torch').lower()}.",
-        )
-        object.__setattr__(self, "scale_rewards", scale)
-        object.__setattr__(self, "engine", self.engine or chosen)
+    def resolve(self) -> None:
+        super().resolve()
+        self.scale_rewards = self._scale
+        self.engine = self.engine or ("torch" if self.use_vllm is False else "vllm")
+
+    @property
+    def _scale(self) -> str:
+        return {"true": "group", "false": "none"}.get(self.scale_rewards.lower(), self.scale_rewards)
 
     def prompts_a_rollout(self, world_size: int) -> int:
         """Prompts sampled together; open-r1's batch sizes are rounded up to whole groups."""

@@ -25,9 +25,8 @@ from sft_core.model.memory_plan import Plan, dry_run, memory_plan
 from sft_core.model.policy import check_positions, count_parameters, local_copy, planned_dtype
 from sft_core.prepare import Base, check_model, open_output_dir, prepare_base
 from sft_core.run import distributed
-from sft_core.run.cli import parse
-from sft_core.run.config import ModelConfig, require
-from sft_core.run.logging import start_logging
+from sft_core.run.config import ModelConfig
+from sft_core.run.options import require
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,14 +66,13 @@ class Run(Base):
         return self.config.total_steps(self.steps_per_epoch)
 
 
-def prepare(argv: list[str]) -> Run:
-    """Read the options, join the process group and check everything that can be checked. A collective.
+def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -> Run:
+    """Join the process group and check everything that can be checked, with copies of the options. A collective.
 
     Raises:
         ValueError: the user's input, in one sentence that names the remedy.
     """
-    start_logging()
-    model, data, config = parse((ModelConfig, GRPOScriptArguments, GRPOConfig), argv)
+    model, data, config = model.frozen(), data.frozen(), config.frozen()
     if config.dry_run:
         info = check_model(model, config)
         check_lengths(info, config)

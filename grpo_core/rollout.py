@@ -26,8 +26,8 @@ from grpo_core.rewards import GOLD_REWARDS
 from grpo_core.scoring import Scores, ToScore, start_scoring
 from sft_core.data.conversation import options_of, prompt_of, render_prompt, shows_system
 from sft_core.data.rows import json_lines
-from sft_core.run.config import require
 from sft_core.run.files import whole_file
+from sft_core.run.options import require
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -31,6 +31,7 @@ from eval.workers import WorkerPool
 from gen.engine.base import Sampling
 from gen.engine.weight_sync import probe, sync_weights
 from grpo_core.batch import MicroBatch, idle_micro_batch, keep_old_logps, make_micro_batches
+from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.evaluation import evaluate_policy
 from grpo_core.metrics import (
     CONSOLE,
@@ -63,6 +64,11 @@ from sft_core.model.optim import clip_gradients, guarded_step
 from sft_core.model.parallel import freeze
 from sft_core.model.policy import load_policy
 from sft_core.run import distributed
+from sft_core.run.cli import parse
+from sft_core.run.config import ModelConfig
+from sft_core.run.logging import start_logging
+
+OPTIONS = (ModelConfig, GRPOScriptArguments, GRPOConfig)
 
 
 @dataclass
@@ -75,8 +81,9 @@ class Progress(lifecycle.Progress):
 
 def main(argv: list[str] | None = None) -> None:
     """Train as `argv` says (default: the command line); exit code 2 for bad input, before weights are loaded."""
+    start_logging()
     with distributed.usage_errors():
-        run = prepare(sys.argv[1:] if argv is None else argv)
+        run = prepare(*parse(OPTIONS, sys.argv[1:] if argv is None else argv))
     with TrainingRun(run, Progress(), CONSOLE, len(run.prompts)) as training:
         train(run, training)
         training.finish()

@@ -39,7 +39,8 @@ from sft_core.model.optim import clip_gradients, guarded_step, make_optimizer, m
 from sft_core.model.parallel import Sharding, make_mesh, shard
 from sft_core.model.policy import Policy, count_parameters
 from sft_core.run import distributed
-from sft_core.run.config import ModelConfig, SFTConfig, require
+from sft_core.run.config import ModelConfig, SFTConfig
+from sft_core.run.options import require
 
 LONGEST = 2048
 WARM_UP = 3  # steps that are not timed: compilation of kernels, the optimizer's state

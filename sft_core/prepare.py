@@ -37,10 +37,11 @@ from sft_core.model.policy import (
 )
 from sft_core.run import distributed
 from sft_core.run.benchmarks import check_benchmarks
-from sft_core.run.cli import as_yaml, parse
-from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig, require
+from sft_core.run.cli import as_yaml
+from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig
 from sft_core.run.hub import check_hub
-from sft_core.run.logging import check_report_to, set_log_level, start_logging
+from sft_core.run.logging import check_report_to, set_log_level
+from sft_core.run.options import require
 from sft_core.run.output_dir import differences, prepare_output_dir, read_state
 from sft_core.sampler import Shuffled, Streamed
 
@@ -192,14 +193,13 @@ class Run(Base):
         return self.source.sequences_per_pass / self.sequences_per_step
 
 
-def prepare(argv: list[str]) -> Run:
-    """Read the options of a supervised run and check everything that can be checked. A collective.
+def prepare(model: ModelConfig, data: ScriptArguments, config: SFTConfig) -> Run:
+    """Check everything of a supervised run that can be checked, with copies of the options. A collective.
 
     Raises:
         ValueError: the user's input, in one sentence that names the remedy.
     """
-    start_logging()
-    model, data, config = parse((ModelConfig, ScriptArguments, SFTConfig), argv)
+    model, data, config = model.frozen(), data.frozen(), config.frozen()
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps  # of a rank, a step
     if config.dry_run:
         info = check_model(model, config)

@@ -32,8 +32,11 @@ from sft_core.model.optim import clip_gradients, guarded_step
 from sft_core.model.policy import Policy
 from sft_core.prepare import Run, prepare
 from sft_core.run import distributed
-from sft_core.run.logging import reduce_metrics
+from sft_core.run.cli import parse
+from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig
+from sft_core.run.logging import reduce_metrics, start_logging
 
+OPTIONS = (ModelConfig, ScriptArguments, SFTConfig)
 CONSOLE = ("loss", "eval_loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate", "tokens_per_second")
 
 
@@ -44,8 +47,9 @@ class Progress(lifecycle.Progress):
 
 def main(argv: list[str] | None = None) -> None:
     """Train as `argv` says (default: the command line); exit code 2 for bad input, before weights are loaded."""
+    start_logging()
     with distributed.usage_errors():
-        run = prepare(sys.argv[1:] if argv is None else argv)
+        run = prepare(*parse(OPTIONS, sys.argv[1:] if argv is None else argv))
     with TrainingRun(run, Progress(), CONSOLE, run.samples) as training:
         train(run, training)
         training.finish()

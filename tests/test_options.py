@@ -52,6 +52,51 @@ def test_choices(kind, field):
         parse((kind,), [f"--{option}={given}" for option, given in options.items()])
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"learning_rate": "1e-5"}, "learning_rate must be a number, got '1e-5'"),
+        ({"num_generations": 8.0}, "num_generations must be a whole number, got 8.0"),
+        ({"max_steps": True}, "max_steps must be a whole number, got True"),
+        ({"bf16": "yes"}, "bf16 must be true or false, got 'yes'"),
+        ({"eval_strategy": "never"}, "eval_strategy must be one of no, steps, epoch, got 'never'"),
+        ({"reward_weights": ["a"]}, "reward_weights must be a list of a number"),
+        ({"lr_scheduler_kwargs": 3}, "lr_scheduler_kwargs must be a JSON object, got 3"),
+        ({"learning_rat": 1.0}, "GRPOConfig has no option `learning_rat`: did you mean `learning_rate`"),
+        ({"use_vllm": True, "engine": "torch"}, "contradict"),
+    ],
+)
+def test_from_python_as_from_the_command_line(options, says):
+    """When it is made, when it is assigned to (a value: when a run takes its copy), also in a subclass."""
+    with pytest.raises(ValueError, match=says):
+        GRPOConfig(output_dir="o", **options)
+
+    @dataclasses.dataclass
+    class Theirs(GRPOConfig):
+        more: int = dataclasses.field(default=1, metadata={"help": "Theirs."})
+
+    config = Theirs(output_dir="o", more=2)
+    with pytest.raises(ValueError, match=says.replace("GRPOConfig", "Theirs")):
+        for name, value in options.items():
+            setattr(config, name, value)
+        config.frozen()
+
+
+def test_a_run_has_its_own_copy(caplog):
+    config = GRPOConfig(output_dir="o", report_to="none", scale_rewards=False, max_steps=3)
+    config.resume_from_checkpoint, config.use_vllm = True, False
+    run = config.frozen()
+    config.max_steps = 4
+    assert (run.max_steps, run.report_to, run.scale_rewards) == (3, ["none"], "none")
+    assert (run.resume_from_checkpoint, run.engine, config.engine) == (None, "torch", None)
+    with pytest.raises(AttributeError, match="max_steps cannot be changed"):
+        run.max_steps = 5
+    assert SFTConfig(output_dir="o", max_seq_length=8).max_length == 8  # an alias, as in a recipe
+    config.dataloader_num_workers = 4  # of others, without a meaning here: said
+    assert GRPOConfig(output_dir="o", padding_free=True) == GRPOConfig(output_dir="o")
+    assert [record.args[0] for record in caplog.records] == ["dataloader_num_workers", "padding_free"]
+
+
 def test_there_are_some():
     assert len(BOUNDS) > 40 and len(CHOICES) >= 6
 

@@ -189,17 +189,17 @@ def test_recipes_of_open_r1_load_unchanged(types, recipe, moot, tmp_path, caplog
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     with caplog.at_level(logging.WARNING):
-        configs = parse(types, ["--config", str(path)])
+        configs = [config.frozen() for config in parse(types, ["--config", str(path)])]
     moot = moot | {"gradient_checkpointing_kwargs"}
     assert sorted(record.args[0] for record in caplog.records) == sorted(moot)
-    values = yaml.safe_load(as_yaml(list(configs)))
+    values = yaml.safe_load(as_yaml(configs))
     values |= {"torch_dtype": values["dtype"], "max_seq_length": values.get("max_length")}
     values["scale_rewards"] = values.get("scale_rewards") != "none"
     assert {key: values[key] for key in recipe if key not in moot} == {
         key: value for key, value in recipe.items() if key not in moot
     }
-    (tmp_path / "resolved.yaml").write_text(as_yaml(list(configs)))
-    assert parse(types, ["--config", str(tmp_path / "resolved.yaml")]) == configs
+    (tmp_path / "resolved.yaml").write_text(as_yaml(configs))
+    assert list(parse(types, ["--config", str(tmp_path / "resolved.yaml")])) == configs
 
 
 def test_parse_only_prints_what_it_resolved(tmp_path, capsys):
@@ -219,7 +219,7 @@ def test_parse_only_prints_what_it_resolved(tmp_path, capsys):
 )
 def test_use_vllm_chooses_the_engine(flags, engine):
     [config] = parse((GRPOConfig,), ["--output_dir=o", *flags])
-    assert config.engine == engine
+    assert config.frozen().engine == engine
     with pytest.raises(ValueError, match="engine torch and use_vllm True contradict"):
         parse((GRPOConfig,), ["--output_dir=o", "--use_vllm=true", "--engine=torch"])
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 
-from sft_core.run.config import ModelConfig, TrainingConfig, require
+from sft_core.run.config import ModelConfig, TrainingConfig
+from sft_core.run.options import require
 
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # of activation checkpointing and torch.compile
 ADAPTER = "default"  # peft's name for the only one

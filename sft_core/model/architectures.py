@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sft_core.data.packing import pack_sequences
 from sft_core.model.policy import Policy, count_parameters
-from sft_core.run.config import ModelConfig, require
+from sft_core.run.config import ModelConfig
 from sft_core.run.distributed import on_first_rank
+from sft_core.run.options import require
 
 LENGTHS = (7, 1, 24, 13, 20)  # 24 and 20 share a batch of `kernels.attention`
 SEQUENCES = [[2 + (7 * i * i + 3 * length) % 61 for i in range(length)] for length in LENGTHS]

@@ -34,8 +34,9 @@ from sft_core.model.flops import (
     tail_per_token,
     training_flops,
 )
-from sft_core.run.config import ModelConfig, TrainingConfig, require
+from sft_core.run.config import ModelConfig, TrainingConfig
 from sft_core.run.distributed import GIB
+from sft_core.run.options import require
 
 # Rates of an H100 SXM.
 GEMM_EFFICIENCY = 0.70  # of the peak; measured on the head's GEMMs: 690 to 727 TFLOP/s

@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from sft_core.model.policy import Policy
-from sft_core.run.config import TrainingConfig, require
+from sft_core.run.config import TrainingConfig
+from sft_core.run.options import require
 
 
 def make_mesh(device: torch.device) -> DeviceMesh:

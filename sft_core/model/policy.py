@@ -30,7 +30,8 @@ from kernels.linear_logprob import linear_logprob
 from kernels.linear_loss import TokenLoss, linear_loss
 from sft_core.data.packing import PackedSequences, pack_sequences
 from sft_core.model.adapters import add_adapters, is_tied, quantization
-from sft_core.run.config import ModelConfig, TrainingConfig, require
+from sft_core.run.config import ModelConfig, TrainingConfig
+from sft_core.run.options import require
 
 kernels.attention.register()
 # What its warnings are about, `load_whole` says in a sentence.

@@ -10,12 +10,10 @@ HfArgumentParser.
 
 import copy
 import dataclasses
-import difflib
 import json
 import logging
 import os
 from argparse import ArgumentParser
-from collections.abc import Iterable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -24,6 +22,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from sft_core.run.open_r1_keys import FOREIGN_KEYS
+from sft_core.run.options import known_names, nearest, warn_foreign
 
 logger = logging.getLogger(__name__)
 
@@ -53,20 +52,15 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     if len(ours.config) > 1:
         raise ValueError(f"--config is given {len(ours.config)} times: put all into one file.")
     path = ours.config[0] if ours.config else None
-    known = {
-        name: field
-        for config_type in config_types
-        for field in dataclasses.fields(config_type)
-        for name in (field.name, *(alias[2:] for alias in field.metadata.get("aliases", [])))
-    }
+    known = known_names(*config_types)
     tokens = []
     for key, value in (_read_yaml(path) if path else {}).items():
         if key == "env":
             os.environ.update({name: str(text) for name, text in (value or {}).items()})
         elif key in FOREIGN_KEYS and key not in known:
-            _warn(key)
+            warn_foreign(key)
         elif key not in known:
-            raise ValueError(f"unknown key `{key}` in {path}{_nearest(key, known)}")
+            raise ValueError(f"unknown key `{key}` in {path}{nearest(key, known)}")
         else:
             tokens += _as_tokens(key, value, known[key])
     *configs, remaining = Parser(config_types, allow_abbrev=False).parse_args_into_dataclasses(
@@ -78,12 +72,12 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
         if text.startswith("--"):
             foreign = name in FOREIGN_KEYS
         if not foreign:
-            raise ValueError(f"unknown flag `{text}`{_nearest(name, known)}")
+            raise ValueError(f"unknown flag `{text}`{nearest(name, known)}")
         if text.startswith("--"):
-            _warn(name)
+            warn_foreign(name)
     if ours.parse_only:
         if os.environ.get("RANK", "0") == "0":
-            print(as_yaml(configs), end="")
+            print(as_yaml([config.frozen() for config in configs]), end="")
         raise SystemExit(0)
     return tuple(configs)
 
@@ -99,11 +93,6 @@ def as_yaml(configs: list[Any]) -> str:
     }
     plain = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
-
-
-def _warn(key: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        logger.warning("`%s` has no meaning here and is passed over: %s.", key, FOREIGN_KEYS[key])
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -129,8 +118,3 @@ def _as_tokens(key: str, value: Any, field: dataclasses.Field) -> list[str]:
     if isinstance(value, list):
         return [f"--{key}", *map(str, value)]
     return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f": did you mean `{close[0]}`?" if close else ": see --help for every option."

@@ -1,4 +1,4 @@
-"""The options of a run: flat frozen dataclasses, one field an option, checked when they are made.
+"""The options of a run: flat dataclasses, one field per option, checked when they are made (`options.py`).
 
 `ModelConfig` and `ScriptArguments` (model and data) are shared by both trainers; `TrainingConfig` holds the options of
 any training run, `SFTConfig` adds those of supervised training (`grpo_core.config` adds those of GRPO). Names and
@@ -6,12 +6,11 @@ meanings follow Hugging Face's TrainingArguments, TRL and open-r1 wherever an op
 here is an optimizer step. How they are read from YAML and the command line: `sft_core/run/cli.py`.
 """
 
-import dataclasses
-import json
 import math
-import operator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from sft_core.run.options import JsonDict, Options, option, require
 
 OPTIMIZERS = (
     "adamw_torch",
@@ -24,74 +23,8 @@ OPTIMIZERS = (
 SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup")
 
 
-class JsonDict(dict):
-    """A dict that can also be written as a JSON object on the command line."""
-
-    def __init__(self, value: Any) -> None:
-        parsed = json.loads(value) if isinstance(value, str) else dict(value)  # dataclasses.asdict gives pairs
-        require(isinstance(parsed, dict), f"expected a JSON object, got {value!r}")
-        super().__init__(parsed)
-
-
-BOUNDS = {
-    "ge": (operator.ge, "at least"),
-    "gt": (operator.gt, "above"),
-    "le": (operator.le, "at most"),
-    "lt": (operator.lt, "below"),
-}
-
-
-def option(
-    default: Any, help: str, alias: str | None = None, choices: tuple[str, ...] | None = None, **bounds: float
-) -> Any:
-    """A dataclass field with its one-line documentation (also the source of README's option tables).
-
-    `alias`: another name under which recipes know it; `choices`: of a text, or of each in a list; `bounds`: ge, gt, le,
-    lt as in pydantic. `check_options` holds a value to both; None, where an option may be None, is always allowed.
-    """
-    metadata: dict[str, Any] = {"help": help, "bounds": bounds}
-    metadata |= {"aliases": [f"--{alias}"]} if alias else {}
-    metadata |= {"choices": choices} if choices else {}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def check_options(config: Any) -> None:
-    """Raise ValueError for an option outside the bounds or choices at its field."""
-    for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
-        if value is None:
-            require("None" in str(field.type), f"{name} must have a value.")
-            continue
-        for bound, limit in field.metadata.get("bounds", {}).items():
-            holds, words = BOUNDS[bound]
-            require(holds(value, limit), f"{name} must be {words} {limit}, got {value}.")
-        if choices := field.metadata.get("choices"):
-            for text in value if isinstance(value, list) else [value]:
-                require(text in choices, f"{name} must be one of {', '.join(choices)}, got {text!r}.")
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def option_table(config_type: type, base: type | None = None) -> str:
-    """README's table of a configuration: a row an option, without those that `base` has in the same form."""
-    inherited = {f.name: (f.default, f.metadata["help"]) for f in dataclasses.fields(base)} if base else {}
-    rows = ["| option | default | meaning |", "|---|---|---|"]
-    for f in (f for f in dataclasses.fields(config_type) if f.init):
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        if inherited.get(f.name) == (f.default, f.metadata["help"]):
-            continue
-        shown = "required" if default == "" else " ".join(default) if isinstance(default, list) else default
-        rows.append(f"| `{f.name}` | {shown} | {f.metadata['help'].replace('|', '/')} |")
-    return "\n".join(rows)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
+@dataclass
+class ModelConfig(Options):
     model_name_or_path: str = option("", "Model to start from: a Hub id or a folder.")
     model_revision: str = option("main", "Branch, tag or commit of a Hub model.")
     dtype: str | None = option(
@@ -125,9 +58,9 @@ class ModelConfig:
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "The 4-bit type.")
     use_bnb_nested_quant: bool = option(False, "Quantise the 4-bit scales too.")
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         require(self.model_name_or_path != "", "--model_name_or_path is missing: give a Hub id or a model folder.")
-        check_options(self)
+        super().check()
         require(not (self.load_in_4bit and self.load_in_8bit), "give one of load_in_4bit and load_in_8bit.")
         require(
             self.use_peft or not (self.load_in_4bit or self.load_in_8bit),
@@ -136,8 +69,8 @@ class ModelConfig:
         )
 
 
-@dataclass(frozen=True)
-class ScriptArguments:
+@dataclass
+class ScriptArguments(Options):
     dataset_name: str = option("", "Data: a Hub id, a .json/.jsonl/.parquet file, or a folder of either kind.")
     dataset_config: str | None = option(None, "Configuration (subset) of a Hub data set.")
     dataset_train_split: str = option("train", "Split to train on.")
@@ -148,7 +81,8 @@ class ScriptArguments:
         "the share of that set's rows.",
     )
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        super().check()
         require(
             bool(self.dataset_name) != bool(self.dataset_mixture),
             "give either --dataset_name (a Hub id or a data file) or a dataset_mixture, not both."
@@ -157,8 +91,8 @@ class ScriptArguments:
         )
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
+@dataclass
+class TrainingConfig(Options):
     output_dir: str = option("", "Folder for checkpoints, logs and the final model.")
     overwrite_output_dir: bool = option(
         False, "Move what another run left in output_dir aside instead of refusing (nothing is ever deleted)."
@@ -262,12 +196,10 @@ class TrainingConfig:
         1800, "Seconds a collective or a phase may take before all stacks are dumped and it ends.", ge=1
     )
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         require(self.output_dir != "", "--output_dir is missing: give a folder for checkpoints, logs and the model.")
-        check_options(self)
+        super().check()
         require(not self.fp16, "fp16 is not supported (it needs loss scaling): use --bf16 true.")
-        if str(self.resume_from_checkpoint).lower() == "true":  # the last one in output_dir, as without it
-            object.__setattr__(self, "resume_from_checkpoint", None)
         require(
             str(self.resume_from_checkpoint).lower() != "false",
             "a run always goes on from its last checkpoint: to start anew give another --output_dir.",
@@ -285,6 +217,10 @@ class TrainingConfig:
             "torch_compile_backend says how blocks are compiled: give --torch_compile true too.",
         )
         require(self.max_steps > 0 or self.num_train_epochs > 0, "give --max_steps or --num_train_epochs above 0.")
+
+    def resolve(self) -> None:
+        if str(self.resume_from_checkpoint).lower() == "true":  # the last one in output_dir, as without it
+            self.resume_from_checkpoint = None
 
     def total_steps(self, steps_per_epoch: float) -> int:
         """Optimizer steps of the whole run, for a data set that takes `steps_per_epoch` of them."""
@@ -307,7 +243,7 @@ class TrainingConfig:
         return strategy == "steps" and step % between == 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class SFTConfig(TrainingConfig):
     max_length: int = option(
         1024, "Longest row in tokens, and with packing the size of a bin.", alias="max_seq_length", ge=2
@@ -337,8 +273,8 @@ class SFTConfig(TrainingConfig):
     )
     eos_token: str | None = option(None, "Token that ends a turn; default: the chat template's.")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         require(
             not self.dataset_streaming or self.max_steps > 0,
             "the length of a streamed data set is not known: say how long to train with --max_steps.",

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sft_core.run.config import require
+from sft_core.run.options import require
 
 
 @contextmanager

@@ -89,7 +89,9 @@ def ours(options: argparse.Namespace, folder: Path, more: list[str]) -> None:
 
     from grpo_core import train as trainer
     from grpo_core.prepare import prepare
+    from grpo_core.train import OPTIONS
     from sft_core.lifecycle import TrainingRun
+    from sft_core.run.cli import parse
 
     arguments = {
         "model_name_or_path": options.model,
@@ -118,7 +120,7 @@ def ours(options: argparse.Namespace, folder: Path, more: list[str]) -> None:
         return rate
 
     trainer.guarded_step, trainer.start_engine = timed_step, meter.starts_engine(trainer.start_engine)
-    run = prepare([f"--{name}={value}" for name, value in arguments.items()] + more)
+    run = prepare(*parse(OPTIONS, [f"--{name}={value}" for name, value in arguments.items()] + more))
     run = dataclasses.replace(run, stop_ids=frozenset())
     try:
         with TrainingRun(run, trainer.Progress(), trainer.CONSOLE, len(run.prompts)) as training:

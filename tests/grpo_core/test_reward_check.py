@@ -13,7 +13,9 @@ from datasets import Dataset
 
 import grpo_core.prepare
 import grpo_core.train
+from grpo_core.train import OPTIONS
 from sft_core.run import distributed
+from sft_core.run.cli import parse
 from tests.grpo_core.test_train import TRAIN, options
 from tests.launch import flags, locks_released, metrics, refusal, run
 
@@ -97,7 +99,7 @@ def own(tmp_path, monkeypatch):
 def accept(argv):
     """What is prepared, of a run that may start."""
     with locks_released():
-        run = grpo_core.prepare.prepare(argv)
+        run = grpo_core.prepare.prepare(*parse(OPTIONS, argv))
     distributed.shutdown()
     return run
 

@@ -17,7 +17,9 @@ from sft_core.data.conversation import prompt_ids
 from sft_core.dataset import check_columns, supervised_example, supervised_examples
 from sft_core.prepare import prepare
 from sft_core.run import distributed
+from sft_core.run.cli import parse
 from sft_core.run.config import SFTConfig
+from sft_core.train import OPTIONS
 from tests.launch import flags, locks_released
 
 USER, YES = {"role": "user", "content": "Ben has 4"}, {"role": "assistant", "content": "yes"}
@@ -276,7 +278,7 @@ def test_what_is_not_used_or_left_out_is_said_before_the_run(tiny_model, tmp_pat
     for name, streams in (("whole", "false"), ("streamed", "true")):
         more |= {"output_dir": tmp_path / name, "dataset_streaming": streams}
         with locks_released():
-            said.append(prepare(flags(model_name_or_path=tiny_model, **files, **more)).summary)
+            said.append(prepare(*parse(OPTIONS, flags(model_name_or_path=tiny_model, **files, **more))).summary)
         distributed.shutdown()
     counts = "0 cut, 1 too long, 0 nothing to learn"
     assert f"3 rows to train on; {counts}; columns not used: system, id; 1 rows to evaluate on; {counts}" in said[0]

@@ -1,0 +1,210 @@
+"""What every configuration is made of: a flat dataclass, one field per option, checked when it is made.
+
+A configuration is a plain dataclass, so that its users subclass it and assign to it. A run takes a copy (`frozen`),
+which is checked again and cannot be changed. From Python an option is held to its type, bounds and choices as on the
+command line (`sft_core/run/cli.py`), and a name that is no option is refused instead of being kept unread.
+"""
+
+import copy
+import dataclasses
+import difflib
+import json
+import logging
+import operator
+import os
+from collections.abc import Iterable, Mapping
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from sft_core.run.open_r1_keys import FOREIGN_KEYS
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+BOUNDS = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "above"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "below"),
+}
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+class JsonDict(dict):
+    """A dict that can also be written as a JSON object on the command line."""
+
+    def __init__(self, value: Any) -> None:
+        parsed = json.loads(value) if isinstance(value, str) else dict(value)  # dataclasses.asdict gives pairs
+        require(isinstance(parsed, dict), f"expected a JSON object, got {value!r}")
+        super().__init__(parsed)
+
+
+class _OptionsType(type):
+    """Calling a class of options takes aliases and the names of others' configurations too."""
+
+    def __call__(cls: type[T], *args: Any, **given: Any) -> T:
+        named = [(option_name(cls, name), value) for name, value in given.items()]
+        return type.__call__(cls, *args, **{name: value for name, value in named if name is not None})
+
+
+class Options(metaclass=_OptionsType):
+    """Base of all configurations. Subclasses extend `check`, and `resolve` where an option has several spellings."""
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError, in one sentence, for values that are wrong or contradict each other."""
+        check_options(self)
+
+    def resolve(self) -> None:
+        """Give what several options or spellings say one value."""
+
+    def frozen(self) -> Self:
+        """A copy for a run: checked, resolved, and never changed again."""
+        config = copy.copy(self)
+        config.check()
+        config.resolve()
+        vars(config)["_frozen"] = True
+        return config
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_frozen" in vars(self):
+            raise AttributeError(f"{name} cannot be changed: the run has its own copy of the options")
+        types = _types(type(self))
+        known = name if name in types else option_name(type(self), name)
+        if known is not None:
+            vars(self)[known] = _converted(value, types[known])
+
+
+def option(
+    default: Any, help: str, alias: str | None = None, choices: tuple[str, ...] | None = None, **bounds: float
+) -> Any:
+    """A dataclass field with its one-line documentation (also the source of README's option tables).
+
+    `alias`: another name under which recipes know it; `choices`: of a text, or of each in a list; `bounds`: ge, gt, le,
+    lt as in pydantic. `check_options` holds a value to both; None, where an option may be None, is always allowed.
+    """
+    metadata: dict[str, Any] = {"help": help, "bounds": bounds}
+    metadata |= {"aliases": [f"--{alias}"]} if alias else {}
+    metadata |= {"choices": choices} if choices else {}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@cache
+def known_names(*kinds: Any) -> dict[str, dataclasses.Field]:
+    """Every option of these configurations by its names."""
+    return {
+        name: field
+        for kind in kinds
+        for field in dataclasses.fields(kind)
+        for name in (field.name, *(alias[2:] for alias in field.metadata.get("aliases", [])))
+    }
+
+
+def option_name(kind: type, name: str) -> str | None:
+    """The option that `name` means; None for one that is accepted without a meaning, with a warning.
+
+    Raises:
+        ValueError: there is no such option.
+    """
+    known = known_names(kind)
+    if name in known:
+        return known[name].name
+    if name in FOREIGN_KEYS:
+        warn_foreign(name)
+        return None
+    raise ValueError(f"{kind.__name__} has no option `{name}`{nearest(name, known)}")
+
+
+def warn_foreign(name: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("`%s` has no meaning here and is passed over: %s.", name, FOREIGN_KEYS[name])
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f": did you mean `{close[0]}`?" if close else ": see --help for every option."
+
+
+def check_options(config: Any) -> None:
+    """Raise ValueError for an option that is not of its type, or outside the bounds or choices at its field."""
+    types = _types(config.__class__)
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        require(value is not None or _is_a(None, types[name]), f"{name} must have a value.")
+        require(_is_a(value, types[name]), f"{name} must be {_words(types[name])}, got {value!r}.")
+        if value is None:
+            continue
+        for bound, limit in field.metadata.get("bounds", {}).items():
+            holds, words = BOUNDS[bound]
+            require(holds(value, limit), f"{name} must be {words} {limit}, got {value}.")
+        if choices := field.metadata.get("choices"):
+            for text in value if isinstance(value, list) else [value]:
+                require(text in choices, f"{name} must be one of {', '.join(choices)}, got {text!r}.")
+
+
+@cache
+def _types(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    """As on the command line: one text is a list of one, true and false are texts too where an option is a text."""
+    kinds = _alternatives(kind)
+    if isinstance(value, bool) and str in kinds and bool not in kinds:
+        return str(value).lower()
+    if isinstance(value, str) and str not in kinds and any(get_origin(part) is list for part in kinds):
+        return [value]
+    return value
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether `value` is of the annotated type; an int is a float too, a bool no number."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if len(kinds := _alternatives(kind)) > 1:
+        return any(_is_a(value, part) for part in kinds)
+    if origin is Literal:
+        return value in parts
+    if origin in (list, tuple):
+        return isinstance(value, origin) and all(_is_a(item, parts[0]) for item in value)
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if kind is JsonDict:
+        return isinstance(value, Mapping)
+    return not isinstance(kind, type) or isinstance(value, kind)  # Any and what else is no class takes everything
+
+
+def _words(kind: Any) -> str:
+    origin, parts = get_origin(kind), get_args(kind)
+    if len(kinds := _alternatives(kind)) > 1:
+        return " or ".join(_words(part) for part in kinds if part is not NoneType)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, parts))
+    if origin is list:
+        return f"a list of {_words(parts[0])}"
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", JsonDict: "a JSON object"}
+    return words.get(kind, str(kind))
+
+
+def option_table(config_type: type, base: type | None = None) -> str:
+    """README's table of a configuration: a row an option, without those that `base` has in the same form."""
+    inherited = {f.name: (f.default, f.metadata["help"]) for f in dataclasses.fields(base)} if base else {}
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    for f in (f for f in dataclasses.fields(config_type) if f.init):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if inherited.get(f.name) == (f.default, f.metadata["help"]):
+            continue
+        shown = "required" if default == "" else " ".join(default) if isinstance(default, list) else default
+        rows.append(f"| `{f.name}` | {shown} | {f.metadata['help'].replace('|', '/')} |")
+    return "\n".join(rows)
