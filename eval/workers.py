@@ -7,18 +7,27 @@ here imports torch; a test looks into a worker to see.
         results = pool.map(function, items)
         job = pool.submit(function, items)  # and go on with something else
         results = pool.wait(job)
+
+The life of a job (the methods are `WorkerPool`'s, the worker's side is `eval/worker_process.py`):
+
+1. `submit` puts the job's items into the queue `_todo`, and each call of the pool makes a `_turn`, which hands out
+   chunks, receives messages and looks at deadlines.
+2. `_load` sends a chunk to an idle worker, which unpickles it: this may import modules and is not charged to an item.
+3. The worker's first message starts the clock of its first item; each later one is an answer, which `_finish_item`
+   writes into `job.results` before the clock of the next item starts, until the worker is idle again.
+4. `_replace` kills a worker that died or overran: the item that it ran becomes `Unscored`, the rest of its chunk goes
+   back to the front of the queue, and the next turn starts a new worker.
+5. `wait` makes turns until every item has a result.
 """
 
-import ctypes
+import enum
 import os
 import pickle
-import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -27,6 +36,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+FOREVER = float("inf")
 
 
 @dataclass(frozen=True)
@@ -48,17 +59,60 @@ class Job:
     missing: int
 
 
+class _State(enum.Enum):
+    """What a worker is at. STARTING -> IDLE -> LOADING -> RUNNING -> IDLE; from each of them it may be killed."""
+
+    STARTING = "starting"  # it imports; "ready" makes it IDLE
+    IDLE = "idle"
+    LOADING = "loading"  # it unpickles a chunk; "started" makes it RUNNING
+    RUNNING = "running"  # it has an item at hand; the answer to its last one makes it IDLE
+
+
 @dataclass
 class _Worker:
     process: subprocess.Popen
     connection: Connection
-    state: str = "starting"  # -> "idle" -> "loading" (unpickles a chunk) -> "running" -> "idle"
-    deadline: float = float("inf")  # time.monotonic(), of what the state names
+    deadline: float  # time.monotonic(), when its state must have ended
+    prints: bool  # what it prints is kept
+    state: _State = _State.STARTING
     job: Job | None = None
     items: deque[int] = field(default_factory=deque)  # of the job, not yet answered, in the order the worker takes them
-    last: float = float("inf")  # time.monotonic(), when the item at hand is given up whatever the machine's load
+    last: float = FOREVER  # time.monotonic(), when the item at hand is given up whatever the machine's load
     used: float = 0.0  # seconds of processor time when the worker began this item
-    prints: bool = False  # what it prints is kept
+
+    @property
+    def limit(self) -> float:
+        """Seconds for the item at hand."""
+        assert self.job is not None
+        return self.job.limits[self.items[0]]
+
+    def rest(self) -> None:
+        """STARTING, RUNNING -> IDLE."""
+        self.state, self.deadline = _State.IDLE, FOREVER
+
+    def begin_item(self, used: float) -> None:
+        """LOADING, RUNNING -> RUNNING: the clock of the next item starts."""
+        now = time.monotonic()
+        self.state, self.used = _State.RUNNING, used
+        self.deadline, self.last = now + self.limit, now + 10 * self.limit
+
+    def answer(self, value: Any) -> None:
+        """The result of the item at hand."""
+        assert self.job is not None
+        self.job.results[self.items.popleft()] = value
+        self.job.missing -= 1
+
+    def owed(self) -> float:
+        """Seconds of processor time that the item at hand may still have: some if it wants to compute and the machine
+        has given it less than its limit, else none."""
+        if self.state is not _State.RUNNING:
+            return 0.0
+        try:
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # no such process, or no Linux
+            return 0.0
+        used = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+        return self.limit - (used - self.used) if stat[0] == "R" else 0.0
 
 
 class WorkerPool:
@@ -86,7 +140,7 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._todo: deque[tuple[Job, Sequence[int]]] = deque()
         self._failed_starts = 0
-        self._fill()  # workers import while the parent goes on
+        self._start_workers()  # they import while the parent goes on
 
     def map(self, function: Callable[[Any], Any], items: Sequence, timeouts: Sequence[float] | None = None) -> list:
         """[function(item) for item in items], with an `Unscored` where an item hung, crashed or raised.
@@ -106,16 +160,6 @@ class WorkerPool:
             self._turn(0.0)
         return job
 
-    def _queue(self, function: Callable[[Any], Any], items: Sequence, timeouts: Sequence[float] | None) -> Job:
-        limits = [self.timeout] * len(items) if timeouts is None else list(timeouts)
-        job = Job(function, items, limits, [None] * len(items), len(items))
-        if len(items):
-            self._todo.append((job, range(len(items))))
-        self._failed_starts = 0
-        for worker in [w for w in self._workers if w.process.poll() is not None and not w.items]:
-            self._kill(worker)  # something outside killed it since the last call
-        return job
-
     def wait(self, job: Job) -> list:
         """The job's results, in the order of its items."""
         while job.missing:
@@ -133,83 +177,6 @@ class WorkerPool:
         self._output.truncate()
         return lines[:limit]
 
-    def _turn(self, patience: float) -> None:
-        """Hand out work, wait up to `patience` seconds for an answer or a deadline, take what has come in."""
-        try:
-            self._fill()
-            # A caller who waits gives out small shares, for balance; one who does not may look again much later.
-            shares = self.num_workers * (4 if patience else 1)
-            size = min(64, -(-sum(len(rest) for _, rest in self._todo) // shares))
-            for worker in self._workers:
-                if worker.state == "idle" and self._todo:
-                    worker.job, rest = self._todo.popleft()
-                    worker.items = deque(rest[:size])
-                    if len(rest) > size:
-                        self._todo.appendleft((worker.job, rest[size:]))
-                    self._send(worker, worker.job.function, [worker.job.items[i] for i in worker.items])
-            soonest = min(w.deadline for w in self._workers)
-            ready = wait([w.connection for w in self._workers], max(0.0, min(soonest - time.monotonic(), patience)))
-            for worker in [w for w in self._workers if w.connection in ready]:
-                try:
-                    while worker.connection.poll():
-                        self._take(worker, *pickle.loads(worker.connection.recv_bytes()))
-                except (EOFError, OSError):
-                    with suppress(subprocess.TimeoutExpired):
-                        worker.process.wait(1.0)
-                    self._give_up(worker, "crash", f"died with exit code {worker.process.returncode}")
-            now = time.monotonic()
-            # A parent that was itself held up reads what has come in before it blames the worker.
-            for worker in [w for w in self._workers if w.deadline < now and not w.connection.poll()]:
-                owed = self._limit(worker) - self._computed(worker) if worker.state == "running" else 0.0
-                if owed > 0 and now < worker.last:
-                    worker.deadline = min(now + owed, worker.last)
-                else:
-                    self._give_up(worker, "timeout", "took too long")
-        except BaseException:
-            self._todo.clear()
-            for worker in [w for w in self._workers if w.items]:  # nobody waits for these
-                self._kill(worker)
-            raise
-
-    def _take(self, worker: _Worker, kind: str, value: Any, used: float) -> None:
-        """A worker's message; `used` is the processor time it has had in all."""
-        if kind == "unloadable":
-            assert worker.job is not None
-            raise RuntimeError(f"a checking worker cannot import {worker.job.function!r} or its arguments: {value}")
-        if kind in ("value", "exception"):
-            if used - worker.used > self._limit(worker):  # it came back before the parent looked
-                kind, value = "timeout", "took too long"
-            self._answer(worker, value if kind == "value" else Unscored(kind, value))
-        self._failed_starts = 0
-        worker.state = "running" if worker.items else "idle"
-        limit = self._limit(worker)
-        worker.deadline, worker.last = time.monotonic() + limit, time.monotonic() + 10 * limit
-        worker.used = used
-
-    def _give_up(self, worker: _Worker, reason: str, error: str) -> None:
-        """End the worker; the item it was at is lost, the rest of its chunk goes back to the queue."""
-        self._kill(worker)
-        if worker.state == "running":
-            self._answer(worker, Unscored(reason, error))
-        else:
-            self._failed_starts += 1
-            if self._failed_starts >= self.START_ATTEMPTS * self.num_workers:
-                raise RuntimeError(f"checking workers do not start: the last one {error} while {worker.state}")
-        if worker.items:
-            assert worker.job is not None
-            self._todo.appendleft((worker.job, list(worker.items)))
-
-    @staticmethod
-    def _answer(worker: _Worker, value: Any) -> None:
-        assert worker.job is not None
-        worker.job.results[worker.items.popleft()] = value
-        worker.job.missing -= 1
-
-    @staticmethod
-    def _limit(worker: _Worker) -> float:
-        """Seconds for the item at hand."""
-        return worker.job.limits[worker.items[0]] if worker.job is not None and worker.items else float("inf")
-
     def close(self) -> None:
         """Kill the workers, drop what they were at; the next call starts new ones."""
         self._todo.clear()
@@ -222,7 +189,32 @@ class WorkerPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _fill(self) -> None:
+    def _queue(self, function: Callable[[Any], Any], items: Sequence, timeouts: Sequence[float] | None) -> Job:
+        limits = [self.timeout] * len(items) if timeouts is None else list(timeouts)
+        job = Job(function, items, limits, [None] * len(items), len(items))
+        if len(items):
+            self._todo.append((job, range(len(items))))
+        self._failed_starts = 0
+        for worker in [w for w in self._workers if w.process.poll() is not None and not w.items]:
+            self._kill(worker)  # something outside killed it since the last call
+        return job
+
+    def _turn(self, patience: float) -> None:
+        """Hand out work, wait up to `patience` seconds for a message or a deadline, deal with what has come."""
+        try:
+            self._start_workers()
+            # A caller who waits gives out small shares, for balance; one who does not may look again much later.
+            self._hand_out(shares=self.num_workers * (4 if patience else 1))
+            self._receive(patience)
+            self._end_overruns()
+        except BaseException:
+            self._todo.clear()
+            for worker in [w for w in self._workers if w.items]:  # nobody waits for these
+                self._kill(worker)
+            raise
+
+    def _start_workers(self) -> None:
+        """New workers for those that are missing."""
         while len(self._workers) < self.num_workers:
             ours, theirs = Pipe(duplex=True)
             arguments = [str(theirs.fileno()), str(os.getpid()), str(self.memory_limit or 0)]
@@ -231,7 +223,7 @@ class WorkerPool:
             env = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
             prints = self._output is not None and not any(worker.prints for worker in self._workers)
             process = subprocess.Popen(
-                [sys.executable, "-u", "-P", "-c", "from eval.workers import _serve; _serve()", *arguments],
+                [sys.executable, "-u", "-P", "-m", "eval.worker_process", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=self._output if prints else subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -239,28 +231,91 @@ class WorkerPool:
                 start_new_session=True,  # what a check starts is killed with it
             )
             theirs.close()
-            self._workers.append(_Worker(process, ours, deadline=time.monotonic() + self.START_LIMIT, prints=prints))
+            self._workers.append(_Worker(process, ours, time.monotonic() + self.START_LIMIT, prints))
 
-    def _send(self, worker: _Worker, function: Callable, chunk: list) -> None:
+    def _hand_out(self, shares: int) -> None:
+        """The queue's first items to the idle workers, a chunk for each."""
+        size = min(64, -(-sum(len(rest) for _, rest in self._todo) // shares))
+        for worker in self._workers:
+            if worker.state is _State.IDLE and self._todo:
+                job, rest = self._todo.popleft()
+                if len(rest) > size:
+                    self._todo.appendleft((job, rest[size:]))
+                self._load(worker, job, rest[:size])
+
+    def _load(self, worker: _Worker, job: Job, chunk: Sequence[int]) -> None:
+        """IDLE -> LOADING."""
+        worker.job, worker.items = job, deque(chunk)
         try:
-            message = pickle.dumps((function, chunk))
+            message = pickle.dumps((job.function, [job.items[i] for i in chunk]))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(f"what is sent to a worker must pickle: define it in a module ({error})") from error
-        worker.state, worker.deadline = "loading", time.monotonic() + self.START_LIMIT
+        worker.state, worker.deadline = _State.LOADING, time.monotonic() + self.START_LIMIT
         try:
             worker.connection.send_bytes(message)
         except OSError:
             pass  # it died while idle; the end of its stream is read next, and its chunk goes back to the queue
 
+    def _receive(self, patience: float) -> None:
+        """The workers' messages, once there is one, a deadline has come or `patience` seconds have passed."""
+        soonest = min(worker.deadline for worker in self._workers)
+        ready = wait([w.connection for w in self._workers], max(0.0, min(soonest - time.monotonic(), patience)))
+        for worker in [w for w in self._workers if w.connection in ready]:
+            try:
+                while worker.connection.poll():
+                    self._take(worker, *pickle.loads(worker.connection.recv_bytes()))
+            except (EOFError, OSError):
+                with suppress(subprocess.TimeoutExpired):
+                    worker.process.wait(1.0)
+                self._replace(worker, "crash", f"died with exit code {worker.process.returncode}")
+
+    def _take(self, worker: _Worker, kind: str, value: Any, used: float) -> None:
+        """One message of `eval/worker_process.py`; `used` is the processor time that the worker has had in all."""
+        if kind == "unloadable":
+            assert worker.job is not None
+            raise RuntimeError(f"a checking worker cannot import {worker.job.function!r} or its arguments: {value}")
+        self._failed_starts = 0
+        if kind == "ready":
+            worker.rest()
+        elif kind == "started":
+            worker.begin_item(used)
+        else:
+            self._finish_item(worker, kind, value, used)
+
     @staticmethod
-    def _computed(worker: _Worker) -> float:
-        """Seconds of processor time that the item at hand has had; infinity unless its worker is ready to compute."""
-        try:
-            stat = Path(f"/proc/{worker.process.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:  # no such process, or no Linux
-            return float("inf")
-        used = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
-        return used - worker.used if stat[0] == "R" else float("inf")
+    def _finish_item(worker: _Worker, kind: str, value: Any, used: float) -> None:
+        """RUNNING -> RUNNING, or IDLE after the chunk's last item."""
+        if used - worker.used > worker.limit:  # it came back before the parent looked
+            kind, value = "timeout", "took too long"
+        worker.answer(value if kind == "value" else Unscored(kind, value))
+        if worker.items:
+            worker.begin_item(used)
+        else:
+            worker.rest()
+
+    def _end_overruns(self) -> None:
+        """Replace the workers whose deadline has passed, but for those to which the machine owes processor time."""
+        now = time.monotonic()
+        # A parent that was itself held up reads what has come in before it blames the worker.
+        for worker in [w for w in self._workers if w.deadline < now and not w.connection.poll()]:
+            owed = worker.owed()
+            if owed > 0 and now < worker.last:
+                worker.deadline = min(now + owed, worker.last)
+            else:
+                self._replace(worker, "timeout", "took too long")
+
+    def _replace(self, worker: _Worker, reason: str, error: str) -> None:
+        """End the worker; the item that it ran is lost, the rest of its chunk goes back to the queue."""
+        self._kill(worker)
+        if worker.state is _State.RUNNING:
+            worker.answer(Unscored(reason, error))
+        else:
+            self._failed_starts += 1
+            if self._failed_starts >= self.START_ATTEMPTS * self.num_workers:
+                raise RuntimeError(f"checking workers do not start: the last one {error} while {worker.state.value}")
+        if worker.items:
+            assert worker.job is not None
+            self._todo.appendleft((worker.job, list(worker.items)))
 
     def _kill(self, worker: _Worker) -> None:
         if worker.process.poll() is None:
@@ -268,50 +323,3 @@ class WorkerPool:
             worker.process.wait()
         worker.connection.close()
         self._workers.remove(worker)
-
-
-def _serve() -> None:
-    """A worker's life. Arguments: descriptor of the socket, the parent's process id, memory limit in bytes (0: none).
-
-    Answers each message (function, items) with ("started", None), then one ("value", result) or ("exception", line)
-    an item; or with ("unloadable", line). Each also says how much processor time the worker has used.
-    """
-    from eval.verify import check_answer  # only here: math-verify takes a second to import
-
-    descriptor, parent, memory_limit = map(int, sys.argv[1:])
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a fork of the parent may hold the socket open
-    if os.getppid() != parent:
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    if memory_limit and (hard == resource.RLIM_INFINITY or memory_limit < hard):
-        resource.setrlimit(resource.RLIMIT_AS, (memory_limit, hard))
-    check_answer("1", "the answer is $1$, 1")  # compiles math-verify's expressions, so that no item pays for them
-    os.set_inheritable(descriptor, False)
-    connection = Connection(descriptor)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # until here the user should see what goes wrong
-
-    def line(error: BaseException) -> str:
-        return " ".join(traceback.format_exception_only(error)[-1].split())[:500]
-
-    connection.send_bytes(pickle.dumps(("ready", None, 0.0)))
-    while True:
-        try:
-            message = connection.recv_bytes()
-        except (EOFError, OSError):
-            os._exit(0)
-        try:
-            function, items = pickle.loads(message)
-        except BaseException as error:
-            connection.send_bytes(pickle.dumps(("unloadable", line(error), 0.0)))
-            continue
-        connection.send_bytes(pickle.dumps(("started", None, time.process_time())))
-        for item in items:
-            try:
-                answer = pickle.dumps(("value", function(item), time.process_time()))
-            except BaseException as error:  # a SystemExit of a check is that check's failure too
-                answer = pickle.dumps(("exception", line(error), time.process_time()))
-            connection.send_bytes(answer)

@@ -119,8 +119,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
                 engine,
                 partial(policy.score, temperature=config.temperature, device=device),
                 run.prompts[0].ids,
-                temperature=config.temperature,
-                max_tokens=min(16, config.max_completion_length),
+                Sampling(8, max_tokens=min(16, config.max_completion_length), temperature=config.temperature),
                 seed=config.seed,
                 tolerance=config.max_logp_difference,
             )

@@ -177,7 +177,7 @@ class HeadSweep:
                 chunk = softmax_stats(logits, targets[part], self.temperature, out, into=stats[part])
                 found = row_gradients(chunk, subset(rows, part), learns)
                 if learns:
-                    logits_gradient(logits, chunk, targets[part], self.temperature, *found, out=out)
+                    logits_gradient(logits, chunk, targets[part], self.temperature, found, out)
             if learns:
                 self.products(rows, states)
         self.keep(rows, stats)

@@ -47,41 +47,43 @@ def linear_loss(
     too for a loss that depends on entropies unannounced.
     """
     chunk_size = check(hidden, weight, targets, temperature, chunk_size)
-    options = (token_loss, entropy_gradient, temperature, active, chunk_size, torch.is_grad_enabled())
-    return _LinearLoss.apply(hidden, weight, targets, *options)
+    # The gradients by hidden states and weight are computed here; the backward pass only scales them.
+    needed = (hidden.requires_grad and torch.is_grad_enabled(), weight.requires_grad and torch.is_grad_enabled())
 
+    def row_gradients(stats: Stats, rows: Rows, learns: bool) -> tuple[Tensor, Tensor | None] | None:
+        with torch.enable_grad():
+            logps, entropies = (x.detach().requires_grad_(learns) for x in (stats.logps, stats.entropies))
+            value = token_loss(logps, entropies, rows).sum()
+        total.add_(value.detach())
+        if not learns:
+            return None
+        grad_logps, grad_entropies = torch.autograd.grad(value, (logps, entropies), allow_unused=True)
+        if grad_entropies is not None and not entropy_gradient:
+            raise ValueError("token_loss depends on the entropies: call linear_loss with entropy_gradient=True")
+        return torch.zeros_like(logps) if grad_logps is None else grad_logps, grad_entropies
 
-class _LinearLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, token_loss, entropy_gradient, temperature, active, chunk_size, enabled):
-        # The gradients by hidden states and weight are computed here; backward only scales them.
-        needed = tuple(enabled and need for need in ctx.needs_input_grad[:2])
+    with torch.no_grad():
         sweep = HeadSweep(hidden, weight, targets, temperature, chunk_size, needed)
-        loss = torch.zeros((), dtype=sweep.dtype, device=hidden.device)
-
-        def row_gradients(stats: Stats, rows: Rows, learns: bool) -> tuple[Tensor, Tensor | None] | None:
-            with torch.enable_grad():
-                logps, entropies = (x.detach().requires_grad_(learns) for x in (stats.logps, stats.entropies))
-                value = token_loss(logps, entropies, rows).sum()
-            loss.add_(value.detach())
-            if not learns:
-                return None
-            grad_logps, grad_entropies = torch.autograd.grad(value, (logps, entropies), allow_unused=True)
-            if grad_entropies is not None and not entropy_gradient:
-                raise ValueError("token_loss depends on the entropies: call linear_loss with entropy_gradient=True")
-            return torch.zeros_like(logps) if grad_logps is None else grad_logps, grad_entropies
-
+        total = torch.zeros((), dtype=sweep.dtype, device=hidden.device)
         deferred = any(needed) and not entropy_gradient and can_be_deferred(sweep)
         compute = sweep.deferred if deferred else sweep.immediate
         for rows, learns in _blocks(hidden, active, sweep.block, any(needed)):
             compute(rows, learns, row_gradients)
-        ctx.gradients, ctx.dtypes = sweep.take_gradients(), (hidden.dtype, weight.dtype)
-        ctx.mark_non_differentiable(sweep.logps, sweep.entropies, sweep.best_logps)
-        return loss, sweep.logps, sweep.entropies, sweep.best_logps
+    loss = _KnownGradients.apply(hidden, weight, total, sweep.take_gradients())
+    return loss, sweep.logps, sweep.entropies, sweep.best_logps
+
+
+class _KnownGradients(torch.autograd.Function):
+    """A loss [] whose gradients by hidden states and weight are there already."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, loss, gradients):
+        ctx.gradients, ctx.dtypes = gradients, (hidden.dtype, weight.dtype)
+        return loss.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx, grad_loss):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("linear_loss can be differentiated once: its gradients are given away")
@@ -89,7 +91,7 @@ class _LinearLoss(torch.autograd.Function):
             None if gradient is None else _times(gradient, grad_loss, dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return *scaled, *(None,) * 7
+        return *scaled, None, None
 
 
 def can_be_deferred(sweep: HeadSweep) -> bool:

@@ -1,7 +1,7 @@
 """The row pass over a chunk of logits: statistics of softmax(logits / temperature), and the gradient of the logits.
 
     stats = softmax_stats(logits, targets, temperature, scratch)             log-prob, entropy, best log-prob a row
-    logits_gradient(logits, stats, targets, temperature, g, g_H, out)        gradient of any function of the first two
+    logits_gradient(logits, stats, targets, temperature, (g, g_H), out)      gradient of any function of the first two
 
 With p the softmax and H its entropy, dlogp/dz = 1_target - p and dH/dz = -p (log p + H), z = logits / temperature. All
 sums are float32 (float64 for float64 logits), of differences to one logit of the row: logsumexp - sum(p z) would cancel
@@ -80,16 +80,15 @@ def logits_gradient(
     stats: Stats,
     targets: Tensor,  # [C]
     temperature: float,
-    grad_logps: Tensor,  # [C]
-    grad_entropies: Tensor | None = None,  # [C]
-    *,
+    gradients: tuple[Tensor, Tensor | None],  # by log-probs [C], by entropies [C]
     out: Tensor,  # [C, V], written
 ) -> None:
     """The gradient of the logits of a function with these gradients of log-probs and entropies; spends the logits."""
     if _fused(logits):
         from kernels.rows_triton import logits_gradient as fused
 
-        return fused(logits, stats, targets, temperature, grad_logps, grad_entropies, out)
+        return fused(logits, stats, targets, temperature, gradients, out)
+    grad_logps, grad_entropies = gradients
     log_probs, grad_logp = logits, grad_logps[:, None] / temperature
     probs = torch.exp(log_probs, out=out)
     if grad_entropies is None:

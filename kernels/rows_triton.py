@@ -159,11 +159,11 @@ def logits_gradient(
     stats: Stats,
     targets: Tensor,
     temperature: float,
-    grad_logps: Tensor,
-    grad_entropies: Tensor | None,
+    gradients: tuple[Tensor, Tensor | None],
     out: Tensor,
 ) -> None:
     """The gradient [C, V], written to `out`."""
+    grad_logps, grad_entropies = gradients
     rows, vocab = logits.shape
     if rows:
         _gradient_kernel[(rows,)](

@@ -75,14 +75,15 @@ def trl(case: Case) -> list[Phases]:
 
 
 def attention_by_lengths(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, cu_seq_lens_q: Tensor, **more: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> Any:
     """Packed attention where TRL gives the documents' cumulative lengths; one layout a batch."""
-    if _layout[0] is not cu_seq_lens_q:
-        _layout[:] = cu_seq_lens_q, packed_layout(cu_seq_lens_q.diff().tolist(), query.device)
+    cu_seqlens = options["cu_seq_lens_q"]
+    if _layout[0] is not cu_seqlens:
+        _layout[:] = cu_seqlens, packed_layout(cu_seqlens.diff().tolist(), query.device)
     if torch.is_autocast_enabled(query.device.type):  # the rotation has left query and key in float32
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    return packed_attention(module, query, key, value, mask, packed=_layout[1], scaling=more["scaling"])
+    return packed_attention(module, query, key, value, mask, packed=_layout[1], scaling=options["scaling"])
 
 
 _layout: list[Any] = [None, None]  # the last cu_seq_lens_q and what they say

@@ -27,7 +27,6 @@ from torch import Tensor
 from gen.engine.base import Checksum, Engine, Sampling, Synced
 
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}  # words at a time: what stays in a core's cache; few launches on a GPU
-PROBES = 8  # completions of a probe
 
 
 class Checksums:
@@ -176,25 +175,24 @@ def probe(
     engine: Engine,
     policy_logps: Callable[[list[int], list[list[int]]], Tensor],
     prompt_ids: list[int],
+    sampling: Sampling,
     *,
-    temperature: float,
-    max_tokens: int,
     seed: int,
     tolerance: float,
 ) -> dict[str, float]:
     """Sample some completions of one prompt and compare the engine's log-probs with the policy's.
 
-    Several, since the tokens of one may all be likely ones, whatever the weights. Where two neighbouring layers of
+    Sample eight, since the tokens of one may all be likely ones, whatever the weights. Where two neighbouring layers of
     SmolLM2-135M change places, the mean is 0.06 to 5 over 8 tokens of one completion, 0.21 or more over 16 of eight.
 
     policy_logps(prompt, completions) -> [N] log-probs of all completions' tokens, one after the other, at the training
-    temperature. It may be a collective call: then every rank has to probe with the same prompt, `max_tokens` (there
-    are no stop ids, so lengths are equal) and seed.
+    temperature. It may be a collective call: then every rank has to probe with the same prompt, sampling (without
+    stop ids, so that lengths are equal) and seed.
 
     Returns `mean_abs` and `max_abs` difference and the number of `tokens`. Raises RuntimeError when the mean exceeds
     `tolerance` or is not a number: stale or mixed-up weights, another temperature, log-probs off by one token.
     """
-    [completions] = engine.sample([prompt_ids], Sampling(PROBES, max_tokens, temperature), [seed])
+    [completions] = engine.sample([prompt_ids], sampling, [seed])
     ours = policy_logps(prompt_ids, [completion.token_ids for completion in completions]).detach().double().cpu()
     theirs = torch.tensor([logp for completion in completions for logp in completion.logps], dtype=torch.float64)
     if ours.shape != theirs.shape:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gen.engine.base import Loaded
+from gen.engine.base import Loaded, Sampling
 from gen.engine.torch import TorchEngine
 from gen.engine.weight_sync import checksums, not_as_sent, probe, sync_weights, unchanged
 from tests import faults
@@ -49,7 +49,7 @@ def scorer(policy, temperature=1.0, shift=0):
 
 
 def probed(engine, logps, temperature=1.0):
-    return probe(engine, logps, PROMPT, temperature=temperature, max_tokens=16, seed=1, tolerance=1e-3)
+    return probe(engine, logps, PROMPT, Sampling(8, 16, temperature), seed=1, tolerance=1e-3)
 
 
 def test_a_healthy_sync_passes_and_the_probe_agrees(engine, policy):
@@ -275,7 +275,7 @@ def test_the_probe_sees_swapped_layers_of_a_real_model(smollm2, layer):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     question = [{"role": "user", "content": "Ben has 17 pens, buys 5 more and gives 3 away. How many are left?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
-    probed = partial(probe, engine, scorer(policy), prompt, temperature=1.0, max_tokens=16, seed=3, tolerance=0.1)
+    probed = partial(probe, engine, scorer(policy), prompt, Sampling(8, 16), seed=3, tolerance=0.1)
     assert probed()["mean_abs"] < 1e-4
     layers = engine.model.model.layers
     layers[layer], layers[layer + 1] = layers[layer + 1], layers[layer]

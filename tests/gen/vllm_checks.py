@@ -154,7 +154,7 @@ def expect_faults_inside_the_loader(engine: Engine, model) -> None:
             vllm_model.load_weights = fault
         try:
             sync_weights(engine, model.named_parameters(), names(model), version)
-            probe(engine, policy_logps, PROMPTS[0], temperature=1.0, max_tokens=8, seed=1, tolerance=0.01)
+            probe(engine, policy_logps, PROMPTS[0], Sampling(8, 8), seed=1, tolerance=0.01)
         except RuntimeError as error:
             assert says and says in str(error), error
         else:

@@ -99,7 +99,7 @@ def test_plain(name, temperature, entropies):
         if not entropies:
             found = out.double() * (up[0] * stats.scales / -temperature)[:, None]
             assert (found - gradient).norm() <= 2e-6 * gradient.norm()
-        rows.logits_gradient(spent, stats, targets, temperature, *up, out=out)
+        rows.logits_gradient(spent, stats, targets, temperature, up, out)
         assert (out.double() - gradient).norm() <= 2e-6 * gradient.norm()
 
 
@@ -122,7 +122,7 @@ def test_on_a_gpu(vocab):
         stats = rows.softmax_stats(logits, targets, 0.7, unscaled=out.fill_(torch.nan))
         unscaled = out[picked] * (up * stats.scales / -0.7)[picked, None]
         assert torch.equal(stats.best_logps == stats.logps, logits.amax(-1) == logits.gather(1, targets[:, None])[:, 0])
-        rows.logits_gradient(logits, stats, targets, 0.7, up, up.cos(), out=out.fill_(torch.nan))
+        rows.logits_gradient(logits, stats, targets, 0.7, (up, up.cos()), out.fill_(torch.nan))
         found.append((stats.logps[picked], stats.entropies[picked], stats.best_logps[picked], unscaled, out[picked]))
         assert not out.isnan().any()
     assert all(map(torch.equal, *found))

@@ -37,7 +37,7 @@ def test_row_pass(name, temperature, entropies):
             torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-5)
         found = out.double() * (up[0] * stats.scales / -temperature)[:, None]
         if entropies:
-            rows_triton.logits_gradient(logits, stats, targets, temperature, *up, out)
+            rows_triton.logits_gradient(logits, stats, targets, temperature, up, out)
             found = out.double()
         assert (found - gradient).norm() <= bound * gradient.norm()
 
@@ -100,5 +100,5 @@ def test_rows_beyond_the_32_bit_range_are_found_by_their_offset():
     want, *_, gradient = expected(values[:2, :64], targets, 1.0, ones, None)
     stats = stats_of(logits, targets)
     torch.testing.assert_close(stats.logps.double(), want, rtol=0, atol=1e-5)
-    rows_triton.logits_gradient(logits, stats, targets, 1.0, ones, None, logits)
+    rows_triton.logits_gradient(logits, stats, targets, 1.0, (ones, None), logits)
     torch.testing.assert_close(logits.double(), gradient, rtol=0, atol=1e-5)
