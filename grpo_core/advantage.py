@@ -1,8 +1,9 @@
 """Group-relative advantages: how much better a completion scored than the others of its prompt.
 
-DeepSeekMath (arXiv:2402.03300) 4.1.2, with the variants of Dr. GRPO (arXiv:2503.20783) and of a step-wide scale.
-Left out on purpose: summing reward functions (`rewards.py`), value networks, any notion of ranks: pass the rewards of
-whole groups, and for `scale_rewards="batch"` those of the whole step.
+DeepSeekMath (arXiv:2402.03300) 4.1.2, with the variants of Dr. GRPO (arXiv:2503.20783) and of a step-wide scale; and
+GDPO (arXiv:2601.05242), which compares each reward function's values apart. Left out on purpose: calling and summing
+reward functions (`scoring.py`), value networks, any notion of ranks: pass the rewards of whole groups, and for
+`scale_rewards="batch"` and GDPO those of the whole step.
 
     group_advantages([1.0, 0.0, 0.5, 0.5], [0, 0, 1, 1])    # [0.707, -0.707, 0, 0]
 """
@@ -56,3 +57,23 @@ def group_advantages(
     if scale_rewards == "batch" and advantages.any():
         advantages /= rewards[scored].std() + EPS
     return advantages
+
+
+def decoupled_advantages(
+    values: Tensor | Sequence[Sequence[float]],  # [S, K] of K reward functions, NaN = does not apply
+    group_ids: Tensor | Sequence[int],  # [S]
+    weights: Sequence[float] | None = None,  # [K]; None: all 1
+) -> Tensor:  # [S] float64
+    """GDPO: each function's `group_advantages`, their weighted sum, of which (sum - mean) / (std + 1e-4) over all rows.
+
+    0 for rows without any value, which take no part in mean and std, and where all sums are equal.
+    """
+    values = torch.as_tensor(values, dtype=torch.float64)
+    apart = torch.stack([group_advantages(column, group_ids) for column in values.T], dim=1)  # [S, K]
+    sums = apart @ apart.new_tensor(weights or [1.0] * values.shape[1])
+    scored = ~values.isnan().all(1)
+    known = sums[scored]
+    if len(known) > 1 and known.min() < known.max():
+        sums[scored] = (known - known.mean()) / (known.std() + EPS)
+        return sums
+    return torch.zeros_like(sums)

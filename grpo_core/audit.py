@@ -22,12 +22,12 @@ from statistics import mean
 from eval.verify import parse_gold
 from eval.workers import Unscored, WorkerPool
 from gen.engine.base import Sampling, check_engine_available
-from grpo_core.advantage import group_advantages
 from grpo_core.audit_probes import Report, audit_rewards, tell
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
+from grpo_core.metrics import effective_groups
 from grpo_core.prepare import Run, check_lengths, start_engine
 from grpo_core.rewards import GOLD_REWARDS, accuracy_reward, get_reward_funcs, gold_text
-from grpo_core.rollout import Prompt, Sample, Scorer, load_prompts, sample_groups, sample_seed
+from grpo_core.rollout import Prompt, Sample, Scorer, advantages_of, load_prompts, sample_groups, sample_seed
 from grpo_core.scoring import gold_answers, unparseable_golds
 from sft_core.data.rows import row_order
 from sft_core.model.policy import local_copy
@@ -168,10 +168,9 @@ def audit_samples(run: Run, usable: list[Prompt], pool: WorkerPool, report: Repo
     if cut > 0.1:
         report.advice.append(f"{cut:.0%} of the completions are cut before they end: raise max_completion_length.")
 
-    advantages = group_advantages(
-        [sample.reward for sample in samples], [sample.group for sample in samples], "none"
-    ).tolist()
-    effective = len({sample.group for sample, advantage in zip(samples, advantages, strict=True) if advantage})
+    for sample, advantage in zip(samples, advantages_of(samples, config), strict=True):
+        sample.advantage = advantage
+    effective = sum(effective_groups(samples))
     tell("groups with spread", f"{effective} of {len(chosen)} ({effective / len(chosen):.0%}): those with a gradient")
     reasons = [f"{failure}." for failure in failures]
     for j, name in enumerate(run.reward_names):

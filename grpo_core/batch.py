@@ -23,6 +23,8 @@ class MicroBatch:
     old_logps: Tensor | None = None  # [N] the policy's before its first update on this rollout batch
     ref_logps: Tensor | None = None  # [N] the reference model's
     active: Tensor | None = None  # [N] bool, on the CPU: there is an advantage
+    kept: Tensor | None = None  # [N] bool: of high entropy in this update; None: all
+    num_kept: Tensor | None = None  # of the step, over all ranks
 
     def tokens(self, counts: StepCounts, old_logps: str) -> TokenBatch:
         """What the objective is computed from. `old_logps`: "policy", which corrects the sampler's mismatch, or
@@ -36,6 +38,8 @@ class MicroBatch:
             old_logps=self.old_logps if policy else self.sampler_logps,
             ref_logps=self.ref_logps,
             sampler_logps=self.sampler_logps if policy else None,
+            kept=self.kept,
+            num_kept=self.num_kept,
         )
 
 

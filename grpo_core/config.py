@@ -1,8 +1,8 @@
 """The options of a GRPO run, on top of those of any training run (`sft_core/run/config.py`).
 
 The objective's defaults are those of the DeepSeekMath paper (arXiv:2402.03300): per-sequence means, KL with beta 0.04,
-clipping at 0.2, one update per rollout. Later variants are options: DAPO (arXiv:2503.14476), Dr. GRPO (2503.20783),
-GSPO (2507.18071), CISPO (2506.13585).
+clipping at 0.2, one update per rollout. Later variants are options (`loss.py` lists them with their papers), each under
+TRL's name.
 """
 
 import math
@@ -13,7 +13,7 @@ from eval.config import DecontaminateConfig, EvalConfig, PassRateConfig
 from gen.config import GenerateConfig
 from gen.engine.base import ENGINES
 from grpo_core.advantage import SCALES
-from grpo_core.loss import LOSS_TYPES, Objective
+from grpo_core.objective import CLIPPED, CORRECTIONS, LOSS_TYPES, Objective
 from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig
 from sft_core.run.options import option, option_table, require
 
@@ -69,7 +69,9 @@ class GRPOConfig(TrainingConfig):
     top_k: int = option(0, "Refused above 0 in training.")
     min_p: float | None = option(None, "Refused in training.")
     repetition_penalty: float = option(1.0, "Refused other than 1 in training.")
-    loss_type: str = option("grpo", f"Aggregation and objective: {', '.join(LOSS_TYPES)}.")
+    loss_type: str = option(
+        "grpo", f"Aggregation and objective: {', '.join(LOSS_TYPES)}; or your own per-token one as module:function."
+    )
     beta: float = option(0.04, "Weight of the KL to the reference model; 0: no reference model is loaded.")
     epsilon: float = option(0.2, "The ratio is clipped below at 1 - epsilon.")
     epsilon_high: float | None = option(
@@ -81,18 +83,60 @@ class GRPOConfig(TrainingConfig):
     importance_sampling_level: Literal["token", "sequence"] = option(
         "token", "Ratio per token, or per sequence (GSPO)."
     )
+    use_bias_correction_kl: bool = option(
+        False, "Multiply the KL by the ratio, through which its gradient is unbiased too (TRL's default is true)."
+    )
+    off_policy_mask_threshold: float | None = option(
+        None, "Leave out sequences with A < 0 whose mean log(sampler / policy) is above this (DeepSeek-V3.2)."
+    )
+    top_entropy_quantile: float = option(
+        1.0,
+        "Policy term of this share of the step's tokens alone, those of highest entropy (0.2 in arXiv:2506.01939); "
+        "below 1 each update costs one more pass without gradient, for a threshold that is exact over all ranks.",
+    )
+    sapo_temperature_pos: float = option(1.0, "sapo's temperature where A > 0.")
+    sapo_temperature_neg: float = option(1.05, "... where A <= 0.")
+    vespo_k_pos: float = option(2.0, "vespo's exponent where A >= 0: how much ratios below 1 count less.")
+    vespo_lambda_pos: float = option(3.0, "... and its decay: how much ratios above 1 do.")
+    vespo_k_neg: float = option(3.0, "vespo's exponent where A < 0.")
+    vespo_lambda_neg: float = option(2.0, "... and its decay.")
     scale_rewards: str = option(
         "group", "What the advantage is divided by: the std of the group (true), of the batch, or none (false)."
     )
     old_logps: Literal["policy", "sampler"] = option(
         "policy", "Whose log-probs are `old`: the policy's, or the engine's (another algorithm)."
     )
-    sampler_ratio_cap: float = option(
-        2.0, "Truncation of the policy / sampler ratio that corrects the engine's mismatch."
+    vllm_importance_sampling_correction: bool = option(
+        True, "Correct the engine's mismatch by the ratio policy / sampler, of any engine."
+    )
+    vllm_importance_sampling_mode: str = option(
+        "token_truncate",
+        "That ratio of a token or of the whole sequence, truncated at the bounds, or 0 beyond them (mask).",
+        choices=CORRECTIONS,
+    )
+    vllm_importance_sampling_clip_min: float | None = option(None, "Its lower bound.")
+    vllm_importance_sampling_clip_max: float | None = option(
+        2.0, "Its upper bound (also named sampler_ratio_cap); inf: none.", alias="sampler_ratio_cap"
     )
     mask_truncated_completions: bool = option(False, "Leave completions cut by length out of the loss and its counts.")
-    entropy_coef: float = option(0.0, "Weight of an entropy bonus.")
+    entropy_coef: float = option(
+        0.0, "Weight of an entropy bonus, the mean over the tokens kept; with use_adaptive_entropy its first value."
+    )
+    use_adaptive_entropy: bool = option(
+        False,
+        "After each step move entropy_coef by entropy_coef_delta, up where the entropy is at most entropy_target, else "
+        "down; it applies where the last step's entropy was at most the target (Skywork-OR1, arXiv:2505.22312).",
+    )
+    entropy_coef_min: float = option(0.0, "Least entropy_coef then.")
+    entropy_coef_max: float = option(1.0, "Greatest entropy_coef then.")
+    entropy_coef_delta: float = option(0.005, "By how much it moves then.", gt=0)
+    entropy_target: float = option(0.2, "The mean entropy of the tokens kept (in nats) that it steers to then.", ge=0)
     reward_weights: list[float] | None = option(None, "One weight a reward function; default: all 1.")
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
+        "sum_then_normalize",
+        "normalize_then_sum: each reward function within the group, then their sum over the step (GDPO, "
+        "arXiv:2601.05242).",
+    )
     reward_num_workers: int = option(2, "Processes per rank that score completions.", ge=1)
     reward_timeout: float = option(
         5.0, "Seconds a check may take; then it is killed and the completion not scored.", gt=0
@@ -121,7 +165,7 @@ class GRPOConfig(TrainingConfig):
 
     def check(self) -> None:
         super().check()
-        self.objective()  # checks its options
+        self._check_objective()
         require(self._scale in SCALES, f"unknown scale_rewards {self.scale_rewards!r}: group, batch or none.")
         chosen = "torch" if self.use_vllm is False else "vllm"
         require(
@@ -149,6 +193,44 @@ class GRPOConfig(TrainingConfig):
     def _scale(self) -> str:
         return {"true": "group", "false": "none"}.get(self.scale_rewards.lower(), self.scale_rewards)
 
+    def _check_objective(self) -> None:
+        objective, loss = self.objective(), self.loss_type  # checks its options
+        low, high, adaptive = self.entropy_coef_min, self.entropy_coef_max, self.use_adaptive_entropy
+        require(
+            not adaptive or low <= self.entropy_coef <= high < math.inf,
+            f"entropy_coef {self.entropy_coef} must lie between entropy_coef_min, {low}, and entropy_coef_max, {high}.",
+        )
+        own, policy = objective.own is not None, self.old_logps == "policy"
+        corrected = policy and self.vllm_importance_sampling_correction
+        require(
+            loss != "vespo" or not corrected or objective.correction_by_token,
+            "loss_type vespo sums the sampler's ratios over the tokens itself: give vllm_importance_sampling_mode "
+            "token_truncate or token_mask.",
+        )
+        clipped, bounds = own or loss in CLIPPED, f"loss_type {', '.join(CLIPPED)}"
+        summed = self.multi_objective_aggregation == "sum_then_normalize"
+        needs = {  # the beginning of options' names: whether they have an effect, and what they need for one
+            "epsilon_high": (clipped or loss == "cispo", f"{bounds}, cispo"),
+            "epsilon": (clipped, bounds),
+            "delta": (clipped, bounds),
+            "sapo_": (own or loss == "sapo", "loss_type sapo"),
+            "vespo_": (own or loss == "vespo", "loss_type vespo"),
+            "importance_sampling_level": (loss != "vespo", "another loss_type: vespo takes sequences' ratios itself"),
+            "use_bias_correction_kl": (self.beta > 0, "beta above 0"),
+            "vllm_importance_sampling_correction": (policy, "old_logps policy"),
+            "vllm_importance_sampling_": (corrected, "vllm_importance_sampling_correction and old_logps policy"),
+            "entropy_coef_": (adaptive, "use_adaptive_entropy"),
+            "entropy_target": (adaptive, "use_adaptive_entropy"),
+            "scale_rewards": (summed or self._scale == "group", "multi_objective_aggregation sum_then_normalize"),
+        }
+        for field in fields(self):
+            value = getattr(self, field.name)
+            has_effect, needed = next((n for name, n in needs.items() if field.name.startswith(name)), (True, ""))
+            require(
+                has_effect or value == field.default,
+                f"{field.name} {value} would have no effect: it needs {needed}; leave it out.",
+            )
+
     def prompts_a_rollout(self, world_size: int) -> int:
         """Prompts sampled together; open-r1's batch sizes are rounded up to whole groups."""
         if self.prompts_per_step is not None:
@@ -162,7 +244,10 @@ class GRPOConfig(TrainingConfig):
 
     def objective(self) -> Objective:
         """The options that `grpo_core.loss` knows."""
-        return Objective(**{field.name: getattr(self, field.name) for field in fields(Objective)})
+        values = {field.name: getattr(self, field.name) for field in fields(Objective)}
+        if not self.vllm_importance_sampling_correction:
+            values["vllm_importance_sampling_mode"] = None
+        return Objective(**values)
 
 
 def option_tables() -> str:

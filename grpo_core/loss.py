@@ -3,16 +3,22 @@
     loss = sum over tokens of weight_t * objective_t
 
 `aggregation_weights` are fixed before the first backward from the whole optimizer step, `token_objective` looks at one
-token at a time, so the loss is additive: any split of the sequences over micro-batches and ranks sums to the same
-number and the same gradient. `token_loss` composes them for any few tokens, as the head that never holds all of
-them asks, `policy_loss` for a whole micro-batch. Metrics are shares too: `sft_core.run.logging.merge_metrics`.
+sequence at a time, mostly at one token, so the loss is additive: any split of the sequences over micro-batches and
+ranks sums to the same number and the same gradient. `token_loss` composes them for any few tokens, as the head that
+never holds all of them asks, `policy_loss` for a whole micro-batch. Metrics are shares too:
+`sft_core.run.logging.merge_metrics`.
 
     GRPO    arXiv:2402.03300 (DeepSeekMath)    per-token ratios, clipped; mean over each sequence, then over sequences
     DAPO    arXiv:2503.14476                   one mean over all tokens; epsilon_high ("clip-higher")
     Dr.GRPO arXiv:2503.20783                   sums over a constant length: no reward for long wrong answers
     CISPO   arXiv:2506.13585 (MiniMax-M1)      the ratio as a capped, constant weight of logp: no token is clipped away
     GSPO    arXiv:2507.18071                   importance_sampling_level="sequence": one ratio a sequence
+    SAPO    arXiv:2511.20347                   a smooth gate in place of the clipping, narrower where A <= 0
+    LUSPO   arXiv:2602.05261                   GSPO with each sequence weighted by its length
+    VESPO   arXiv:2602.10693                   the ratio of the whole sequence as a smooth, constant weight of logp
     delta   arXiv:2505.07291 (INTELLECT-2)     caps the ratio of bad tokens too ("two-sided clipping")
+    80/20   arXiv:2506.01939                   top_entropy_quantile: the policy term of high-entropy tokens alone
+    off_policy_mask_threshold, use_bias_correction_kl    arXiv:2512.02556 (DeepSeek-V3.2)
 
 Left out on purpose: padding and masks (tokens that must not count are not passed), distributed calls, the training
 configuration, value losses.
@@ -22,86 +28,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TypeAlias
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo")
-ALL = slice(None)
-Rows: TypeAlias = Tensor | slice
+from grpo_core.objective import CLIPPED, LOSS_TYPES, Objective, check_own_losses
+from grpo_core.terms import (
+    ALL,
+    Rows,
+    TokenBatch,
+    at_least_one,
+    entropy_quantile,
+    kl,
+    log_ratios,
+    mean_entropy,
+    on_policy,
+    sampler_ratios,
+    sequence_mean,
+    vespo_weights,
+)
+
+__all__ = ["LOSS_TYPES", "Objective", "TokenBatch", "policy_loss", "token_loss"]
 Metrics = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Which objective, by the names of the command line. ValueError for options that contradict each other."""
-
-    loss_type: str = "grpo"
-    epsilon: float = 0.2
-    epsilon_high: float | None = None  # None: epsilon; "cispo", which has no other bound, needs one
-    delta: float | None = None
-    beta: float = 0.0
-    importance_sampling_level: str = "token"
-    max_completion_length: int | None = None
-    sampler_ratio_cap: float = 2.0
-
-    def __post_init__(self) -> None:
-        cispo, level, high = self.loss_type == "cispo", self.importance_sampling_level, self.epsilon_high
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
-        if level not in ("token", "sequence"):
-            raise ValueError(f"importance_sampling_level must be token or sequence, got {level!r}")
-        if not 0 <= self.epsilon < math.inf or (high is not None and not 0 <= high < math.inf):
-            raise ValueError(f"epsilon and epsilon_high must be finite and >= 0, got {self.epsilon} and {high}")
-        if not self.beta >= 0:
-            raise ValueError(f"beta must be >= 0, got {self.beta}")
-        if not self.sampler_ratio_cap > 0:
-            raise ValueError(f"sampler_ratio_cap must be > 0 (inf for no cap), got {self.sampler_ratio_cap}")
-        if cispo and high is None:
-            raise ValueError("loss_type=cispo needs epsilon_high, its cap on the ratio (the paper's is 5.0)")
-        if cispo and self.delta is not None:
-            raise ValueError("delta does not apply to loss_type=cispo, whose cap is epsilon_high: leave delta out")
-        if self.delta is not None and not self.delta > 1:
-            raise ValueError(f"delta caps the ratio and must be > 1 (best above 1 + epsilon_high), got {self.delta}")
-        if self.loss_type == "dr_grpo" and (self.max_completion_length is None or self.max_completion_length < 1):
-            raise ValueError("loss_type=dr_grpo needs max_completion_length >= 1: it divides by that constant length")
-
-    @property
-    def high(self) -> float:
-        """How far above 1 a ratio may go; of "cispo" the largest ratio itself."""
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
-
-    @property
-    def by_token(self) -> bool:
-        """Whether each token has a ratio of its own, so that its loss depends on no other token."""
-        return self.importance_sampling_level == "token"
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """What the objective is computed from, besides the policy's log-probs: N completion tokens of S whole sequences,
-    packed. Sequences may be empty."""
-
-    advantages: Tensor  # [S]
-    sequence_ids: Tensor  # [N] int64 in 0..S-1
-    num_tokens: int | Tensor  # of the optimizer step, over all ranks
-    num_sequences: int | Tensor  # of the same
-    old_logps: Tensor | None = None  # [N]; None: the policy's, so that every ratio is 1
-    ref_logps: Tensor | None = None  # [N] the reference model's, needed with beta > 0
-    sampler_logps: Tensor | None = None  # [N]; with them the sampler's mismatch is corrected
-
-    @cached_property
-    def lengths(self) -> Tensor:  # [S] int64
-        # Not torch.bincount, which waits for the device to learn the largest id.
-        lengths = torch.zeros(self.advantages.shape[0], dtype=torch.int64, device=self.sequence_ids.device)
-        return lengths.index_add_(0, self.sequence_ids, torch.ones_like(self.sequence_ids))
-
-    def old(self, logps: Tensor, rows: Rows = ALL) -> Tensor:  # [C] -> [C], without gradient
-        """The old log-probs of these rows, of which the policy now gives `logps`."""
-        return (logps if self.old_logps is None else self.old_logps[rows]).detach()
 
 
 def policy_loss(
@@ -115,32 +64,52 @@ def policy_loss(
     num_sequences: int | Tensor,
     ref_logps: Tensor | None = None,  # [N]
     sampler_logps: Tensor | None = None,  # [N]
+    entropies: Tensor | None = None,  # [N] the policy's, with gradient for an entropy bonus
+    entropy_threshold: float | Tensor | None = None,
+    num_entropy_tokens: int | Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:  # [], name -> []
     """This micro-batch's share of the step's loss, and of its metrics.
 
     `num_tokens` and `num_sequences` are the optimizer step's totals over all ranks. `ref_logps` are needed with
-    beta > 0 and unused without; `sampler_logps` turn on the correction of the sampler's mismatch. Sequences may be
-    empty. Nothing here waits for the device.
+    beta > 0 and unused without; `sampler_logps` turn on the correction of the sampler's mismatch; `entropies` are
+    needed with entropy_coef or top_entropy_quantile < 1. Of the latter, tokens of at least `entropy_threshold` are
+    kept, `num_entropy_tokens` in the step (`entropy_quantile` of all its entropies); without them the tokens given are
+    taken for the whole step. Sequences may be empty. Nothing here waits for the device.
     """
     batch = TokenBatch(advantages, sequence_ids, num_tokens, num_sequences, old_logps, ref_logps, sampler_logps)
+    if objective.entropy_coef or objective.top_entropy_quantile < 1:
+        if entropies is None:
+            raise ValueError("entropy_coef and top_entropy_quantile < 1 need entropies, the policy's [N]")
+        kept = None
+        if objective.top_entropy_quantile < 1:
+            if entropy_threshold is None:
+                entropy_threshold = entropy_quantile(entropies.detach(), objective)
+            kept = entropies.detach() >= entropy_threshold
+            num_entropy_tokens = kept.sum() if num_entropy_tokens is None else num_entropy_tokens
+        batch = replace(batch, kept=kept, num_kept=num_entropy_tokens)
     losses = token_objective(logps, batch, objective)
-    weights = aggregation_weights(batch, objective).to(losses.dtype)
-    return (weights * losses).sum(), loss_metrics(logps, batch, objective)
+    loss = (aggregation_weights(batch, objective).to(losses.dtype) * losses).sum()
+    metrics = loss_metrics(logps, batch, objective)
+    if entropies is not None:
+        metrics["entropy"] = entropies.detach().sum() / at_least_one(num_tokens)
+        if objective.entropy_coef:
+            metrics["policy_loss"] = loss.detach()
+            metrics["entropy_coef"] = logps.new_tensor(objective.entropy_coef * len(logps)) / at_least_one(num_tokens)
+            loss = loss - objective.entropy_coef * mean_entropy(entropies, batch)
+    return loss, metrics
 
 
-def token_loss(
-    batch: TokenBatch, objective: Objective, entropy_coef: float = 0.0
-) -> Callable[[Tensor, Tensor, Rows], Tensor]:
+def token_loss(batch: TokenBatch, objective: Objective) -> Callable[[Tensor, Tensor, Rows], Tensor]:
     """(logps [C], entropies [C], which of the N) -> losses [C], weights and all. Their sum over all N is the loss of
-    `policy_loss`, plus `entropy_bonus`. Any few rows will do where the objective is by token, else all at once.
+    `policy_loss`. Any few rows will do where the objective is by token, else all at once.
     """
     weights = aggregation_weights(batch, objective)
-    entropy_weight = entropy_coef / _at_least_one(batch.num_tokens)
+    entropy_weight = objective.entropy_coef / batch.at_least_one_kept
 
     def losses(logps: Tensor, entropies: Tensor, rows: Rows) -> Tensor:
         values = token_objective(logps, batch, objective, rows)
         weighted = weights[rows].to(values.dtype) * values
-        return weighted - entropy_weight * entropies if entropy_coef else weighted
+        return weighted - entropy_weight * batch.only_kept(entropies, rows) if objective.entropy_coef else weighted
 
     return losses
 
@@ -153,76 +122,68 @@ def token_objective(
 ) -> Tensor:  # [C]
     """What each token adds to the loss before its weight: rho * policy term + beta * KL. To be minimised.
 
-    policy term    -min(min(r, delta) A, clip(r, 1 - epsilon, 1 + epsilon_high) A), r = exp(log_ratios)
-    cispo          -stop_grad(min(r, epsilon_high)) A logp
-    rho            stop_grad(min(exp(old - sampler), sampler_ratio_cap)); 1 without sampler_logps
-    KL             exp(ref - logp) - (ref - logp) - 1, never multiplied by rho
+    The policy term is `policy_term`, 0 for the tokens of sequences that the off-policy mask drops and for those that
+    are not kept for their entropy; rho is that of `sampler_ratios`, 1 without sampler_logps; the KL is `kl`, which none
+    of these touches.
     """
-    advantages = batch.advantages.to(logps.dtype)[batch.sequence_ids[rows]]
-    ratios = log_ratios(logps, batch, objective, rows).exp()
-    if objective.loss_type == "cispo":
-        losses = -ratios.detach().clamp(max=objective.high) * advantages * logps
-    else:
-        clipped = ratios.clamp(1 - objective.epsilon, 1 + objective.high)
-        unclipped = ratios if objective.delta is None else ratios.clamp(max=objective.delta)
-        losses = -torch.min(unclipped * advantages, clipped * advantages)
-    if batch.sampler_logps is not None:
-        old_logps, sampler_logps = batch.old(logps, rows), batch.sampler_logps[rows]
-        losses = losses * sampler_ratios(old_logps, sampler_logps, objective.sampler_ratio_cap)
+    losses = policy_term(logps, batch, objective, rows)
+    if objective.off_policy_mask_threshold is not None:
+        losses = torch.where(on_policy(logps, batch, objective)[batch.sequence_ids], losses, 0.0)
+    losses = batch.only_kept(losses, rows)
+    if batch.corrected(objective) and objective.loss_type != "vespo":
+        losses = losses * sampler_ratios(logps, batch, objective, rows)
     if objective.beta:
-        if batch.ref_logps is None:
-            raise ValueError(f"beta={objective.beta} needs ref_logps, the reference model's log-probs")
-        losses = losses + objective.beta * kl_divergence(logps, batch.ref_logps[rows])
+        losses = losses + objective.beta * kl(logps, batch, objective, rows)
     return losses
 
 
-def log_ratios(logps: Tensor, batch: TokenBatch, objective: Objective, rows: Rows = ALL) -> Tensor:  # [C] -> [C]
-    """logps - old_logps; with one ratio a sequence its mean over each sequence, of which all tokens must be there."""
-    differences = logps - batch.old(logps, rows)
-    if objective.by_token:
-        return differences
-    return sequence_mean(differences, batch)[batch.sequence_ids]
+def policy_term(logps: Tensor, batch: TokenBatch, objective: Objective, rows: Rows = ALL) -> Tensor:  # [C] -> [C]
+    """The part that makes good tokens likelier, with r = exp(log_ratios):
+
+    clipped types  -min(min(r, delta) A, clip(r, 1 - epsilon, 1 + epsilon_high) A)
+    cispo          -stop_grad(min(r, epsilon_high)) A logp
+    sapo           -4 / t sigmoid(t (r - 1)) A, t = sapo_temperature_pos where A > 0, else _neg
+    vespo          -phi A logp, phi = `vespo_weights`, constant
+    """
+    advantages = batch.advantages.to(logps.dtype)[batch.sequence_ids[rows]]
+    if objective.loss_type == "vespo":
+        return -vespo_weights(logps, batch, objective)[batch.sequence_ids] * advantages * logps
+    differences = log_ratios(logps, batch, objective, rows)
+    if objective.own is not None:
+        losses = objective.own(logps, differences, advantages, objective)
+        check_own_losses(losses, logps, objective.loss_type)
+        return losses
+    ratios = differences.exp()
+    if objective.loss_type == "cispo":
+        return -ratios.detach().clamp(max=objective.high) * advantages * logps
+    if objective.loss_type == "sapo":
+        # A float32 tensor, as in TRL: with float64 log-probs 1.05 is not 1.05.
+        temperatures = torch.where(advantages > 0, objective.sapo_temperature_pos, objective.sapo_temperature_neg)
+        return -torch.sigmoid(temperatures * (ratios - 1)) * 4 / temperatures * advantages
+    clipped = ratios.clamp(1 - objective.epsilon, 1 + objective.high)
+    unclipped = ratios if objective.delta is None else ratios.clamp(max=objective.delta)
+    return -torch.min(unclipped * advantages, clipped * advantages)
 
 
 def aggregation_weights(batch: TokenBatch, objective: Objective) -> Tensor:  # [N] float64
     """What each token counts, from the totals of the whole optimizer step over all ranks.
 
-    grpo               1 / (num_sequences * length of its sequence)
-    dapo, bnpo, cispo  1 / num_tokens
-    dr_grpo            1 / (num_sequences * max_completion_length)
+    grpo, sapo               1 / (num_sequences * length of its sequence)
+    luspo                    1 / num_sequences
+    dr_grpo                  1 / (num_sequences * max_completion_length)
+    all others, a user's own 1 / num_tokens
     """
-    num_sequences = _at_least_one(batch.num_sequences)
-    if objective.loss_type == "grpo":
+    num_sequences = at_least_one(batch.num_sequences)
+    if objective.loss_type in ("grpo", "sapo"):
         return 1 / (num_sequences * batch.lengths[batch.sequence_ids].double())
     if objective.loss_type == "dr_grpo":
         assert objective.max_completion_length is not None
         denominator = num_sequences * objective.max_completion_length
+    elif objective.loss_type == "luspo":
+        denominator = num_sequences
     else:
-        assert objective.loss_type in ("dapo", "bnpo", "cispo"), objective.loss_type
-        denominator = _at_least_one(batch.num_tokens)
+        denominator = at_least_one(batch.num_tokens)
     return torch.ones_like(batch.sequence_ids, dtype=torch.float64) / denominator
-
-
-def kl_divergence(logps: Tensor, ref_logps: Tensor) -> Tensor:  # [C], [C] -> [C]
-    """k3 of http://joschu.net/blog/kl-approx.html: unbiased for KL(policy || reference) on the policy's own samples."""
-    difference = ref_logps.detach() - logps
-    return difference.exp() - difference - 1
-
-
-def sampler_ratios(old_logps: Tensor, sampler_logps: Tensor, cap: float) -> Tensor:  # [C], [C] -> [C]
-    """rho: how much likelier a sampled token is under the policy than under the sampler that drew it, truncated."""
-    return (old_logps - sampler_logps).detach().exp().clamp(max=cap)
-
-
-def sequence_mean(values: Tensor, batch: TokenBatch) -> Tensor:  # [N] -> [S], differentiable
-    """The mean over each sequence's tokens (0 where it has none); of log-ratios, GSPO's log s_i."""
-    sums = values.new_zeros(batch.lengths.shape[0]).index_add(0, batch.sequence_ids, values)
-    return sums / batch.lengths.clamp(min=1)
-
-
-def entropy_bonus(entropies: Tensor, num_tokens: int | Tensor, coef: float) -> Tensor:  # [N] -> []
-    """-coef * mean entropy over the step's tokens: this micro-batch's share, to be added to the loss."""
-    return -coef * entropies.sum() / _at_least_one(num_tokens)
 
 
 @torch.no_grad()
@@ -234,45 +195,42 @@ def loss_metrics(logps: Tensor, batch: TokenBatch, objective: Objective) -> Metr
     high_max are the least and greatest such fraction within one sequence.
     """
     metrics: Metrics = {}
-    num_tokens = _at_least_one(batch.num_tokens)
+    num_tokens = at_least_one(batch.num_tokens)
+
+    def mean(values: Tensor, by_token: bool) -> Tensor:  # [N] -> []
+        if by_token:
+            return values.to(logps.dtype).sum() / num_tokens
+        each = sequence_mean(values.to(logps.dtype), batch)
+        # Flags in float32 as TRL counts sequences, else its metrics would not be met to 1e-10.
+        return (each.float() if values.dtype == torch.bool else each).sum() / at_least_one(batch.num_sequences)
+
     if objective.beta and batch.ref_logps is not None:
-        metrics["kl"] = kl_divergence(logps, batch.ref_logps).sum() / num_tokens
-    if batch.sampler_logps is not None:
-        cap = objective.sampler_ratio_cap
-        rho = sampler_ratios(batch.old(logps), batch.sampler_logps, cap)
+        metrics["kl"] = mean(kl(logps, batch, objective), True)
+    if batch.corrected(objective):
+        rho, cap = sampler_ratios(logps, batch, objective), objective.vllm_importance_sampling_clip_max
         name = "sampling/importance_sampling_ratio"
-        metrics[f"{name}/mean"] = rho.sum() / num_tokens
+        metrics[f"{name}/mean"] = mean(rho, objective.correction_by_token)
         # With a neutral element, for a micro-batch without tokens: rho lies in [0, cap].
-        metrics[f"{name}/min"] = torch.cat([rho, rho.new_full((1,), cap)]).min()
+        metrics[f"{name}/min"] = torch.cat([rho, rho.new_full((1,), math.inf if cap is None else cap)]).min()
         metrics[f"{name}/max"] = torch.cat([rho, rho.new_zeros(1)]).max()
+    if objective.loss_type == "vespo":
+        metrics["vespo/phi_seq_mean"] = mean(vespo_weights(logps, batch, objective)[batch.sequence_ids], False)
+    if objective.loss_type not in (*CLIPPED, "cispo"):
+        return metrics
 
-    def per_sequence(flags: Tensor) -> Tensor:  # [N] bool -> [S]
-        return sequence_mean(flags.to(logps.dtype), batch)
-
-    def mean(flags: Tensor) -> Tensor:  # [N] bool -> []
-        if objective.by_token:
-            return flags.to(logps.dtype).sum() / num_tokens
-        # In float32 as TRL counts sequences, else its metrics would not be met to 1e-10.
-        return per_sequence(flags).float().sum() / _at_least_one(batch.num_sequences)
-
-    ratios = log_ratios(logps, batch, objective).exp()
+    ratios, by_token = log_ratios(logps, batch, objective).exp(), objective.ratio_by_token
     advantages = batch.advantages[batch.sequence_ids]
     if objective.loss_type == "cispo":
-        metrics["cispo_clip_ratio"] = mean((ratios > objective.high) & (advantages > 0))
+        metrics["cispo_clip_ratio"] = mean((ratios > objective.high) & (advantages > 0), by_token)
         return metrics
     low = (ratios < 1 - objective.epsilon) & (advantages < 0)
-    high = (ratios > 1 + objective.high) & (advantages > 0)
-    metrics["clip_ratio/low_mean"] = mean(low)
-    metrics["clip_ratio/high_mean"] = mean(high)
-    metrics["clip_ratio/region_mean"] = mean(low | high)
+    high = (ratios.clamp(max=objective.delta or math.inf) > 1 + objective.high) & (advantages > 0)
+    metrics["clip_ratio/low_mean"] = mean(low, by_token)
+    metrics["clip_ratio/high_mean"] = mean(high, by_token)
+    metrics["clip_ratio/region_mean"] = mean(low | high, by_token)
     # Empty sequences take no part; the 1 and 0 added are neutral, for a micro-batch without tokens.
-    low_fractions = torch.where(batch.lengths > 0, per_sequence(low), 1)
+    low_fractions = torch.where(batch.lengths > 0, sequence_mean(low.to(logps.dtype), batch), 1)
     metrics["clip_ratio/low_min"] = torch.cat([low_fractions, low_fractions.new_ones(1)]).min()
-    high_fractions = per_sequence(high)
+    high_fractions = sequence_mean(high.to(logps.dtype), batch)
     metrics["clip_ratio/high_max"] = torch.cat([high_fractions, high_fractions.new_zeros(1)]).max()
     return metrics
-
-
-def _at_least_one(count: int | Tensor) -> int | Tensor:
-    """A step without tokens has a loss of 0, not of 0 / 0."""
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

@@ -38,16 +38,12 @@ CONSOLE = (
 def rollout_metrics(summaries: Sequence[Summary], reward_names: Sequence[str]) -> dict[str, float]:
     """Metrics of one step's completions on all ranks.
 
-    `reward` and `reward_std` are over all scored completions (the std with Bessel's correction); a group is effective
-    when its scored rewards differ, so that it has a gradient.
+    `reward` and `reward_std` are over all scored completions (the std with Bessel's correction).
     """
     rewards = np.array([s.reward for s in summaries])
     lengths = np.array([s.length for s in summaries], dtype=float)
     ended = np.array([s.finish_reason == "stop" for s in summaries])
-    groups: dict[int, list[float]] = {}
-    for s in summaries:
-        groups.setdefault(s.group, []).append(s.reward)
-    effective = [len({r for r in values if not math.isnan(r)}) > 1 for values in groups.values()]
+    effective = effective_groups(summaries)
     metrics = {
         **_moments(rewards, mean="reward", std="reward_std"),
         "frac_reward_zero_std": 1 - sum(effective) / len(effective),
@@ -65,6 +61,17 @@ def rollout_metrics(summaries: Sequence[Summary], reward_names: Sequence[str]) -
         values = np.array([s.rewards[i] for s in summaries])
         metrics |= _moments(values, mean=f"rewards/{name}/mean", std=f"rewards/{name}/std")
     return {name: float(value) for name, value in metrics.items()}
+
+
+def effective_groups(samples: Sequence[Sample | Summary]) -> list[bool]:
+    """Of each group, whether its scored samples have different advantages (in evaluation rewards), so that it has a
+    gradient."""
+    found: dict[int, set[float]] = {}
+    for s in samples:
+        values = found.setdefault(s.group, set())
+        if not math.isnan(s.reward):
+            values.add(s.reward if s.advantage is None else s.advantage)
+    return [len(values) > 1 for values in found.values()]
 
 
 def _moments(values: np.ndarray, mean: str, std: str) -> dict[str, float]:

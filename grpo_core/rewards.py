@@ -18,7 +18,6 @@ programs in remote sandboxes.
 """
 
 import difflib
-import importlib
 import math
 import re
 from collections import Counter, defaultdict
@@ -27,6 +26,8 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
 from typing import Any
+
+from grpo_core.user_code import import_function
 
 RewardFunction = Callable[..., list]
 _TAG = re.compile(r"(</?(?:think|answer)>)")
@@ -268,7 +269,7 @@ def get_reward_funcs(script_args: Any) -> list[RewardFunction]:
     functions = []
     for name in script_args.reward_funcs:
         if ":" in name:
-            functions.append(_import_function(name))
+            functions.append(import_function(name, "reward"))
         elif name in REWARD_FUNCS_REGISTRY:
             functions.append(REWARD_FUNCS_REGISTRY[name](script_args))
         elif name in _CODE_REWARDS:
@@ -285,18 +286,6 @@ def get_reward_funcs(script_args: Any) -> list[RewardFunction]:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"two reward functions are both named {twice[0]!r}: rename one or drop it")
     return functions
-
-
-def _import_function(path: str) -> RewardFunction:
-    module, _, attribute = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # of a user's module anything
-        raise ValueError(f"cannot import the reward {path!r} (it must be module:function): {error!r}") from error
-    if isinstance(function, type) or not callable(function):
-        kind = type(function).__name__
-        raise ValueError(f"the reward {path!r} is a {kind}, not a function (of a class, name an instance)")
-    return function
 
 
 def reward_name(function: RewardFunction) -> str:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eval.workers import WorkerPool
 from gen.engine.base import Completion, Engine, Sampling
-from grpo_core.advantage import group_advantages
+from grpo_core.advantage import decoupled_advantages, group_advantages
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
 from grpo_core.rewards import GOLD_REWARDS
 from grpo_core.scoring import Scores, ToScore, start_scoring
@@ -236,6 +236,7 @@ class Summary:
     finish_reason: str
     reward: float
     rewards: list[float]
+    advantage: float | None = None  # in training
 
 
 def gather_summaries(samples: list[Sample]) -> list[list[Summary]]:
@@ -246,18 +247,27 @@ def gather_summaries(samples: list[Sample]) -> list[list[Summary]]:
     return gathered
 
 
-def set_advantages(samples: list[Sample], scale_rewards: str) -> list[Summary]:
+def set_advantages(samples: list[Sample], config: GRPOConfig) -> list[Summary]:
     """Give every sample its advantage within its group; returns the summaries of all ranks' samples.
 
     The rewards of the whole step travel: `scale_rewards="batch"` needs them all.
     """
     gathered = gather_summaries(samples)
     every = [summary for part in gathered for summary in part]
-    advantages = group_advantages([s.reward for s in every], [s.group for s in every], scale_rewards).tolist()
+    advantages = advantages_of(every, config)
     start = sum(len(part) for part in gathered[: dist.get_rank()])
     for i, sample in enumerate(samples):
         sample.advantage = advantages[start + i]
-    return every
+    return [dataclasses.replace(s, advantage=advantage) for s, advantage in zip(every, advantages, strict=True)]
+
+
+def advantages_of(samples: Sequence[Sample | Summary], config: GRPOConfig) -> list[float]:
+    """Of all samples of a step; 0 for those that are not scored."""
+    groups = [sample.group for sample in samples]
+    if config.multi_objective_aggregation == "sum_then_normalize":
+        return group_advantages([sample.reward for sample in samples], groups, config.scale_rewards).tolist()
+    values = [[math.nan if math.isnan(s.reward) else value for value in s.rewards] for s in samples]
+    return decoupled_advantages(values, groups, config.reward_weights).tolist()
 
 
 def check_version(samples: Sequence[Sample], version: int) -> None:

@@ -53,7 +53,7 @@ from grpo_core.rollout import (
     set_advantages,
     write_rollouts,
 )
-from grpo_core.update import update
+from grpo_core.update import adapted_entropy_coef, update
 from sft_core import lifecycle
 from sft_core.data.packing import step_counts
 from sft_core.data.rows import row_order
@@ -77,6 +77,8 @@ class Progress(lifecycle.Progress):
     rollout_metrics: dict[str, float] = field(default_factory=dict)  # of the rollout batch at hand
     effective_groups: float = 0.0  # over all rollout batches
     steps_unscored: int = 0  # rollout batches in a row in which nothing could be scored
+    entropy_coef: float = 0.0  # with use_adaptive_entropy, and
+    applied_entropy_coef: float = 0.0  # in the next step
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     start_logging()
     with distributed.usage_errors():
         run = prepare(*parse(OPTIONS, sys.argv[1:] if argv is None else argv))
-    with TrainingRun(run, Progress(), CONSOLE, len(run.prompts)) as training:
+    with TrainingRun(run, Progress(entropy_coef=run.config.entropy_coef), CONSOLE, len(run.prompts)) as training:
         train(run, training)
         training.finish()
 
@@ -163,7 +165,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         if first_use:
             # 3 advantage: within each group
             check_version(rollouts, progress.step)
-            summaries = set_advantages(rollouts, config.scale_rewards)
+            summaries = set_advantages(rollouts, config)
             progress.samples += run.prompts_per_rollout
             progress.rollout_metrics = rollout_metrics(summaries, run.reward_names)
             progress.effective_groups += progress.rollout_metrics["effective_groups"]
@@ -182,7 +184,8 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         if engine is not None and config.vllm_enable_sleep_mode:
             engine.sleep()  # the next sync wakes it
         with phases("train"):
-            shares = update(policy, reference, micro_batches, counts, config, first_use)
+            coef = progress.applied_entropy_coef if config.use_adaptive_entropy else config.entropy_coef
+            shares = update(policy, reference, micro_batches, counts, config, first_use, coef)
             grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
             more = {
                 "tokens": float(sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)),
@@ -193,6 +196,12 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             training.stopping = bool(metrics.pop("stop/max"))
             check_mismatch(metrics, config.max_logp_difference)
             learning_rate = guarded_step(trained.optimizer, trained.scheduler, metrics["loss"], float(grad_norm))
+        if config.use_adaptive_entropy:
+            progress.entropy_coef, progress.applied_entropy_coef = adapted_entropy_coef(
+                progress.entropy_coef, metrics.get("entropy_kept", metrics["entropy"]), config
+            )
+        if "policy_loss" in metrics:
+            metrics["entropy_coef"] = progress.entropy_coef if config.use_adaptive_entropy else coef
         progress.updates = (progress.updates + 1) % config.num_iterations
         progress.rollout_metrics |= {name: value for name, value in metrics.items() if name.startswith("sampling/")}
         timing = training.count_step(start, int(metrics["tokens"]), metrics["loss"])

@@ -1,19 +1,23 @@
 """The gradient of one optimizer step: reference -> score and loss -> metrics -> backward, a micro-batch at a time.
 
 The mathematics is in `loss.py`; packing before it, and clipping and the step after it, are the loop's (`train.py`).
-Every rank has as many micro-batches and makes the same passes. Nothing here waits for the device.
+Every rank has as many micro-batches and makes the same passes. Nothing here waits for the device, but for a threshold
+over the step's entropies.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from grpo_core.batch import MicroBatch
 from grpo_core.config import GRPOConfig
-from grpo_core.loss import ALL, Objective, TokenBatch, entropy_bonus, loss_metrics, token_loss
+from grpo_core.loss import Objective, loss_metrics, token_loss
 from grpo_core.metrics import mismatch_sums
+from grpo_core.terms import ALL, TokenBatch, entropy_quantile, mean_entropy
 from sft_core.data.packing import StepCounts
 from sft_core.model.export import reshard
 from sft_core.model.policy import Policy
@@ -29,22 +33,33 @@ def update(
     counts: StepCounts,
     config: GRPOConfig,
     first_use: bool,
+    entropy_coef: float | None = None,
 ) -> dict[str, Tensor]:
     """Add the step's gradient to the policy; returns this rank's share of the step's metrics, by name.
 
     Old and reference log-probs are taken at the first update on a rollout batch and kept for the later ones. With one
     update the old log-probs are the very ones that are trained, so every ratio is 1 and no extra pass is made.
+    `entropy_coef` takes the place of the option where it adapts.
     """
     objective = config.objective()
+    if entropy_coef is not None:
+        objective = replace(objective, entropy_coef=entropy_coef)
     if reference is not None:
         score_with_reference(reference, micro_batches, config.temperature)
+    if objective.top_entropy_quantile < 1:
+        keep_high_entropies(policy, micro_batches, objective, config.temperature)
     parts = []
     for batch in micro_batches:
         tokens = batch.tokens(counts, config.old_logps)
-        loss, logps, entropies = score(policy, batch, tokens, objective, config)
+        loss, logps, entropies = score(policy, batch, tokens, objective, config.temperature)
         metrics = loss_metrics(logps, tokens, objective)
         metrics["loss"] = loss.detach()
         metrics["entropy"] = entropies.detach().sum() / max(1, counts.num_tokens)
+        if batch.kept is not None:
+            metrics["entropy_kept"] = mean_entropy(entropies.detach(), tokens)
+        if config.entropy_coef or config.use_adaptive_entropy:
+            bonus = objective.entropy_coef * mean_entropy(entropies.detach(), tokens)
+            metrics["policy_loss"] = metrics["loss"] + bonus
         if first_use:
             metrics |= mismatch_sums(logps, batch.sampler_logps, batch.positions)
         parts.append(metrics)
@@ -64,21 +79,38 @@ def score_with_reference(reference: Reference, micro_batches: Sequence[MicroBatc
         reshard(reference)
 
 
+@torch.no_grad()
+def keep_high_entropies(
+    policy: Policy, micro_batches: Sequence[MicroBatch], objective: Objective, temperature: float
+) -> None:
+    """Mark the tokens that are kept, by a threshold over the entropies of the whole step: a pass over all of it."""
+    own = [policy(batch.sequences, temperature)[1] for batch in micro_batches]
+    parts: list[Tensor] = [torch.empty(0)] * dist.get_world_size()
+    dist.all_gather_object(parts, torch.cat(own).cpu())
+    every = torch.cat(parts).to(own[0].device)
+    threshold = entropy_quantile(every, objective)
+    for batch, entropies in zip(micro_batches, own, strict=True):
+        batch.kept, batch.num_kept = entropies >= threshold, (every >= threshold).sum()
+
+
 def score(
-    policy: Policy, batch: MicroBatch, tokens: TokenBatch, objective: Objective, config: GRPOConfig
+    policy: Policy, batch: MicroBatch, tokens: TokenBatch, objective: Objective, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:  # [], [N], [N]
     """This micro-batch's share of the step's loss, with gradient; log-probs and entropies of its tokens."""
-    coef = config.entropy_coef
+    losses, bonus = token_loss(tokens, objective), objective.entropy_coef != 0
     if objective.by_token:  # the head takes the loss with it, in one sweep
         # Without KL and entropy bonus, a token without advantage has no gradient.
-        active = None if config.beta or coef else batch.active
-        losses = token_loss(tokens, objective, coef)
-        loss, logps, entropies, _ = policy(
-            batch.sequences, config.temperature, losses, active=active, entropy_gradient=coef != 0
-        )
+        active = None if objective.beta or bonus else batch.active
+        loss, logps, entropies, _ = policy(batch.sequences, temperature, losses, active=active, entropy_gradient=bonus)
         return loss, logps, entropies
-    logps, entropies, _ = policy(batch.sequences, config.temperature)
-    loss = token_loss(tokens, objective)(logps, entropies, ALL).sum()
-    if coef:
-        loss = loss + entropy_bonus(entropies, tokens.num_tokens, coef)
-    return loss, logps, entropies
+    logps, entropies, _ = policy(batch.sequences, temperature)
+    return losses(logps, entropies, ALL).sum(), logps, entropies
+
+
+def adapted_entropy_coef(coef: float, entropy: float, config: GRPOConfig) -> tuple[float, float]:
+    """`coef` after a step in which the tokens kept had this mean entropy, and what of it applies in the next one:
+    nothing while the entropy is above its target."""
+    if entropy > config.entropy_target:
+        return max(coef - config.entropy_coef_delta, config.entropy_coef_min), 0.0
+    coef = min(coef + config.entropy_coef_delta, config.entropy_coef_max)
+    return coef, coef

@@ -5,3 +5,8 @@ def digits(completions, **kwargs):
     """Share of a completion's characters that are digits."""
     texts = [completion[0]["content"] for completion in completions]
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in texts]
+
+
+def reinforce(logps, log_ratios, advantages, objective):
+    """An objective: REINFORCE, with the ratio as a constant weight up to 1 + epsilon."""
+    return -log_ratios.detach().exp().clamp(max=1 + objective.epsilon) * advantages * logps

@@ -1,6 +1,5 @@
 """grpo_core.loss: TRL's numbers, hand-computed cases, a loop-written NumPy transcription, gradcheck, additivity."""
 
-import itertools
 import json
 import math
 from dataclasses import fields
@@ -10,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_core.loss import LOSS_TYPES, Objective, TokenBatch, aggregation_weights, entropy_bonus, policy_loss
+from grpo_core.loss import LOSS_TYPES, Objective, TokenBatch, aggregation_weights, policy_loss
+from grpo_core.terms import entropy_quantile
 from sft_core.run.logging import merge_metrics
+from tests.grpo_core.transcription import TYPES, draw, seeds, transcription
 
 CASES = Path(__file__).parents[3] / "shared" / "reference" / "trl_grpo_losses.json"
 
@@ -137,76 +138,70 @@ def test_by_hand_clip_metrics():
     assert metrics["cispo_clip_ratio"].item() == pytest.approx(1 / 3)
 
 
-# --- the design's mathematics, written as loops ----------------------------------------------------------------
+# --- every option, as loops have it ------------------------------------------------------------------------------
 
 
-def transcription(logps, old, advantages, ids, totals, o):
-    """Loss and gradient in NumPy, one token at a time; the gradient from the formula, not from autograd."""
-    tokens, sequences = totals
-    members = [[t for t in range(len(ids)) if ids[t] == s] for s in range(len(advantages))]
-    high = o["epsilon"] if o["epsilon_high"] is None else o["epsilon_high"]
-    loss, grad = 0.0, np.zeros(len(logps))
-    for s, own in enumerate(members):
-        for t in own:
-            weight = {
-                "grpo": 1 / (sequences * len(own)),
-                "dr_grpo": 1 / (sequences * (o["max_completion_length"] or 1)),
-            }.get(o["loss_type"], 1 / tokens)
-            reach = [t] if o["importance_sampling_level"] == "token" else own  # the tokens whose log-probs make r
-            r = math.exp(sum(logps[u] - old[u] for u in reach) / len(reach))
-            rho = 1.0
-            if o["sampler_logps"] is not None:
-                rho = min(math.exp(old[t] - o["sampler_logps"][t]), o["sampler_ratio_cap"])
-            a = advantages[s]
-            if o["loss_type"] == "cispo":
-                loss += weight * rho * -min(r, high) * a * logps[t]
-                grad[t] += weight * rho * -min(r, high) * a
-            else:
-                capped = r if o["delta"] is None else min(r, o["delta"])
-                clipped = min(max(r, 1 - o["epsilon"]), 1 + high)
-                loss += weight * rho * -min(capped * a, clipped * a)
-                free = capped * a < clipped * a or capped == clipped  # which of the two the minimum took
-                if free and capped == r:
-                    for u in reach:
-                        grad[u] += weight * rho * -a * r / len(reach)
-            if o["beta"]:
-                d = o["ref_logps"][t] - logps[t]
-                loss += weight * o["beta"] * (math.exp(d) - d - 1)
-                grad[t] += weight * o["beta"] * (1 - math.exp(d))
-    return loss, grad
+@pytest.mark.parametrize("loss_type", TYPES)
+def test_equals_the_loop_written_transcription(loss_type):
+    for seed in seeds(loss_type, 240):
+        options, data = draw(seed)
+        kept = data["entropies"] >= 0.8 if options["top_entropy_quantile"] < 1 else None
+        given = options | {"kept": kept} | {name: data[name] for name in ("ref_logps", "sampler_logps")}
+        ids, entropies = data["sequence_ids"], data["entropies"]
+        want_loss, *want = transcription(
+            data["logps"], data["old_logps"], data["advantages"], ids, (31, 8, 12), given, entropies
+        )
+        totals = {"num_tokens": 31, "num_sequences": 8, "entropy_threshold": 0.8, "num_entropy_tokens": 12}
+        loss, _, gradients = with_gradients(as_tensors(data), objective=Objective(**options), **totals)
+        assert loss.item() == pytest.approx(want_loss, rel=1e-12, abs=1e-12), seed
+        for found, gradient in zip(gradients.values(), want, strict=True):
+            np.testing.assert_allclose(found.numpy(), gradient, rtol=1e-10, atol=1e-12, err_msg=str(seed))
 
 
-AXES = (LOSS_TYPES, ("token", "sequence"), (None, 1.5), (0.0, 0.04), (False, True), (None, 0.28))
-GRID = [point for point in itertools.product(*AXES) if point[0] != "cispo" or point[2] is None]  # cispo has no delta
+def as_tensors(data):
+    return {name: None if value is None else torch.tensor(value) for name, value in data.items()}
 
 
-@pytest.mark.parametrize("loss_type, level, delta, beta, corrected, high", GRID)
-def test_equals_the_loop_written_transcription(loss_type, level, delta, beta, corrected, high):
-    if loss_type == "cispo":
-        high = 1.4 if high is None else 5.0
-    rng = np.random.default_rng([LOSS_TYPES.index(loss_type), level == "token", delta is None, corrected])
-    ids = rng.permutation(np.repeat(np.arange(6), [4, 1, 7, 3, 2, 5]))  # sequences need not lie together
-    old = -rng.exponential(1.0, len(ids))
-    logps = old + rng.normal(0, 0.5, len(ids))
-    advantages = np.array([1.3, -0.4, 0.0, -1.7, 0.6, 0.9])
-    options = {
-        "loss_type": loss_type, "importance_sampling_level": level, "delta": delta, "beta": beta, "epsilon": 0.2,
-        "epsilon_high": high, "max_completion_length": 9, "sampler_ratio_cap": 1.3,
-    }  # fmt: skip
-    others = {"ref_logps": logps + rng.normal(0, 0.3, len(ids)), "sampler_logps": None}
-    if corrected:
-        others["sampler_logps"] = old + rng.normal(0, 0.4, len(ids))
-    want_loss, want_grad = transcription(logps, old, advantages, ids, (31, 8), options | others)
+def with_gradients(tensors, **options):
+    leaves = {name: tensors[name].clone().requires_grad_() for name in ("logps", "entropies")}
+    loss, metrics = policy_loss(**tensors | leaves, **options)
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return loss.detach(), metrics, dict(zip(leaves, gradients, strict=True))
 
-    ours = torch.tensor(logps, requires_grad=True)
-    tensors = {name: None if value is None else torch.tensor(value) for name, value in others.items()}
-    loss, _ = policy_loss(
-        ours, torch.tensor(old), torch.tensor(advantages), torch.tensor(ids), Objective(**options), num_tokens=31,
-        num_sequences=8, **tensors,
-    )  # fmt: skip
-    loss.backward()
-    assert loss.item() == pytest.approx(want_loss, rel=1e-12, abs=1e-12)
-    np.testing.assert_allclose(ours.grad.numpy(), want_grad, rtol=1e-10, atol=1e-12)
+
+@pytest.mark.parametrize("loss_type", TYPES)
+def test_any_split_of_the_sequences_adds_up(loss_type):
+    """Loss, gradients and metrics of {0, 3}, {} and {4, 1, 2, 5} are those of the whole."""
+    for seed in seeds(loss_type, 96):
+        options, data = draw(seed)
+        objective, tensors = Objective(**options), as_tensors(data)
+        ids, entropies = tensors["sequence_ids"], tensors["entropies"]
+        totals = {"objective": objective, "num_tokens": torch.tensor(len(ids)), "num_sequences": torch.tensor(6)}
+        loss, metrics, whole = with_gradients(tensors, **totals)  # the threshold is that of the tokens given
+        if objective.top_entropy_quantile < 1:
+            threshold = entropy_quantile(entropies, objective)
+            totals |= {"entropy_threshold": threshold, "num_entropy_tokens": (entropies >= threshold).sum()}
+
+        parts, losses, summed = [], [], {name: torch.zeros_like(ids, dtype=torch.float64) for name in whole}
+        for chosen in ([0, 3], [], [4, 1, 2, 5]):
+            tokens = torch.tensor([t for s in chosen for t in (ids == s).nonzero()[:, 0].tolist()], dtype=torch.int64)
+            part = {
+                name: value if value is None else value[chosen if name == "advantages" else tokens]
+                for name, value in tensors.items()
+            }
+            part["sequence_ids"] = torch.tensor([chosen.index(s) for s in part["sequence_ids"]], dtype=torch.int64)
+            part_loss, part_metrics, gradients = with_gradients(part, **totals)
+            for name, gradient in gradients.items():
+                summed[name][tokens] += gradient
+            losses.append(part_loss)
+            parts.append(part_metrics)
+        torch.testing.assert_close(sum(losses), loss, rtol=1e-12, atol=1e-14)
+        for name, gradient in whole.items():
+            torch.testing.assert_close(summed[name], gradient, rtol=1e-12, atol=1e-14)
+        merged = merge_metrics(parts)
+        assert set(merged) == set(metrics)
+        for name, value in metrics.items():
+            torch.testing.assert_close(merged[name], value, rtol=1e-6, atol=1e-12, msg=f"{name}, seed {seed}")
 
 
 def batch(seed=0, lengths=(3, 1, 4, 2, 5)):
@@ -237,42 +232,6 @@ def test_gradcheck(loss_type, level):
     assert torch.autograd.gradcheck(loss, logps)
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_any_split_of_the_sequences_adds_up(loss_type, level):
-    """Loss, gradient and metrics of {0, 3}, {} and {4, 1, 2} are those of the whole."""
-    tensors = batch()
-    high = 1.2 if loss_type == "cispo" else None
-    objective = Objective(
-        loss_type, epsilon_high=high, beta=0.04, importance_sampling_level=level, max_completion_length=6
-    )
-    options = {"objective": objective, "num_tokens": torch.tensor(15), "num_sequences": torch.tensor(5)}
-    whole = tensors["logps"].clone().requires_grad_()
-    loss, metrics = policy_loss(**{**tensors, "logps": whole}, **options)
-    loss.backward()
-
-    parts, losses, grad = [], [], torch.zeros_like(whole)
-    for chosen in ([0, 3], [], [4, 1, 2]):
-        tokens = [t for s in chosen for t in (tensors["sequence_ids"] == s).nonzero()[:, 0].tolist()]
-        part = {
-            name: value[chosen if name == "advantages" else torch.tensor(tokens, dtype=torch.int64)]
-            for name, value in tensors.items()
-        }
-        part["sequence_ids"] = torch.tensor([chosen.index(s) for s in part["sequence_ids"]], dtype=torch.int64)
-        logps = part["logps"].requires_grad_()
-        part_loss, part_metrics = policy_loss(**part, **options)
-        part_loss.backward()
-        grad[tokens] += logps.grad
-        losses.append(part_loss.detach())
-        parts.append(part_metrics)
-    torch.testing.assert_close(sum(losses), loss.detach(), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(grad, whole.grad, rtol=1e-12, atol=1e-14)
-    merged = merge_metrics(parts)
-    assert set(merged) == set(metrics)
-    for name, value in metrics.items():
-        torch.testing.assert_close(merged[name], value, rtol=1e-6, atol=1e-12, msg=name)
-
-
 def test_on_policy_the_gradient_is_the_policy_gradient():
     """r = 1 by construction: nothing clips, and dloss/dlogp = -weight * A for every loss type."""
     tensors = batch()
@@ -285,6 +244,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient():
         loss.backward()
         weights = aggregation_weights(TokenBatch(advantages, ids, **totals), objective)
         torch.testing.assert_close(logps.grad, -weights * advantages[ids])
+        assert metrics.pop("vespo/phi_seq_mean", 1) == 1
         assert not any(value.any() for value in metrics.values())
 
 
@@ -319,32 +279,10 @@ def test_an_empty_sequence_counts_only_in_num_sequences():
     assert loss == loss_empty and metrics == metrics_empty
 
 
-def test_entropy_bonus_is_additive():
-    entropies = double([0.5, 1.0, 2.5])
-    assert entropy_bonus(entropies, 3, 0.1).item() == pytest.approx(-0.1 * 4 / 3)
-    split = entropy_bonus(entropies[:1], 3, 0.1) + entropy_bonus(entropies[1:], torch.tensor(3), 0.1)
-    assert split.item() == pytest.approx(-0.1 * 4 / 3)
-
-
 @pytest.mark.parametrize(
-    "options, names",
-    [
-        ({"loss_type": "ppo"}, "loss_type"),
-        ({"loss_type": "cispo"}, "epsilon_high"),
-        ({"loss_type": "cispo", "epsilon_high": 5.0, "delta": 2.0}, "delta"),
-        ({"loss_type": "dr_grpo"}, "max_completion_length"),
-        ({"delta": 0.9}, "delta"),
-        ({"importance_sampling_level": "word"}, "importance_sampling_level"),
-        ({"epsilon": -0.1}, "epsilon"),
-        ({"beta": -1.0}, "beta"),
-        ({"sampler_ratio_cap": 0.0}, "sampler_ratio_cap"),
-    ],
+    ("options", "missing"),
+    [({"beta": 0.1}, "ref_logps"), ({"entropy_coef": 0.1}, "entropies"), ({"top_entropy_quantile": 0.5}, "entropies")],
 )
-def test_refuses(options, names):
-    with pytest.raises(ValueError, match=names):
-        Objective(**options)
-
-
-def test_the_kl_needs_a_reference():
-    with pytest.raises(ValueError, match="ref_logps"):
-        policy_loss(**batch() | {"ref_logps": None}, objective=Objective(beta=0.1), num_tokens=15, num_sequences=5)
+def test_what_an_option_needs_is_named(options, missing):
+    with pytest.raises(ValueError, match=missing):
+        policy_loss(**batch() | {"ref_logps": None}, objective=Objective(**options), num_tokens=15, num_sequences=5)

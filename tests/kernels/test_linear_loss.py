@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels.linear_logprob
 import kernels.linear_loss
-from grpo_core.loss import Objective, TokenBatch, entropy_bonus, policy_loss, token_loss
+from grpo_core.loss import Objective, TokenBatch, policy_loss, token_loss
 from kernels import reference
 from kernels.linear_logprob import linear_logprob
 from kernels.linear_loss import linear_loss
@@ -168,8 +168,13 @@ OBJECTIVES = {
     "dapo": {"loss_type": "dapo", "epsilon_high": 0.28, "delta": 1.5},
     "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 9},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.2, "sampler": True},
+    "sapo": {"loss_type": "sapo", "sampler": True, "vllm_importance_sampling_mode": "token_mask"},
+    "luspo": {"loss_type": "luspo", "beta": 0.1, "use_bias_correction_kl": True},
     "entropy": {"entropy_coef": 0.3},
+    "high entropies": {"top_entropy_quantile": 0.5, "beta": 0.1},
+    "high entropies and bonus": {"top_entropy_quantile": 0.5, "entropy_coef": 0.3},
     "first update": {"on_policy": True, "sampler": True},
+    "a function of one's own": {"loss_type": "tests.rewards_for_tests:reinforce"},
 }
 
 
@@ -181,17 +186,24 @@ def test_the_objective_chunk_by_chunk_is_policy_loss(name):
     ids, advantages = torch.tensor([0] * 4 + [1] * 3 + [2] * 6), torch.tensor([0.7, -1.1, 0.0])
     base = reference.linear_logprob(hidden, weight, targets)[0].detach()
     old, ref, sampler = (base + 0.3 * torch.randn(13, generator=generator, dtype=torch.float64) for _ in range(3))
-    totals = {"num_tokens": 40, "num_sequences": 6}
-    entropy_coef, on_policy = options.pop("entropy_coef", 0.0), options.pop("on_policy", False)
-    totals |= {"ref_logps": ref, "sampler_logps": sampler if options.pop("sampler", False) else None}
+    on_policy = options.pop("on_policy", False)
+    data = {"num_tokens": 40, "num_sequences": 6, "ref_logps": ref}
+    data["sampler_logps"] = sampler if options.pop("sampler", False) else None
     objective = Objective(**options)
-    batch = TokenBatch(advantages, ids, old_logps=None if on_policy else old, **totals)
-    losses = token_loss(batch, objective, entropy_coef)
-    options = {"chunk_size": 5, "entropy_gradient": entropy_coef > 0}
-    ours = gradients(linear_loss, (hidden, weight, targets), losses, **options)
+    assert objective.by_token
     logps, entropies, _ = reference.linear_logprob(hidden, weight, targets)
-    loss, _ = policy_loss(logps, logps.detach() if on_policy else old, advantages, ids, objective, **totals)
-    loss = loss + entropy_bonus(entropies, 40, entropy_coef)
+    threshold = entropies.detach().median()
+    loss, _ = policy_loss(
+        logps, logps.detach() if on_policy else old, advantages, ids, objective, **data,
+        entropies=entropies, entropy_threshold=threshold, num_entropy_tokens=20,
+    )  # fmt: skip
+    if objective.top_entropy_quantile < 1:
+        data |= {"kept": entropies.detach() >= threshold, "num_kept": 20}
+    elif objective.entropy_coef:
+        data |= {"num_kept": 20}
+    losses = token_loss(TokenBatch(advantages, ids, old_logps=None if on_policy else old, **data), objective)
+    options = {"chunk_size": 5, "entropy_gradient": objective.entropy_coef > 0}
+    ours = gradients(linear_loss, (hidden, weight, targets), losses, **options)
     torch.testing.assert_close(ours[0], loss.detach(), rtol=1e-12, atol=1e-12)
     for got, want in zip(ours[1:3], torch.autograd.grad(3.0 * loss, (hidden, weight)), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
