@@ -3,7 +3,7 @@
 DeepSeekMath (arXiv:2402.03300) 4.1.2, with the variants of Dr. GRPO (arXiv:2503.20783) and of a step-wide scale; and
 GDPO (arXiv:2601.05242), which compares each reward function's values apart. Left out on purpose: calling and summing
 reward functions (`scoring.py`), value networks, any notion of ranks: pass the rewards of whole groups, and for
-`scale_rewards="batch"` and GDPO those of the whole step.
+`scale_rewards="batch"` and GDPO those of the whole step. Next: `train.py`, the loop that calls it.
 
     group_advantages([1.0, 0.0, 0.5, 0.5], [0, 0, 1, 1])    # [0.707, -0.707, 0, 0]
 """

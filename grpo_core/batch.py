@@ -1,4 +1,4 @@
-"""From samples to what the policy is trained on: packed micro-batches."""
+"""From samples to what the policy is trained on: packed micro-batches. The next file is `update.py`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +41,14 @@ class MicroBatch:
             kept=self.kept,
             num_kept=self.num_kept,
         )
+
+
+def counted(samples: Sequence[Sample], mask_truncated: bool) -> list[Sample]:
+    """The samples that are trained and count in the step's tokens and sequences: all, or all that were not cut.
+
+    One that was not scored counts as well; its advantage is 0. A cut one has no stop token, and is else as any other.
+    """
+    return [sample for sample in samples if sample.finish_reason == "stop" or not mask_truncated]
 
 
 def make_micro_batches(samples: Sequence[Sample], max_tokens: int, device: torch.device) -> list[MicroBatch]:

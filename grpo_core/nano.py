@@ -16,7 +16,8 @@ GRPO then teaches it to be right. With --model, GRPO starts from the model in th
 Left out on purpose, and found in `train.py`, whose loop has the same seven phases: several devices, a separate
 inference engine, packing without padding, log-probs that never hold the [B, C, V] logits, reward functions in processes
 that can be killed, the later losses (DAPO, Dr. GRPO, CISPO, GSPO), learning rate schedules, checkpoints, log files.
-The two share no code, and `tests/grpo_core/test_nano.py` holds them to the same loss and the same gradients.
+The two share no code, and `tests/grpo_core/test_nano.py` holds them to the same loss and the same gradients. Read on
+in `loss.py` and `advantage.py`, then in `train.py` and `update.py`.
 
 Shapes: B sequences, P tokens in the longest prompt, C tokens in the longest completion, V tokens in the vocabulary.
 """

@@ -1,4 +1,7 @@
-"""All that a GRPO run needs to know before it loads a weight. What is wrong with the user's input is said here."""
+"""All that a GRPO run needs to know before it loads a weight. What is wrong with the user's input is said here.
+
+What both trainers check, the model, the template, the data and the output folder, is in `sft_core/prepare.py`.
+"""
 
 from __future__ import annotations
 

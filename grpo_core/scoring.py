@@ -1,6 +1,7 @@
 """The step of the loop that scores completions: reward functions in killable worker processes, then their weighted sum.
 
-What a reward function is, says `grpo_core/rewards.py`; what happens to a check that fails, `start_scoring`.
+What a reward function is, says `grpo_core/rewards.py`; what happens to a check that fails, `start_scoring` and, in the
+workers, `eval/workers.py`. The next file is `advantage.py`.
 """
 
 import copy

@@ -13,8 +13,9 @@ It is `sft_core/train.py` with rollouts and advantages in front. One step, as th
     6 update       log-probs, objective, backward, clip, step
     7 log, evaluate, save
 
-The same command resumes from the last complete checkpoint. The mathematics is in `loss.py` and `advantage.py`, the
-engines in `gen/`. Left out on purpose: value networks, reward models, asynchronous rollouts, top-p and the like.
+The same command resumes from the last complete checkpoint. Read `nano.py`, `loss.py` and `advantage.py` before this
+file and `update.py`, the sixth phase, after it; README's table of what holds names the function for each question.
+Left out on purpose: value networks, reward models, asynchronous rollouts, top-p and the like.
 """
 
 import sys
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from eval.workers import WorkerPool
 from gen.engine.base import Sampling
 from gen.engine.weight_sync import probe, sync_weights
-from grpo_core.batch import MicroBatch, idle_micro_batch, keep_old_logps, make_micro_batches
+from grpo_core.batch import MicroBatch, counted, idle_micro_batch, keep_old_logps, make_micro_batches
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.evaluation import evaluate_policy
 from grpo_core.metrics import (
@@ -175,8 +176,8 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         if first_use or not micro_batches:
             # 4 pack: without padding
             with phases("pack"):
-                kept = [r for r in rollouts if r.finish_reason == "stop" or not config.mask_truncated_completions]
-                micro_batches = make_micro_batches(kept, config.max_tokens_per_micro_batch, device)
+                trained_on = counted(rollouts, config.mask_truncated_completions)
+                micro_batches = make_micro_batches(trained_on, config.max_tokens_per_micro_batch, device)
             # 5 denominators: over all ranks, before the first backward; ranks with fewer micro-batches idle along
             counts = step_counts([batch.sequences for batch in micro_batches], device)
             micro_batches += [idle_micro_batch(device) for _ in range(counts.micro_batches - len(micro_batches))]

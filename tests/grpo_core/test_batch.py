@@ -1,9 +1,11 @@
 """Packing of rollouts: what is scored, and that nothing else is."""
 
+import math
+
 import pytest
 import torch
 
-from grpo_core.batch import keep_old_logps, make_micro_batches
+from grpo_core.batch import counted, keep_old_logps, make_micro_batches
 from grpo_core.config import GRPOConfig
 from grpo_core.rollout import Sample
 
@@ -26,6 +28,14 @@ def test_the_sampled_stop_token_is_scored_and_no_prompt_token_is():
     assert torch.equal(batch.sampler_logps, -sequences.targets.float())
     assert torch.equal(batch.advantages[sequences.sequence_ids][sequences.targets == 8], torch.tensor([0.0]))
     assert sorted(batch.positions.tolist()) == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(("mask_truncated", "tokens", "sequences"), [(False, 5, 2), (True, 2, 1)])
+def test_what_is_cut_can_be_left_out_and_what_is_unscored_counts(mask_truncated, tokens, sequences):
+    rollouts = [rollout(0, [5], [8, 2]), rollout(0, [5], [3, 4, 5], "length")]
+    assert all(math.isnan(sample.reward) for sample in rollouts)
+    [batch] = make_micro_batches(counted(rollouts, mask_truncated), 100, CPU)
+    assert (len(batch.sequences.targets), batch.sequences.num_sequences) == (tokens, sequences)
 
 
 @pytest.mark.parametrize("budget", [1, 7, 12, 1000])
