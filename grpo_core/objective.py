@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -111,27 +111,8 @@ class Objective:
             not str(mode).endswith("truncate") or (low, high) != (None, None),
             f"{prefix}_mode={mode} truncates at {prefix}_clip_min and {prefix}_clip_max: give one (inf for no bound)",
         )
-        if self.own is not None:
-            self._try_own(self.own)
-
-    def _try_own(self, function: Callable[..., Tensor]) -> None:
-        """Call the user's function on a few tokens: all at once and each alone."""
-        logps = torch.tensor([-0.5, -2.0, -1.0], requires_grad=True)
-        tokens = logps, logps - torch.tensor([-1.0, -2.0, -0.7]), torch.tensor([1.0, -0.5, -2.0])
-        try:
-            losses = function(*tokens, self)
-            alone = [function(*(values[i : i + 1] for values in tokens), self) for i in range(3)]
-        except Exception as error:  # of a user's function anything
-            raise ValueError(
-                f"{self.loss_type} cannot be called as (logps, log_ratios, advantages, objective): {error!r}"
-            ) from error
-        for found, given in zip([losses, *alone], [logps, *logps[:, None]], strict=True):
-            check_own_losses(found, given, self.loss_type)
-        require(losses.requires_grad, f"{self.loss_type} returns losses that do not depend on logps or log_ratios")
-        require(
-            torch.allclose(torch.cat(alone), losses, equal_nan=True),
-            f"{self.loss_type} must give each token a loss of its own: it gives another with other tokens beside it",
-        )
+        if ":" in loss:
+            try_own(self)
 
     @cached_property
     def own(self) -> Callable[..., Tensor] | None:
@@ -166,3 +147,24 @@ def check_own_losses(losses: Tensor, logps: Tensor, name: str) -> None:
     fits = isinstance(losses, Tensor) and losses.shape == logps.shape and losses.dtype == logps.dtype
     found = getattr(losses, "dtype", type(losses).__name__), tuple(getattr(losses, "shape", ()))
     require(fits, f"{name} must return {tuple(logps.shape)} losses, {logps.dtype}, but returns {found[0]} {found[1]}")
+
+
+@cache  # by value: a run makes the same objective in each step
+def try_own(objective: Objective) -> None:
+    """Call the user's function on a few tokens, all at once and each alone; ValueError where it cannot be used."""
+    function, name = objective.own, objective.loss_type
+    assert function is not None
+    logps = torch.tensor([-0.5, -2.0, -1.0], requires_grad=True)
+    tokens = logps, logps - torch.tensor([-1.0, -2.0, -0.7]), torch.tensor([1.0, -0.5, -2.0])
+    try:
+        losses = function(*tokens, objective)
+        alone = [function(*(values[i : i + 1] for values in tokens), objective) for i in range(3)]
+    except Exception as error:  # of a user's function anything
+        raise ValueError(f"{name} cannot be called as (logps, log_ratios, advantages, objective): {error!r}") from error
+    for found, given in zip([losses, *alone], [logps, *logps[:, None]], strict=True):
+        check_own_losses(found, given, name)
+    require(losses.requires_grad, f"{name} returns losses that do not depend on logps or log_ratios")
+    require(
+        torch.allclose(torch.cat(alone), losses, equal_nan=True),
+        f"{name} must give each token a loss of its own: it gives another with other tokens beside it",
+    )
