@@ -203,9 +203,15 @@ def test_what_more_ranks_recorded_earlier_is_not_replayed(tiny_model, problems, 
 @pytest.mark.parametrize(
     "more",
     [
-        {"prompts_per_step": 3, "max_tokens_per_micro_batch": 60},
-        {"prompts_per_step": 1},
-        {"mask_truncated_completions": "true", "entropy_coef": 0.01, "loss_type": "dr_grpo"},
+        {"prompts_per_step": 3, "max_tokens_per_micro_batch": 60, "top_entropy_quantile": 0.5, "loss_type": "vespo"},
+        {"prompts_per_step": 1, "multi_objective_aggregation": "normalize_then_sum"},
+        {
+            "mask_truncated_completions": "true",
+            "entropy_coef": 0.01,
+            "loss_type": "dr_grpo",
+            "top_entropy_quantile": 0.5,
+            "use_adaptive_entropy": "true",
+        },
         {"bf16": "true", "gradient_checkpointing": "true", "importance_sampling_level": "sequence"},
     ],
     ids=["uneven micro-batches", "a rank without prompts", "truncated ones masked", "bf16 and checkpointing"],
