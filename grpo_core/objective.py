@@ -26,7 +26,6 @@ AT_LEAST = {
     "beta": 0,
     "vllm_importance_sampling_clip_min": 0,
     "top_entropy_quantile": 0,
-    "entropy_coef": -math.inf,
     "vespo_k_pos": 0,
     "vespo_lambda_pos": 1e-4,
     "vespo_k_neg": 0,
@@ -78,14 +77,12 @@ class Objective:
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         for name, least in (AT_LEAST | ABOVE).items():
             value, words = getattr(self, name), "above" if name in ABOVE else "at least"
-            fits = value is None or least <= value < math.inf and (name not in ABOVE or value > least)
-            require(fits, f"{name} must be {words} {least} and finite, got {value}")
-        for name, choices in {
-            "importance_sampling_level": ("token", "sequence"),
-            f"{prefix}_mode": CORRECTIONS,
-        }.items():
-            value = getattr(self, name)
-            require(value in choices or value is mode is None, f"{name} must be one of {choices}, got {value!r}")
+            if value is not None or getattr(Objective, name) is not None:
+                fits = least <= value < math.inf and (name not in ABOVE or value > least)
+                require(fits, f"{name} must be {words} {least} and finite, got {value}")
+        level = self.importance_sampling_level
+        require(level in ("token", "sequence"), f"importance_sampling_level must be token or sequence, got {level!r}")
+        require(mode is None or mode in CORRECTIONS, f"{prefix}_mode must be one of {CORRECTIONS}, got {mode!r}")
         require(
             loss in LOSS_TYPES or ":" in loss,
             f"loss_type must be one of {', '.join(LOSS_TYPES)} or your own as module:function, got {loss!r}",
@@ -102,7 +99,9 @@ class Objective:
             loss != "dr_grpo" or (self.max_completion_length or 0) >= 1,
             "loss_type=dr_grpo needs max_completion_length >= 1: it divides by that constant length",
         )
-        require(self.top_entropy_quantile <= 1, "top_entropy_quantile is the share of tokens kept, at most 1 (all)")
+        share = self.top_entropy_quantile
+        require(share <= 1, f"top_entropy_quantile is the share of tokens kept, at most 1 (all), got {share}")
+        require(math.isfinite(self.entropy_coef), f"entropy_coef must be finite, got {self.entropy_coef}")
         require(
             high is None or high > (low or 0),
             f"{prefix}_clip_max (sampler_ratio_cap) must be above 0 and {prefix}_clip_min, got {high} and {low}",
