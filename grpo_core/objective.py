@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ AT_LEAST = {
     "beta": 0,
     "vllm_importance_sampling_clip_min": 0,
     "top_entropy_quantile": 0,
-    "entropy_coef": -math.inf,
     "vespo_k_pos": 0,
     "vespo_lambda_pos": 1e-4,
     "vespo_k_neg": 0,
@@ -78,14 +77,12 @@ class Objective:
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         for name, least in (AT_LEAST | ABOVE).items():
             value, words = getattr(self, name), "above" if name in ABOVE else "at least"
-            fits = value is None or least <= value < math.inf and (name not in ABOVE or value > least)
-            require(fits, f"{name} must be {words} {least} and finite, got {value}")
-        for name, choices in {
-            "importance_sampling_level": ("token", "sequence"),
-            f"{prefix}_mode": CORRECTIONS,
-        }.items():
-            value = getattr(self, name)
-            require(value in choices or value is mode is None, f"{name} must be one of {choices}, got {value!r}")
+            if value is not None or getattr(Objective, name) is not None:
+                fits = least <= value < math.inf and (name not in ABOVE or value > least)
+                require(fits, f"{name} must be {words} {least} and finite, got {value}")
+        level = self.importance_sampling_level
+        require(level in ("token", "sequence"), f"importance_sampling_level must be token or sequence, got {level!r}")
+        require(mode is None or mode in CORRECTIONS, f"{prefix}_mode must be one of {CORRECTIONS}, got {mode!r}")
         require(
             loss in LOSS_TYPES or ":" in loss,
             f"loss_type must be one of {', '.join(LOSS_TYPES)} or your own as module:function, got {loss!r}",
@@ -102,7 +99,9 @@ class Objective:
             loss != "dr_grpo" or (self.max_completion_length or 0) >= 1,
             "loss_type=dr_grpo needs max_completion_length >= 1: it divides by that constant length",
         )
-        require(self.top_entropy_quantile <= 1, "top_entropy_quantile is the share of tokens kept, at most 1 (all)")
+        share = self.top_entropy_quantile
+        require(share <= 1, f"top_entropy_quantile is the share of tokens kept, at most 1 (all), got {share}")
+        require(math.isfinite(self.entropy_coef), f"entropy_coef must be finite, got {self.entropy_coef}")
         require(
             high is None or high > (low or 0),
             f"{prefix}_clip_max (sampler_ratio_cap) must be above 0 and {prefix}_clip_min, got {high} and {low}",
@@ -111,27 +110,8 @@ class Objective:
             not str(mode).endswith("truncate") or (low, high) != (None, None),
             f"{prefix}_mode={mode} truncates at {prefix}_clip_min and {prefix}_clip_max: give one (inf for no bound)",
         )
-        if self.own is not None:
-            self._try_own(self.own)
-
-    def _try_own(self, function: Callable[..., Tensor]) -> None:
-        """Call the user's function on a few tokens: all at once and each alone."""
-        logps = torch.tensor([-0.5, -2.0, -1.0], requires_grad=True)
-        tokens = logps, logps - torch.tensor([-1.0, -2.0, -0.7]), torch.tensor([1.0, -0.5, -2.0])
-        try:
-            losses = function(*tokens, self)
-            alone = [function(*(values[i : i + 1] for values in tokens), self) for i in range(3)]
-        except Exception as error:  # of a user's function anything
-            raise ValueError(
-                f"{self.loss_type} cannot be called as (logps, log_ratios, advantages, objective): {error!r}"
-            ) from error
-        for found, given in zip([losses, *alone], [logps, *logps[:, None]], strict=True):
-            check_own_losses(found, given, self.loss_type)
-        require(losses.requires_grad, f"{self.loss_type} returns losses that do not depend on logps or log_ratios")
-        require(
-            torch.allclose(torch.cat(alone), losses, equal_nan=True),
-            f"{self.loss_type} must give each token a loss of its own: it gives another with other tokens beside it",
-        )
+        if ":" in loss:
+            try_own(self)
 
     @cached_property
     def own(self) -> Callable[..., Tensor] | None:
@@ -166,3 +146,24 @@ def check_own_losses(losses: Tensor, logps: Tensor, name: str) -> None:
     fits = isinstance(losses, Tensor) and losses.shape == logps.shape and losses.dtype == logps.dtype
     found = getattr(losses, "dtype", type(losses).__name__), tuple(getattr(losses, "shape", ()))
     require(fits, f"{name} must return {tuple(logps.shape)} losses, {logps.dtype}, but returns {found[0]} {found[1]}")
+
+
+@cache  # by value: a run makes the same objective in each step
+def try_own(objective: Objective) -> None:
+    """Call the user's function on a few tokens, all at once and each alone; ValueError where it cannot be used."""
+    function, name = objective.own, objective.loss_type
+    assert function is not None
+    logps = torch.tensor([-0.5, -2.0, -1.0], requires_grad=True)
+    tokens = logps, logps - torch.tensor([-1.0, -2.0, -0.7]), torch.tensor([1.0, -0.5, -2.0])
+    try:
+        losses = function(*tokens, objective)
+        alone = [function(*(values[i : i + 1] for values in tokens), objective) for i in range(3)]
+    except Exception as error:  # of a user's function anything
+        raise ValueError(f"{name} cannot be called as (logps, log_ratios, advantages, objective): {error!r}") from error
+    for found, given in zip([losses, *alone], [logps, *logps[:, None]], strict=True):
+        check_own_losses(found, given, name)
+    require(losses.requires_grad, f"{name} returns losses that do not depend on logps or log_ratios")
+    require(
+        torch.allclose(torch.cat(alone), losses, equal_nan=True),
+        f"{name} must give each token a loss of its own: it gives another with other tokens beside it",
+    )

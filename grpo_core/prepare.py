@@ -177,6 +177,8 @@ def step_plan(
         itemsize=dtype.itemsize,
         device=device,
         reference=config.beta > 0,
+        entropy_pass=config.top_entropy_quantile < 1,
+        head_twice=not config.objective().by_token,
         engine_share=engine_share,
         engine_kv_bytes=engine_kv_bytes,
         engine_ranks=config.vllm_tensor_parallel_size,

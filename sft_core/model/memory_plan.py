@@ -2,14 +2,13 @@
 
     python -m sft_core.train --config recipe.yaml --dry_run true        # or grpo_core.train; no GPU, weights, data
 
-Memory is counted, not fitted: what FSDP2 shards and gathers, what a block saves, what the head's chunks take. Composed
-for a prototype's update on one H100 (bf16 parameters and gradients, no optimizer, two model sizes) it comes within 2 %
-of six measured figures. Time is FLOPs and bytes over the rates below, within 10 % of that prototype's; but the rates
-marked as assumed were chosen with its figures at hand. Held against nothing: this trainer's own loop, several GPUs,
-offloading, adapters, other cards.
+Memory is counted, not fitted: what FSDP2 shards and gathers, what a block saves, what the head's chunks take. For a
+prototype's update on one H100 (bf16, no optimizer, two model sizes) it comes within 2 % of six measured figures. Time
+is FLOPs and bytes over the rates below, within 10 % of that prototype's; the rates marked as assumed were chosen with
+its figures at hand. Held against nothing: this trainer's loop, several GPUs, offloading, adapters, other cards.
 
-Left out on purpose: the time of a GRPO step's sampling and scoring, evaluation, mixtures of experts. Every row counts
-as a document of full length and every token as scored: an upper bound.
+Left out on purpose: sampling and scoring of a GRPO step, evaluation, mixtures of experts. Every row counts as a full
+document, every token as scored: an upper bound.
 """
 
 import itertools
@@ -38,8 +37,7 @@ from sft_core.run.config import ModelConfig, TrainingConfig
 from sft_core.run.distributed import GIB
 from sft_core.run.options import require
 
-# Rates of an H100 SXM.
-GEMM_EFFICIENCY = 0.70  # of the peak; measured on the head's GEMMs: 690 to 727 TFLOP/s
+GEMM_EFFICIENCY = 0.70  # of an H100 SXM's peak; measured on the head's GEMMs: 690 to 727 TFLOP/s
 ATTENTION_EFFICIENCY = 0.30  # of the peak, in FLOPs that do not count recomputation; assumed
 BANDWIDTH = 2.5e12  # B/s in element-wise kernels; assumed, three quarters of the data sheet's
 # B/s at which a rank gathers, inside a node (nominal 450e9) and over eight network cards a node of 50e9 each; assumed.
@@ -72,6 +70,8 @@ class Plan:
     itemsize: int = 2  # of the compute dtype
     device: str = "cuda"
     reference: bool = False
+    entropy_pass: bool = False  # over the step, for a threshold
+    head_twice: bool = False  # the loss needs all log-probs of a sequence, before the logits are computed again
     engine_share: float = 0.0  # of the device's whole memory; at 0 the engine's weights and
     engine_kv_bytes: int = -1  # this much for its cache (-1: there is no engine)
     engine_ranks: int = 1  # that share one copy of the engine's weights
@@ -201,16 +201,16 @@ def seconds(plan: Plan) -> dict[str, float]:
     attention = attention_flops(s, lengths) / (ATTENTION_EFFICIENCY * peak)
     widths = HIDDEN_TRAFFIC * s.hidden + FFN_TRAFFIC * s.ffn + QUERY_TRAFFIC * s.query + KV_TRAFFIC * s.kv
     traffic = tokens * s.layers * widths * (COMPILED_SHARE if plan.config.torch_compile else 1) / BANDWIDTH
-    logits = 2 * tokens * s.vocab * s.hidden / (GEMM_EFFICIENCY * peak)
+    logits, written = 2 * tokens * s.vocab * s.hidden / (GEMM_EFFICIENCY * peak), tokens * s.vocab / BANDWIDTH
     parts = {
         "matrix products of the blocks": linear * (2 + full + again),  # a frozen weight has no gradient
         "attention": attention * (3 + again),
         "element-wise": traffic * (1 + FORWARD_SHARE * again),
-        "head": logits * (2 + full) + tokens * s.vocab * HEAD_TRAFFIC / BANDWIDTH,
+        "head": logits * (2 + full + plan.head_twice) + HEAD_TRAFFIC * written,
     }
-    if plan.reference:
-        head = logits + tokens * s.vocab * HEAD_FORWARD_TRAFFIC / BANDWIDTH
-        parts["reference model"] = linear + attention + FORWARD_SHARE * traffic + head
+    forward = linear + attention + FORWARD_SHARE * traffic + logits + HEAD_FORWARD_TRAFFIC * written
+    passes = {"reference model": plan.reference, "threshold of entropies": plan.entropy_pass}
+    parts |= {name: forward for name, made in passes.items() if made}
     moved = plan.itemsize * plan.parameters * full + frozen(plan)  # gathered for the forward and for the backward
     link = (2 * moved + 4 * plan.trained) * (1 - 1 / plan.gpus) / (NVLINK if plan.gpus <= NODE else NETWORK)
     offloaded = plan.config.cpu_offload * (12 * plan.trained + 2 * frozen(plan)) / plan.gpus

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_core.advantage import SCALES, group_advantages
+from grpo_core.advantage import SCALES, decoupled_advantages, group_advantages
+from grpo_core.config import GRPOConfig
+from grpo_core.metrics import effective_groups
+from grpo_core.rollout import Sample, advantages_of
 
 NAN = float("nan")
 REWARD = st.one_of(st.floats(-10, 10), st.sampled_from([0.0, 1.0, 0.1, NAN]))
@@ -115,3 +119,45 @@ def test_group_scale_equals_numpy(groups):
 def test_refuses(arguments, names):
     with pytest.raises(ValueError, match=names):
         group_advantages(*arguments)
+
+
+DECOUPLED = st.lists(st.lists(st.tuples(REWARD, REWARD, REWARD), min_size=2, max_size=5), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(DECOUPLED)
+def test_decoupled_equals_the_formula(groups):
+    """GDPO in NumPy: each function's values within the group, their weighted sum, and that over all rows."""
+    weights, rows, ids = [1.0, 2.0, -0.5], *flat(groups)
+    sums = []
+    for group in groups:
+        columns = np.array(group)  # [G, 3]
+        for row in columns:
+            z = 0.0
+            for k, weight in enumerate(weights):
+                known = columns[:, k][~np.isnan(columns[:, k])]
+                if not math.isnan(row[k]) and len(known) > 1 and known.min() < known.max():
+                    z += weight * (row[k] - known.mean()) / (known.std(ddof=1) + 1e-4)
+            sums.append(NAN if np.isnan(row).all() else z)
+    known = np.array(sums)[~np.isnan(sums)]
+    found = decoupled_advantages(rows, ids, weights).numpy()
+    if len(known) < 2 or np.ptp(known) < 1e-9:
+        assert np.abs(found).max() < 1e-4
+        return
+    want = (np.array(sums) - known.mean()) / (known.std(ddof=1) + 1e-4)
+    np.testing.assert_allclose(found, np.where(np.isnan(sums), 0.0, want), rtol=1e-6, atol=1e-6)
+
+
+def test_decoupled_sees_what_the_sum_hides():
+    """Rewards 10 + 0 and 9 + 1 are equal in sum; compared apart the rare one counts as much as the common one. A sample
+    whose check failed (its reward is NaN) takes no part, whatever its other values are."""
+    config = GRPOConfig("out", multi_objective_aggregation="normalize_then_sum", reward_weights=[1.0, 3.0])
+    rewards = [[10.0, 0.0], [9.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.0, 5.0]]
+    samples = [Sample(i // 2, [], [], [], "stop", 0, sum(row), row) for i, row in enumerate(rewards)]
+    samples[4] = replace(samples[4], group=1, reward=NAN)
+    assert not any(group_advantages([s.reward for s in samples], [0, 0, 1, 1, 1]))
+    for sample, advantage in zip(samples, advantages_of(samples, config), strict=True):
+        sample.advantage = advantage
+    first, second, *others = [s.advantage for s in samples]
+    assert first == -second < -0.5 and others == [0.0, 0.0, 0.0]
+    assert effective_groups(samples) == [True, False]

@@ -154,6 +154,27 @@ def test_replay_is_bitwise_the_recorded_run(tiny_model, problems, recorded, tmp_
         assert (first[name] - third[name]).norm() < 1e-4 * first[name].norm(), name
 
 
+def test_the_adaptive_entropy_goes_on_as_it_was(tiny_model, problems, recorded, tmp_path):
+    """From a checkpoint between two updates on a rollout: the coefficient, what of it applies, the tokens kept."""
+    adaptive = dict(use_adaptive_entropy="true", entropy_coef=0.01, entropy_coef_delta=0.02, entropy_target=100)
+    more = RECORDED | adaptive | dict(top_entropy_quantile=0.5, save_strategy="steps", save_steps=3)
+    more |= dict(rollouts_from=recorded.with_name("rollouts"), max_logp_difference=10)
+    code, output = run(TRAIN, options(tiny_model, problems, tmp_path / "whole", **more), tmp_path / "log")
+    assert code == 0, output
+    rows = metrics(tmp_path / "whole")
+    assert [row["entropy_coef"] for row in rows] == pytest.approx([0.03, 0.05, 0.07, 0.09])
+    for row, applied in zip(rows, [0.0, 0.03, 0.05, 0.07], strict=True):
+        assert row["policy_loss"] - row["loss"] == pytest.approx(applied * row["entropy_kept"], abs=1e-6)
+        assert row["entropy_kept"] > row["entropy"]
+    more |= dict(resume_from_checkpoint=tmp_path / "whole" / "checkpoint-3")
+    code, output = run(TRAIN, options(tiny_model, problems, tmp_path / "resumed", **more), tmp_path / "log2")
+    assert code == 0, output
+    [row] = metrics(tmp_path / "resumed")
+    assert all(row[name] == rows[3][name] for name in ("step", "loss", "policy_loss", "entropy_coef", "entropy_kept"))
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
+    assert all((first[name] == second[name]).all() for name in first)
+
+
 def test_stale_rollouts_are_refused(tiny_model, problems, tmp_path):
     argv = options(tiny_model, problems, tmp_path / "out", save_rollouts=tmp_path / "rollouts", max_steps=2)
     assert run(TRAIN, argv, tmp_path / "log")[0] == 0
@@ -182,9 +203,15 @@ def test_what_more_ranks_recorded_earlier_is_not_replayed(tiny_model, problems, 
 @pytest.mark.parametrize(
     "more",
     [
-        {"prompts_per_step": 3, "max_tokens_per_micro_batch": 60},
-        {"prompts_per_step": 1},
-        {"mask_truncated_completions": "true", "entropy_coef": 0.01, "loss_type": "dr_grpo"},
+        {"prompts_per_step": 3, "max_tokens_per_micro_batch": 60, "top_entropy_quantile": 0.5, "loss_type": "vespo"},
+        {"prompts_per_step": 1, "multi_objective_aggregation": "normalize_then_sum"},
+        {
+            "mask_truncated_completions": "true",
+            "entropy_coef": 0.01,
+            "loss_type": "dr_grpo",
+            "top_entropy_quantile": 0.5,
+            "use_adaptive_entropy": "true",
+        },
         {"bf16": "true", "gradient_checkpointing": "true", "importance_sampling_level": "sequence"},
     ],
     ids=["uneven micro-batches", "a rank without prompts", "truncated ones masked", "bf16 and checkpointing"],

@@ -1,6 +1,7 @@
 """The plan against measured figures, its remedies, its verdicts through `main`."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -225,6 +226,10 @@ def test_time_follows_the_options():
     assert total(model={"use_peft": True}) < total()
     assert seconds(plan(info, longest=16, rows=1))["communication not hidden"] > 0  # nothing to hide it behind
     assert "MFU" in table(plan(info), 80 * GIB)
+    head = {twice: seconds(replace(plan(info), head_twice=twice))["head"] for twice in (False, True)}
+    assert 1.2 * head[False] < head[True] < 4 / 3 * head[False]
+    more = seconds(replace(plan(info), reference=True, entropy_pass=True))
+    assert more["threshold of entropies"] == more["reference model"] > more["head"] / 4
 
 
 # --- a real start, and the command line --------------------------------------------------------------------------
