@@ -54,12 +54,17 @@ class Run(Base):
         return self.config.prompts_a_rollout(self.world_size)
 
     @property
+    def mini_batches(self) -> int:
+        return self.config.mini_batches(self.world_size)
+
+    @property
     def max_batch(self) -> int:
         return max_batch(self.config, self.world_size)
 
     @property
     def steps_per_epoch(self) -> float:
-        return self.config.num_iterations * len(self.prompts) / self.prompts_per_rollout
+        updates = self.config.num_iterations * self.mini_batches  # on each rollout
+        return updates * len(self.prompts) / self.prompts_per_rollout
 
     @property
     def total_steps(self) -> int:
@@ -104,6 +109,7 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
         world_size % config.vllm_tensor_parallel_size == 0,
         f"vllm_tensor_parallel_size {config.vllm_tensor_parallel_size} does not divide {world_size} ranks.",
     )
+    mini_batches = config.mini_batches(world_size)
     check_lengths(base.model_info, config)
     prompts, left_out = prompts_to_use(base, base.rows, data.dataset_name, config, reward_funcs)
     prompts_line = f"{len(prompts)} prompts; left out: {left_out}"
@@ -114,7 +120,11 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
         prompts_line += f"; {len(test_prompts)} to evaluate on; left out: {left_out}"
     if config.rollouts_from is None:
         distributed.on_first_rank(lambda: dry_call(base, config, prompts, reward_funcs), patient=True)
-    identity, checkpoint = open_output_dir(base, config, num_iterations=config.num_iterations, prompts=len(prompts))
+    # None: as where nothing is said, in what earlier versions recorded
+    more = {"mini_batches": mini_batches if mini_batches > 1 else None}
+    identity, checkpoint = open_output_dir(
+        base, config, num_iterations=config.num_iterations, prompts=len(prompts), **more
+    )
     run = Run(
         **vars(base),
         config=config,
@@ -129,10 +139,11 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
     batch = f"{run.prompts_per_rollout} prompts x {config.num_generations} completions"
     if config.prompts_per_step is None:
         batch += (
-            f" (from {config.per_device_train_batch_size} a device x {config.gradient_accumulation_steps} accumulation "
-            f"steps x {world_size} ranks, rounded up to whole groups)"
+            f" (from {config.per_device_train_batch_size} a device x "
+            f"{config.gradient_accumulation_steps * mini_batches} accumulation steps x {world_size} ranks, rounded up "
+            "to whole groups)"
         )
-    steps = f"{run.total_steps} optimizer steps, {config.num_iterations} on each rollout of {batch}"
+    steps = f"{run.total_steps} optimizer steps, {config.num_iterations * mini_batches} on each rollout of {batch}"
     return replace(run, summary="\n".join([base.template, prompts_line, steps, memory_plan(plan, device)]))
 
 
@@ -169,7 +180,7 @@ def step_plan(
         config,
         count_parameters(info, model.trust_remote_code),
         gpus,
-        rows=config.completions_a_rank(gpus),
+        rows=math.ceil(config.completions_a_rank(gpus) / config.mini_batches(gpus)),
         longest=longest,
         itemsize=dtype.itemsize,
         device=device,

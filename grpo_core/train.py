@@ -30,7 +30,7 @@ from tqdm import tqdm
 from eval.workers import WorkerPool
 from gen.engine.base import Sampling
 from gen.engine.weight_sync import probe, sync_weights
-from grpo_core.batch import MicroBatch, idle_micro_batch, keep_old_logps, make_micro_batches
+from grpo_core.batch import MiniBatch, deal, idle_micro_batch, keep_logps, make_micro_batches
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.evaluation import evaluate_policy
 from grpo_core.metrics import (
@@ -53,7 +53,7 @@ from grpo_core.rollout import (
     set_advantages,
     write_rollouts,
 )
-from grpo_core.update import adapted_entropy_coef, update
+from grpo_core.update import adapted_entropy_coef, score_ahead, update
 from sft_core import lifecycle
 from sft_core.data.packing import step_counts
 from sft_core.data.rows import row_order
@@ -66,7 +66,7 @@ from sft_core.model.policy import load_policy
 from sft_core.run import distributed
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig
-from sft_core.run.logging import start_logging
+from sft_core.run.logging import merge_metrics, start_logging
 
 OPTIONS = (ModelConfig, GRPOScriptArguments, GRPOConfig)
 
@@ -132,11 +132,11 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         with phases("eval", watchdog_s=0):  # no limit: it may take longer than any step
             return evaluate_policy(engine, run, pool)
 
-    micro_batches: list[MicroBatch] = []  # of the rollouts; made anew for each rollout, and after a resume within one
+    mini_batches: list[MiniBatch] = []  # of the rollouts; made anew for each rollout, and after a resume within one
 
     def save() -> None:
         if progress.updates:
-            keep_old_logps(micro_batches)
+            keep_logps(mini_batches)
         kept = rollouts if progress.updates else []
         training.save(trained, lambda folder: write_rollouts(folder, progress.step, kept))
 
@@ -172,23 +172,34 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             progress.steps_unscored = check_scores(progress.rollout_metrics, progress.steps_unscored)
             if config.save_rollouts is not None:
                 write_rollouts(Path(config.save_rollouts), step, rollouts)
-        if first_use or not micro_batches:
-            # 4 pack: without padding
+        if first_use or not mini_batches:
+            # 4 pack: without padding, for each of the optimizer steps on these rollouts
             with phases("pack"):
-                kept = [r for r in rollouts if r.finish_reason == "stop" or not config.mask_truncated_completions]
-                micro_batches = make_micro_batches(kept, config.max_tokens_per_micro_batch, device)
+                mini_batches = []
+                for samples in deal(rollouts, config.num_generations, run.mini_batches):
+                    kept = [s for s in samples if s.finish_reason == "stop" or not config.mask_truncated_completions]
+                    packed = make_micro_batches(kept, config.max_tokens_per_micro_batch, device)
+                    mini_batches.append(MiniBatch(samples, packed))
             # 5 denominators: over all ranks, before the first backward; ranks with fewer micro-batches idle along
-            counts = step_counts([batch.sequences for batch in micro_batches], device)
-            micro_batches += [idle_micro_batch(device) for _ in range(counts.micro_batches - len(micro_batches))]
+            for mini_batch in mini_batches:
+                packed = mini_batch.micro_batches
+                mini_batch.counts = step_counts([batch.sequences for batch in packed], device)
+                packed += [idle_micro_batch(device) for _ in range(mini_batch.counts.micro_batches - len(packed))]
+        mini_batch = mini_batches[progress.updates % len(mini_batches)]
         # 6 update
         if engine is not None and config.vllm_enable_sleep_mode:
             engine.sleep()  # the next sync wakes it
         with phases("train"):
             coef = progress.applied_entropy_coef if config.use_adaptive_entropy else config.entropy_coef
-            shares = update(policy, reference, micro_batches, counts, config, first_use, coef)
+            ahead = {}
+            if first_use and len(mini_batches) > 1:
+                later = [batch for other in mini_batches[1:] for batch in other.micro_batches]
+                ahead = score_ahead(policy, reference, later, config.temperature)
+            shares = update(policy, reference, mini_batch.micro_batches, mini_batch.counts, config, first_use, coef)
+            shares |= merge_metrics([{name: shares[name] for name in ahead}, ahead])
             grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
             more = {
-                "tokens": float(sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)),
+                "tokens": float(sum(len(s.prompt_ids) + len(s.completion_ids) for s in mini_batch.samples)),
                 "peak_memory_gib/max": distributed.peak_memory_gib(device),
                 "stop/max": float(training.stop.requested),
             }
@@ -202,7 +213,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             )
         if "policy_loss" in metrics:
             metrics["entropy_coef"] = progress.entropy_coef if config.use_adaptive_entropy else coef
-        progress.updates = (progress.updates + 1) % config.num_iterations
+        progress.updates = (progress.updates + 1) % (config.num_iterations * len(mini_batches))
         progress.rollout_metrics |= {name: value for name, value in metrics.items() if name.startswith("sampling/")}
         timing = training.count_step(start, int(metrics["tokens"]), metrics["loss"])
         # 7 log, evaluate, save
