@@ -65,7 +65,7 @@ class GRPOConfig(TrainingConfig):
     steps_per_generation: int | None = option(
         None,
         "Accumulation steps whose completions are sampled together, as TRL counts them: k x "
-        "gradient_accumulation_steps make k optimizer steps on each rollout, which has the prompts of k steps, and "
+        "gradient_accumulation_steps are k optimizer steps on each rollout, which has the prompts of k steps, and "
         "each takes an equal part of every group; default: gradient_accumulation_steps.",
         ge=1,
     )
@@ -84,6 +84,11 @@ class GRPOConfig(TrainingConfig):
         "grpo", f"Aggregation and objective: {', '.join(LOSS_TYPES)}; or your own per-token one as module:function."
     )
     beta: float = option(0.04, "Weight of the KL to the reference model; 0: no reference model is loaded.")
+    sync_ref_model: bool = option(False, "The reference model follows the policy (TR-DPO, arXiv:2404.09656).")
+    ref_model_mixup_alpha: float = option(
+        0.6, "... it becomes alpha x the policy + (1 - alpha) x itself, in float32,", gt=0, le=1
+    )
+    ref_model_sync_steps: int = option(512, "... after every so many optimizer steps.", ge=1)
     epsilon: float = option(0.2, "The ratio is clipped below at 1 - epsilon.")
     epsilon_high: float | None = option(
         None, "... and above at 1 + epsilon_high (default epsilon); cispo's cap itself."
@@ -187,6 +192,10 @@ class GRPOConfig(TrainingConfig):
         require(
             self.engine != "torch" or self.vllm_tensor_parallel_size == 1,
             "engine torch has no tensor parallelism: leave out --vllm_tensor_parallel_size.",
+        )
+        require(
+            self.beta > 0 or not self.sync_ref_model,
+            "there is no reference model to sync with beta 0: leave out --sync_ref_model, or give --beta above 0.",
         )
         require(
             self.steps_per_generation is None or self.generation_batch_size is None,

@@ -78,6 +78,10 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
         ValueError: the user's input, in one sentence that names the remedy.
     """
     model, data, config = model.frozen(), data.frozen(), config.frozen()
+    require(
+        not (config.sync_ref_model and model.use_peft),
+        "with adapters the reference is the policy without them, which never changes: leave out --sync_ref_model.",
+    )
     if config.dry_run:
         info = check_model(model, config)
         check_lengths(info, config)
@@ -121,7 +125,7 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
     if config.rollouts_from is None:
         distributed.on_first_rank(lambda: dry_call(base, config, prompts, reward_funcs), patient=True)
     # None: as where nothing is said, in what earlier versions recorded
-    more = {"mini_batches": mini_batches if mini_batches > 1 else None}
+    more = {"mini_batches": mini_batches if mini_batches > 1 else None, "sync_ref_model": config.sync_ref_model or None}
     identity, checkpoint = open_output_dir(
         base, config, num_iterations=config.num_iterations, prompts=len(prompts), **more
     )
@@ -184,7 +188,7 @@ def step_plan(
         longest=longest,
         itemsize=dtype.itemsize,
         device=device,
-        reference=config.beta > 0,
+        reference_itemsize=0 if config.beta == 0 else 4 if config.sync_ref_model else dtype.itemsize,
         engine_share=engine_share,
         engine_kv_bytes=engine_kv_bytes,
         engine_ranks=config.vllm_tensor_parallel_size,

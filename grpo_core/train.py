@@ -61,8 +61,8 @@ from sft_core.lifecycle import TrainingRun
 from sft_core.model.adapters import without_adapters
 from sft_core.model.export import full_weights, reshard, weight_names
 from sft_core.model.optim import clip_gradients, guarded_step
-from sft_core.model.parallel import freeze
-from sft_core.model.policy import load_policy
+from sft_core.model.parallel import freeze, mix
+from sft_core.model.policy import Policy, load_policy
 from sft_core.run import distributed
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig
@@ -97,10 +97,13 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
     progress, phases = training.progress, training.phases
     policy = training.load_policy()
     reference: Callable[..., Any] | None = None
-    if config.beta > 0:
+    following: Policy | None = None  # the reference, where it follows the policy
+    if config.sync_ref_model:  # frozen only after it was sharded: with float32 masters, which take small changes
+        reference = following = freeze(training.shard(load_policy(run.local_model)))
+    elif config.beta > 0:
         adapted = run.model.use_peft
         reference = without_adapters(policy) if adapted else training.shard(freeze(load_policy(run.local_model)))
-    trained = training.resume(policy)
+    trained = training.resume(policy, following)
     rollouts: list[Sample] = []  # this rank's share of the rollout batch
     if run.checkpoint is not None and progress.updates:
         rollouts = read_rollouts(run.checkpoint, progress.step)
@@ -207,6 +210,8 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             training.stopping = bool(metrics.pop("stop/max"))
             check_mismatch(metrics, config.max_logp_difference)
             learning_rate = guarded_step(trained.optimizer, trained.scheduler, metrics["loss"], float(grad_norm))
+            if following is not None and step % config.ref_model_sync_steps == 0:
+                mix(following, policy, config.ref_model_mixup_alpha)
         if config.use_adaptive_entropy:
             progress.entropy_coef, progress.applied_entropy_coef = adapted_entropy_coef(
                 progress.entropy_coef, metrics.get("entropy_kept", metrics["entropy"]), config

@@ -115,10 +115,11 @@ class TrainingRun(Generic[P]):
     def shard(self, policy: Policy) -> Policy:
         return shard(policy, make_mesh(self.run.device), Sharding.of(self.config, self.run.bf16))
 
-    def resume(self, policy: Policy) -> Trained:
-        """Optimizer and schedule for `policy`, all three and `progress` as the checkpoint has them, if there is one."""
+    def resume(self, policy: Policy, reference: Policy | None = None) -> Trained:
+        """Optimizer and schedule for `policy`, all three and `progress` as the checkpoint has them, if there is one;
+        so too a `reference` that follows the policy."""
         optimizer = make_optimizer(policy, self.config)
-        trained = Trained(policy, optimizer, make_scheduler(optimizer, self.config, self.run.total_steps))
+        trained = Trained(policy, optimizer, make_scheduler(optimizer, self.config, self.run.total_steps), reference)
         if self.run.checkpoint is not None:
             vars(self.progress).update(load_checkpoint(self.run.checkpoint, trained))
         return trained

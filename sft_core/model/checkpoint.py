@@ -5,8 +5,8 @@ a manifest (size and checksum of each file) as its last file, is renamed to `che
 file `latest` name it. Each rank flushes and checksums the files that it wrote. Inside:
 
     the model             as a Hugging Face folder, put there by the caller's `write_model`
-    state/                what is trained of the model, and the optimizer, by torch.distributed.checkpoint: loads with
-                          any number of ranks
+    state/                what is trained of the model, the optimizer, and a reference model that changes, by
+                          torch.distributed.checkpoint: loads with any number of ranks
     scheduler.pt          the schedule's state
     rank-00000/           that rank's random generators (rng.pt) and whatever the caller's `write_more` put there
     progress.json         step, world size, identity and the caller's `progress`, readable
@@ -26,7 +26,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Trained:
     model: Any
     optimizer: torch.optim.Optimizer
     scheduler: Any
+    reference: Any = None  # a model that follows the trained one, if there is one
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,13 @@ def load_checkpoint(checkpoint: Path, trained: Trained) -> dict[str, Any]:
 
 
 def _trained_state(trained: Trained) -> dict[str, Any]:
-    """Model and optimizer; of a model that is frozen in part (adapters), the trained parameters alone."""
+    """Model and optimizer; of a model that is frozen in part (adapters), the trained parameters alone. With a reference
+    that follows, also its parameters, which are read into."""
     model, optimizer = trained.model, trained.optimizer
+    if trained.reference is not None:
+        reshard(trained.reference)
+        parameters = {hf_name(name): p.detach() for name, p in trained.reference.named_parameters()}
+        return _trained_state(replace(trained, reference=None)) | {"reference": parameters}
     reshard(model)
     if _all_trained(model):
         model_state, optimizer_state = get_state_dict(model, optimizer)

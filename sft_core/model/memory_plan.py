@@ -71,7 +71,7 @@ class Plan:
     longest: int
     itemsize: int = 2  # of the compute dtype
     device: str = "cuda"
-    reference: bool = False
+    reference_itemsize: int = 0  # bytes a parameter of the reference model; 0: there is none
     engine_share: float = 0.0  # of the device's whole memory; at 0 the engine's weights and
     engine_kv_bytes: int = -1  # this much for its cache (-1: there is no engine)
     engine_ranks: int = 1  # that share one copy of the engine's weights
@@ -134,7 +134,7 @@ def quantised(plan: Plan) -> float:
 def frozen(plan: Plan) -> float:
     """Bytes, over all ranks, of what is sharded in the compute dtype because it is not trained."""
     if not plan.model.use_peft:
-        return plan.itemsize * plan.parameters * plan.reference
+        return plan.reference_itemsize * plan.parameters
     return plan.itemsize * (plan.parameters - (block_weights(shape(plan.info)) if quantised(plan) else 0))
 
 
@@ -208,7 +208,7 @@ def seconds(plan: Plan) -> dict[str, float]:
         "element-wise": traffic * (1 + FORWARD_SHARE * again),
         "head": logits * (2 + full) + tokens * s.vocab * HEAD_TRAFFIC / BANDWIDTH,
     }
-    if plan.reference:
+    if plan.reference_itemsize:
         head = logits + tokens * s.vocab * HEAD_FORWARD_TRAFFIC / BANDWIDTH
         parts["reference model"] = linear + attention + FORWARD_SHARE * traffic + head
     moved = plan.itemsize * plan.parameters * full + frozen(plan)  # gathered for the forward and for the backward
