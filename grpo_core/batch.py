@@ -116,9 +116,7 @@ def keep_logps(mini_batches: Sequence[MiniBatch]) -> None:
     """Hand old and reference log-probs back to the samples, so that a checkpoint between two updates has them."""
     for batch in (batch for mini_batch in mini_batches for batch in mini_batch.micro_batches):
         lengths = [len(sample.completion_ids) for sample in batch.samples]
-        assert batch.old_logps is not None, "nothing was updated yet"
-        for sample, part in zip(batch.samples, batch.old_logps.split(lengths), strict=True):
-            sample.old_logps = part.tolist()
-        if batch.ref_logps is not None:
-            for sample, part in zip(batch.samples, batch.ref_logps.split(lengths), strict=True):
-                sample.ref_logps = part.tolist()
+        for name in ("old_logps", "ref_logps"):
+            if (logps := getattr(batch, name)) is not None:
+                for sample, part in zip(batch.samples, logps.split(lengths), strict=True):
+                    setattr(sample, name, part.tolist())

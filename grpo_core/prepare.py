@@ -17,13 +17,14 @@ from eval.workers import WorkerPool
 from gen.engine.base import Engine, EngineConfig, check_engine_available, kv_cache_bytes, make_engine
 from gen.engine.vllm import cpu_kv_bytes
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
+from grpo_core.metrics import rollout_metrics
 from grpo_core.rewards import GOLD_REWARDS, get_reward_funcs, reward_name
-from grpo_core.rollout import Prompt, Sample, Scorer, load_prompts, prompt_column
+from grpo_core.rollout import Prompt, Sample, Scorer, Summary, load_prompts, prompt_column
 from grpo_core.scoring import accepted, gold_answers, unparseable_golds
 from sft_core.data.rows import json_lines
 from sft_core.model.memory_plan import Plan, dry_run, memory_plan
 from sft_core.model.policy import check_positions, count_parameters, local_copy, planned_dtype
-from sft_core.prepare import Base, check_model, open_output_dir, prepare_base
+from sft_core.prepare import Base, check_best_metric, check_model, open_output_dir, prepare_base
 from sft_core.run import distributed
 from sft_core.run.config import ModelConfig
 from sft_core.run.options import require
@@ -103,6 +104,8 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
         weights is None or len(weights) == len(reward_funcs) and any(weights) and all(map(math.isfinite, weights)),
         f"reward_weights {weights} for reward_funcs {data.reward_funcs}: give one weight each, finite and not all 0.",
     )
+    one = Summary(0, 1, "stop", 1.0, [1.0] * len(reward_funcs))
+    check_best_metric(config, rollout_metrics([one], [reward_name(function) for function in reward_funcs]))
     base = prepare_base("grpo", model, data, config)
     world_size, device = base.world_size, base.device
     require(

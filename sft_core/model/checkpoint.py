@@ -79,7 +79,7 @@ def save_checkpoint(
 
     `write_model(folder)` is called on every rank with the checkpoint's folder, `write_more(folder)` with the rank's own
     folder in it. Without `trained` it holds the model alone, and no run resumes from it. The oldest beyond
-    `save_total_limit` go, never the one just written.
+    `save_total_limit` go, never the one just written nor the `best_checkpoint` that the progress names.
     """
     rank, temporary = dist.get_rank(), folder / f".checkpoint-{record.step}.tmp"
 
@@ -118,7 +118,7 @@ def save_checkpoint(
         os.rename(temporary, final)
         flush_to_disk(folder)
         write_atomically(folder / POINTER, final.name + "\n")
-        _prune(folder, final, save_total_limit)
+        _prune(folder, final, record.progress.get("best_checkpoint", ""), save_total_limit)
         clean_up(folder)
         return final
 
@@ -131,14 +131,15 @@ def _writer(file: Path) -> int:
     return int(own[1] or own[2]) if own else 0
 
 
-def _prune(folder: Path, newest: Path, limit: int | None) -> None:
+def _prune(folder: Path, newest: Path, best: str, limit: int | None) -> None:
     if limit is None:
         return
-    others = [path for path in checkpoints(folder) if path != newest]
+    everything = checkpoints(folder)
+    others = [path for path in everything if path.name not in (newest.name, Path(best).name)]
     others.sort(
         key=lambda path: (step_of(path) < step_of(newest), step_of(path))
     )  # later steps: of a time line given up
-    for old in others[: max(0, len(others) + 1 - max(1, limit))]:
+    for old in others[: max(0, len(everything) - max(1, limit))]:
         os.rename(old, folder / f".{old.name}.pruned")  # first out of sight: half a checkpoint must not bear the name
 
 

@@ -131,8 +131,7 @@ def mix(target: Policy, source: Policy, share: float) -> None:
     """`target` := share * `source` + (1 - share) * `target`, in place, each rank its shards of both."""
     reshard(target)
     reshard(source)
-    for (name, own), (other, parameter) in zip(target.named_parameters(), source.named_parameters(), strict=True):
-        assert name == other
+    for own, parameter in zip(target.parameters(), source.parameters(), strict=True):
         own.mul_(1 - share).add_(parameter, alpha=share)
 
 
