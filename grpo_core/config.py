@@ -194,10 +194,6 @@ class GRPOConfig(TrainingConfig):
             "engine torch has no tensor parallelism: leave out --vllm_tensor_parallel_size.",
         )
         require(
-            self.beta > 0 or not self.sync_ref_model,
-            "there is no reference model to sync with beta 0: leave out --sync_ref_model, or give --beta above 0.",
-        )
-        require(
             self.steps_per_generation is None or self.generation_batch_size is None,
             "steps_per_generation and generation_batch_size say the same: give one of them.",
         )
@@ -247,6 +243,8 @@ class GRPOConfig(TrainingConfig):
             "vespo_": (own or loss == "vespo", "loss_type vespo"),
             "importance_sampling_level": (loss != "vespo", "another loss_type: vespo takes sequences' ratios itself"),
             "use_bias_correction_kl": (self.beta > 0, "beta above 0"),
+            "sync_ref_model": (self.beta > 0, "beta above 0"),
+            "ref_model_": (self.sync_ref_model, "sync_ref_model"),
             "vllm_importance_sampling_correction": (policy, "old_logps policy"),
             "vllm_importance_sampling_": (corrected, "vllm_importance_sampling_correction and old_logps policy"),
             "entropy_coef_": (adaptive, "use_adaptive_entropy"),
