@@ -1,7 +1,11 @@
-"""From samples to what the policy is trained on: packed micro-batches. The next file is `update.py`."""
+"""From samples to what the policy is trained on: mini-batches, one per optimizer step, of packed micro-batches.
 
+The next file is `update.py`.
+"""
+
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -51,6 +55,31 @@ def counted(samples: Sequence[Sample], mask_truncated: bool) -> list[Sample]:
     return [sample for sample in samples if sample.finish_reason == "stop" or not mask_truncated]
 
 
+@dataclass
+class MiniBatch:
+    """What one optimizer step takes of a rollout batch: this rank's share."""
+
+    samples: Sequence[Sample]  # also those that are left out of the loss
+    micro_batches: list[MicroBatch]
+    counts: StepCounts = field(init=False)  # over all ranks
+
+
+def deal(samples: Sequence[Sample], num_generations: int, mini_batches: int) -> list[list[Sample]]:
+    """The samples of this rank, dealt to as many mini-batches.
+
+    Over the ranks mini-batches differ by at most one sample. Each has an equal part of every group (one sample more or
+    less), so that each sees every prompt and every rank has as much to do in each. Which samples it has depends on
+    their places in the rollout batch alone, not on the ranks: with the order of prompts and the seeds of sampling it
+    follows from the run's seed.
+    """
+    dealt: list[list[Sample]] = [[] for _ in range(mini_batches)]
+    seen: Counter[int] = Counter()
+    for sample in samples:
+        dealt[(sample.group * num_generations + seen[sample.group]) % mini_batches].append(sample)
+        seen[sample.group] += 1
+    return dealt
+
+
 def make_micro_batches(samples: Sequence[Sample], max_tokens: int, device: torch.device) -> list[MicroBatch]:
     """Pack `samples` into micro-batches of at most `max_tokens` tokens, prompts included.
 
@@ -66,14 +95,19 @@ def _micro_batch(samples: list[Sample], device: torch.device) -> MicroBatch:
         [[False] * len(sample.prompt_ids) + [True] * len(sample.completion_ids) for sample in samples],
         device,
     )
-    old = [logp for sample in samples for logp in sample.old_logps or []]
+
+    def recorded(logps: list[list[float] | None]) -> Tensor | None:
+        values = [logp for part in logps for logp in part or []]
+        return torch.tensor(values, device=device) if values else None
+
     batch = MicroBatch(
         samples=samples,
         sequences=sequences,
         advantages=torch.tensor([sample.advantage for sample in samples], device=device, dtype=torch.float32),
         positions=torch.cat([torch.arange(len(sample.completion_ids)) for sample in samples]).to(device),
         sampler_logps=torch.tensor([logp for sample in samples for logp in sample.sampler_logps], device=device),
-        old_logps=torch.tensor(old, device=device) if old else None,
+        old_logps=recorded([sample.old_logps for sample in samples]),
+        ref_logps=recorded([sample.ref_logps for sample in samples]),
         active=torch.tensor([sample.advantage != 0 for sample in samples for _ in sample.completion_ids]),
     )
     if len(batch.sequences.targets) != len(batch.sampler_logps):
@@ -89,10 +123,11 @@ def idle_micro_batch(device: torch.device) -> MicroBatch:
     return MicroBatch([], idle_sequences(device), torch.zeros(1, device=device), nothing.long(), nothing)
 
 
-def keep_old_logps(micro_batches: Sequence[MicroBatch]) -> None:
-    """Hand the old log-probs back to the samples, so that a checkpoint between two updates on them has them."""
-    for batch in micro_batches:
-        assert batch.old_logps is not None, "nothing was updated yet"
-        parts = batch.old_logps.split([len(sample.completion_ids) for sample in batch.samples])
-        for sample, part in zip(batch.samples, parts, strict=True):
-            sample.old_logps = part.tolist()
+def keep_logps(mini_batches: Sequence[MiniBatch]) -> None:
+    """Hand old and reference log-probs back to the samples, so that a checkpoint between two updates has them."""
+    for batch in (batch for mini_batch in mini_batches for batch in mini_batch.micro_batches):
+        lengths = [len(sample.completion_ids) for sample in batch.samples]
+        for name in ("old_logps", "ref_logps"):
+            if (logps := getattr(batch, name)) is not None:
+                for sample, part in zip(batch.samples, logps.split(lengths), strict=True):
+                    setattr(sample, name, part.tolist())

@@ -54,14 +54,25 @@ class GRPOConfig(TrainingConfig):
     )
     prompts_per_step: int | None = option(
         None,
-        "Prompts a rollout; default: per_device_train_batch_size x gradient_accumulation_steps x ranks completions.",
+        "Prompts an optimizer step; default: per_device_train_batch_size x gradient_accumulation_steps x ranks "
+        "completions.",
         ge=1,
     )
     num_generations: int = option(8, "Completions per prompt: the group G.", ge=2)
     num_generations_eval: int | None = option(
         None, "Completions per prompt in evaluation; default: num_generations.", ge=1
     )
-    num_iterations: int = option(1, "Optimizer steps taken on each rollout.", ge=1)
+    steps_per_generation: int | None = option(
+        None,
+        "Accumulation steps whose completions are sampled together, as TRL counts them: k x "
+        "gradient_accumulation_steps are k optimizer steps on each rollout, which has the prompts of k steps, and "
+        "each takes an equal part of every group; default: gradient_accumulation_steps.",
+        ge=1,
+    )
+    generation_batch_size: int | None = option(
+        None, "The same said otherwise: completions a rollout, over all ranks.", ge=1
+    )
+    num_iterations: int = option(1, "Passes over each rollout.", ge=1)
     max_prompt_length: int = option(512, "Prompts longer than this many tokens are left out and counted.", ge=1)
     max_completion_length: int = option(256, "Longest completion in tokens.", ge=1)
     temperature: float = option(1.0, "Sampling temperature; every log-prob of the trainer is taken at it too.", gt=0)
@@ -73,6 +84,11 @@ class GRPOConfig(TrainingConfig):
         "grpo", f"Aggregation and objective: {', '.join(LOSS_TYPES)}; or your own per-token one as module:function."
     )
     beta: float = option(0.04, "Weight of the KL to the reference model; 0: no reference model is loaded.")
+    sync_ref_model: bool = option(False, "The reference model follows the policy (TR-DPO, arXiv:2404.09656).")
+    ref_model_mixup_alpha: float = option(
+        0.6, "... it becomes alpha x the policy + (1 - alpha) x itself, in float32,", gt=0, le=1
+    )
+    ref_model_sync_steps: int = option(512, "... after every so many optimizer steps.", ge=1)
     epsilon: float = option(0.2, "The ratio is clipped below at 1 - epsilon.")
     epsilon_high: float | None = option(
         None, "... and above at 1 + epsilon_high (default epsilon); cispo's cap itself."
@@ -177,6 +193,16 @@ class GRPOConfig(TrainingConfig):
             self.engine != "torch" or self.vllm_tensor_parallel_size == 1,
             "engine torch has no tensor parallelism: leave out --vllm_tensor_parallel_size.",
         )
+        require(
+            self.steps_per_generation is None or self.generation_batch_size is None,
+            "steps_per_generation and generation_batch_size say the same: give one of them.",
+        )
+        require(
+            (self.steps_per_generation or 0) % self.gradient_accumulation_steps == 0,
+            f"steps_per_generation {self.steps_per_generation} counts accumulation steps and must be a multiple of "
+            f"gradient_accumulation_steps {self.gradient_accumulation_steps}: leave it out for one optimizer step on "
+            "each rollout.",
+        )
         neutral = self.top_p == 1.0 and self.top_k <= 0 and not self.min_p and self.repetition_penalty == 1.0
         require(
             neutral,
@@ -217,6 +243,8 @@ class GRPOConfig(TrainingConfig):
             "vespo_": (own or loss == "vespo", "loss_type vespo"),
             "importance_sampling_level": (loss != "vespo", "another loss_type: vespo takes sequences' ratios itself"),
             "use_bias_correction_kl": (self.beta > 0, "beta above 0"),
+            "sync_ref_model": (self.beta > 0, "beta above 0"),
+            "ref_model_": (self.sync_ref_model, "sync_ref_model"),
             "vllm_importance_sampling_correction": (policy, "old_logps policy"),
             "vllm_importance_sampling_": (corrected, "vllm_importance_sampling_correction and old_logps policy"),
             "entropy_coef_": (adaptive, "use_adaptive_entropy"),
@@ -231,11 +259,31 @@ class GRPOConfig(TrainingConfig):
                 f"{field.name} {value} would have no effect: it needs {needed}; leave it out.",
             )
 
+    def completions_a_step(self, world_size: int) -> int:
+        if self.prompts_per_step is not None:
+            return self.prompts_per_step * self.num_generations
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
+
+    def mini_batches(self, world_size: int) -> int:
+        """Optimizer steps of one pass over a rollout.
+
+        Raises:
+            ValueError: generation_batch_size does not fit the others.
+        """
+        size, of_step = self.generation_batch_size, self.completions_a_step(world_size)
+        if size is None:
+            return (self.steps_per_generation or self.gradient_accumulation_steps) // self.gradient_accumulation_steps
+        require(
+            size % of_step == 0 and size % self.num_generations == 0,
+            f"generation_batch_size {size} must be a multiple of num_generations {self.num_generations} and of the "
+            f"{of_step} completions that an optimizer step takes: give {math.lcm(of_step, self.num_generations)}, or "
+            "change the batch sizes.",
+        )
+        return size // of_step
+
     def prompts_a_rollout(self, world_size: int) -> int:
         """Prompts sampled together; open-r1's batch sizes are rounded up to whole groups."""
-        if self.prompts_per_step is not None:
-            return self.prompts_per_step
-        completions = self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
+        completions = self.completions_a_step(world_size) * self.mini_batches(world_size)
         return math.ceil(completions / self.num_generations)
 
     def completions_a_rank(self, world_size: int) -> int:

@@ -20,13 +20,14 @@ from eval.workers import WorkerPool
 from gen.engine.base import Engine, EngineConfig, check_engine_available, kv_cache_bytes, make_engine
 from gen.engine.vllm import cpu_kv_bytes
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
+from grpo_core.metrics import rollout_metrics
 from grpo_core.rewards import GOLD_REWARDS, get_reward_funcs, reward_name
-from grpo_core.rollout import Prompt, Sample, Scorer, load_prompts, prompt_column
+from grpo_core.rollout import Prompt, Sample, Scorer, Summary, load_prompts, prompt_column
 from grpo_core.scoring import accepted, gold_answers, unparseable_golds
 from sft_core.data.rows import json_lines
 from sft_core.model.memory_plan import Plan, dry_run, memory_plan
 from sft_core.model.policy import check_positions, count_parameters, local_copy, planned_dtype
-from sft_core.prepare import Base, check_model, open_output_dir, prepare_base
+from sft_core.prepare import Base, check_best_metric, check_model, open_output_dir, prepare_base
 from sft_core.run import distributed
 from sft_core.run.config import ModelConfig
 from sft_core.run.options import require
@@ -57,12 +58,17 @@ class Run(Base):
         return self.config.prompts_a_rollout(self.world_size)
 
     @property
+    def mini_batches(self) -> int:
+        return self.config.mini_batches(self.world_size)
+
+    @property
     def max_batch(self) -> int:
         return max_batch(self.config, self.world_size)
 
     @property
     def steps_per_epoch(self) -> float:
-        return self.config.num_iterations * len(self.prompts) / self.prompts_per_rollout
+        updates = self.config.num_iterations * self.mini_batches  # on each rollout
+        return updates * len(self.prompts) / self.prompts_per_rollout
 
     @property
     def total_steps(self) -> int:
@@ -76,6 +82,10 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
         ValueError: the user's input, in one sentence that names the remedy.
     """
     model, data, config = model.frozen(), data.frozen(), config.frozen()
+    require(
+        not (config.sync_ref_model and model.use_peft),
+        "with adapters the reference is the policy without them, which never changes: leave out --sync_ref_model.",
+    )
     if config.dry_run:
         info = check_model(model, config)
         check_lengths(info, config)
@@ -97,6 +107,8 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
         weights is None or len(weights) == len(reward_funcs) and any(weights) and all(map(math.isfinite, weights)),
         f"reward_weights {weights} for reward_funcs {data.reward_funcs}: give one weight each, finite and not all 0.",
     )
+    one = Summary(0, 1, "stop", 1.0, [1.0] * len(reward_funcs))
+    check_best_metric(config, rollout_metrics([one], [reward_name(function) for function in reward_funcs]))
     base = prepare_base("grpo", model, data, config)
     world_size, device = base.world_size, base.device
     require(
@@ -107,6 +119,7 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
         world_size % config.vllm_tensor_parallel_size == 0,
         f"vllm_tensor_parallel_size {config.vllm_tensor_parallel_size} does not divide {world_size} ranks.",
     )
+    mini_batches = config.mini_batches(world_size)
     check_lengths(base.model_info, config)
     prompts, left_out = prompts_to_use(base, base.rows, data.dataset_name, config, reward_funcs)
     prompts_line = f"{len(prompts)} prompts; left out: {left_out}"
@@ -117,7 +130,11 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
         prompts_line += f"; {len(test_prompts)} to evaluate on; left out: {left_out}"
     if config.rollouts_from is None:
         distributed.on_first_rank(lambda: dry_call(base, config, prompts, reward_funcs), patient=True)
-    identity, checkpoint = open_output_dir(base, config, num_iterations=config.num_iterations, prompts=len(prompts))
+    # None: as where nothing is said, in what earlier versions recorded
+    more = {"mini_batches": mini_batches if mini_batches > 1 else None, "sync_ref_model": config.sync_ref_model or None}
+    identity, checkpoint = open_output_dir(
+        base, config, num_iterations=config.num_iterations, prompts=len(prompts), **more
+    )
     run = Run(
         **vars(base),
         config=config,
@@ -132,10 +149,11 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
     batch = f"{run.prompts_per_rollout} prompts x {config.num_generations} completions"
     if config.prompts_per_step is None:
         batch += (
-            f" (from {config.per_device_train_batch_size} a device x {config.gradient_accumulation_steps} accumulation "
-            f"steps x {world_size} ranks, rounded up to whole groups)"
+            f" (from {config.per_device_train_batch_size} a device x "
+            f"{config.gradient_accumulation_steps * mini_batches} accumulation steps x {world_size} ranks, rounded up "
+            "to whole groups)"
         )
-    steps = f"{run.total_steps} optimizer steps, {config.num_iterations} on each rollout of {batch}"
+    steps = f"{run.total_steps} optimizer steps, {config.num_iterations * mini_batches} on each rollout of {batch}"
     return replace(run, summary="\n".join([base.template, prompts_line, steps, memory_plan(plan, device)]))
 
 
@@ -172,11 +190,11 @@ def step_plan(
         config,
         count_parameters(info, model.trust_remote_code),
         gpus,
-        rows=config.completions_a_rank(gpus),
+        rows=math.ceil(config.completions_a_rank(gpus) / config.mini_batches(gpus)),
         longest=longest,
         itemsize=dtype.itemsize,
         device=device,
-        reference=config.beta > 0,
+        reference_itemsize=0 if config.beta == 0 else 4 if config.sync_ref_model else dtype.itemsize,
         entropy_pass=config.top_entropy_quantile < 1,
         head_twice=not config.objective().by_token,
         engine_share=engine_share,

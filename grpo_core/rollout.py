@@ -54,7 +54,9 @@ class Sample:
     reward: float = math.nan  # NaN: not scored
     rewards: list[float] = field(default_factory=list)  # one a reward function; NaN: does not apply
     advantage: float = 0.0
-    old_logps: list[float] | None = None  # [L], kept only between several updates on one rollout batch
+    # Kept only between several updates on one rollout batch:
+    old_logps: list[float] | None = None  # [L]
+    ref_logps: list[float] | None = None  # [L]
 
 
 def load_prompts(
@@ -294,6 +296,7 @@ def schema(ranks: int) -> pa.Schema:
             ("rewards", pa.list_(pa.float64())),
             ("advantage", pa.float64()),
             ("old_logps", pa.list_(pa.float32())),
+            ("ref_logps", pa.list_(pa.float32())),
         ],
         metadata={"ranks": str(ranks)},
     )

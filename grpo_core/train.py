@@ -31,7 +31,7 @@ from tqdm import tqdm
 from eval.workers import WorkerPool
 from gen.engine.base import Sampling
 from gen.engine.weight_sync import probe, sync_weights
-from grpo_core.batch import MicroBatch, counted, idle_micro_batch, keep_old_logps, make_micro_batches
+from grpo_core.batch import MiniBatch, counted, deal, idle_micro_batch, keep_logps, make_micro_batches
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.evaluation import evaluate_policy
 from grpo_core.metrics import (
@@ -54,7 +54,7 @@ from grpo_core.rollout import (
     set_advantages,
     write_rollouts,
 )
-from grpo_core.update import adapted_entropy_coef, update
+from grpo_core.update import adapted_entropy_coef, score_ahead, update
 from sft_core import lifecycle
 from sft_core.data.packing import step_counts
 from sft_core.data.rows import row_order
@@ -62,12 +62,12 @@ from sft_core.lifecycle import TrainingRun
 from sft_core.model.adapters import without_adapters
 from sft_core.model.export import full_weights, reshard, weight_names
 from sft_core.model.optim import clip_gradients, guarded_step
-from sft_core.model.parallel import freeze
-from sft_core.model.policy import load_policy
+from sft_core.model.parallel import freeze, mix
+from sft_core.model.policy import Policy, load_policy
 from sft_core.run import distributed
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig
-from sft_core.run.logging import start_logging
+from sft_core.run.logging import merge_metrics, start_logging
 
 OPTIONS = (ModelConfig, GRPOScriptArguments, GRPOConfig)
 
@@ -98,10 +98,13 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
     progress, phases = training.progress, training.phases
     policy = training.load_policy()
     reference: Callable[..., Any] | None = None
-    if config.beta > 0:
+    following: Policy | None = None  # the reference, where it follows the policy
+    if config.sync_ref_model:  # frozen only after it was sharded: with float32 masters, which take small changes
+        reference = following = freeze(training.shard(load_policy(run.local_model)))
+    elif config.beta > 0:
         adapted = run.model.use_peft
         reference = without_adapters(policy) if adapted else training.shard(freeze(load_policy(run.local_model)))
-    trained = training.resume(policy)
+    trained = training.resume(policy, following)
     rollouts: list[Sample] = []  # this rank's share of the rollout batch
     if run.checkpoint is not None and progress.updates:
         rollouts = read_rollouts(run.checkpoint, progress.step)
@@ -133,15 +136,16 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         with phases("eval", watchdog_s=0):  # no limit: it may take longer than any step
             return evaluate_policy(engine, run, pool)
 
-    micro_batches: list[MicroBatch] = []  # of the rollouts; made anew for each rollout, and after a resume within one
+    mini_batches: list[MiniBatch] = []  # of the rollouts; made anew for each rollout, and after a resume within one
 
     def save() -> None:
         if progress.updates:
-            keep_old_logps(micro_batches)
+            keep_logps(mini_batches)
         kept = rollouts if progress.updates else []
         training.save(trained, lambda folder: write_rollouts(folder, progress.step, kept))
 
     sampling = Sampling(config.num_generations, config.max_completion_length, config.temperature, run.stop_ids)
+    training.evaluate_first(evaluate)
     while training.goes_on:
         start = time.perf_counter()
         step = progress.step + 1
@@ -173,23 +177,34 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             progress.steps_unscored = check_scores(progress.rollout_metrics, progress.steps_unscored)
             if config.save_rollouts is not None:
                 write_rollouts(Path(config.save_rollouts), step, rollouts)
-        if first_use or not micro_batches:
-            # 4 pack: without padding
+        if first_use or not mini_batches:
+            # 4 pack: without padding, for each of the optimizer steps on these rollouts
             with phases("pack"):
-                trained_on = counted(rollouts, config.mask_truncated_completions)
-                micro_batches = make_micro_batches(trained_on, config.max_tokens_per_micro_batch, device)
+                mini_batches = []
+                for samples in deal(rollouts, config.num_generations, run.mini_batches):
+                    trained_on = counted(samples, config.mask_truncated_completions)
+                    packed = make_micro_batches(trained_on, config.max_tokens_per_micro_batch, device)
+                    mini_batches.append(MiniBatch(samples, packed))
             # 5 denominators: over all ranks, before the first backward; ranks with fewer micro-batches idle along
-            counts = step_counts([batch.sequences for batch in micro_batches], device)
-            micro_batches += [idle_micro_batch(device) for _ in range(counts.micro_batches - len(micro_batches))]
+            for mini_batch in mini_batches:
+                packed = mini_batch.micro_batches
+                mini_batch.counts = step_counts([batch.sequences for batch in packed], device)
+                packed += [idle_micro_batch(device) for _ in range(mini_batch.counts.micro_batches - len(packed))]
+        mini_batch = mini_batches[progress.updates % len(mini_batches)]
         # 6 update
         if engine is not None and config.vllm_enable_sleep_mode:
             engine.sleep()  # the next sync wakes it
         with phases("train"):
             coef = progress.applied_entropy_coef if config.use_adaptive_entropy else config.entropy_coef
-            shares = update(policy, reference, micro_batches, counts, config, first_use, coef)
+            ahead = {}
+            if first_use and len(mini_batches) > 1:
+                later = [batch for other in mini_batches[1:] for batch in other.micro_batches]
+                ahead = score_ahead(policy, reference, later, config.temperature)
+            shares = update(policy, reference, mini_batch.micro_batches, mini_batch.counts, config, first_use, coef)
+            shares |= merge_metrics([{name: shares[name] for name in ahead}, ahead])
             grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
             more = {
-                "tokens": float(sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)),
+                "tokens": float(sum(len(s.prompt_ids) + len(s.completion_ids) for s in mini_batch.samples)),
                 "peak_memory_gib/max": distributed.peak_memory_gib(device),
                 "stop/max": float(training.stop.requested),
             }
@@ -197,13 +212,15 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             training.stopping = bool(metrics.pop("stop/max"))
             check_mismatch(metrics, config.max_logp_difference)
             learning_rate = guarded_step(trained.optimizer, trained.scheduler, metrics["loss"], float(grad_norm))
+            if following is not None and step % config.ref_model_sync_steps == 0:
+                mix(following, policy, config.ref_model_mixup_alpha)
         if config.use_adaptive_entropy:
             progress.entropy_coef, progress.applied_entropy_coef = adapted_entropy_coef(
                 progress.entropy_coef, metrics.get("entropy_kept", metrics["entropy"]), config
             )
         if "policy_loss" in metrics:
             metrics["entropy_coef"] = progress.entropy_coef if config.use_adaptive_entropy else coef
-        progress.updates = (progress.updates + 1) % config.num_iterations
+        progress.updates = (progress.updates + 1) % (config.num_iterations * len(mini_batches))
         progress.rollout_metrics |= {name: value for name, value in metrics.items() if name.startswith("sampling/")}
         timing = training.count_step(start, int(metrics["tokens"]), metrics["loss"])
         # 7 log, evaluate, save

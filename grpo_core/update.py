@@ -70,6 +70,21 @@ def update(
 
 
 @torch.no_grad()
+def score_ahead(
+    policy: Policy, reference: Reference | None, micro_batches: Sequence[MicroBatch], temperature: float
+) -> dict[str, Tensor]:
+    """Old and reference log-probs of those micro-batches that are trained after a step on others of their rollout
+    batch; returns this rank's share of the mismatch, as `update` does of the others."""
+    if reference is not None:
+        score_with_reference(reference, micro_batches, temperature)
+    parts = []
+    for batch in micro_batches:
+        batch.old_logps, *_ = policy(batch.sequences, temperature)
+        parts.append(mismatch_sums(batch.old_logps, batch.sampler_logps, batch.positions))
+    return merge_metrics(parts)
+
+
+@torch.no_grad()
 def score_with_reference(reference: Reference, micro_batches: Sequence[MicroBatch], temperature: float) -> None:
     """The reference model's log-probs of those micro-batches that have none yet."""
     for batch in micro_batches:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import TrainerState
 
+from sft_core.best import compare_with_best, load_best
 from sft_core.model.checkpoint import Record, Trained, load_checkpoint, save_checkpoint
 from sft_core.model.export import export_model
 from sft_core.model.optim import make_optimizer, make_scheduler
@@ -36,6 +37,7 @@ from sft_core.run.files import write_atomically
 from sft_core.run.hub import push_final
 from sft_core.run.logging import MetricsLogger, announce
 from sft_core.run.model_card import write_model_card
+from sft_core.run.output_dir import step_of
 from sft_core.run.watchdog import Phases, watchdog
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,8 @@ class Progress:
     seconds: float = 0.0  # in steps
     eval_step: int = -1  # of the last evaluation
     eval_metrics: Metrics = field(default_factory=dict)
+    best_checkpoint: str = ""  # "": none was evaluated
+    best_metrics: Metrics = field(default_factory=dict)  # of its evaluation
 
 
 P = TypeVar("P", bound=Progress)
@@ -115,12 +119,14 @@ class TrainingRun(Generic[P]):
     def shard(self, policy: Policy) -> Policy:
         return shard(policy, make_mesh(self.run.device), Sharding.of(self.config, self.run.bf16))
 
-    def resume(self, policy: Policy) -> Trained:
-        """Optimizer and schedule for `policy`, all three and `progress` as the checkpoint has them, if there is one."""
+    def resume(self, policy: Policy, reference: Policy | None = None) -> Trained:
+        """Optimizer and schedule for `policy`, all three and `progress` as the checkpoint has them, if there is one;
+        so too a `reference` that follows the policy."""
         optimizer = make_optimizer(policy, self.config)
-        trained = Trained(policy, optimizer, make_scheduler(optimizer, self.config, self.run.total_steps))
+        trained = Trained(policy, optimizer, make_scheduler(optimizer, self.config, self.run.total_steps), reference)
         if self.run.checkpoint is not None:
             vars(self.progress).update(load_checkpoint(self.run.checkpoint, trained))
+        self.trained = trained
         return trained
 
     def start(self) -> None:
@@ -136,6 +142,11 @@ class TrainingRun(Generic[P]):
         self.saved_at = step
         bar = tqdm(total=run.total_steps, initial=step, desc=run.algorithm, disable=None if self.first else True)
         self.bar = self.opened.enter_context(bar)
+
+    def evaluate_first(self, evaluate: Callable[[], Metrics]) -> None:
+        """Evaluate before the first step, where that is asked for."""
+        if self.config.eval_on_start and self.progress.step == 0:
+            self._log_evaluation(evaluate())
 
     # --- in the loop -------------------------------------------------------------------------------------------------
 
@@ -179,7 +190,8 @@ class TrainingRun(Generic[P]):
 
     def save(self, trained: Trained, write_more: Callable[[Path], None] | None = None) -> None:
         """Write a checkpoint; `write_more`: into the rank's own folder of it. A collective."""
-        config, run = self.config, self.run
+        config, run, progress = self.config, self.run, self.progress
+        compare_with_best(progress, config)
 
         def write_model(folder: Path) -> None:
             export_model(trained.model, run.tokenizer, folder, run.dtype, run.stop_ids)
@@ -190,7 +202,7 @@ class TrainingRun(Generic[P]):
         with self.phases("save"):
             folder = save_checkpoint(
                 Path(config.output_dir),
-                Record(self.progress.step, asdict(self.progress), run.identity),
+                Record(progress.step, asdict(progress), run.identity),
                 None if only_model else trained,
                 write_model,
                 write_more,
@@ -198,7 +210,7 @@ class TrainingRun(Generic[P]):
             )
             if self.first:
                 self._push(folder)
-        self.saved_at = self.progress.step
+        self.saved_at = progress.step
 
     def end(self, policy: Policy, save: Callable[[], None], evaluate: Callable[[], Metrics]) -> None:
         """After the last step: the last checkpoint, the model in output_dir, and when it is safe the evaluation."""
@@ -208,11 +220,15 @@ class TrainingRun(Generic[P]):
             if self.first:
                 print(f"stopped by a signal after step {progress.step}: the same command goes on from there")
             return
+        if config.load_best_model_at_end and progress.eval_step != progress.step:
+            self._log_evaluation(evaluate())  # before the last checkpoint, so that it is compared too
         if config.save_strategy != "no" and self.saved_at != progress.step:
             save()
+        if config.load_best_model_at_end:
+            load_best(progress, config, self.trained)
         with self.phases("export"):
             export_model(policy, run.tokenizer, config.output_dir, run.dtype, run.stop_ids, config.merge_adapter)
-        if config.evaluates and progress.eval_step != progress.step:
+        if (config.do_eval or config.eval_strategy != "no") and progress.eval_step != progress.step:
             self._log_evaluation(evaluate())
         self.complete = True
 
@@ -241,6 +257,9 @@ class TrainingRun(Generic[P]):
         config, total = self.config, self.run.total_steps
         log = Path(config.output_dir) / "metrics.jsonl"
         state = TrainerState(
+            best_metric=self.progress.best_metrics.get(config.metric_for_best_model),
+            best_model_checkpoint=self.progress.best_checkpoint or None,
+            best_global_step=self.progress.best_checkpoint and step_of(Path(self.progress.best_checkpoint)) or None,
             epoch=self.epoch,
             global_step=self.progress.step,
             max_steps=total,

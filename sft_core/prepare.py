@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,8 @@ from sft_core.sampler import Shuffled, Streamed
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+
+EVAL_METRICS = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,16 @@ def check_model(model: ModelConfig, config: TrainingConfig) -> PretrainedConfig:
     return info
 
 
+def check_best_metric(config: TrainingConfig, names: Iterable[str]) -> None:
+    """Raise ValueError where checkpoints are compared by a metric that is not among the `names` of an evaluation's."""
+    metric, known = config.metric_for_best_model, [name.removeprefix("eval_") for name in names]
+    require(
+        metric is None or metric.removeprefix("eval_") in known,
+        f"metric_for_best_model {metric and metric.removeprefix('eval_')} is no metric of the evaluation: give one of "
+        f"{', '.join(known)}.",
+    )
+
+
 def open_output_dir(base: Base, config: TrainingConfig, **more: Any) -> tuple[dict[str, Any], Path | None]:
     """Make output_dir this run's; returns what makes it this run, and the checkpoint to resume from. A collective.
 
@@ -206,6 +219,7 @@ def prepare(model: ModelConfig, data: ScriptArguments, config: SFTConfig) -> Run
         check_lengths(info, config.max_length)
         itemsize, parameters = planned_dtype(model, config).itemsize, count_parameters(info, model.trust_remote_code)
         dry_run(Plan(info, model, config, parameters, config.dry_run_gpus, rows, config.max_length, itemsize))
+    check_best_metric(config, EVAL_METRICS)
     base = prepare_base("sft", model, data, config)
     source, rows_line = training_rows(base, config)
     test_examples = None

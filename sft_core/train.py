@@ -30,7 +30,7 @@ from sft_core.model.adapters import dropout
 from sft_core.model.flops import attention_share, peak_flops, training_flops
 from sft_core.model.optim import clip_gradients, guarded_step
 from sft_core.model.policy import Policy
-from sft_core.prepare import Run, prepare
+from sft_core.prepare import EVAL_METRICS, Run, prepare
 from sft_core.run import distributed
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig
@@ -72,6 +72,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         with phases("eval", watchdog_s=0):
             return evaluate(policy, run)
 
+    training.evaluate_first(measure)
     peak_rate, quadratic = peak_flops(device), attention_share(run.model_info)
     while training.goes_on:
         start = time.perf_counter()
@@ -135,7 +136,7 @@ def evaluate(policy: Policy, run: Run) -> dict[str, float]:
     """Means over the trained tokens of the test rows: loss, entropy [nats] and token accuracy. A collective."""
     assert run.test_examples is not None
     bins = pack(run.test_examples.lengths.tolist(), run.config.max_tokens_per_micro_batch)
-    names = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy", "tokens")
+    names = (*EVAL_METRICS, "tokens")
     sums = {name: torch.zeros((), device=run.device, dtype=torch.float64) for name in names}
     for start in range(0, len(bins), run.world_size):  # as many passes on every rank
         own = bins[start + run.rank] if start + run.rank < len(bins) else None

@@ -5,8 +5,8 @@ a manifest (size and checksum of each file) as its last file, is renamed to `che
 file `latest` name it. Each rank flushes and checksums the files that it wrote. Inside:
 
     the model             as a Hugging Face folder, put there by the caller's `write_model`
-    state/                what is trained of the model, and the optimizer, by torch.distributed.checkpoint: loads with
-                          any number of ranks
+    state/                what is trained of the model, the optimizer, and a reference model that changes, by
+                          torch.distributed.checkpoint: loads with any number of ranks
     scheduler.pt          the schedule's state
     rank-00000/           that rank's random generators (rng.pt) and whatever the caller's `write_more` put there
     progress.json         step, world size, identity and the caller's `progress`, readable
@@ -26,7 +26,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Trained:
     model: Any
     optimizer: torch.optim.Optimizer
     scheduler: Any
+    reference: Any = None  # a model that follows the trained one, if there is one
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def save_checkpoint(
 
     `write_model(folder)` is called on every rank with the checkpoint's folder, `write_more(folder)` with the rank's own
     folder in it. Without `trained` it holds the model alone, and no run resumes from it. The oldest beyond
-    `save_total_limit` go, never the one just written.
+    `save_total_limit` go, never the one just written nor the `best_checkpoint` that the progress names.
     """
     rank, temporary = dist.get_rank(), folder / f".checkpoint-{record.step}.tmp"
 
@@ -117,7 +118,7 @@ def save_checkpoint(
         os.rename(temporary, final)
         flush_to_disk(folder)
         write_atomically(folder / POINTER, final.name + "\n")
-        _prune(folder, final, save_total_limit)
+        _prune(folder, final, record.progress.get("best_checkpoint", ""), save_total_limit)
         clean_up(folder)
         return final
 
@@ -130,14 +131,15 @@ def _writer(file: Path) -> int:
     return int(own[1] or own[2]) if own else 0
 
 
-def _prune(folder: Path, newest: Path, limit: int | None) -> None:
+def _prune(folder: Path, newest: Path, best: str, limit: int | None) -> None:
     if limit is None:
         return
-    others = [path for path in checkpoints(folder) if path != newest]
+    everything = checkpoints(folder)
+    others = [path for path in everything if path.name not in (newest.name, Path(best).name)]
     others.sort(
         key=lambda path: (step_of(path) < step_of(newest), step_of(path))
     )  # later steps: of a time line given up
-    for old in others[: max(0, len(others) + 1 - max(1, limit))]:
+    for old in others[: max(0, len(everything) - max(1, limit))]:
         os.rename(old, folder / f".{old.name}.pruned")  # first out of sight: half a checkpoint must not bear the name
 
 
@@ -168,8 +170,13 @@ def load_checkpoint(checkpoint: Path, trained: Trained) -> dict[str, Any]:
 
 
 def _trained_state(trained: Trained) -> dict[str, Any]:
-    """Model and optimizer; of a model that is frozen in part (adapters), the trained parameters alone."""
+    """Model and optimizer; of a model that is frozen in part (adapters), the trained parameters alone. With a reference
+    that follows, also its parameters, which are read into."""
     model, optimizer = trained.model, trained.optimizer
+    if trained.reference is not None:
+        reshard(trained.reference)
+        parameters = {hf_name(name): p.detach() for name, p in trained.reference.named_parameters()}
+        return _trained_state(replace(trained, reference=None)) | {"reference": parameters}
     reshard(model)
     if _all_trained(model):
         model_state, optimizer_state = get_state_dict(model, optimizer)

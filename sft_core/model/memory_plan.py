@@ -69,7 +69,7 @@ class Plan:
     longest: int
     itemsize: int = 2  # of the compute dtype
     device: str = "cuda"
-    reference: bool = False
+    reference_itemsize: int = 0  # bytes a parameter of the reference model; 0: there is none
     entropy_pass: bool = False  # over the step, for a threshold
     head_twice: bool = False  # the loss needs all log-probs of a sequence, before the logits are computed again
     engine_share: float = 0.0  # of the device's whole memory; at 0 the engine's weights and
@@ -134,7 +134,7 @@ def quantised(plan: Plan) -> float:
 def frozen(plan: Plan) -> float:
     """Bytes, over all ranks, of what is sharded in the compute dtype because it is not trained."""
     if not plan.model.use_peft:
-        return plan.itemsize * plan.parameters * plan.reference
+        return plan.reference_itemsize * plan.parameters
     return plan.itemsize * (plan.parameters - (block_weights(shape(plan.info)) if quantised(plan) else 0))
 
 
@@ -209,7 +209,7 @@ def seconds(plan: Plan) -> dict[str, float]:
         "head": logits * (2 + full + plan.head_twice) + HEAD_TRAFFIC * written,
     }
     forward = linear + attention + FORWARD_SHARE * traffic + logits + HEAD_FORWARD_TRAFFIC * written
-    passes = {"reference model": plan.reference, "threshold of entropies": plan.entropy_pass}
+    passes = {"reference model": bool(plan.reference_itemsize), "threshold of entropies": plan.entropy_pass}
     parts |= {name: forward for name, made in passes.items() if made}
     moved = plan.itemsize * plan.parameters * full + frozen(plan)  # gathered for the forward and for the backward
     link = (2 * moved + 4 * plan.trained) * (1 - 1 / plan.gpus) / (NVLINK if plan.gpus <= NODE else NETWORK)

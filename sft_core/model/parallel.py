@@ -16,6 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from sft_core.model.export import reshard
 from sft_core.model.policy import Policy
 from sft_core.run.config import TrainingConfig
 from sft_core.run.options import require
@@ -123,6 +124,15 @@ def _sum_gradients(module: FSDPModule) -> None:
     # Without the forced plain sum, gloo refuses the pre-multiplied one that FSDP2 chooses for a factor of one.
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
+
+
+@torch.no_grad()
+def mix(target: Policy, source: Policy, share: float) -> None:
+    """`target` := share * `source` + (1 - share) * `target`, in place, each rank its shards of both."""
+    reshard(target)
+    reshard(source)
+    for own, parameter in zip(target.parameters(), source.parameters(), strict=True):
+        own.mul_(1 - share).add_(parameter, alpha=share)
 
 
 def freeze(policy: Policy) -> Policy:

@@ -160,6 +160,7 @@ class TrainingConfig(Options):
     eval_steps: float | None = option(
         None, "Steps between evaluations; below 1: a share; default: logging_steps.", gt=0
     )
+    eval_on_start: bool = option(False, "Evaluate before the first step.")
     benchmarks: list[str] = option([], "Tasks of eval.run to measure the final model with; all: every one.")
     benchmark_kwargs: JsonDict | None = option(
         None, 'JSON; options of eval.run for the benchmarks, such as {"num_samples": 4, "limit": 100}.'
@@ -172,8 +173,15 @@ class TrainingConfig(Options):
         "steps", "Write checkpoints every save_steps, each epoch, or none."
     )
     save_steps: float = option(500, "Steps between checkpoints; below 1: a share of all steps.", gt=0)
-    save_total_limit: int | None = option(None, "Checkpoints to keep; older ones are removed.")
+    save_total_limit: int | None = option(None, "Checkpoints to keep, the best among them; older ones are removed.")
     save_only_model: bool = option(False, "Checkpoints hold the model alone: small, but no run resumes from them.")
+    load_best_model_at_end: bool = option(
+        False, "The final model is that of the best checkpoint; needs eval_strategy and save_strategy alike."
+    )
+    metric_for_best_model: str | None = option(
+        None, "Which is best by this metric of its evaluation, with or without eval_; default: loss."
+    )
+    greater_is_better: bool | None = option(None, "... where it is greatest; default: unless its name ends with loss.")
     resume_from_checkpoint: str | None = option(
         None, "Checkpoint folder to go on from; default: the last one in output_dir."
     )
@@ -217,8 +225,33 @@ class TrainingConfig(Options):
             "torch_compile_backend says how blocks are compiled: give --torch_compile true too.",
         )
         require(self.max_steps > 0 or self.num_train_epochs > 0, "give --max_steps or --num_train_epochs above 0.")
+        if self.load_best_model_at_end:
+            self._check_best()
+
+    def _check_best(self) -> None:
+        require(
+            self.eval_strategy == self.save_strategy != "no",
+            "load_best_model_at_end compares checkpoints by their evaluations: give --eval_strategy and "
+            f"--save_strategy the same value, steps or epoch (they are {self.eval_strategy} and {self.save_strategy}).",
+        )
+        every, save = self.eval_steps or self.logging_steps, self.save_steps
+        ratio = save / every
+        require(
+            self.save_strategy == "epoch" or (save < 1) == (every < 1) and round(ratio, 6) == max(1, round(ratio)),
+            "load_best_model_at_end needs an evaluation at every checkpoint: make save_steps a multiple of eval_steps "
+            f"(they are {save:g} and {every:g}).",
+        )
+        require(
+            not self.save_only_model, "load_best_model_at_end needs whole checkpoints: leave out --save_only_model."
+        )
 
     def resolve(self) -> None:
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
+        if self.metric_for_best_model is not None:
+            if self.greater_is_better is None:
+                self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+            self.metric_for_best_model = f"eval_{self.metric_for_best_model.removeprefix('eval_')}"
         if str(self.resume_from_checkpoint).lower() == "true":  # the last one in output_dir, as without it
             self.resume_from_checkpoint = None
 
@@ -229,7 +262,7 @@ class TrainingConfig(Options):
     @property
     def evaluates(self) -> bool:
         """Whether the run needs a test split."""
-        return self.do_eval or self.eval_strategy != "no"
+        return self.do_eval or self.eval_on_start or self.eval_strategy != "no"
 
     def due(self, what: Literal["logging", "save", "eval"], step: int, total: int, steps_per_epoch: float) -> bool:
         """Whether `what` is due after `step` of `total`: `<what>_strategy` and `<what>_steps` say so."""

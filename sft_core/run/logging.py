@@ -151,12 +151,12 @@ class MetricsLogger:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics", "completions"):
             path = folder / f"{name}.jsonl"
-            cut_back(path, resume_step)
+            cut_back(path, resume_step or -1)  # an evaluation before the first step stands at 0
             self._files[name] = open(path, "a", encoding="utf-8")
         options = options or {}
         record = {key: str(value) for key, value in options.items()}
         if "tensorboard" in report_to:
-            self._tensorboard = SummaryWriter(folder / "runs", purge_step=resume_step + 1)
+            self._tensorboard = SummaryWriter(folder / "runs", purge_step=resume_step and resume_step + 1)
             rows = [f"| {key} | {value} |" for key, value in record.items()]
             self._tensorboard.add_text("config", "\n".join(["| option | value |", "| - | - |", *rows]), resume_step)
         if "wandb" in report_to:

@@ -26,6 +26,18 @@ SETTINGS = dict(
     prompts_per_step=4,
     beta=0.1,
 )
+# Two mini-batches of each rollout, twice, and a reference that follows in the middle: checkpoints lie between any two.
+MINI_BATCHES = dict(
+    max_steps=STEPS,
+    num_iterations=2,
+    steps_per_generation=2,
+    sync_ref_model="true",
+    ref_model_sync_steps=3,
+    save_strategy="steps",
+    save_steps=1,
+    prompts_per_step=2,
+    beta=0.1,
+)
 TIMES = ("time/", "step_time", "tokens_per_second", "peak_memory")
 
 
@@ -74,6 +86,24 @@ def test_killed_ranks_resume_bitwise(uninterrupted, tiny_model, problems, tmp_pa
     code, output = run(TRAIN, argv, tmp_path / "log", ranks=2)
     assert code == 0, output
     assert_same_run(uninterrupted, tmp_path / "out")
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_between_mini_batches(tiny_model, problems, tmp_path, ranks):
+    """In the second pass over a rollout, after the reference has followed."""
+    argv = options(tiny_model, problems, tmp_path / "out", **MINI_BATCHES)
+    processes = start(TRAIN, argv, tmp_path / "log", ranks=ranks)
+    wait_for_step(tmp_path / "out", 4)
+    for process in processes:
+        process.kill()
+    assert wait(processes) != 0
+    for command in (argv, options(tiny_model, problems, tmp_path / "whole", **MINI_BATCHES)):
+        code, output = run(TRAIN, command, tmp_path / "log", ranks=ranks)
+        assert code == 0, output
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+    rows = metrics(tmp_path / "whole")
+    assert [row["clip_ratio/region_mean"] > 0 for row in rows] == [False, True, True, True, False, True]
+    assert len({row["reward"] for row in rows[:4]}) == 1 and rows[4]["reward"] != rows[3]["reward"]
 
 
 def test_sigterm_saves_and_exits(uninterrupted, tiny_model, problems, tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from grpo_core.batch import counted, keep_old_logps, make_micro_batches
+from grpo_core.batch import MiniBatch, counted, deal, keep_logps, make_micro_batches
 from grpo_core.config import GRPOConfig
 from grpo_core.rollout import Sample
 
@@ -49,18 +49,62 @@ def test_sequences_are_never_split_and_budgets_are_kept(budget):
         assert tokens == sum(len(r.prompt_ids) + len(r.completion_ids) for r in batch.samples)
 
 
-def test_old_logps_survive_a_checkpoint():
+def test_old_and_reference_logps_survive_a_checkpoint():
     """What one packing computed reaches the same tokens in another."""
     rollouts = [rollout(i, [1, 1], list(range(3, 5 + i))) for i in range(6)]
     batches = make_micro_batches(rollouts, 8, CPU)
     for batch in batches:
-        batch.old_logps = batch.sampler_logps * 0.5
-    keep_old_logps(batches)
+        batch.old_logps, batch.ref_logps = batch.sampler_logps * 0.5, batch.sampler_logps * 0.25
+    keep_logps([MiniBatch(rollouts, batches[:1]), MiniBatch(rollouts, batches[1:])])
     [batch] = make_micro_batches(rollouts, 1000, CPU)
     assert torch.equal(batch.old_logps, batch.sampler_logps * 0.5)
+    assert torch.equal(batch.ref_logps, batch.sampler_logps * 0.25)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(("groups", "size", "mini_batches"), [(6, 4, 1), (6, 4, 2), (3, 4, 4), (5, 7, 3), (1, 8, 4)])
+def test_mini_batches_are_equal_parts_of_every_group_whatever_the_ranks(groups, size, mini_batches, ranks):
+    rollouts = [rollout(group, [1], [group, k]) for group in range(groups) for k in range(size)]
+    shares = [deal([r for r in rollouts if r.group % ranks == rank], size, mini_batches) for rank in range(ranks)]
+    found = [[r for share in shares for r in share[i]] for i in range(mini_batches)]
+    alone = deal(rollouts, size, mini_batches)
+    assert [sorted(map(id, part)) for part in found] == [sorted(map(id, part)) for part in alone]
+    assert sorted(id(r) for part in alone for r in part) == sorted(map(id, rollouts))
+    counts = [[sum(r.group == group for r in part) for part in alone] for group in range(groups)]
+    for numbers in (*counts, [len(part) for part in alone]):
+        assert max(numbers) - min(numbers) <= 1
+    assert mini_batches > 1 or alone == [rollouts]
 
 
 def test_the_largest_share_of_a_rollout():
     """Groups are never split: of 5 on two ranks, one has 3."""
     config = GRPOConfig("unused", prompts_per_step=5, num_generations=8)
     assert [config.completions_a_rank(ranks) for ranks in (1, 2, 8)] == [40, 24, 8]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (2, 1)),  # 8 a device on two ranks
+        ({"gradient_accumulation_steps": 4}, (8, 1)),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 4}, (8, 1)),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 12}, (24, 3)),
+        ({"gradient_accumulation_steps": 4, "generation_batch_size": 192}, (24, 3)),
+        ({"per_device_train_batch_size": 1, "steps_per_generation": 4}, (1, 4)),  # steps of less than a group
+        ({"per_device_train_batch_size": 3, "steps_per_generation": 3}, (3, 3)),  # 18 completions, rounded up
+        ({"prompts_per_step": 5, "steps_per_generation": 2}, (10, 2)),
+        ({"prompts_per_step": 5, "generation_batch_size": 80}, (10, 2)),
+        ({"generation_batch_size": 24}, "must be a multiple of num_generations 8 and of the 16 completions that an"),
+        ({"per_device_train_batch_size": 2, "generation_batch_size": 12}, "takes: give 8, or"),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "a multiple of gradient_accumulation_steps 4"),
+        ({"steps_per_generation": 2, "generation_batch_size": 16}, "say the same: give one"),
+    ],
+)
+def test_prompts_and_optimizer_steps_of_a_rollout(options, expected):
+    """On two ranks, as TRL counts where it takes them: B x ranks x steps_per_generation completions a rollout."""
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            GRPOConfig("unused", **options).mini_batches(2)
+    else:
+        config = GRPOConfig("unused", **options)
+        assert (config.prompts_a_rollout(2), config.mini_batches(2)) == expected

@@ -44,6 +44,7 @@ LOSSES = {
         "importance_sampling_level": "sequence",
     },
     "a function of one's own": {"loss_type": "tests.rewards_for_tests:reinforce"},
+    "grpo, the second of two mini-batches": {"steps_per_generation": 2},
 }
 BUDGETS = {"one": 1, "three": 75, "all": 10_000}  # tokens; sequences are about 25 long
 
@@ -66,7 +67,7 @@ def make_rollouts():
 
 def gradients(model: str) -> dict[str, dict[str, np.ndarray]]:
     """On one rank: the full gradient of the step for every loss and budget, by "loss | budget"."""
-    from grpo_core.batch import idle_micro_batch, make_micro_batches
+    from grpo_core.batch import deal, idle_micro_batch, make_micro_batches
     from grpo_core.config import GRPOConfig
     from grpo_core.update import update
     from sft_core.data.packing import step_counts
@@ -91,12 +92,14 @@ def gradients(model: str) -> dict[str, dict[str, np.ndarray]]:
             if config.old_logps == "sampler" or "first update" in name:
                 for rollout in own:
                     rollout.old_logps = None
+            mini_batches = config.mini_batches(world_size)
+            own = deal(own, 4, mini_batches)[-1]
             random.Random(budget).shuffle(own)  # packing order too
             batches = make_micro_batches(own, tokens, device)
             counts = step_counts([batch.sequences for batch in batches], device)
             idle = counts.micro_batches - len(batches)
             if (budget, rank) == ("one", 1):
-                assert idle == 4, "the second rank has a group less, and makes as many passes"
+                assert idle == 4 / mini_batches, "the second rank has a group less, and makes as many passes"
             batches += [idle_micro_batch(device) for _ in range(idle)]
             figures = update(policy, reference if config.beta else None, batches, counts, config, first_use=True)
             loss = figures["loss"].clone()

@@ -136,8 +136,9 @@ def test_a_rank_that_hangs_ends_the_job(tiny_model, problems, recorded, tmp_path
 
 
 def test_replay_is_bitwise_the_recorded_run(tiny_model, problems, recorded, tmp_path):
-    """Two updates a rollout; on one rank as it was recorded, and on two."""
-    replay = options(tiny_model, problems, tmp_path / "again", rollouts_from=recorded.with_name("rollouts"), **RECORDED)
+    """Two updates a rollout; on one rank as it was recorded, with the default said, and on two."""
+    more = RECORDED | dict(rollouts_from=recorded.with_name("rollouts"), steps_per_generation=1)
+    replay = options(tiny_model, problems, tmp_path / "again", **more)
     code, output = run(TRAIN, replay, tmp_path / "log2")
     assert code == 0, output
     first, second = weights(recorded), weights(tmp_path / "again")

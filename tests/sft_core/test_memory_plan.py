@@ -245,7 +245,7 @@ def start(device="cuda", **options):
 
 
 def test_the_line_of_a_real_start():
-    line = start("cpu", reference=True, engine_kv_bytes=2**31)
+    line = start("cpu", reference_itemsize=4, engine_kv_bytes=2**31)
     for part in (
         "parameters 1.00",
         "gradients 1.00",

@@ -145,3 +145,38 @@ def gathered(model: str, flags: dict) -> tuple[list[bool], float]:
 def test_blocks_stay_gathered_for_the_backward_on_one_rank_alone(tiny_model, ranks, flags, expected):
     for found, difference in run_ranks(ranks, gathered, tiny_model, flags):
         assert found == expected and difference < 1e-5
+
+
+def follow(model: str) -> tuple[float, float]:
+    """A frozen policy in bfloat16 that follows another by a thousandth, after a pass that gathered both: the greatest
+    difference to the formula, and to where it was."""
+    import torch
+
+    from sft_core.data.packing import pack_sequences
+    from sft_core.model.export import full_weights
+    from sft_core.model.parallel import Sharding, freeze, make_mesh, mix, shard
+    from sft_core.model.policy import load_policy
+    from sft_core.run import distributed
+    from sft_core.run.config import ModelConfig
+
+    device = distributed.init_distributed(60)[3]
+    source, target = (shard(load_policy(ModelConfig(model)), make_mesh(device), Sharding(bf16=True)) for _ in range(2))
+    freeze(target)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.mul_(1.5)
+        before = {name: tensor.clone() for name, tensor in full_weights(target)}
+        for policy in (source, target):
+            policy(pack_sequences([[5, 6, 7]], [[True] * 3], device))
+    mix(target, source, 1e-3)
+    after = dict(full_weights(target))
+    wrong = max(float((after[name] - 1.0005 * before[name]).abs().max()) for name in before)
+    moved = min(float((after[name] - before[name]).abs().max()) for name in before)
+    distributed.shutdown()
+    return wrong, moved
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_reference_follows_in_float32_and_in_place(tiny_model, ranks):
+    for wrong, moved in run_ranks(ranks, follow, tiny_model):
+        assert wrong < 1e-6 and moved > 1e-4
