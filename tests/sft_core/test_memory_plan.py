@@ -228,7 +228,7 @@ def test_time_follows_the_options():
     assert "MFU" in table(plan(info), 80 * GIB)
     head = {twice: seconds(replace(plan(info), head_twice=twice))["head"] for twice in (False, True)}
     assert 1.2 * head[False] < head[True] < 4 / 3 * head[False]
-    more = seconds(replace(plan(info), reference=True, entropy_pass=True))
+    more = seconds(replace(plan(info), reference_itemsize=2, entropy_pass=True))
     assert more["threshold of entropies"] == more["reference model"] > more["head"] / 4
 
 
@@ -245,7 +245,7 @@ def start(device="cuda", **options):
 
 
 def test_the_line_of_a_real_start():
-    line = start("cpu", reference_itemsize=4, engine_kv_bytes=2**31)
+    line = start("cpu", reference_itemsize=2, engine_kv_bytes=2**31)
     for part in (
         "parameters 1.00",
         "gradients 1.00",
