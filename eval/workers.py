@@ -274,10 +274,10 @@ class WorkerPool:
         if kind == "unloadable":
             assert worker.job is not None
             raise RuntimeError(f"a checking worker cannot import {worker.job.function!r} or its arguments: {value}")
-        self._failed_starts = 0
         if kind == "ready":
             worker.rest()
         elif kind == "started":
+            self._failed_starts = 0  # not before: a worker may start, and then hang as it loads its items
             worker.begin_item(used)
         else:
             self._finish_item(worker, kind, value, used)

@@ -68,7 +68,7 @@ def test_jobs_go_on_while_the_caller_does(pool):
     pool.map(run, ["0", "0"])
     slow = "exec('import time; end = time.process_time() + 0.3\\nwhile time.process_time() < end: pass')"
     jobs = [pool.submit(run, ["1"]), pool.submit(run, [slow, "2"], [0.1, 2.0]), pool.submit(run, ["3", "1 / 0", "4"])]
-    time.sleep(3)
+    time.sleep(1.5)
     assert pool.wait(jobs[2])[::2] == [3, 4] and pool.wait(jobs[0]) == [1]
     late, fine = pool.wait(jobs[1])
     assert late.reason == "timeout" and fine == 2
@@ -118,7 +118,8 @@ def test_workers_import_nothing_heavy_and_have_one_hash_seed(pool):
 def test_imports_are_not_charged_and_their_failure_is_an_error(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "slow_import.py").write_text(
-        "import os, time\ntime.sleep(float(os.environ['NAP']))\ndef f(x): return x"
+        "import os, time\nnap = os.environ['NAP']\nif nap == 'exit': os._exit(3)\n"
+        "time.sleep(float(nap))\ndef f(x): return x"
     )
     monkeypatch.setenv("NAP", "0")
     import slow_import
@@ -133,6 +134,11 @@ def test_imports_are_not_charged_and_their_failure_is_an_error(tmp_path, monkeyp
         assert pool.map(abs, [-1]) == [1]
         with pytest.raises(ValueError, match="define it in a module"):
             pool.map(lambda x: x, [1])
+    # A worker that starts, and dies or hangs whenever it loads its items, is not started for ever.
+    monkeypatch.setenv("NAP", "exit")
+    monkeypatch.setattr(WorkerPool, "START_ATTEMPTS", 2)
+    with WorkerPool(1) as pool, pytest.raises(RuntimeError, match="exit code 3 while loading"):
+        pool.map(slow_import.f, [1])
 
 
 def test_workers_ignore_the_signals_of_the_terminal_and_are_replaced_when_killed(pool):
