@@ -64,16 +64,12 @@ def decoupled_advantages(
     group_ids: Tensor | Sequence[int],  # [S]
     weights: Sequence[float] | None = None,  # [K]; None: all 1
 ) -> Tensor:  # [S] float64
-    """GDPO: each function's `group_advantages`, their weighted sum, of which (sum - mean) / (std + 1e-4) over all rows.
+    """GDPO: each function's `group_advantages`, their weighted sum, and of these sums the advantages over all rows.
 
-    0 for rows without any value, which take no part in mean and std, and where all sums are equal.
+    Rows without any value take no part.
     """
     values = torch.as_tensor(values, dtype=torch.float64)
     apart = torch.stack([group_advantages(column, group_ids) for column in values.T], dim=1)  # [S, K]
     sums = apart @ apart.new_tensor(weights or [1.0] * values.shape[1])
-    scored = ~values.isnan().all(1)
-    known = sums[scored]
-    if len(known) > 1 and known.min() < known.max():
-        sums[scored] = (known - known.mean()) / (known.std() + EPS)
-        return sums
-    return torch.zeros_like(sums)
+    sums[values.isnan().all(1)] = torch.nan
+    return group_advantages(sums, torch.zeros_like(sums))

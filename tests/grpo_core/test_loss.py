@@ -138,6 +138,27 @@ def test_by_hand_clip_metrics():
     assert metrics["cispo_clip_ratio"].item() == pytest.approx(1 / 3)
 
 
+def test_by_hand_metrics_of_sequences_and_entropies():
+    """Sequence 0 has w = 1.5 * 0.5 and rho = e^0.2, sequence 1 w = 0.5 and rho = e^-0.4; each counts once. Kept are
+    tokens 0 and 2, of entropy 1 and 2."""
+    data = {"sampler_logps": OLD - double([0.1, 0.1, -0.4]), "entropies": double([1.0, 0.5, 2.0])} | TOTALS
+    ratios = [math.exp(0.2), math.exp(-0.4)]
+    objective = Objective(vllm_importance_sampling_mode="sequence_truncate", vllm_importance_sampling_clip_max=1.1)
+    _, metrics = policy_loss(RATIOS.log() + OLD, OLD, ADVANTAGES, IDS, objective, **data)
+    found = [metrics[f"sampling/importance_sampling_ratio/{name}"].item() for name in ("mean", "min", "max")]
+    assert found == pytest.approx([(1.1 + ratios[1]) / 2, ratios[1], 1.1])
+    assert metrics["entropy"].item() == pytest.approx(3.5 / 3)
+
+    objective = Objective("vespo", top_entropy_quantile=0.5, entropy_coef=0.1, vllm_importance_sampling_mode=None)
+    loss, metrics = policy_loss(RATIOS.log() + OLD, OLD, ADVANTAGES, IDS, objective, **data)
+    phi = [0.75**2 * math.exp(3 * 0.25), 0.5**3 * math.exp(2 * 0.5)]
+    assert metrics["vespo/phi_seq_mean"].item() == pytest.approx(sum(phi) / 2)
+    want = (-phi[0] * (math.log(1.5) - 1) + 2 * phi[1] * (math.log(0.5) - 1)) / 3  # token 1 is not kept
+    assert metrics["policy_loss"].item() == pytest.approx(want)
+    assert loss.item() == pytest.approx(want - 0.1 * 1.5) and metrics["entropy_coef"].item() == pytest.approx(0.1)
+    assert not any(name.startswith(("sampling/", "clip_ratio/")) for name in metrics)
+
+
 # --- every option, as loops have it ------------------------------------------------------------------------------
 
 
