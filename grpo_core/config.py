@@ -9,13 +9,12 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from eval.config import DecontaminateConfig, EvalConfig, PassRateConfig
-from gen.config import GenerateConfig
 from gen.engine.base import ENGINES
 from grpo_core.advantage import SCALES
 from grpo_core.objective import CLIPPED, CORRECTIONS, LOSS_TYPES, Objective
-from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig
-from sft_core.run.options import JsonDict, is_a, option, option_table, require
+from sft_core.run.config import ScriptArguments, TrainingConfig
+from sft_core.run.open_r1_keys import TRL_DEFAULTS
+from sft_core.run.options import JsonDict, is_a, option, require
 
 SYSTEM_PROMPT = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
@@ -279,11 +278,12 @@ class GRPOConfig(TrainingConfig):
             "entropy_target": (adaptive, "use_adaptive_entropy"),
             "scale_rewards": (summed or self._scale == "group", "multi_objective_aggregation sum_then_normalize"),
         }
+        there = TRL_DEFAULTS["trl 1.16.0"]["GRPOConfig"]  # with a whole configuration, which says nothing by them
         for field in fields(self):
             value = getattr(self, field.name)
             has_effect, needed = next((n for name, n in needs.items() if field.name.startswith(name)), (True, ""))
             require(
-                has_effect or value == field.default,
+                has_effect or value in (field.default, there.get(field.name)),
                 f"{field.name} {value} would have no effect: it needs {needed}; leave it out.",
             )
 
@@ -324,24 +324,3 @@ class GRPOConfig(TrainingConfig):
         if not self.vllm_importance_sampling_correction:
             values["vllm_importance_sampling_mode"] = None
         return Objective(**values)
-
-
-def option_tables() -> str:
-    """README's section of options, all of it (`python -m grpo_core.config` prints it)."""
-    tables = [
-        ("Model (both trainers)", option_table(ModelConfig)),
-        ("Data (both trainers)", option_table(ScriptArguments)),
-        ("Training (both trainers)", option_table(TrainingConfig)),
-        ("SFT only", option_table(SFTConfig, TrainingConfig)),
-        ("GRPO only: data and rewards", option_table(GRPOScriptArguments, ScriptArguments)),
-        ("GRPO only: sampling, objective, engine", option_table(GRPOConfig, TrainingConfig)),
-        ("Evaluation (eval.run)", option_table(EvalConfig)),
-        ("Generation (gen.generate)", option_table(GenerateConfig)),
-        ("Data tools: eval.pass_rate, with eval.run's but tasks", option_table(PassRateConfig, EvalConfig)),
-        ("Data tools: eval.decontaminate", option_table(DecontaminateConfig)),
-    ]
-    return "\n\n".join(f"### {title}\n\n{table}" for title, table in tables)
-
-
-if __name__ == "__main__":
-    print(option_tables())

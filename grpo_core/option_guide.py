@@ -1,20 +1,47 @@
-"""What becomes here of every option of TRL 1.16 and open-r1: `python -m grpo_core.option_guide > grpo_core/OPTIONS.md`.
+"""The options in tables: README's section of them, and with --trl what becomes of TRL's and open-r1's: OPTIONS.md.
 
-The names and their defaults there are committed (`sft_core/run/trl_defaults.json`); a test holds the guide to them.
+    python -m grpo_core.option_guide
+    python -m grpo_core.option_guide --trl > grpo_core/OPTIONS.md
+
+The names that TRL 1.16 and open-r1 have, and their defaults, are committed (`sft_core/run/trl_defaults.json`).
 """
 
 import json
+import sys
 
+from eval.config import DecontaminateConfig, EvalConfig, PassRateConfig
+from gen.config import GenerateConfig
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from kernels.tables import head, line
-from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig
+from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig
 from sft_core.run.open_r1_keys import FOREIGN_KEYS, REFUSED_KEYS, TRL_DEFAULTS
-from sft_core.run.options import default_of, known_names
+from sft_core.run.options import default_of, known_names, option_table
 
 TRAINERS = {
     "GRPO": known_names(ModelConfig, GRPOScriptArguments, GRPOConfig),
     "SFT": known_names(ModelConfig, ScriptArguments, SFTConfig),
 }
+INTRODUCTION = """What becomes here of every option of GRPOConfig, SFTConfig, ModelConfig and ScriptArguments of TRL 1.16.0,
+of those that open-r1 adds, and of earlier ones (TRL 0.15 to 0.18, with the transformers of then). Written by
+`python -m grpo_core.option_guide --trl`.
+"""
+
+
+def option_tables() -> str:
+    """README's section of options, all of it."""
+    tables = [
+        ("Model (both trainers)", option_table(ModelConfig)),
+        ("Data (both trainers)", option_table(ScriptArguments)),
+        ("Training (both trainers)", option_table(TrainingConfig)),
+        ("SFT only", option_table(SFTConfig, TrainingConfig)),
+        ("GRPO only: data and rewards", option_table(GRPOScriptArguments, ScriptArguments)),
+        ("GRPO only: sampling, objective, engine", option_table(GRPOConfig, TrainingConfig)),
+        ("Evaluation (eval.run)", option_table(EvalConfig)),
+        ("Generation (gen.generate)", option_table(GenerateConfig)),
+        ("Data tools: eval.pass_rate, with eval.run's but tasks", option_table(PassRateConfig, EvalConfig)),
+        ("Data tools: eval.decontaminate", option_table(DecontaminateConfig)),
+    ]
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in tables)
 
 
 def defaults_there() -> dict[str, dict[str, str]]:
@@ -39,7 +66,7 @@ def what_becomes(name: str, trainer: str) -> str:
 
 
 def guide() -> str:
-    lines = [f"# Options of TRL 1.16 and open-r1\n\n{(__doc__ or '').strip()}\n", head("name", "default there", "here")]
+    lines = ["# Options of TRL 1.16 and open-r1\n", INTRODUCTION, head("name", "default there", "here")]
     for name, defaults in defaults_there().items():
         here = {trainer: what_becomes(name, trainer) for trainer in defaults}
         lines.append(line(f"`{name}`", _of_both(defaults), _of_both(here)))
@@ -54,4 +81,4 @@ def _of_both(texts: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    print(guide(), end="")
+    print(guide() if "--trl" in sys.argv else option_tables() + "\n", end="")

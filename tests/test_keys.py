@@ -39,23 +39,26 @@ def test_each_is_in_exactly_one_class():
 
 def test_the_guide_is_that_of_the_classes():
     text = (Path(option_guide.__file__).parent / "OPTIONS.md").read_text()
-    assert option_guide.guide() == text, "run `python -m grpo_core.option_guide > grpo_core/OPTIONS.md`"
+    assert option_guide.guide() == text, "run `python -m grpo_core.option_guide --trl > grpo_core/OPTIONS.md`"
 
 
+@pytest.mark.parametrize("library", TRL_DEFAULTS)
 @pytest.mark.parametrize("trainer", TYPES)
-def test_their_defaults_can_be_pasted(trainer, tmp_path, caplog):
-    """In a recipe and in Python, key by key: without an error, and without a word but that null leaves a default."""
-    for library in TRL_DEFAULTS.values():
-        for kind, names in library.items():
-            for name, default in names.items() if {"GRPO": "SFT", "SFT": "GRPO"}[trainer] not in kind else ():
-                default = NEEDED.get(name, default)
-                needed = {key: value for key, value in NEEDED.items() if key in known_names(CLASSES[kind])}
-                CLASSES[kind](**needed | {name: default})
-                parse(TYPES[trainer], recipe(tmp_path / "recipe.yaml", NEEDED | {name: default}))
-    assert not [record for record in caplog.records if "leaves its default" not in record.msg]
+def test_their_defaults_can_be_pasted(trainer, library, tmp_path, caplog):
+    """All at once, in a recipe and in Python, and key by key: no error, and no word but that null leaves a default."""
+    pasted = dict(NEEDED)
+    for kind, names in TRL_DEFAULTS[library].items():
+        if {"GRPO": "SFT", "SFT": "GRPO"}[trainer] not in kind:
+            needed = {key: value for key, value in NEEDED.items() if key in known_names(CLASSES[kind])}
+            CLASSES[kind](**names | needed)
+            for name, default in names.items():
+                CLASSES[kind](**{name: default} | needed)
+            pasted = names | pasted
+    parse(TYPES[trainer], recipe(tmp_path / "recipe.yaml", pasted))
+    assert {record.args for record in caplog.records} <= {("torch_compile_backend", "inductor")}
 
 
-OTHERS = {  # a value that is not the default, where adding a text to it makes none
+OTHERS = {  # a value that is not the default, where a text is none
     "average_tokens_across_devices": False,
     "dataset_configs": ["one", "two"],
     "deepspeed_config": {"gradient_clipping": 1.0, "zero_stage": 3},
@@ -63,30 +66,40 @@ OTHERS = {  # a value that is not the default, where adding a text to it makes n
 }
 
 
+def moot(keys, trainer):
+    return {name: OTHERS.get(name, "another") for name in keys if name not in TRAINERS[trainer]}
+
+
 @pytest.mark.parametrize("trainer", TYPES)
-def test_other_values_get_one_line_or_are_refused(trainer, tmp_path, caplog):
-    for name, why in (FOREIGN_KEYS | REFUSED_KEYS).items():
-        if name in TRAINERS[trainer]:
-            continue
-        value = OTHERS.get(name, "another")
-        argv = [f"--{key}={needed}" for key, needed in NEEDED.items()]
-        kind, caplog_before = TYPES[trainer][2], len(caplog.records)
-        flag = [f"--{name}", *value] if isinstance(value, list) else [f"--{name}={json.dumps(value)}"]
-        says = f"`{name}: {value}` cannot be had: {why}."
-        for call in (
-            lambda: parse(TYPES[trainer], argv + recipe(tmp_path / "recipe.yaml", {name: value})),  # noqa: B023
-            lambda: parse(TYPES[trainer], [*argv, *flag]),  # noqa: B023
-            lambda: kind(output_dir="o", **{name: value}),  # noqa: B023
-            lambda: setattr(kind(output_dir="o"), name, value),  # noqa: B023
+def test_what_is_passed_over_gets_one_line(trainer, tmp_path, caplog):
+    keys, kind = moot(FOREIGN_KEYS, trainer), TYPES[trainer][2]
+    expected = [(name, FOREIGN_KEYS[name]) for name in keys]
+    argv = [f"--{key}={needed}" for key, needed in NEEDED.items()]
+    config = kind(output_dir="o")
+    for paste in (
+        lambda: parse(TYPES[trainer], argv + recipe(tmp_path / "recipe.yaml", keys)),
+        lambda: parse(TYPES[trainer], argv + [f"--{name}={value}" for name, value in keys.items()]),
+        lambda: kind(output_dir="o", **keys),
+        lambda: [setattr(config, name, value) for name, value in keys.items()],
+    ):
+        caplog.clear()
+        paste()
+        assert sorted(record.args for record in caplog.records) == sorted(expected)
+    assert config == kind(output_dir="o")
+
+
+@pytest.mark.parametrize("trainer", TYPES)
+def test_what_is_refused_says_why(trainer, tmp_path):
+    argv, kind = [f"--{key}={needed}" for key, needed in NEEDED.items()], TYPES[trainer][2]
+    for name, value in moot(REFUSED_KEYS, trainer).items():
+        for paste in (
+            lambda name, value: parse(TYPES[trainer], argv + recipe(tmp_path / "recipe.yaml", {name: value})),
+            lambda name, value: kind(output_dir="o", **{name: value}),
+            lambda name, value: setattr(kind(output_dir="o"), name, value),
         ):
-            if name in REFUSED_KEYS and name not in known_names(kind):
-                with pytest.raises(ValueError) as refused:
-                    call()
-                assert str(refused.value) == says
-            else:
-                call()
-        if name in FOREIGN_KEYS:
-            assert [record.args for record in caplog.records[caplog_before:]] == [(name, why)] * 4
+            with pytest.raises(ValueError) as refused:
+                paste(name, value)
+            assert str(refused.value) == f"`{name}: {value}` cannot be had: {REFUSED_KEYS[name]}."
 
 
 @pytest.mark.parametrize(
