@@ -9,13 +9,12 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from eval.config import DecontaminateConfig, EvalConfig, PassRateConfig
-from gen.config import GenerateConfig
 from gen.engine.base import ENGINES
 from grpo_core.advantage import SCALES
 from grpo_core.objective import CLIPPED, CORRECTIONS, LOSS_TYPES, Objective
-from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig
-from sft_core.run.options import option, option_table, require
+from sft_core.run.config import ScriptArguments, TrainingConfig
+from sft_core.run.open_r1_keys import TRL_DEFAULTS
+from sft_core.run.options import JsonDict, is_a, option, require
 
 SYSTEM_PROMPT = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
@@ -42,6 +41,11 @@ class GRPOScriptArguments(ScriptArguments):
     cosine_in_tokens: bool = option(False, "Count cosine's lengths in tokens.")
     repetition_n_grams: int = option(3, "n of the n-grams that repetition_penalty counts.")
     repetition_max_penalty: float = option(-1.0, "repetition_penalty's value where every n-gram repeats.")
+    code_language: str = option(
+        "python",
+        "code_format: language of the block that an answer must have, where the data has no column `language`.",
+        choices=("python", "javascript", "r", "java", "bash", "cpp"),
+    )
     max_completion_len: int = option(16384, "soft_overlong_punishment: tokens from which the value is -1.")
     soft_punish_cache: int = option(4096, "soft_overlong_punishment: the last tokens before that, where it falls.")
 
@@ -75,11 +79,17 @@ class GRPOConfig(TrainingConfig):
     num_iterations: int = option(1, "Passes over each rollout.", ge=1)
     max_prompt_length: int = option(512, "Prompts longer than this many tokens are left out and counted.", ge=1)
     max_completion_length: int = option(256, "Longest completion in tokens.", ge=1)
+    shuffle_dataset: bool = option(True, "A new order of the prompts in every pass; false: that of the data.")
     temperature: float = option(1.0, "Sampling temperature; every log-prob of the trainer is taken at it too.", gt=0)
     top_p: float = option(1.0, "Refused below 1 in training: the trainer scores the whole distribution.")
     top_k: int = option(0, "Refused above 0 in training.")
     min_p: float | None = option(None, "Refused in training.")
     repetition_penalty: float = option(1.0, "Refused other than 1 in training.")
+    generation_kwargs: JsonDict | None = option(
+        None,
+        'JSON; of the sampler\'s own options {"stop_token_ids": [...]}, which end a completion too; those that have an '
+        "option here may only agree with it, and others, which would change what is sampled, are refused.",
+    )
     loss_type: str = option(
         "grpo", f"Aggregation and objective: {', '.join(LOSS_TYPES)}; or your own per-token one as module:function."
     )
@@ -177,7 +187,9 @@ class GRPOConfig(TrainingConfig):
     save_rollouts: str | None = option(None, "Folder to record every rollout in (parquet).")
     rollouts_from: str | None = option(None, "Train from the rollouts recorded in this folder, without an engine.")
     log_completions: bool = option(True, "Log samples to completions.jsonl and, as text, to TensorBoard.")
-    num_completions_to_print: int = option(2, "Completions shown as text in each log entry.")
+    num_completions_to_print: int | None = option(
+        2, "Completions shown as text in each log entry; null: all of the rank's."
+    )
 
     def check(self) -> None:
         super().check()
@@ -203,6 +215,7 @@ class GRPOConfig(TrainingConfig):
             f"gradient_accumulation_steps {self.gradient_accumulation_steps}: leave it out for one optimizer step on "
             "each rollout.",
         )
+        self._check_generation_kwargs()
         neutral = self.top_p == 1.0 and self.top_k <= 0 and not self.min_p and self.repetition_penalty == 1.0
         require(
             neutral,
@@ -214,6 +227,20 @@ class GRPOConfig(TrainingConfig):
         super().resolve()
         self.scale_rewards = self._scale
         self.engine = self.engine or ("torch" if self.use_vllm is False else "vllm")
+
+    def _check_generation_kwargs(self) -> None:
+        given = dict(self.generation_kwargs or {})
+        ids = given.pop("stop_token_ids", [])
+        require(is_a(ids, list[int]), f"generation_kwargs stop_token_ids must be a list of token ids, got {ids!r}.")
+        same = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        agreed = {name: getattr(self, name) for name in same} | {"do_sample": True}
+        agreed |= dict.fromkeys(("max_tokens", "max_new_tokens"), self.max_completion_length)
+        wrong = {name: value for name, value in given.items() if name not in agreed or agreed[name] != value}
+        require(
+            not wrong,
+            f"generation_kwargs {wrong} would change what is sampled, but not what is scored: leave that out (give "
+            "temperature and max_completion_length as options of their own).",
+        )
 
     @property
     def _scale(self) -> str:
@@ -251,11 +278,12 @@ class GRPOConfig(TrainingConfig):
             "entropy_target": (adaptive, "use_adaptive_entropy"),
             "scale_rewards": (summed or self._scale == "group", "multi_objective_aggregation sum_then_normalize"),
         }
+        there = TRL_DEFAULTS["trl 1.16.0"]["GRPOConfig"]  # with a whole configuration, which says nothing by them
         for field in fields(self):
             value = getattr(self, field.name)
             has_effect, needed = next((n for name, n in needs.items() if field.name.startswith(name)), (True, ""))
             require(
-                has_effect or value == field.default,
+                has_effect or value in (field.default, there.get(field.name)),
                 f"{field.name} {value} would have no effect: it needs {needed}; leave it out.",
             )
 
@@ -296,24 +324,3 @@ class GRPOConfig(TrainingConfig):
         if not self.vllm_importance_sampling_correction:
             values["vllm_importance_sampling_mode"] = None
         return Objective(**values)
-
-
-def option_tables() -> str:
-    """README's section of options, all of it (`python -m grpo_core.config` prints it)."""
-    tables = [
-        ("Model (both trainers)", option_table(ModelConfig)),
-        ("Data (both trainers)", option_table(ScriptArguments)),
-        ("Training (both trainers)", option_table(TrainingConfig)),
-        ("SFT only", option_table(SFTConfig, TrainingConfig)),
-        ("GRPO only: data and rewards", option_table(GRPOScriptArguments, ScriptArguments)),
-        ("GRPO only: sampling, objective, engine", option_table(GRPOConfig, TrainingConfig)),
-        ("Evaluation (eval.run)", option_table(EvalConfig)),
-        ("Generation (gen.generate)", option_table(GenerateConfig)),
-        ("Data tools: eval.pass_rate, with eval.run's but tasks", option_table(PassRateConfig, EvalConfig)),
-        ("Data tools: eval.decontaminate", option_table(DecontaminateConfig)),
-    ]
-    return "\n\n".join(f"### {title}\n\n{table}" for title, table in tables)
-
-
-if __name__ == "__main__":
-    print(option_tables())

@@ -152,8 +152,8 @@ def check_mismatch(metrics: Mapping[str, float], limit: float) -> None:
         )
 
 
-def from_different_groups(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """`count` of the samples, from different groups as far as there are."""
+def from_different_groups(samples: Sequence[Sample], count: int | None) -> list[Sample]:
+    """`count` of the samples (None: all), from different groups as far as there are."""
     seen: Counter[int] = Counter()
     ranked = []
     for sample in samples:

@@ -26,6 +26,7 @@ from grpo_core.rollout import Prompt, Sample, Scorer, Summary, load_prompts, pro
 from grpo_core.scoring import accepted, gold_answers, unparseable_golds
 from sft_core.data.rows import json_lines
 from sft_core.model.memory_plan import Plan, dry_run, memory_plan
+from sft_core.model.optim import check_schedule
 from sft_core.model.policy import check_positions, count_parameters, local_copy, planned_dtype
 from sft_core.prepare import Base, check_best_metric, check_model, open_output_dir, prepare_base
 from sft_core.run import distributed
@@ -110,6 +111,10 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
     one = Summary(0, 1, "stop", 1.0, [1.0] * len(reward_funcs))
     check_best_metric(config, rollout_metrics([one], [reward_name(function) for function in reward_funcs]))
     base = prepare_base("grpo", model, data, config)
+    stop_ids: list[int] = dict(config.generation_kwargs or {}).get("stop_token_ids", [])
+    unknown = sorted(set(stop_ids) - set(range(len(base.tokenizer))))
+    require(not unknown, f"generation_kwargs stop_token_ids {unknown} are no tokens: there are {len(base.tokenizer)}.")
+    base = replace(base, stop_ids=base.stop_ids.union(stop_ids))
     world_size, device = base.world_size, base.device
     require(
         not config.vllm_enable_sleep_mode or config.engine == "torch" or device.type == "cuda",
@@ -131,7 +136,11 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
     if config.rollouts_from is None:
         distributed.on_first_rank(lambda: dry_call(base, config, prompts, reward_funcs), patient=True)
     # None: as where nothing is said, in what earlier versions recorded
-    more = {"mini_batches": mini_batches if mini_batches > 1 else None, "sync_ref_model": config.sync_ref_model or None}
+    more = {
+        "mini_batches": mini_batches if mini_batches > 1 else None,
+        "sync_ref_model": config.sync_ref_model or None,
+        "order": None if config.shuffle_dataset else "of the data",
+    }
     identity, checkpoint = open_output_dir(
         base, config, num_iterations=config.num_iterations, prompts=len(prompts), **more
     )
@@ -145,6 +154,7 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
         identity=identity,
         checkpoint=checkpoint,
     )
+    check_schedule(config, run.total_steps)
     plan = step_plan(model, config, base.model_info, world_size, base.dtype, device.type)
     batch = f"{run.prompts_per_rollout} prompts x {config.num_generations} completions"
     if config.prompts_per_step is None:

@@ -11,13 +11,15 @@ a tensor or a tuple will do for the list. A function that must see a whole group
 (all, if it takes `**kwargs`), and runs in the workers too. All of them pickle and have a `__name__`, which is the name
 that open-r1 logs.
 
-Left out: reward models, whatever needs torch (a worker imports none), and open-r1's code rewards, which run a model's
-programs in remote sandboxes.
+Left out: reward models, whatever needs torch (a worker imports none), and those of open-r1's code rewards that run a
+model's programs in remote sandboxes.
 
     python -m grpo_core.train --reward_funcs accuracy format my_rewards:brevity ...
 """
 
 import difflib
+import importlib
+import importlib.util
 import math
 import re
 from collections import Counter, defaultdict
@@ -32,6 +34,8 @@ from grpo_core.user_code import import_function
 RewardFunction = Callable[..., list]
 _TAG = re.compile(r"(</?(?:think|answer)>)")
 _STEP = re.compile(r"Step \d+:|^\d+\.(?!\d)|\n-|\n\*|First,|Second,|Next,|Finally,", re.MULTILINE)
+_FORM = ["<think>", "</think>", "<answer>", "</answer>"]
+_CODE_FORM = re.compile(r"<think>\n.*?\n</think>\n<answer>\n(.*?)\n</answer>\s*", re.DOTALL)
 _OPENED = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 
 
@@ -91,9 +95,27 @@ def format_reward(completions: list, **kwargs: Any) -> list[float | None]:
     rewards: list[float | None] = []
     for text in _texts(completions, kwargs):
         pieces = _TAG.split(text)  # before, tag, thought, tag, between, tag, answer, tag, after
-        ordered = pieces[1::2] == ["<think>", "</think>", "<answer>", "</answer>"]
+        ordered = pieces[1::2] == _FORM
         rewards.append(float(ordered and not "".join(pieces[::4]).strip()))
     return rewards
+
+
+@dataclass(frozen=True)
+class CodeFormatReward:
+    r"""1.0 for `<think>\n...\n</think>\n<answer>\n...\n</answer>` with a closed block of the language in the answer, as
+    in "```python ... ```", else 0.0. A column `language` says it row by row.
+    Mended: open-r1's pattern also takes text after any line end, tags twice, and "```javascript" for java."""
+
+    language: str = "python"
+    __name__ = "code_format_reward"
+
+    def __call__(self, completions: list, language: list | None = None, **kwargs: Any) -> list[float | None]:
+        rewards: list[float | None] = []
+        for text, named in zip(_texts(completions, kwargs), language or [None] * len(completions), strict=True):
+            form = _CODE_FORM.fullmatch(text) if _TAG.findall(text) == _FORM else None
+            block = rf"```{re.escape(named or self.language)}(?!\w).*?```"
+            rewards.append(float(form is not None and re.search(block, form[1], re.DOTALL) is not None))
+        return rewards
 
 
 def tag_count_reward(completions: list, **kwargs: Any) -> list[float | None]:
@@ -161,12 +183,13 @@ class CosineScaledReward:
 
 @dataclass(frozen=True)
 class RepetitionPenaltyReward:
-    """max_penalty * (1 - distinct / all n-grams) over lower-case words; 0.0 for fewer than n words (as in open-r1,
-    after Yeo et al. 2025, Demystifying Long Chain-of-Thought Reasoning). ValueError if max_penalty > 0 or
-    ngram_size < 1."""
+    """max_penalty * (1 - distinct / all n-grams) over lower-case words, with language zh over those that jieba finds;
+    0.0 for fewer than n words (as in open-r1, after Yeo et al. 2025, Demystifying Long Chain-of-Thought Reasoning).
+    ValueError if max_penalty > 0, ngram_size < 1, or jieba is wanted and not installed."""
 
     ngram_size: int
     max_penalty: float
+    language: str = "en"
 
     __name__ = "repetition_penalty_reward"
 
@@ -175,11 +198,18 @@ class RepetitionPenaltyReward:
             raise ValueError(f"max_penalty {self.max_penalty} should not be positive: it is what full repetition costs")
         if self.ngram_size < 1:
             raise ValueError(f"ngram_size {self.ngram_size} should be at least 1")
+        if self.language not in ("en", "zh"):
+            raise ValueError(f"language {self.language!r} of repetition_penalty should be en (words by blanks) or zh")
+        if self.language == "zh" and importlib.util.find_spec("jieba") is None:
+            raise ValueError("repetition_penalty with language zh splits words by jieba: run `pip install jieba`")
+
+    def _words(self, text: str) -> list[str]:
+        return text.lower().split() if self.language == "en" else list(importlib.import_module("jieba").cut(text))
 
     def __call__(self, completions: list, **kwargs: Any) -> list[float | None]:
         rewards: list[float | None] = []
         for completion in completions:
-            words = completion[0]["content"].lower().split()
+            words = self._words(completion[0]["content"])
             ngrams = list(zip(*(words[i:] for i in range(self.ngram_size)), strict=False))
             rewards.append((1 - len(set(ngrams)) / len(ngrams)) * self.max_penalty if ngrams else 0.0)
         return rewards
@@ -237,6 +267,7 @@ class SoftOverlongPunishment:
 
 
 # open-r1's names of what makes them.
+get_code_format_reward = CodeFormatReward
 get_cosine_scaled_reward = CosineScaledReward
 get_repetition_penalty_reward = RepetitionPenaltyReward
 get_soft_overlong_punishment = SoftOverlongPunishment
@@ -256,11 +287,12 @@ REWARD_FUNCS_REGISTRY: dict[str, Callable[[Any], RewardFunction]] = {
     ),
     "repetition_penalty": lambda args: RepetitionPenaltyReward(args.repetition_n_grams, args.repetition_max_penalty),
     "tag_count": lambda args: tag_count_reward,
+    "code_format": lambda args: CodeFormatReward(args.code_language),
     "length": lambda args: len_reward,
     "soft_overlong_punishment": lambda args: SoftOverlongPunishment(args.max_completion_len, args.soft_punish_cache),
 }
 GOLD_REWARDS = {"accuracy", "cosine", "length"}  # of those, what compares with a gold answer
-_CODE_REWARDS = ("code", "binary_code", "ioi_code", "cf_code", "code_format")
+_CODE_REWARDS = ("code", "binary_code", "ioi_code", "cf_code")
 
 
 def get_reward_funcs(script_args: Any) -> list[RewardFunction]:

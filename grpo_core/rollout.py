@@ -97,7 +97,7 @@ def load_prompts(
     fit_without = 0
     for i, row in zip(indices, tqdm(rows, desc="prompts", disable=None, leave=False), strict=True):
         try:
-            messages, more = prompt_of(row.pop(column), column), options_of(row)
+            messages, more = prompt_of(row.pop(column), column), options_of(row, config.chat_template_kwargs)
             shown = with_system(messages, system, role)
             ids = render_prompt(tokenizer, shown, more)
             if len(ids) > config.max_prompt_length and shown != messages:

@@ -154,7 +154,8 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             # 1 sync: weights into the engine, and the proof that they arrived
             sync()
             # 2 sample and score: this rank's share of the rollout's prompts; a group is scored while others are sampled
-            order = row_order(len(run.prompts), config.seed, progress.samples, run.prompts_per_rollout)
+            order_seed = config.seed if config.shuffle_dataset else None
+            order = row_order(len(run.prompts), order_seed, progress.samples, run.prompts_per_rollout)
             groups = range(rank, run.prompts_per_rollout, world_size)
             chosen = {group: run.prompts[order[group]] for group in groups}
             seeds = [sample_seed(config.seed, step, group) for group in groups]

@@ -62,7 +62,7 @@ def supervised_example(
     Raises:
         ValueError: the row has no text where it should, or what the assistant says cannot be told apart in it.
     """
-    options = options_of(row)
+    options = options_of(row, config.chat_template_kwargs)
     if "messages" in row:
         messages, trained_from = messages_of(row["messages"], "messages"), 0
         return _conversation(tokenizer, messages, trained_from, options, stop_ids, config)
@@ -204,7 +204,7 @@ def fit(example: Example, config: SFTConfig) -> tuple[Example, int]:
     """The example within max_length, and what became of it."""
     ids, mask = example
     outcome = KEPT
-    if len(ids) > config.max_length:
+    if config.max_length is not None and len(ids) > config.max_length:
         if config.truncation_mode == "drop":
             return ([], []), TOO_LONG
         part = slice(config.max_length) if config.truncation_mode == "keep_start" else slice(-config.max_length, None)
@@ -231,7 +231,7 @@ def encode_row(
 def what_is_trained(config: SFTConfig) -> dict[str, Any]:
     """The options that say what becomes of a row."""
     names = ("max_length", "truncation_mode", "assistant_only_loss", "completion_only_loss", "dataset_text_field")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in (*names, "chat_template_kwargs")}
 
 
 @dataclass(frozen=True)

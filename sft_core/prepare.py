@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 EVAL_METRICS = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
+SOME_STEPS = 1_000_000  # of an epoch whose length is not known yet
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def prepare_base(algorithm: str, model: ModelConfig, data: ScriptArguments, conf
     """
     set_log_level(config)
     set_seed(config.seed)
-    check_schedule(config)
+    check_schedule(config, config.total_steps(SOME_STEPS))
     check_report_to(config.report_to)
     rank, world_size, _, device = distributed.init_distributed(config.ddp_timeout)
     check_compile(config, device)
@@ -116,7 +117,8 @@ def prepare_base(algorithm: str, model: ModelConfig, data: ScriptArguments, conf
         "where in the text a token is: save one beside it (AutoTokenizer with use_fast=True).",
     )
     stop_ids = stop_token_ids(tokenizer, model)
-    template = check_template(tokenizer, stop_ids, supervised is not None) if conversations else ""
+    more = config.chat_template_kwargs
+    template = check_template(tokenizer, stop_ids, supervised is not None, more) if conversations else ""
     return Base(
         algorithm=algorithm,
         model=model,
@@ -216,6 +218,7 @@ def prepare(model: ModelConfig, data: ScriptArguments, config: SFTConfig) -> Run
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps  # of a rank, a step
     if config.dry_run:
         info = check_model(model, config)
+        assert config.max_length is not None
         check_lengths(info, config.max_length)
         itemsize, parameters = planned_dtype(model, config).itemsize, count_parameters(info, model.trust_remote_code)
         dry_run(Plan(info, model, config, parameters, config.dry_run_gpus, rows, config.max_length, itemsize))
@@ -233,7 +236,8 @@ def prepare(model: ModelConfig, data: ScriptArguments, config: SFTConfig) -> Run
     sequences_per_step = rows * base.world_size
     per_pass = source.sequences_per_pass if isinstance(source, Shuffled) else 0
     total_steps = config.total_steps(per_pass / sequences_per_step)
-    longest = source.longest or config.max_length
+    check_schedule(config, total_steps)
+    longest = source.longest or config.max_length or 0
     parameters = count_parameters(base.model_info, model.trust_remote_code)
     plan = Plan(base.model_info, model, config, parameters, base.world_size, rows, longest, base.dtype.itemsize)
     what = f"bins of at most {config.max_length} tokens" if config.packing else "rows"
@@ -270,6 +274,7 @@ def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, s
         encode = partial(encode_row, tokenizer=tokenizer, stop_ids=base.stop_ids, config=config)
         for i, row in enumerate(base.rows.take(8)):
             encode(row, i)
+        assert config.max_length is not None
         check_lengths(base.model_info, config.max_length)
         source = Streamed(base.rows, encode, bin_size, config.seed, base.data.dataset_name)
         return source, f"rows are streamed in the order of their files{note}"

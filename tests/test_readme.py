@@ -4,14 +4,14 @@ import ast
 import re
 from pathlib import Path
 
-from grpo_core.config import option_tables
+from grpo_core.option_guide import option_tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
 def test_option_tables_are_those_of_the_dataclasses():
-    assert option_tables() in README, "run `python -m grpo_core.config` and put its output into README.md"
+    assert option_tables() in README, "run `python -m grpo_core.option_guide` and put its output into README.md"
 
 
 def test_every_module_has_its_line():

@@ -6,6 +6,7 @@ well, or what is not and the remedy. Left out on purpose: templates of our own f
 
 import re
 from collections.abc import Collection
+from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizerBase
 
@@ -73,11 +74,17 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], supervised: bool = False) -> str:
-    """One line if the template fits tokenizer, stop tokens and what is trained; else each fault with its remedy."""
+def check_template(
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Collection[int],
+    supervised: bool = False,
+    more: dict[str, Any] | None = None,
+) -> str:
+    """One line if the template, given `more`, fits tokenizer, stop tokens and what is trained; else each fault with its
+    remedy."""
     if tokenizer.chat_template is None:
         return "chat template: none"
-    text = render(tokenizer, PROBE[:1], prompt=True)
+    text = render(tokenizer, PROBE[:1], more, prompt=True)
     ids, bos, end, faults = encode(tokenizer, text), tokenizer.bos_token_id, end_of_turn(tokenizer), []
     if bos is not None and ids[:2] == [bos, bos]:
         faults.append(f"a prompt begins with {tokenizer.bos_token} twice: write it once in the template.")
@@ -95,7 +102,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
             f"the assistant's turn ends with {tokenizer.convert_ids_to_tokens(end)}, which is no stop token: give it "
             "as --eos_token."
         )
-    if supervised and not has_markers(tokenizer) and not render(tokenizer, PROBE).startswith(text):
+    if supervised and not has_markers(tokenizer) and not render(tokenizer, PROBE, more).startswith(text):
         faults.append(
             "a finished turn does not begin as the generation prompt does, so what the assistant says cannot be told "
             "apart: give a --chat_template with {% generation %} markers."

@@ -9,6 +9,7 @@ inside a text (blanks, the thoughts of earlier turns) is its own affair here; th
 `sft_core/dataset.py`. Left out on purpose: images, sound, videos.
 """
 
+import inspect
 import json
 import re
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 COLUMNS = ("tools", "documents", "chat_template_kwargs", "image", "images", "video", "videos", "audio", "audios")
+RESERVED = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - set(COLUMNS)
 LINKS = ("role", "type", "id", "tool_call_id")
 EMPTY: tuple = (None, "", [], {})
 NAME = r"""["'](role|content|from|value)["']\s*:"""
@@ -135,8 +137,12 @@ def prompt_of(value: Any, column: str) -> list[dict[str, Any]]:
     return messages
 
 
-def options_of(row: dict[str, Any]) -> dict[str, Any]:
-    """What else the row gives to the chat template, by name."""
+def options_of(row: dict[str, Any], of_all: dict[str, Any] | None) -> dict[str, Any]:
+    """What else the chat template gets, by name: for every row `of_all`, and before it what this one says.
+
+    Raises:
+        ValueError: it is not in a form that templates take, or would change more than what the template shows.
+    """
     found: dict = {}
     for name in COLUMNS:
         value = row.get(name)
@@ -147,8 +153,11 @@ def options_of(row: dict[str, Any]) -> dict[str, Any]:
                 f"`{name}` is neither a list nor one as JSON, as chat templates take it ({error}): "
                 "rename the column if it is meant for something else."
             ) from error
-    if isinstance(found["chat_template_kwargs"], dict):
-        found |= found.pop("chat_template_kwargs")
+    if isinstance(own := found["chat_template_kwargs"] or {}, dict):
+        del found["chat_template_kwargs"]
+        found = (of_all or {}) | without_none(found) | without_none(own)
+    if ours := RESERVED.intersection(found):
+        raise ValueError(f"chat_template_kwargs may not hold {', '.join(sorted(ours))}: they are no template's.")
     return _filled(without_none(found))
 
 

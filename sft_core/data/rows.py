@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sft_core.run.config import ScriptArguments
+from sft_core.run.model_config import DatasetMixtureConfig, ScriptArguments
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -32,11 +32,11 @@ def load_splits(
     Raises:
         ValueError: nothing is there, or no such split, or no rows to evaluate on; the message names the remedy.
     """
-    if arguments.dataset_mixture is not None:
+    if (mixture := arguments.mixture()) is not None:
         _warn_of_unused(arguments, "a mixture", "dataset_config", "dataset_train_split", "dataset_test_split")
         if streaming:
             raise ValueError("a mixture is shuffled whole and cannot be streamed: leave out --dataset_streaming.")
-        return _mix(arguments.dataset_mixture, test)
+        return _mix(mixture, test)
     name, config, test_split = arguments.dataset_name, arguments.dataset_config, arguments.dataset_test_split
     if is_undivided(name):
         _warn_of_unused(arguments, name, "dataset_config", "dataset_train_split")
@@ -65,41 +65,33 @@ def _warn_of_unused(arguments: ScriptArguments, data: str, *options: str) -> Non
             logger.warning("--%s %s is not used: %s has no such parts.", option, value, data)
 
 
-def _mix(mixture: dict[str, Any], test: bool) -> tuple[Dataset, Dataset | None]:
+def _mix(mixture: DatasetMixtureConfig, test: bool) -> tuple[Dataset, Dataset | None]:
     """open-r1's mixture: a share of each set's shuffled rows, put together and shuffled, and a test split of them."""
     from datasets import concatenate_datasets
 
-    if not mixture.get("datasets") or set(mixture) - {"datasets", "seed", "test_split_size"}:
-        raise ValueError(f"dataset_mixture takes a list `datasets`, `seed` and `test_split_size`; got {mixture}.")
-    seed = mixture.get("seed", 0)
     parts: list[Dataset] = []
-    for entry in mixture["datasets"]:
-        if not entry.get("id") or set(entry) - {"id", "config", "split", "columns", "weight"}:
-            raise ValueError(f"a set of dataset_mixture takes id, config, split, columns and weight; got {entry}.")
-        name, columns, weight = entry["id"], entry.get("columns"), entry.get("weight", 1.0)
-        rows = load_rows(name, entry.get("config"), entry.get("split", "train"))
+    for entry in mixture.sets():
+        name, columns, weight = entry.id, entry.columns, entry.weight
+        rows = load_rows(name, entry.config, entry.split)
         if columns:
             if missing := set(columns) - set(rows.column_names):
                 raise ValueError(f"{name} has no columns {sorted(missing)}; it has {rows.column_names}.")
             rows = rows.select_columns(columns)
         count = int(len(rows) * weight)
-        if not 0 < weight <= 1 or count == 0:
-            raise ValueError(
-                f"weight {weight} of {name}, a share of its {len(rows)} rows, must be above 0 and at most 1 and "
-                "leave a row."
-            )
-        parts.append(rows.shuffle(seed=seed).select(range(count)))
+        if count == 0:
+            raise ValueError(f"weight {weight} of {name}, a share of its {len(rows)} rows, must leave a row.")
+        parts.append(rows.shuffle(seed=mixture.seed).select(range(count)))
         if set(rows.column_names) != set(parts[0].column_names):
             raise ValueError(
                 f"the sets of a mixture must have the same columns: {name} has {sorted(rows.column_names)}, "
                 f"the first has {sorted(parts[0].column_names)}; choose them with `columns`."
             )
     try:
-        mixed = concatenate_datasets(parts).shuffle(seed=seed)
+        mixed = concatenate_datasets(parts).shuffle(seed=mixture.seed)
     except ValueError as error:
         raise ValueError(f"the sets of the mixture hold different types: {' '.join(str(error).split())}") from error
-    if size := mixture.get("test_split_size"):
-        split = mixed.train_test_split(test_size=size, seed=seed)
+    if size := mixture.test_split_size:
+        split = mixed.train_test_split(test_size=size, seed=mixture.seed)
         return split["train"], split["test"] if test else None
     if test:
         raise ValueError("evaluation needs a test split: give the mixture a test_split_size.")
@@ -217,12 +209,15 @@ def fingerprint(rows: Dataset | IterableDataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def row_order(num_rows: int, seed: int, start: int, count: int) -> list[int]:
+def row_order(num_rows: int, seed: int | None, start: int, count: int) -> list[int]:
     """Rows `start` to `start + count` of the endless sequence of shuffles, one an epoch: `start` is all of its state.
+    Without a seed every epoch has the order of the rows.
 
     >>> row_order(3, seed=0, start=0, count=5)[:4] == row_order(3, seed=0, start=0, count=4)
     True
     """
+    if seed is None:
+        return [row % num_rows for row in range(start, start + count)]
     order: list[int] = []
     for epoch in range(start // num_rows, (start + count - 1) // num_rows + 1):
         generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)

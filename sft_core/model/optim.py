@@ -3,15 +3,19 @@
 Left out on purpose: 8-bit and second-order optimizers, per-layer learning rates, loss scaling (bfloat16 needs none).
 """
 
+import inspect
 import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from sft_core.run.config import TrainingConfig
+
+OF_EVERY_SCHEDULE = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 
 
 def make_optimizer(policy: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -33,17 +37,37 @@ def make_optimizer(policy: nn.Module, config: TrainingConfig) -> torch.optim.Ada
     return optimizer
 
 
-def check_schedule(config: TrainingConfig) -> None:
-    """Raise ValueError where lr_scheduler_kwargs do not fit lr_scheduler_type."""
-    kind = config.lr_scheduler_type
-    arguments: dict = config.lr_scheduler_kwargs or {}
-    unknown = set(arguments) - ({"min_lr", "min_lr_rate"} if kind == "cosine_with_min_lr" else set())
-    if unknown:
-        raise ValueError(f"lr_scheduler_kwargs {sorted(unknown)} mean nothing to {kind}: remove them.")
-    if kind == "cosine_with_min_lr" and len(arguments) != 1:
+def check_schedule(config: TrainingConfig, total_steps: int) -> None:
+    """Raise ValueError where lr_scheduler_kwargs do not fit lr_scheduler_type, or not `total_steps`."""
+    kind, given = config.lr_scheduler_type, dict(config.lr_scheduler_kwargs or {})
+    accepted = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(kind)]).parameters
+    if unknown := sorted(set(given) - (set(accepted) - OF_EVERY_SCHEDULE)):
+        raise ValueError(f"lr_scheduler_kwargs {unknown} mean nothing to {kind}: remove them.")
+    warmup = warmup_steps(config, total_steps)
+    if kind == "constant" and warmup:
+        raise ValueError("lr_scheduler_type constant has no warm-up: give constant_with_warmup, or no warm-up.")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    try:
+        [factor] = make_scheduler(optimizer, config, total_steps).lr_lambdas
+        factors = [factor(step) for step in range(0, total_steps, math.ceil(total_steps / 100))]
+        steps = warmup + sum(given.get(name, 0) for name in ("num_decay_steps", "num_stable_steps"))
+        fits = steps <= max(warmup, total_steps) and all(0 <= value < math.inf for value in factors)
+    except (TypeError, ValueError) as error:  # transformers' own words
         raise ValueError(
-            'cosine_with_min_lr needs one of min_lr, min_lr_rate: lr_scheduler_kwargs {"min_lr_rate": 0.1}.'
+            f"lr_scheduler_kwargs {given} do not fit {kind}: {error} (YAML reads 1e-6 as text: write 1.0e-6)."
+        ) from error
+    if not fits:
+        raise ValueError(
+            f"lr_scheduler_kwargs {given} do not fit {kind} over {total_steps} steps, {warmup} of them to warm up: its "
+            "stages must not be longer, and no learning rate below 0."
         )
+
+
+def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
+    """A number of steps, or a share of them."""
+    if config.warmup_steps >= 1:
+        return int(config.warmup_steps)
+    return math.ceil((config.warmup_steps or config.warmup_ratio) * total_steps)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int) -> LambdaLR:
@@ -51,7 +75,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, tot
     return get_scheduler(
         config.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=config.warmup_steps or math.ceil(config.warmup_ratio * total_steps),
+        num_warmup_steps=warmup_steps(config, total_steps),
         num_training_steps=total_steps,
         scheduler_specific_kwargs=config.lr_scheduler_kwargs,
     )

@@ -1,11 +1,11 @@
 """From `--config run.yaml --field value ...` to validated dataclasses.
 
 YAML values are turned into the same tokens as a command line and put before the real one, so there is one conversion
-of types and the command line wins. An unknown key or flag is refused with the nearest known name; one of open-r1's that
-means nothing here is accepted with a warning (`open_r1_keys.py`). A key `env:` in the YAML sets environment variables
-(those of libraries that read them when they are imported, such as HF_ENDPOINT, belong into the shell). `--parse_only`
-prints the resolved configuration as YAML and ends. Types, `--help` and choices come from transformers'
-HfArgumentParser.
+of types and the command line wins. An unknown key or flag is refused with the nearest known name; what becomes of those
+of TRL and open-r1 that are no options here says `open_r1_keys.py`. `null` or `none` says that there is no number. A key
+`env:` in the YAML sets environment variables (those of libraries that read them when they are imported, such as
+HF_ENDPOINT, belong into the shell). `--parse_only` prints the resolved configuration as YAML, after it as comments the
+defaults that are not TRL's, and ends. Types, `--help` and choices come from transformers' HfArgumentParser.
 """
 
 import copy
@@ -14,20 +14,36 @@ import json
 import logging
 import os
 from argparse import ArgumentParser
+from collections.abc import Iterable
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin
 
 import yaml
 from transformers import HfArgumentParser
 
-from sft_core.run.open_r1_keys import FOREIGN_KEYS
-from sft_core.run.options import known_names, nearest, warn_foreign
+from sft_core.run.open_r1_keys import FOREIGN_KEYS, REFUSED_KEYS, TRL_DEFAULTS, pass_over
+from sft_core.run.options import (
+    JsonDict,
+    alternatives,
+    check_once,
+    default_of,
+    is_a,
+    known_names,
+    nearest,
+    option_types,
+    require,
+)
 
 logger = logging.getLogger(__name__)
 
 
 class Parser(HfArgumentParser):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        for kind in (int, float):
+            self.register("type", kind, lambda text, kind=kind: None if text in ("null", "none") else kind(text))
+
     def error(self, message: str) -> NoReturn:  # argparse would print its whole usage first
         raise ValueError(f"{message} (see --help)")
 
@@ -53,31 +69,28 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
         raise ValueError(f"--config is given {len(ours.config)} times: put all into one file.")
     path = ours.config[0] if ours.config else None
     known = known_names(*config_types)
-    tokens = []
+    types = {name: kind for config_type in config_types for name, kind in option_types(config_type).items()}
+    tokens, given = [], []
     for key, value in (_read_yaml(path) if path else {}).items():
         if key == "env":
+            require(isinstance(value or {}, dict), f"`env` in {path} must hold `NAME: value` lines, got {value!r}.")
             os.environ.update({name: str(text) for name, text in (value or {}).items()})
-        elif key in FOREIGN_KEYS and key not in known:
-            warn_foreign(key)
-        elif key not in known:
-            raise ValueError(f"unknown key `{key}` in {path}{nearest(key, known)}")
+        elif key in known:
+            given.append(known[key].name)
+            tokens += _as_tokens(key, value, known[key], types[known[key].name])
+        elif key in FOREIGN_KEYS or key in REFUSED_KEYS:
+            pass_over(key, value)
         else:
-            tokens += _as_tokens(key, value, known[key])
+            raise ValueError(f"unknown key `{key}` in {path}{nearest(key, known)}")
+    check_once(given)
     *configs, remaining = Parser(config_types, allow_abbrev=False).parse_args_into_dataclasses(
         [*tokens, *argv], return_remaining_strings=True, look_for_args_file=False
     )
-    foreign = False  # values that follow a key of others go with it
-    for text in remaining:
-        name = text.lstrip("-").split("=")[0].replace("-", "_")
-        if text.startswith("--"):
-            foreign = name in FOREIGN_KEYS
-        if not foreign:
-            raise ValueError(f"unknown flag `{text}`{nearest(name, known)}")
-        if text.startswith("--"):
-            warn_foreign(name)
+    _pass_over_flags(remaining, known)
     if ours.parse_only:
         if os.environ.get("RANK", "0") == "0":
             print(as_yaml([config.frozen() for config in configs]), end="")
+            print("# Defaults that are not those of TRL 1.16 and open-r1:", *map(_differences, config_types), sep="")
         raise SystemExit(0)
     return tuple(configs)
 
@@ -95,20 +108,73 @@ def as_yaml(configs: list[Any]) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
 
 
+def _differences(config_type: type) -> str:
+    """The defaults that are others there, one comment a line."""
+    there: dict[str, Any] = {}
+    for library in ("trl 1.16.0", "open_r1"):
+        for kind in config_type.__mro__:
+            there |= TRL_DEFAULTS[library].get(kind.__name__, {})
+    lines = []
+    for name, field in known_names(config_type).items():
+        ours, theirs = default_of(field), there.get(name)
+        if name in there and ours != theirs and (ours or theirs):  # "" is how a missing name is written here
+            lines.append(f"\n#   {name}: {json.dumps(ours)}, there {json.dumps(theirs)}")
+    return "".join(lines)
+
+
+def _pass_over_flags(remaining: list[str], known: Iterable[str]) -> None:
+    """What the parser did not know: flags of others, with their values."""
+    given: dict[str, list[str]] = {}
+    values: list[str] | None = None  # of the last flag
+    for text in remaining:
+        flag, _, value = text.partition("=")
+        name = flag.lstrip("-").replace("-", "_")
+        if text.startswith("--") and (name in FOREIGN_KEYS or name in REFUSED_KEYS):
+            values = given[name] = [value] if value else []
+        elif values is None or text.startswith("--"):
+            raise ValueError(f"unknown flag `{text}`{nearest(name, known)}")
+        else:
+            values.append(text)
+    for name, texts in given.items():
+        parts = [_load(text, f"--{name}") for text in texts]
+        pass_over(name, parts if len(parts) > 1 else parts[0] if parts else True)
+
+
+class _Loader(yaml.SafeLoader):
+    """One key twice is an error, where YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise ValueError(f"`{twice[0]}` is there twice: give it once.")
+        return super().construct_mapping(node, deep)
+
+
+def _load(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"there is no recipe at {path}: check --config.")
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = _load(Path(path).read_text(), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `key: value` lines.")
     return content
 
 
-def _as_tokens(key: str, value: Any, field: dataclasses.Field) -> list[str]:
+def _as_tokens(key: str, value: Any, field: dataclasses.Field, kind: Any) -> list[str]:
+    kinds = alternatives(kind)
+    listed = any(get_origin(part) is list for part in kinds)
+    require(listed or not isinstance(value, list), f"`{key}` takes one value, got the list {value}.")
+    require(JsonDict in kinds or not isinstance(value, dict), f"`{key}` takes no `key: value` lines, got {value}.")
     if value is None:
+        if field.default is not None and is_a(None, kind) and (int in kinds or float in kinds):
+            return [f"--{key}=null"]
         if field.default is not None and os.environ.get("RANK", "0") == "0":
             logger.warning("`%s` without a value leaves its default, %s.", key, field.default)
         return []
@@ -117,4 +183,4 @@ def _as_tokens(key: str, value: Any, field: dataclasses.Field) -> list[str]:
         return [] if empty else [f"--{key}", "none"]  # `report_to` knows none; a reward of that name is refused
     if isinstance(value, list):
         return [f"--{key}", *map(str, value)]
-    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict | bool) else value}"]

@@ -1,6 +1,6 @@
 """The options of a run: flat dataclasses, one field per option, checked when they are made (`options.py`).
 
-`ModelConfig` and `ScriptArguments` (model and data) are shared by both trainers; `TrainingConfig` holds the options of
+`ModelConfig` and `ScriptArguments` (of `model_config.py`) are shared by both trainers; `TrainingConfig` holds those of
 any training run, `SFTConfig` adds those of supervised training (`grpo_core.config` adds those of GRPO). Names and
 meanings follow Hugging Face's TrainingArguments, TRL and open-r1 wherever an option exists there; every step counted
 here is an optimizer step. How they are read from YAML and the command line: `sft_core/run/cli.py`.
@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from sft_core.run.model_config import ModelConfig as ModelConfig
+from sft_core.run.model_config import ScriptArguments as ScriptArguments
 from sft_core.run.options import JsonDict, Options, option, require
 
 OPTIMIZERS = (
@@ -20,75 +22,16 @@ OPTIMIZERS = (
     "paged_adamw_8bit",
     "paged_adamw_32bit",
 )
-SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup")
-
-
-@dataclass
-class ModelConfig(Options):
-    model_name_or_path: str = option("", "Model to start from: a Hub id or a folder.")
-    model_revision: str = option("main", "Branch, tag or commit of a Hub model.")
-    dtype: str | None = option(
-        None,
-        "Precision of computing where bf16 is not given: bfloat16, float32 or auto; masters are float32 always.",
-        alias="torch_dtype",
-        choices=("auto", "bfloat16", "float32"),
-    )
-    trust_remote_code: bool = option(False, "Run the model code that comes with a Hub model.")
-    attn_implementation: str | None = option(
-        None, "Any of transformers' names: attention here is always the packed one (varlen kernels on a GPU)."
-    )
-    use_peft: bool = option(
-        False, "Train low-rank adapters (LoRA, arXiv:2106.09685) through peft; the model is frozen."
-    )
-    lora_r: int = option(16, "Rank of the adapters.", ge=1)
-    lora_alpha: float = option(32, "Adapters are scaled by lora_alpha / lora_r.")
-    lora_dropout: float = option(
-        0.05, "Dropout before the adapters in SFT; GRPO, whose sampler has none, takes 0.", ge=0, lt=1
-    )
-    lora_target_modules: list[str] | None = option(
-        None,
-        "Modules that get adapters, by the end of their names, or all-linear; default: peft's for the architecture.",
-    )
-    lora_modules_to_save: list[str] | None = option(None, "Modules trained whole beside the adapters.")
-    lora_task_type: Literal["CAUSAL_LM"] = option("CAUSAL_LM", "The only task there is here.")
-    use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_r) instead (arXiv:2312.03732).")
-    use_dora: bool = option(False, "Train each adapted weight's column norms apart (DoRA, arXiv:2402.09353).")
-    load_in_8bit: bool = option(False, "Freeze the model in 8 bits (bitsandbytes); needs use_peft.")
-    load_in_4bit: bool = option(False, "Freeze the model in 4 bits (QLoRA, arXiv:2305.14314); needs use_peft.")
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "The 4-bit type.")
-    use_bnb_nested_quant: bool = option(False, "Quantise the 4-bit scales too.")
-
-    def check(self) -> None:
-        require(self.model_name_or_path != "", "--model_name_or_path is missing: give a Hub id or a model folder.")
-        super().check()
-        require(not (self.load_in_4bit and self.load_in_8bit), "give one of load_in_4bit and load_in_8bit.")
-        require(
-            self.use_peft or not (self.load_in_4bit or self.load_in_8bit),
-            "a quantised model cannot be trained whole: give --use_peft true with load_in_4bit or load_in_8bit, or "
-            "leave them out.",
-        )
-
-
-@dataclass
-class ScriptArguments(Options):
-    dataset_name: str = option("", "Data: a Hub id, a .json/.jsonl/.parquet file, or a folder of either kind.")
-    dataset_config: str | None = option(None, "Configuration (subset) of a Hub data set.")
-    dataset_train_split: str = option("train", "Split to train on.")
-    dataset_test_split: str = option("test", "Split to evaluate on; beside a data file, another data file.")
-    dataset_mixture: JsonDict | None = option(
-        None,
-        "Instead of dataset_name: {datasets: [{id, config, split, columns, weight}], seed, test_split_size}; weight is "
-        "the share of that set's rows.",
-    )
-
-    def check(self) -> None:
-        super().check()
-        require(
-            bool(self.dataset_name) != bool(self.dataset_mixture),
-            "give either --dataset_name (a Hub id or a data file) or a dataset_mixture, not both."
-            if self.dataset_name
-            else "--dataset_name is missing: give a Hub id or a data file.",
-        )
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_min_lr",
+    "cosine_with_restarts",
+    "polynomial",
+    "warmup_stable_decay",
+    "constant",
+    "constant_with_warmup",
+)
 
 
 @dataclass
@@ -110,10 +53,14 @@ class TrainingConfig(Options):
     learning_rate: float = option(2e-5, "Peak learning rate.", ge=0)
     lr_scheduler_type: str = option("linear", f"Schedule after the warm-up: {', '.join(SCHEDULES)}.", choices=SCHEDULES)
     lr_scheduler_kwargs: JsonDict | None = option(
-        None, 'JSON; cosine_with_min_lr takes {"min_lr_rate": share of the peak} or {"min_lr": value}.'
+        None,
+        'JSON; what transformers gives the schedule, as {"min_lr_rate": 0.1} (or min_lr) to cosine_with_min_lr, '
+        "num_cycles to cosine_with_restarts, power and lr_end to polynomial, num_decay_steps to warmup_stable_decay.",
     )
     warmup_ratio: float = option(0.0, "Share of the steps that warm up linearly.", ge=0, le=1)
-    warmup_steps: int = option(0, "Warm-up steps; above 0 it replaces warmup_ratio.", ge=0)
+    warmup_steps: float = option(
+        0, "Warm-up steps; below 1: a share of all steps; above 0 it replaces warmup_ratio.", ge=0
+    )
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay (matrices only).", ge=0)
     adam_beta1: float = option(0.9, "AdamW's beta 1.", ge=0, lt=1)
     adam_beta2: float = option(0.999, "AdamW's beta 2.", ge=0, lt=1)
@@ -130,7 +77,7 @@ class TrainingConfig(Options):
     )
     cpu_offload: bool = option(False, "Keep parameters, gradients and optimizer state in host memory (FSDP2's policy).")
     torch_compile: bool = option(False, "Compile the decoder blocks (torch.compile); the first steps take longer.")
-    torch_compile_backend: Literal["inductor", "aot_eager"] = option(
+    torch_compile_backend: Literal["inductor", "aot_eager"] | None = option(
         "inductor", "Of torch.compile; aot_eager traces the blocks and generates no code, for tests."
     )
     merge_adapter: bool = option(False, "Beside the adapter, write the merged model to output_dir/merged.")
@@ -171,6 +118,11 @@ class TrainingConfig(Options):
     chat_template: str | None = option(
         None, "Jinja text, or a file with it, in place of the tokenizer's template.", alias="chat_template_path"
     )
+    chat_template_kwargs: JsonDict | None = option(
+        None,
+        'JSON; what else the chat template gets, as {"enable_thinking": false}; a column chat_template_kwargs says it '
+        "row by row, before this.",
+    )
     save_strategy: Literal["no", "steps", "epoch"] = option(
         "steps", "Write checkpoints every save_steps, each epoch, or none."
     )
@@ -198,7 +150,7 @@ class TrainingConfig(Options):
         "every_save", "When push_to_hub pushes: after training, or at each checkpoint too."
     )
     hub_always_push: bool = option(False, "Push a checkpoint even while the one before is still being pushed.")
-    hub_private_repo: bool = option(False, "Make the repository private where it is new.")
+    hub_private_repo: bool | None = option(None, "Make the repository private where it is new.")
     hub_model_revision: str = option("main", "Branch of push_to_hub_revision and its callback.")
     overwrite_hub_revision: bool = option(False, "Push there even if the branch holds a model.")
     push_to_hub_revision: bool = option(False, "Push the final model to hub_model_revision.")
@@ -223,8 +175,15 @@ class TrainingConfig(Options):
             "gradient_checkpointing_every says which blocks are checkpointed: give --gradient_checkpointing true too.",
         )
         require(
-            self.torch_compile or self.torch_compile_backend == "inductor",
+            self.torch_compile or self.torch_compile_backend in (None, "inductor"),
             "torch_compile_backend says how blocks are compiled: give --torch_compile true too.",
+        )
+        require(
+            not self.benchmark_kwargs or self.benchmarks != [], "benchmark_kwargs would do nothing: give --benchmarks."
+        )
+        require(
+            self.warmup_steps < 1 or self.warmup_steps % 1 == 0,
+            f"warmup_steps {self.warmup_steps} is neither a number of steps nor, below 1, a share of them.",
         )
         require(self.max_steps > 0 or self.num_train_epochs > 0, "give --max_steps or --num_train_epochs above 0.")
         if self.load_best_model_at_end:
@@ -280,8 +239,11 @@ class TrainingConfig(Options):
 
 @dataclass
 class SFTConfig(TrainingConfig):
-    max_length: int = option(
-        1024, "Longest row in tokens, and with packing the size of a bin.", alias="max_seq_length", ge=2
+    max_length: int | None = option(
+        1024,
+        "Longest row in tokens, and with packing the size of a bin; null: rows are as long as they are.",
+        alias="max_seq_length",
+        ge=2,
     )
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = option(
         "keep_start", "What becomes of longer rows: their start or end is kept, or they are left out."
@@ -291,8 +253,10 @@ class SFTConfig(TrainingConfig):
         "A sequence of the batch size is a bin of max_length tokens, filled with whole rows, instead of one row; rows "
         "never see each other, and a batch of the same rows has the same loss.",
     )
-    loss_type: Literal["nll", "dft"] = option(
-        "nll", "nll: -log p; dft: -p log p with p held constant, dynamic fine-tuning (arXiv:2508.05629)."
+    loss_type: Literal["nll", "chunked_nll", "dft"] = option(
+        "nll",
+        "nll (chunked_nll is its older name): -log p; dft: -p log p with p held constant, dynamic fine-tuning "
+        "(arXiv:2508.05629).",
     )
     assistant_only_loss: bool = option(True, "In conversations train what the assistant says; false: everything.")
     completion_only_loss: bool | None = option(
@@ -301,7 +265,10 @@ class SFTConfig(TrainingConfig):
     )
     dataset_text_field: str = option("text", "Column of plain text, trained whole.")
     dataset_num_proc: int | None = option(
-        None, "Processes that tokenise, unless streaming; default: one a core, at most 16.", ge=1
+        None,
+        "Processes that tokenise, unless streaming; default: one a core, at most 16.",
+        alias="preprocessing_num_workers",
+        ge=1,
     )
     dataset_streaming: bool = option(
         False, "Read and tokenise the rows as they are needed, in the order of the files; needs max_steps."
@@ -319,3 +286,11 @@ class SFTConfig(TrainingConfig):
             or "epoch" not in (self.save_strategy, self.eval_strategy, self.logging_strategy),
             "a streamed data set has no epochs: use steps as strategy.",
         )
+        require(
+            self.max_length is not None or not (self.packing or self.dataset_streaming or self.dry_run),
+            "packing, dataset_streaming and dry_run need to know the longest row: give --max_length.",
+        )
+
+    def resolve(self) -> None:
+        super().resolve()
+        self.loss_type = "dft" if self.loss_type == "dft" else "nll"

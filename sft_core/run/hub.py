@@ -84,7 +84,7 @@ def check_hub(config: TrainingConfig) -> None:
     def ask() -> bool:
         _user(api.endpoint, get_token())  # without a token the Hub would say 401, which reads like a wrong one
         repo = resolve_repo_id(config)
-        api.create_repo(repo, private=config.hub_private_repo or None, exist_ok=True)
+        api.create_repo(repo, private=config.hub_private_repo, exist_ok=True)
         return config.push_to_hub_revision and api.file_exists(repo, "README.md", revision=config.hub_model_revision)
 
     with refusals_said(api, "another --hub_model_id"):

@@ -9,17 +9,14 @@ import copy
 import dataclasses
 import difflib
 import json
-import logging
 import operator
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from sft_core.run.open_r1_keys import FOREIGN_KEYS
+from sft_core.run.open_r1_keys import FOREIGN_KEYS, REFUSED_KEYS, pass_over
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 BOUNDS = {
     "ge": (operator.ge, "at least"),
@@ -47,7 +44,8 @@ class _OptionsType(type):
     """Calling a class of options takes aliases and the names of others' configurations too."""
 
     def __call__(cls: type[T], *args: Any, **given: Any) -> T:
-        named = [(option_name(cls, name), value) for name, value in given.items()]
+        named = [(option_name(cls, name, value), value) for name, value in given.items()]
+        check_once([name for name, _ in named])
         return type.__call__(cls, *args, **{name: value for name, value in named if name is not None})
 
 
@@ -75,8 +73,8 @@ class Options(metaclass=_OptionsType):
     def __setattr__(self, name: str, value: Any) -> None:
         if "_frozen" in vars(self):
             raise AttributeError(f"{name} cannot be changed: the run has its own copy of the options")
-        types = _types(type(self))
-        known = name if name in types else option_name(type(self), name)
+        types = option_types(type(self))
+        known = name if name in types else option_name(type(self), name, value)
         if known is not None:
             vars(self)[known] = _converted(value, types[known])
 
@@ -108,24 +106,25 @@ def known_names(*kinds: Any) -> dict[str, dataclasses.Field]:
     }
 
 
-def option_name(kind: type, name: str) -> str | None:
-    """The option that `name` means; None for one that is accepted without a meaning, with a warning.
+def option_name(kind: type, name: str, value: Any) -> str | None:
+    """The option that `name` means; None for one of others that is accepted, see `open_r1_keys.pass_over`.
 
     Raises:
-        ValueError: there is no such option.
+        ValueError: there is no such option, or it is refused.
     """
     known = known_names(kind)
     if name in known:
         return known[name].name
-    if name in FOREIGN_KEYS:
-        warn_foreign(name)
-        return None
-    raise ValueError(f"{kind.__name__} has no option `{name}`{nearest(name, known)}")
+    if name not in FOREIGN_KEYS and name not in REFUSED_KEYS:
+        raise ValueError(f"{kind.__name__} has no option `{name}`{nearest(name, known)}")
+    pass_over(name, value)
+    return None
 
 
-def warn_foreign(name: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        logger.warning("`%s` has no meaning here and is passed over: %s.", name, FOREIGN_KEYS[name])
+def check_once(names: Sequence[str | None]) -> None:
+    """Raise ValueError where an option is given under two of its names, of which one would be lost."""
+    for name in names:
+        require(name is None or names.count(name) == 1, f"{name} is given twice, under two of its names: give it once.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -135,13 +134,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def check_options(config: Any) -> None:
     """Raise ValueError for an option that is not of its type, or outside the bounds or choices at its field."""
-    types = _types(config.__class__)
+    types = option_types(config.__class__)
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
-        require(value is not None or _is_a(None, types[name]), f"{name} must have a value.")
-        require(_is_a(value, types[name]), f"{name} must be {_words(types[name])}, got {value!r}.")
+        require(value is not None or is_a(None, types[name]), f"{name} must have a value.")
+        require(is_a(value, types[name]), f"{name} must be {_words(types[name])}, got {value!r}.")
         if value is None:
             continue
+        require(value == value, f"{name} must be a number, got nan.")
         for bound, limit in field.metadata.get("bounds", {}).items():
             holds, words = BOUNDS[bound]
             require(holds(value, limit), f"{name} must be {words} {limit}, got {value}.")
@@ -151,33 +151,35 @@ def check_options(config: Any) -> None:
 
 
 @cache
-def _types(kind: Any) -> dict[str, Any]:
+def option_types(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
 def _converted(value: Any, kind: Any) -> Any:
     """As on the command line: one text is a list of one, true and false are texts too where an option is a text."""
-    kinds = _alternatives(kind)
+    kinds = alternatives(kind)
     if isinstance(value, bool) and str in kinds and bool not in kinds:
         return str(value).lower()
+    if isinstance(value, str) and JsonDict in kinds:
+        return JsonDict(value)
     if isinstance(value, str) and str not in kinds and any(get_origin(part) is list for part in kinds):
         return [value]
     return value
 
 
-def _alternatives(kind: Any) -> tuple[Any, ...]:
+def alternatives(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
-def _is_a(value: Any, kind: Any) -> bool:
+def is_a(value: Any, kind: Any) -> bool:
     """Whether `value` is of the annotated type; an int is a float too, a bool no number."""
     origin, parts = get_origin(kind), get_args(kind)
-    if len(kinds := _alternatives(kind)) > 1:
-        return any(_is_a(value, part) for part in kinds)
+    if len(kinds := alternatives(kind)) > 1:
+        return any(is_a(value, part) for part in kinds)
     if origin is Literal:
         return value in parts
     if origin in (list, tuple):
-        return isinstance(value, origin) and all(_is_a(item, parts[0]) for item in value)
+        return isinstance(value, origin) and all(is_a(item, parts[0]) for item in value)
     if kind in (int, float):
         return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if kind is JsonDict:
@@ -187,7 +189,7 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 def _words(kind: Any) -> str:
     origin, parts = get_origin(kind), get_args(kind)
-    if len(kinds := _alternatives(kind)) > 1:
+    if len(kinds := alternatives(kind)) > 1:
         return " or ".join(_words(part) for part in kinds if part is not NoneType)
     if origin is Literal:
         return "one of " + ", ".join(map(str, parts))
@@ -197,12 +199,16 @@ def _words(kind: Any) -> str:
     return words.get(kind, str(kind))
 
 
+def default_of(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def option_table(config_type: type, base: type | None = None) -> str:
     """README's table of a configuration: a row an option, without those that `base` has in the same form."""
     inherited = {f.name: (f.default, f.metadata["help"]) for f in dataclasses.fields(base)} if base else {}
     rows = ["| option | default | meaning |", "|---|---|---|"]
     for f in (f for f in dataclasses.fields(config_type) if f.init):
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        default = default_of(f)
         if inherited.get(f.name) == (f.default, f.metadata["help"]):
             continue
         shown = "required" if default == "" else " ".join(default) if isinstance(default, list) else default

@@ -1,7 +1,9 @@
 """Reward functions against open-r1's documented cases, each mended defect, and what must hold for any text."""
 
 import pickle
-from types import SimpleNamespace
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from grpo_core.rewards import (
     REWARD_FUNCS_REGISTRY,
     accuracy_reward,
     format_reward,
+    get_code_format_reward,
     get_cosine_scaled_reward,
     get_repetition_penalty_reward,
     get_reward_funcs,
@@ -223,12 +226,68 @@ def test_repetition_refuses_a_positive_penalty(penalty):
 # ------------------------------------------------------------------------------------------------ for any text
 
 
+CHINESE = ("今天天气很好", "今天 今天 今天 今天", "我们 我们 去 去 我们 我们", "", "好", "abc abc abc abc")
+
+
+def test_repetition_of_chinese_words(monkeypatch):
+    """Over the words that the splitter gives; the expected values are open-r1's for the same splitter."""
+    jieba = ModuleType("jieba")
+    jieba.__spec__, jieba.cut = ModuleSpec("jieba", None), lambda text: iter(list(text.replace(" ", "")))
+    monkeypatch.setitem(sys.modules, "jieba", jieba)
+    reward = get_repetition_penalty_reward(2, -1.0, language="zh")
+    expected = [0.0, -0.7142857142857143, -0.4444444444444444, 0.0, 0.0, -0.7272727272727273]
+    assert reward(messages(*CHINESE)) == pytest.approx(expected)
+    assert reward(messages("Aa aa")) != get_repetition_penalty_reward(2, -1.0)(messages("Aa aa"))
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    with pytest.raises(ValueError, match="run `pip install jieba`"):
+        get_repetition_penalty_reward(2, -1.0, language="zh")
+    with pytest.raises(ValueError, match="language 'fr' of repetition_penalty should be en"):
+        get_repetition_penalty_reward(2, -1.0, language="fr")
+
+
+def in_form(answer, thought="t"):
+    return f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"
+
+
+CODE = "```python\nprint(1)\n```"
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "expected", "theirs"),
+    [
+        (in_form(CODE), "python", 1.0, 1.0),
+        (in_form(f"First this:\n{CODE}\nthen this:\n{CODE}\nDone."), "python", 1.0, 1.0),
+        (in_form("``` python\nx\n```"), "python", 0.0, 0.0),
+        (in_form("```cpp\nint x;\n```"), "cpp", 1.0, 1.0),
+        (in_form("```cpp\nint x;\n```"), "python", 0.0, 0.0),
+        (in_form("print(1)"), "python", 0.0, 0.0),
+        (in_form("```python\nprint(1)"), "python", 0.0, 0.0),
+        (in_form("no", thought=CODE), "python", 0.0, 0.0),
+        (f"<think>t</think><answer>{CODE}</answer>", "python", 0.0, 0.0),
+        (CODE, "python", 0.0, 0.0),
+        ("", "python", 0.0, 0.0),
+        # mended
+        (in_form(CODE) + "\njunk", "python", 0.0, 1.0),
+        (in_form(CODE) + "\n" + in_form("no"), "python", 0.0, 1.0),
+        (in_form("```javascript\nx\n```"), "java", 0.0, 1.0),
+    ],
+)
+def test_code_format(text, language, expected, theirs):
+    """`theirs`: what open-r1's gives."""
+    assert get_code_format_reward(language)(messages(text)) == [expected]
+    assert get_code_format_reward()(messages(text), language=[language]) == [expected]  # the row's own
+    assert get_code_format_reward(language)(messages(text), language=[None]) == [expected]
+    opened = text.removeprefix("<think>\n")
+    if expected:
+        assert get_code_format_reward(language)(messages(opened), prompt_texts=["<think>\n"]) == [expected] == [theirs]
+
+
 EVERY = SimpleNamespace(
     reward_funcs=list(REWARD_FUNCS_REGISTRY), cosine_min_value_wrong=-1.0, cosine_max_value_wrong=-0.5,
     cosine_min_value_correct=0.5, cosine_max_value_correct=1.0, cosine_max_len=1000, repetition_n_grams=3,
-    repetition_max_penalty=-1.0, max_completion_len=40, soft_punish_cache=20,
+    repetition_max_penalty=-1.0, code_language="cpp", max_completion_len=40, soft_punish_cache=20,
 )  # fmt: skip
-RANGES = [(0, 1), (0, 1), (0, 1), (-1, 1), (-1, 0), (0, 1), (-0.5, 0.5), (-1, 0)]
+RANGES = [(0, 1), (0, 1), (0, 1), (-1, 1), (-1, 0), (0, 1), (0, 1), (-0.5, 0.5), (-1, 0)]
 PIECES = ["<think>", "</think>", "<answer>", "</answer>", "\n", "1. ", r"\boxed{", "}", "$", "63", "is "]
 TEXTS = st.lists(
     st.text(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=12).map("".join), min_size=1, max_size=5
@@ -278,7 +337,8 @@ def test_names_are_those_that_open_r1_logs_and_all_of_them_pickle():
     functions = get_reward_funcs(EVERY)
     names = [
         "accuracy_reward", "format_reward", "reasoning_steps_reward", "cosine_scaled_reward",
-        "repetition_penalty_reward", "tag_count_reward", "len_reward", "soft_overlong_punishment_reward",
+        "repetition_penalty_reward", "tag_count_reward", "code_format_reward", "len_reward",
+        "soft_overlong_punishment_reward",
     ]  # fmt: skip
     assert [reward_name(function) for function in functions] == [function.__name__ for function in functions] == names
     for function in functions:
@@ -320,7 +380,7 @@ def test_only_the_attributes_of_the_rewards_asked_for_are_read():
         (["binary_code"], "'binary_code' is not here"),
         (["ioi_code"], "'ioi_code' is not here"),
         (["cf_code"], "'cf_code' is not here"),
-        (["accuracy", "code_format"], "'code_format' is not here"),
+        (["accuracy", "code"], "'code' is not here"),
     ],
 )
 def test_bad_names(names, message):

@@ -77,13 +77,21 @@ def test_ranks_that_go_in_step_wait_little_for_each_other():
         ("constant_with_warmup", {"warmup_steps": 4}, {0: 0, 2: 0.5, 4: 1, 10: 1}),
         ("linear", {"warmup_ratio": 0.2}, {0: 0, 1: 0.5, 2: 1, 6: 0.5, 10: 0}),
         ("cosine", {}, {0: 1, 5: 0.5, 10: 0}),
+        ("linear", {"warmup_steps": 0.2}, {0: 0, 1: 0.5, 2: 1, 6: 0.5, 10: 0}),
         ("cosine_with_min_lr", {"lr_scheduler_kwargs": '{"min_lr_rate": 0.1}'}, {0: 1, 5: 0.55, 10: 0.1}),
+        ("cosine_with_restarts", {"lr_scheduler_kwargs": '{"num_cycles": 2}'}, {0: 1, 5: 1, 10: 0}),
+        ("polynomial", {"lr_scheduler_kwargs": '{"power": 2.0, "lr_end": 0.2}'}, {0: 1, 5: 0.4, 10: 0.2}),
+        (
+            "warmup_stable_decay",
+            {"lr_scheduler_kwargs": '{"num_decay_steps": 4}', "warmup_steps": 2},
+            {0: 0, 1: 0.5, 2: 1, 6: 1, 8: 0.5, 10: 0},
+        ),
     ],
 )
 def test_schedules(kind, more, expected):
     argv = [f"--{name}={value}" for name, value in ({"lr_scheduler_type": kind} | more).items()]
     [config] = parse((SFTConfig,), [*argv, "--output_dir=x", "--learning_rate=1.0"])
-    check_schedule(config)
+    check_schedule(config, 10)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
     scheduler = make_scheduler(optimizer, config, total_steps=10)
     for step in range(11):
@@ -91,6 +99,28 @@ def test_schedules(kind, more, expected):
             assert optimizer.param_groups[0]["lr"] == pytest.approx(expected[step])
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "says"),
+    [
+        ("polynomial", {"lr_end": 2.0}, "lr_end .* must be smaller"),
+        ("polynomial", {"lr_end": "1e-6"}, "YAML reads 1e-6 as text"),
+        ("polynomial", {"min_lr": 0.1}, r"\['min_lr'\] mean nothing to polynomial"),
+        ("cosine_with_min_lr", {}, "One of min_lr or min_lr_rate should be set"),
+        ("polynomial", {"lr_end": -1.0}, "no learning rate below 0"),
+        ("warmup_stable_decay", {}, "num_decay_steps"),
+        ("warmup_stable_decay", {"num_decay_steps": 9}, "do not fit warmup_stable_decay over 10 steps, 2 of them"),
+        ("warmup_stable_decay", {"num_decay_steps": 2, "decay_type": "fast"}, "Unknown decay type: fast"),
+        ("constant", {}, "constant has no warm-up"),
+    ],
+)
+def test_a_schedule_that_cannot_be(kind, given, says):
+    config = SFTConfig(
+        output_dir="o", learning_rate=1.0, lr_scheduler_type=kind, lr_scheduler_kwargs=given, warmup_steps=0.2
+    )
+    with pytest.raises(ValueError, match=says):
+        check_schedule(config, 10)
 
 
 def test_command_line_over_yaml_over_defaults(tmp_path, monkeypatch):
@@ -156,9 +186,9 @@ def test_a_mixture_takes_its_shares_and_splits(tmp_path):
     ("change", "says"),
     [
         ({"datasets": []}, "takes a list `datasets`"),
-        ({"fraction": 1}, "got {.*'fraction': 1"),
-        ({"datasets": [{"id": "A", "weight": 1.5}]}, "weight 1.5 of .* above 0 and at most 1"),
-        ({"datasets": [{"id": "A", "weight": 0.5}]}, "weight 0.5 of .*, a share of its 1 rows, must .* leave a row"),
+        ({"fraction": 1}, "has no option `fraction`"),
+        ({"datasets": [{"id": "A", "weight": 1.5}]}, "weight must be at most 1, got 1.5"),
+        ({"datasets": [{"id": "A", "weight": 0.5}]}, "weight 0.5 of .*, a share of its 1 rows, must leave a row"),
         ({"datasets": [{"id": "A", "columns": ["answer"]}]}, r"has no columns \['answer'\]; it has"),
         ({"datasets": [{"id": "A"}, {"id": "B"}]}, "must have the same columns"),
         ({}, "give the mixture a test_split_size"),
