@@ -21,8 +21,8 @@ TRAINERS = {
     "GRPO": known_names(ModelConfig, GRPOScriptArguments, GRPOConfig),
     "SFT": known_names(ModelConfig, ScriptArguments, SFTConfig),
 }
-INTRODUCTION = """What becomes here of every option of GRPOConfig, SFTConfig, ModelConfig and ScriptArguments of TRL 1.16.0,
-of those that open-r1 adds, and of earlier ones (TRL 0.15 to 0.18, with the transformers of then). Written by
+INTRODUCTION = """What becomes here of every option of GRPOConfig, SFTConfig, ModelConfig and ScriptArguments of TRL
+1.16.0, of those that open-r1 adds, and of earlier ones (TRL 0.15 to 0.18, with the transformers of then). Written by
 `python -m grpo_core.option_guide --trl`.
 """
 
