@@ -18,7 +18,7 @@ from grpo_core.user_code import import_function
 from sft_core.run.options import require
 
 CLIPPED = ("grpo", "dapo", "bnpo", "dr_grpo", "luspo")  # the loss types that clip the ratio from both sides
-LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")
+LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 AT_LEAST = {
     "epsilon": 0,

@@ -104,8 +104,9 @@ def keep_high_entropies(
     dist.all_gather_object(parts, torch.cat(own).cpu())
     every = torch.cat(parts).to(own[0].device)
     threshold = entropy_quantile(every, objective)
+    num_kept = (every >= threshold).sum()
     for batch, entropies in zip(micro_batches, own, strict=True):
-        batch.kept, batch.num_kept = entropies >= threshold, (every >= threshold).sum()
+        batch.kept, batch.num_kept = entropies >= threshold, num_kept
 
 
 def score(
