@@ -147,9 +147,11 @@ class TrainingConfig(Options):
         "passive", "Verbosity of this program, datasets and transformers; passive: as they are set."
     )
     report_to: list[str] = option(
-        ["tensorboard"], "Any of tensorboard, wandb; or none.", choices=("tensorboard", "wandb", "none")
+        ["tensorboard"],
+        "Any of tensorboard, wandb and the other trackers that transformers integrates (mlflow, trackio, swanlab and "
+        "more); all: those that are installed; or none.",
     )
-    run_name: str | None = option(None, "Name of the run in wandb.")
+    run_name: str | None = option(None, "Name of the run in wandb and other trackers.")
     wandb_entity: str | None = option(None, "wandb's team or user.")
     wandb_project: str | None = option(None, "wandb's project.")
     wandb_run_group: str | None = option(None, "wandb's group of runs.")

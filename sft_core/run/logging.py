@@ -1,7 +1,7 @@
 """What a run says: its options and plan before it starts, then the metrics of each step.
 
-Metrics are reduced over the ranks once a step and go to TensorBoard, JSONL, wandb and a console line, text samples with
-them.
+Metrics are reduced over the ranks once a step and go to TensorBoard, JSONL, wandb, other trackers (`trackers.py`) and a
+console line, text samples with them.
 
 Left out on purpose: averaging over logging windows (a logged number is that of the step it stands at) and plots.
 Watch with `tensorboard --logdir OUTPUT_DIR/runs`, or read `metrics.jsonl` and `completions.jsonl`, one object a line.
@@ -32,6 +32,7 @@ from sft_core.run.distributed import is_first_rank
 from sft_core.run.files import write_atomically
 
 logger = logging.getLogger(__name__)
+OWN = {"tensorboard", "wandb", "none"}  # the others: `trackers.py`
 
 
 def start_logging() -> None:
@@ -138,13 +139,14 @@ class MetricsLogger:
     ) -> None:
         """`console`: the metrics worth a console line, in order, those present; `options`: the run's, for the record.
 
-        Raises ValueError for wandb without its package, on every rank.
+        Raises ValueError for a tracker without its package, on every rank.
         """
-        check_report_to(report_to)
+        report_to = check_report_to(report_to)
         self.console, self.total_steps = console, total_steps
         self._files: dict[str, TextIO] = {}
         self._tensorboard: SummaryWriter | None = None
         self._wandb: Any = None
+        self._trackers: Any = None
         if not is_first_rank():
             return
         folder = Path(output_dir)
@@ -177,6 +179,10 @@ class MetricsLogger:
             )
             wandb.define_metric("*", step_metric="step")  # wandb's own step cannot go back on resume
             self._wandb = wandb
+        if not set(report_to) <= OWN:
+            from sft_core.run.trackers import Trackers
+
+            self._trackers = Trackers(report_to, options, resume_step, total_steps or 0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log floats under their names at `step`, durable against kill -9 when this returns."""
@@ -191,6 +197,8 @@ class MetricsLogger:
             self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log({**values, "step": step})
+        if self._trackers is not None:
+            self._trackers.log(step, values)
         shown = [f"{name} {values[name]:.4g}" for name in self.console if name in values]
         if shown:
             of_total = f"/{self.total_steps}" if self.total_steps else ""
@@ -219,12 +227,19 @@ class MetricsLogger:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(failed))
+        if self._trackers is not None:
+            self._trackers.close(failed)
 
 
-def check_report_to(report_to: Sequence[str]) -> None:
-    """Raise ValueError for wandb without its package."""
+def check_report_to(report_to: Sequence[str]) -> Sequence[str]:
+    """What to report to, `all` spelled out. Raises ValueError for a tracker that is unknown or without its package."""
+    if not set(report_to) <= OWN:
+        from sft_core.run.trackers import named  # not needed otherwise, and slow: transformers' trainer
+
+        report_to = named(report_to)
     if "wandb" in report_to and importlib.util.find_spec("wandb") is None:
         raise ValueError("report_to wandb needs a package that is not here: pip install wandb, or take tensorboard.")
+    return report_to
 
 
 def cut_back(path: Path, step: int) -> None:

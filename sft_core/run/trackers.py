@@ -1,0 +1,77 @@
+"""What `report_to` names beside TensorBoard and wandb: the trackers that transformers integrates.
+
+Its callbacks are called as its Trainer calls them, with the run's options for arguments. They are configured by their
+own environment variables (MLFLOW_TRACKING_URI, SWANLAB_MODE, ...). Left out on purpose: uploading checkpoints, and
+going on with the tracker's earlier run after a resume where its variables do not name one.
+"""
+
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+# Module and function that end a run, and what says so of one that succeeded (None: its callback ends it) or failed
+END = {
+    "mlflow": ("mlflow", "end_run", None, "FAILED"),
+    "dagshub": ("mlflow", "end_run", None, "FAILED"),
+    "swanlab": ("swanlab", "finish", "success", "crashed"),
+}
+
+
+def named(report_to: Sequence[str]) -> list[str]:
+    """What to report to, `all` spelled out.
+
+    Raises:
+        ValueError: transformers knows no such tracker, or its package is not here.
+    """
+    names = get_available_reporting_integrations() if "all" in report_to else list(report_to)
+    try:
+        for kind in _kinds(names):
+            kind()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ValueError(f"report_to {' '.join(names)}: {error}") from error
+    return names
+
+
+def _kinds(names: Sequence[str]) -> list[Any]:
+    return get_reporting_integration_callbacks([name for name in names if name not in ("tensorboard", "wandb", "none")])
+
+
+class Trackers:
+    """The runs of this run in the trackers of `names`. On the first rank only."""
+
+    def __init__(self, names: Sequence[str], options: Mapping[str, Any], step: int, total_steps: int) -> None:
+        self.names = names
+        # Made without its own set-up, which wants accelerate and a device.
+        self.arguments: Any = object.__new__(TrainingArguments)
+        for field in fields(TrainingArguments):
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            vars(self.arguments)[field.name] = default
+        vars(self.arguments).update(options, to_dict=lambda: dict(options))
+        self.state = TrainerState(global_step=step, max_steps=total_steps)
+        self.state.is_world_process_zero = self.state.is_local_process_zero = True
+        self.callbacks = [kind() for kind in _kinds(names)]
+        self._call("on_init_end")
+        self._call("on_train_begin")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.state.global_step, self.state.epoch = step, metrics.get("epoch", self.state.epoch)
+        self._call("on_log", logs={name: value for name, value in metrics.items() if math.isfinite(value)})
+        self._call("on_step_end")
+
+    def close(self, failed: bool) -> None:
+        """End the runs, as failed where the tracker knows that."""
+        for module, function, *statuses in (END[name] for name in self.names if name in END):
+            if status := statuses[failed]:
+                getattr(importlib.import_module(module), function)(status)
+        self._call("on_train_end")
+
+    def _call(self, event: str, **more: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(
+                self.arguments, self.state, TrainerControl(), model=None, processing_class=None, **more
+            )
