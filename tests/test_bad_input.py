@@ -31,6 +31,9 @@ def no_weights(monkeypatch):
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
 
 
+BEST = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strategy": "epoch"}
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -60,7 +63,12 @@ def no_weights(monkeypatch):
         ({"fp16": "true"}, "use --bf16 true"),
         ({"lr_scheduler_type": "sawtooth"}, "invalid choice: 'sawtooth'"),
         ({"lr_scheduler_kwargs": '{"min_lr": 1}'}, "mean nothing to linear"),
-        ({"report_to": ["mlflow"]}, "report-to: invalid choice: 'mlflow'"),
+        ({"report_to": ["mlfow"]}, "report_to mlfow: mlfow is not supported, only azure_ml, "),
+        ({"report_to": ["comet_ml"]}, "Run `pip install comet-ml>="),
+        ({"generation_batch_size": 10}, "must be a multiple of num_generations 4 and of the 12 completions"),
+        ({"sync_ref_model": "true", "use_peft": "true"}, "which never changes: leave out --sync_ref_model"),
+        (BEST, "metric_for_best_model loss is no metric of the evaluation: give one of reward, reward_std"),
+        (BEST | {"metric_for_best_model": "eval_rewards/digit/mean"}, "of reward, reward_std, frac_reward_zero_std"),
         ({"save_steps": 0}, "save_steps must be above 0"),
         ({"engine": "vllm", "vllm_tensor_parallel_size": 3}, "does not divide 1 ranks"),
         ({"rollouts_from": "./no/rollouts"}, "no folder of rollouts at ./no/rollouts"),

@@ -21,6 +21,7 @@ REQUIRED = {
     AuditConfig: {},
 }
 OUTSIDE = {"ge": lambda limit: limit - 1, "gt": lambda limit: limit, "le": lambda limit: limit + 1, "lt": lambda x: x}
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps"}
 BOUNDS = [
     (kind, field.name, bound, limit)
     for kind in REQUIRED
@@ -64,6 +65,13 @@ def test_choices(kind, field):
         ({"lr_scheduler_kwargs": 3}, "lr_scheduler_kwargs must be a JSON object, got 3"),
         ({"learning_rat": 1.0}, "GRPOConfig has no option `learning_rat`: did you mean `learning_rate`"),
         ({"use_vllm": True, "engine": "torch"}, "contradict"),
+        ({"load_best_model_at_end": True}, "the same value, steps or epoch \\(they are no and steps\\)"),
+        ({**BEST, "save_steps": 3, "eval_steps": 2}, "save_steps a multiple of eval_steps \\(they are 3 and 2\\)"),
+        ({**BEST, "save_steps": 3, "eval_steps": 0.5}, "a multiple of eval_steps \\(they are 3 and 0.5\\)"),
+        ({**BEST, "save_steps": 0.1, "eval_steps": 0.2}, "a multiple of eval_steps \\(they are 0.1 and 0.2\\)"),
+        ({**BEST, "save_only_model": True}, "needs whole checkpoints: leave out --save_only_model"),
+        ({"sync_ref_model": True, "beta": 0.0}, "sync_ref_model True would have no effect: it needs beta above 0"),
+        ({"ref_model_sync_steps": 5}, "ref_model_sync_steps 5 would have no effect: it needs sync_ref_model"),
     ],
 )
 def test_from_python_as_from_the_command_line(options, says):

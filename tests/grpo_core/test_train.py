@@ -252,7 +252,8 @@ def test_evaluation_repeats_itself_on_any_number_of_ranks(tiny_model, problems, 
     more = dict(max_steps=2, learning_rate=0, prompts_per_step=2)
     code, output = run(TRAIN, options(tiny_model, problems, tmp_path / "plain", **more), tmp_path / "log")
     assert code == 0, output
-    more |= dict(eval_strategy="steps", dataset_test_split=problems, num_generations_eval=2)
+    more |= dict(eval_strategy="steps", dataset_test_split=problems, num_generations_eval=2, eval_on_start="true")
+    more |= dict(save_strategy="steps", save_steps=1, load_best_model_at_end="true", metric_for_best_model="reward")
     found = []
     for ranks in (1, 2):
         argv = options(tiny_model, problems, tmp_path / f"out{ranks}", **more)
@@ -263,7 +264,10 @@ def test_evaluation_repeats_itself_on_any_number_of_ranks(tiny_model, problems, 
         if ranks == 1:
             trained = [row["reward"] for row in rows if "reward" in row]
             assert trained == [row["reward"] for row in metrics(tmp_path / "plain")]
-    assert len(found) == 4 and found[0]["eval_samples"] == 24
+        state = json.loads((tmp_path / f"out{ranks}" / "trainer_state.json").read_text())
+        best = tmp_path / f"out{ranks}" / "checkpoint-1"  # the second is not better
+        assert (state["best_metric"], state["best_model_checkpoint"]) == (found[-1]["eval_reward"], str(best))
+    assert [row["step"] for row in found] == [0, 1, 2] * 2 and found[0]["eval_samples"] == 24
     names = ("eval_reward", "eval_rewards/digits/mean", "eval_completions/mean_length")
     assert len({tuple(round(row[name], 9) for name in names) for row in found}) == 1
 

@@ -9,7 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from sft_core.run import trackers
 from sft_core.run.distributed import init_distributed, shutdown
 from sft_core.run.logging import MetricsLogger, cut_back, merge_metrics, reduce_metrics
 from tests.processes import run_ranks, start
@@ -112,6 +115,55 @@ def test_wandb_gets_the_runs_options_and_the_same_run_after_a_restart(tmp_path, 
         MetricsLogger(tmp_path, ["wandb"], options=options).close()
     assert made[0] == made[1] and len(made[0]["id"]) == 32
     assert [made[0][name] for name in ("name", "entity", "project", "group")] == ["r", "e", "p", "g"]
+
+
+@pytest.fixture
+def tracked(monkeypatch):
+    """What a tracker that transformers integrates as `mlflow` is told, in order."""
+    told = []
+
+    class Tracker(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            told.append(("begin", args.run_name, args.project, args.to_dict(), state.is_world_process_zero))
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            told.append(("log", state.global_step, state.epoch, logs))
+
+        def on_train_end(self, args, state, control, **kwargs):
+            told.append("end")
+
+    module = SimpleNamespace(end_run=lambda status: told.append(status))
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "mlflow", Tracker)
+    monkeypatch.setattr(trackers, "get_available_reporting_integrations", lambda: ["tensorboard", "mlflow"])
+    return told
+
+
+@pytest.mark.parametrize("failed", [False, True])
+@pytest.mark.parametrize("report_to", [["mlflow"], ["none", "mlflow"], ["all"]])
+def test_a_tracker_gets_options_metrics_and_the_end(tmp_path, tracked, report_to, failed):
+    options = {"run_name": "r", "learning_rate": 1e-5, "reward_funcs": ["a", "b"]}
+    logger = MetricsLogger(tmp_path, report_to, 4, options)
+    logger.log(5, {"reward": 0.5, "epoch": 1.5, "kl": math.nan})
+    logger.close(failed)
+    began, logged, *ended = tracked
+    assert began == ("begin", "r", "huggingface", options, True)
+    assert logged == ("log", 5, 1.5, {"reward": 0.5, "epoch": 1.5})
+    assert ended == (["FAILED", "end"] if failed else ["end"])
+    assert (tmp_path / "runs").exists() == (report_to == ["all"])
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_mlflow_itself(tmp_path, monkeypatch, failed):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(f"file://{tmp_path}/mlruns")
+    logger = MetricsLogger(tmp_path / "out", ["mlflow"], options={"run_name": "r", "learning_rate": 1e-5})
+    logger.log(1, {"reward": 0.5})
+    logger.close(failed)
+    [run] = mlflow.search_runs(output_format="list")
+    assert (run.info.run_name, run.info.status) == ("r", "FAILED" if failed else "FINISHED")
+    assert run.data.metrics == {"reward": 0.5} and run.data.params["learning_rate"] == "1e-05"
 
 
 def test_cut_back_leaves_no_file_where_there_was_none(tmp_path):

@@ -200,6 +200,30 @@ def test_evaluation_is_the_loss_of_the_test_rows(tiny_model, rows, tmp_path, ran
     assert results["eval_loss"] == evaluation["eval_loss"] and results["train_loss"] == pytest.approx(first["loss"])
 
 
+def test_the_best_checkpoint_is_the_final_model_and_outlives_the_limit(tiny_model, rows, tmp_path):
+    """The worst loss is the best here: the first checkpoint's. A longer run goes on from the last one and keeps it."""
+    more = dict(eval_strategy="steps", save_strategy="steps", eval_steps=1, save_steps=2, save_total_limit=1)
+    more |= dict(dataset_test_split=rows, eval_on_start="true", load_best_model_at_end="true", greater_is_better="true")
+    out = tmp_path / "out"
+    for steps in (5, 6):  # 5 is no multiple: the last checkpoint is compared too
+        final = train(tiny_model, rows, out, max_steps=steps, **more)
+        evaluated = {row["step"]: row for row in metrics(out) if "eval_loss" in row}
+        assert list(evaluated) == list(range(steps + 1)) and evaluated[1]["eval_loss"] > evaluated[2]["eval_loss"]
+        state = TrainerState.load_from_json(out / "trainer_state.json")
+        best = out / "checkpoint-2"
+        assert (state.best_metric, state.best_global_step) == (evaluated[2]["eval_loss"], 2)
+        assert state.best_model_checkpoint == str(best)
+        assert {path.name for path in out.glob("checkpoint-*")} == {best.name, f"checkpoint-{steps}"}
+        expected, last = (load_file(folder / "model.safetensors") for folder in (best, out / f"checkpoint-{steps}"))
+        assert all((final[name] == expected[name]).all() for name in final)
+        assert any((final[name] != last[name]).any() for name in final)
+        assert json.loads((out / "eval_results.json").read_text())["eval_loss"] == state.best_metric
+    (best / "model.safetensors").unlink()
+    argv = flags(model_name_or_path=tiny_model, dataset_name=rows, output_dir=out, max_steps=6, **more)
+    code, output = run(TRAIN, argv, tmp_path / "log")
+    assert code == 1 and "checkpoint-2 cannot be loaded (model.safetensors is missing): restore it" in output, output
+
+
 def test_a_finished_run_without_checkpoints_is_not_trained_over(tiny_model, rows, tmp_path):
     before = train(tiny_model, rows, tmp_path / "out")
     options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=tmp_path / "out", max_steps=6)
