@@ -99,7 +99,7 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
         )
         require(
             not config.evaluates,
-            "a replay of rollouts has no engine to evaluate with: leave out do_eval and eval_strategy.",
+            "a replay of rollouts has no engine to evaluate with: leave out do_eval, eval_on_start and eval_strategy.",
         )
     reward_funcs = get_reward_funcs(data)
     weights = config.reward_weights
@@ -131,7 +131,10 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
     if config.rollouts_from is None:
         distributed.on_first_rank(lambda: dry_call(base, config, prompts, reward_funcs), patient=True)
     # None: as where nothing is said, in what earlier versions recorded
-    more = {"mini_batches": mini_batches if mini_batches > 1 else None, "sync_ref_model": config.sync_ref_model or None}
+    more = {
+        "mini-batches of a rollout (steps_per_generation)": mini_batches if mini_batches > 1 else None,
+        "sync_ref_model": config.sync_ref_model or None,
+    }
     identity, checkpoint = open_output_dir(
         base, config, num_iterations=config.num_iterations, prompts=len(prompts), **more
     )
