@@ -100,7 +100,7 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
         )
         require(
             not config.evaluates,
-            "a replay of rollouts has no engine to evaluate with: leave out do_eval and eval_strategy.",
+            "a replay of rollouts has no engine to evaluate with: leave out do_eval, eval_on_start and eval_strategy.",
         )
     reward_funcs = get_reward_funcs(data)
     weights = config.reward_weights

@@ -8,11 +8,12 @@ going on with the tracker's earlier run after a resume where its variables do no
 import importlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+from sft_core.run.logging import OWN
 
 # Module and function that end a run, and what says so of one that succeeded (None: its callback ends it) or failed
 END = {
@@ -30,15 +31,14 @@ def named(report_to: Sequence[str]) -> list[str]:
     """
     names = get_available_reporting_integrations() if "all" in report_to else list(report_to)
     try:
-        for kind in _kinds(names):
-            kind()
+        _callbacks(names)
     except (ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"report_to {' '.join(names)}: {error}") from error
     return names
 
 
-def _kinds(names: Sequence[str]) -> list[Any]:
-    return get_reporting_integration_callbacks([name for name in names if name not in ("tensorboard", "wandb", "none")])
+def _callbacks(names: Sequence[str]) -> list[Any]:
+    return [kind() for kind in get_reporting_integration_callbacks([name for name in names if name not in OWN])]
 
 
 class Trackers:
@@ -46,15 +46,12 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], options: Mapping[str, Any], step: int, total_steps: int) -> None:
         self.names = names
-        # Made without its own set-up, which wants accelerate and a device.
-        self.arguments: Any = object.__new__(TrainingArguments)
-        for field in fields(TrainingArguments):
-            default = field.default if field.default_factory is MISSING else field.default_factory()
-            vars(self.arguments)[field.name] = default
-        vars(self.arguments).update(options, to_dict=lambda: dict(options))
+        # With its defaults, and without its own set-up, which wants accelerate and a device:
+        self.arguments = object.__new__(TrainingArguments)
+        vars(self.arguments).update(options, include_for_metrics=[], to_dict=lambda: dict(options))
         self.state = TrainerState(global_step=step, max_steps=total_steps)
         self.state.is_world_process_zero = self.state.is_local_process_zero = True
-        self.callbacks = [kind() for kind in _kinds(names)]
+        self.callbacks = _callbacks(names)
         self._call("on_init_end")
         self._call("on_train_begin")
 

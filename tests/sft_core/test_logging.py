@@ -51,10 +51,10 @@ def test_logs_are_cut_back_to_the_step_resumed_from(tmp_path):
 
 
 def test_a_new_start_of_an_unsaved_run_forgets_everything(tmp_path):
-    write_steps(tmp_path, range(1, 4), resume_step=0)
-    write_steps(tmp_path, range(1, 2), resume_step=0)
-    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1]
-    assert scalars(tmp_path, "reward") == [(1, 1.0)]
+    write_steps(tmp_path, range(4), resume_step=0)  # from an evaluation before the first step on
+    write_steps(tmp_path, range(2), resume_step=0)
+    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [0, 1]
+    assert scalars(tmp_path, "reward") == [(0, 0.0), (1, 1.0)]
 
 
 def test_text_samples_console_and_nan(tmp_path, capsys):
