@@ -7,18 +7,17 @@ import pytest
 import yaml
 
 from grpo_core import option_guide
-from grpo_core.config import GRPOConfig, GRPOScriptArguments
-from grpo_core.option_guide import TRAINERS, defaults_there
+from grpo_core.config import GRPOConfig
+from grpo_core.option_guide import TRAINERS as TYPES
 from sft_core.run import open_r1_keys
 from sft_core.run.cli import parse
-from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig
-from sft_core.run.open_r1_keys import FOREIGN_KEYS, REFUSED_KEYS, TRL_DEFAULTS
+from sft_core.run.config import SFTConfig
+from sft_core.run.open_r1_keys import FOREIGN_KEYS, REFUSED_KEYS, TRL_DEFAULTS, defaults_there
 from sft_core.run.options import known_names
 
-TYPES = {"GRPO": (ModelConfig, GRPOScriptArguments, GRPOConfig), "SFT": (ModelConfig, ScriptArguments, SFTConfig)}
-CLASSES = {kind.__name__: kind for kinds in TYPES.values() for kind in kinds} | {"TrainingArguments": TrainingConfig}
+TRAINERS = {trainer: known_names(*kinds) for trainer, kinds in TYPES.items()}
 NEEDED = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
-PLACES = [(name, trainer) for name, trainers in defaults_there().items() for trainer in trainers]
+PLACES = [(name, trainer) for trainer, kinds in TYPES.items() for kind in kinds for name in defaults_there(kind)]
 
 
 def recipe(path, content):
@@ -47,13 +46,13 @@ def test_the_guide_is_that_of_the_classes():
 def test_their_defaults_can_be_pasted(trainer, library, tmp_path, caplog):
     """All at once, in a recipe and in Python, and key by key: no error, and no word but that null leaves a default."""
     pasted = dict(NEEDED)
-    for kind, names in TRL_DEFAULTS[library].items():
-        if {"GRPO": "SFT", "SFT": "GRPO"}[trainer] not in kind:
-            needed = {key: value for key, value in NEEDED.items() if key in known_names(CLASSES[kind])}
-            CLASSES[kind](**names | needed)
-            for name, default in names.items():
-                CLASSES[kind](**{name: default} | needed)
-            pasted = names | pasted
+    for kind in TYPES[trainer]:
+        names = defaults_there(kind, [library])
+        needed = {key: value for key, value in NEEDED.items() if key in known_names(kind)}
+        kind(**names | needed)
+        for name, default in names.items():
+            kind(**{name: default} | needed)
+        pasted = names | pasted
     parse(TYPES[trainer], recipe(tmp_path / "recipe.yaml", pasted))
     assert {record.args for record in caplog.records} <= {("torch_compile_backend", "inductor")}
 
@@ -111,7 +110,7 @@ def test_what_is_refused_says_why(trainer, tmp_path):
         (["--label_smoothing_factor", "0"], None),
         (["--neftune_noise_alpha", "none"], None),
         (["--include_for_metrics", "inputs", "loss", "--max_lenght=3"], "unknown flag `--max_lenght=3`: did you mean"),
-        (["--fsdp", "{"], "--fsdp is not valid YAML"),
+        (["--fsdp", "{"], "argument --fsdp: invalid"),
         (["stray"], "unknown flag `stray`"),
         (["--max_length", "none", "--packing=true"], "need to know the longest row: give --max_length"),
         (["--max_length", "none", "--seed", "null"], "seed must have a value"),

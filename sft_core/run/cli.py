@@ -14,7 +14,6 @@ import json
 import logging
 import os
 from argparse import ArgumentParser
-from collections.abc import Iterable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, get_origin
@@ -22,7 +21,7 @@ from typing import Any, NoReturn, get_origin
 import yaml
 from transformers import HfArgumentParser
 
-from sft_core.run.open_r1_keys import FOREIGN_KEYS, REFUSED_KEYS, TRL_DEFAULTS, pass_over
+from sft_core.run.open_r1_keys import FOREIGN_KEYS, REFUSED_KEYS, defaults_there, pass_over
 from sft_core.run.options import (
     JsonDict,
     alternatives,
@@ -64,11 +63,14 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     first = Parser(None, add_help=False, allow_abbrev=False)
     first.add_argument("--config", action="append", default=[])
     first.add_argument("--parse_only", action="store_true")
+    known = known_names(*config_types)
+    others = [name for name in (*FOREIGN_KEYS, *REFUSED_KEYS) if name not in known]
+    for name in others:
+        first.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="*", type=_load)
     ours, argv = first.parse_known_args(argv)
     if len(ours.config) > 1:
         raise ValueError(f"--config is given {len(ours.config)} times: put all into one file.")
     path = ours.config[0] if ours.config else None
-    known = known_names(*config_types)
     types = {name: kind for config_type in config_types for name, kind in option_types(config_type).items()}
     tokens, given = [], []
     for key, value in (_read_yaml(path) if path else {}).items():
@@ -78,7 +80,7 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
         elif key in known:
             given.append(known[key].name)
             tokens += _as_tokens(key, value, known[key], types[known[key].name])
-        elif key in FOREIGN_KEYS or key in REFUSED_KEYS:
+        elif key in others:
             pass_over(key, value)
         else:
             raise ValueError(f"unknown key `{key}` in {path}{nearest(key, known)}")
@@ -86,7 +88,11 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     *configs, remaining = Parser(config_types, allow_abbrev=False).parse_args_into_dataclasses(
         [*tokens, *argv], return_remaining_strings=True, look_for_args_file=False
     )
-    _pass_over_flags(remaining, known)
+    for text in remaining[:1]:
+        raise ValueError(f"unknown flag `{text}`{nearest(text.split('=')[0].lstrip('-').replace('-', '_'), known)}")
+    for name in others:
+        if (values := getattr(ours, name)) is not None:
+            pass_over(name, values if len(values) > 1 else values[0] if values else True)
     if ours.parse_only:
         if os.environ.get("RANK", "0") == "0":
             print(as_yaml([config.frozen() for config in configs]), end="")
@@ -110,11 +116,7 @@ def as_yaml(configs: list[Any]) -> str:
 
 def _differences(config_type: type) -> str:
     """The defaults that are others there, one comment a line."""
-    there: dict[str, Any] = {}
-    for library in ("trl 1.16.0", "open_r1"):
-        for kind in config_type.__mro__:
-            there |= TRL_DEFAULTS[library].get(kind.__name__, {})
-    lines = []
+    there, lines = defaults_there(config_type, ("trl 1.16.0", "open_r1")), []
     for name, field in known_names(config_type).items():
         ours, theirs = default_of(field), there.get(name)
         if name in there and ours != theirs and (ours or theirs):  # "" is how a missing name is written here
@@ -122,39 +124,20 @@ def _differences(config_type: type) -> str:
     return "".join(lines)
 
 
-def _pass_over_flags(remaining: list[str], known: Iterable[str]) -> None:
-    """What the parser did not know: flags of others, with their values."""
-    given: dict[str, list[str]] = {}
-    values: list[str] | None = None  # of the last flag
-    for text in remaining:
-        flag, _, value = text.partition("=")
-        name = flag.lstrip("-").replace("-", "_")
-        if text.startswith("--") and (name in FOREIGN_KEYS or name in REFUSED_KEYS):
-            values = given[name] = [value] if value else []
-        elif values is None or text.startswith("--"):
-            raise ValueError(f"unknown flag `{text}`{nearest(name, known)}")
-        else:
-            values.append(text)
-    for name, texts in given.items():
-        parts = [_load(text, f"--{name}") for text in texts]
-        pass_over(name, parts if len(parts) > 1 else parts[0] if parts else True)
-
-
 class _Loader(yaml.SafeLoader):
     """One key twice is an error, where YAML would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise ValueError(f"`{twice[0]}` is there twice: give it once.")
+        for key in keys:
+            require(keys.count(key) == 1, f"`{key}` is there twice: give it once.")
         return super().construct_mapping(node, deep)
 
 
-def _load(text: str, what: str) -> Any:
+def _load(text: str, what: str = "it") -> Any:
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
+    except yaml.YAMLError as error:
         raise ValueError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from error
 
 

@@ -102,6 +102,9 @@ class TrainingConfig(Options):
     wandb_entity: str | None = option(None, "wandb's team or user.")
     wandb_project: str | None = option(None, "wandb's project.")
     wandb_run_group: str | None = option(None, "wandb's group of runs.")
+    project: str = option("huggingface", "trackio's project.")
+    trackio_space_id: str | None = option(None, "trackio's Space on the Hub; default: its files on this machine.")
+    trackio_bucket_id: str | None = option(None, "trackio's bucket on the Hub.")
     do_eval: bool = option(False, "Evaluate on the test split after training.")
     eval_strategy: Literal["no", "steps", "epoch"] = option(
         "no", "Evaluate during training too: every eval_steps, or each epoch."

@@ -10,6 +10,7 @@ the key (`trl_defaults.json`, names and defaults alone), and those of `also_fine
 import json
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,21 @@ TRL_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = json.loads(
 _HARMLESS = ("deepspeed_multinode_launcher", "offload_", "zero3_", "zero_stage")  # how open-r1's ZeRO keys begin
 
 
+def defaults_there(config_type: type, libraries: Iterable[str] = TRL_DEFAULTS) -> dict[str, Any]:
+    """What the options of the classes of that name are where nobody sets them; a later library's are before."""
+    kinds = [kind.__name__ for kind in config_type.__mro__]
+    found = [TRL_DEFAULTS[library].get(kind, {}) for library in libraries for kind in kinds]
+    return {name: default for names in found for name, default in names.items()}
+
+
 def pass_over(name: str, value: Any) -> None:
     """Accept a key of others: in silence where `value` is what is done anyway, else with one line.
 
     Raises:
         ValueError: it would change what is trained, or asks for what is not here.
     """
-    defaults = [names for library in TRL_DEFAULTS.values() for names in library.values()]
-    fine = [None, "none", *_KEYS["also_fine"].get(name, []), *(names[name] for names in defaults if name in names)]
+    defaults = [names[name] for library in TRL_DEFAULTS.values() for names in library.values() if name in names]
+    fine = [None, "none", *defaults, *_KEYS["also_fine"].get(name, [])]
     if name == "deepspeed_config" and isinstance(value, dict) and all(key.startswith(_HARMLESS) for key in value):
         return
     if any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in fine):

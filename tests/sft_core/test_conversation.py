@@ -147,6 +147,24 @@ def test_an_option_of_the_generation_prompt_alone_is_no_unknown_one(tokenizer):
     assert supervised(tokenizer, {"messages": [USER, YES], "chat_template_kwargs": {"enable_thinking": True}})
 
 
+@pytest.mark.parametrize("of_all", [{"effort": "low"}, {"effort": "low", "tools": ["of all"]}])
+@pytest.mark.parametrize("of_row", [None, {"effort": None}, {"effort": "high"}])
+def test_an_option_for_all_rows_and_one_of_the_row(tokenizer, of_all, of_row):
+    """The row's is before; a column of the row is before what all rows have."""
+    tokenizer.chat_template = template(head="{{ effort }}{{ tools }}")
+    shown = "high" if (of_row or {}).get("effort") else "low"
+    row = {"chat_template_kwargs": of_row, "tools": TOOLS if "tools" in of_all else None}
+    tools = str(TOOLS) if "tools" in of_all else ""
+    found = prompt(tokenizer, {"prompt": [USER]} | row, chat_template_kwargs=of_all)
+    config, stop_ids = SFTConfig(output_dir="o", chat_template_kwargs=of_all), frozenset([tokenizer.eos_token_id])
+    ids, _ = supervised_example(tokenizer, {"messages": [USER, YES]} | row, stop_ids, config)
+    for text in (found, tokenizer.decode(ids)):
+        assert "".join(f"{shown}{tools}".split()) in "".join(text.split())
+    for name in ("chat_template", "tokenize", "continue_final_message"):
+        with pytest.raises(ValueError, match=f"may not hold {name}"):
+            prompt(tokenizer, {"prompt": [USER]}, chat_template_kwargs={name: "x"})
+
+
 def test_parts_of_text_are_one_text_and_others_are_refused(tokenizer):
     text = lambda *texts: [{"type": "text", "text": text, "image": None} for text in texts]  # noqa: E731
     for parts in (text("Ben has 4"), text("Ben has", " 4")):

@@ -21,6 +21,7 @@ from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig
 def test_order_is_one_sequence_wherever_it_is_cut(rows, start, first, second):
     whole = row_order(rows, 7, start, first + second)
     assert whole == row_order(rows, 7, start, first) + row_order(rows, 7, start + first, second)
+    assert row_order(rows, None, start, first) == [row % rows for row in range(start, start + first)]
     epoch = row_order(rows, 7, rows * (start // rows), rows)
     assert sorted(epoch) == list(range(rows))
 
