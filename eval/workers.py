@@ -37,6 +37,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from eval.shared import SharedObjects
+
 FOREVER = float("inf")
 
 
@@ -136,6 +138,7 @@ class WorkerPool:
         if num_workers < 1 or timeout <= 0:
             raise ValueError(f"a pool needs num_workers >= 1 and timeout > 0, got {num_workers} and {timeout}")
         self.num_workers, self.timeout, self.memory_limit = num_workers, timeout, memory_limit
+        self.share = SharedObjects()
         self._output = tempfile.TemporaryFile(buffering=0) if prints else None  # no pipe, which could fill up
         self._workers: list[_Worker] = []
         self._todo: deque[tuple[Job, Sequence[int]]] = deque()

@@ -26,7 +26,7 @@ from grpo_core.audit_probes import Report, audit_rewards, tell
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.metrics import effective_groups
 from grpo_core.prepare import Run, check_lengths, start_engine
-from grpo_core.rewards import GOLD_REWARDS, accuracy_reward, get_reward_funcs, gold_text
+from grpo_core.rewards import accuracy_reward, compares_with_gold, get_reward_funcs, gold_text, reward_name
 from grpo_core.rollout import Prompt, Sample, Scorer, advantages_of, load_prompts, sample_groups, sample_seed
 from grpo_core.scoring import gold_answers, unparseable_golds
 from sft_core.data.rows import row_order
@@ -101,7 +101,8 @@ def set_up(argv: list[str]) -> tuple[Run, bool]:
     check_lengths(base.model_info, config)
     order = row_order(len(base.rows), config.seed, 0, min(audit.audit_prompts, len(base.rows)))
     any_length = replace(config, max_prompt_length=10**9)
-    prompts, _ = load_prompts(base.rows, data, any_length, base.tokenizer, data.dataset_name, order)
+    needy = [reward_name(function) for function in functions if compares_with_gold(function)]
+    prompts, _ = load_prompts(base.rows, data, any_length, base.tokenizer, data.dataset_name, order, needy)
     local = local_copy(model) if audit.audit_samples else model
     run = Run(**vars(base), config=config, local_model=local, reward_funcs=functions, prompts=prompts)
     return run, audit.audit_samples
@@ -130,7 +131,7 @@ def audit_data(run: Run, pool: WorkerPool, report: Report) -> tuple[list[Prompt]
     example = "".join(f"; one that cannot: {golds[i][:60]!r}" for i in sorted(unparseable)[:1])
     tell("gold answers", f"{n - len(unparseable)} of {n} can be parsed{example}")
     assert isinstance(run.data, GRPOScriptArguments)
-    if needy := sorted(GOLD_REWARDS & set(run.data.reward_funcs)):
+    if needy := sorted(reward_name(function) for function in run.reward_funcs if compares_with_gold(function)):
         if len(unparseable) == n:
             report.no_signal.append(
                 f"no gold answer can be parsed, so {', '.join(needy)} pay nothing: "

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from eval.workers import WorkerPool
 from grpo_core.config import GRPOScriptArguments
 from grpo_core.prepare import Run
-from grpo_core.rewards import GOLD_REWARDS
+from grpo_core.rewards import compares_with_gold
 from grpo_core.rollout import Prompt
 from grpo_core.scoring import ToScore, start_scoring
 from kernels.tables import table
@@ -131,7 +131,7 @@ def audit_rewards(run: Run, prompt: Prompt, answer: str, pool: WorkerPool, repor
                 f"{name} pays as much for {', '.join(exploits)} as for {IDEAL}: "
                 + REMEDY.get(name, "see that another reward pays for the difference.")
             )
-        if due is not None and name in GOLD_REWARDS:
+        if due is not None and compares_with_gold(run.reward_funcs[j]):
             accepted = [n for n in NOTATIONS if (v := values[n]) is not None and v >= due]
             tell(name, f"accepts {answer!r} in {len(accepted)} of {len(NOTATIONS)} notations")
         shown = {p: "-" if v is None else f"{v + 0.0:.3g}" + " !" * (p in exploits) for p, v in values.items()}

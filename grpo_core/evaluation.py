@@ -1,6 +1,7 @@
 """The policy on the test split, during training: sampled and scored as in training, nothing trained."""
 
 import math
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -13,7 +14,9 @@ from grpo_core.rollout import Sample, Scorer, gather_summaries, sample_groups, s
 STEP = -1  # whose seeds evaluation draws from: the same every time, so that two evaluations differ by the policy alone
 
 
-def evaluate_policy(engine: Engine | None, run: Run, pool: WorkerPool) -> dict[str, float]:
+def evaluate_policy(
+    engine: Engine | None, run: Run, pool: WorkerPool, trainer_state: SimpleNamespace
+) -> dict[str, float]:
     """Metrics of `num_generations_eval` completions a test prompt, from the engine's current weights: those of a
     training step, named `eval_...` as TRL's users know them. A collective.
     """
@@ -26,7 +29,7 @@ def evaluate_policy(engine: Engine | None, run: Run, pool: WorkerPool) -> dict[s
     for start in tqdm(range(0, len(run.test_prompts), at_once), desc="evaluate", disable=None, leave=False):
         groups = range(start + run.rank, min(start + at_once, len(run.test_prompts)), run.world_size)
         chosen = {group: run.test_prompts[group] for group in groups}
-        scorer = Scorer(chosen, run.reward_funcs, config, run.tokenizer, pool)
+        scorer = Scorer(chosen, run.reward_funcs, config, run.tokenizer, pool, trainer_state)
         seeds = [sample_seed(config.seed, STEP, group) for group in groups]
         samples += sample_groups(engine, chosen, sampling, seeds, scorer.begin)
         for line in scorer.finish():

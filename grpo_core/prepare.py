@@ -21,15 +21,17 @@ from gen.engine.base import Engine, EngineConfig, check_engine_available, kv_cac
 from gen.engine.vllm import cpu_kv_bytes
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.metrics import rollout_metrics
-from grpo_core.rewards import GOLD_REWARDS, get_reward_funcs, reward_name
+from grpo_core.rewards import compares_with_gold, get_reward_funcs, is_ours, reward_name
 from grpo_core.rollout import Prompt, Sample, Scorer, Summary, load_prompts, prompt_column
 from grpo_core.scoring import accepted, gold_answers, unparseable_golds
 from sft_core.data.rows import json_lines
 from sft_core.model.memory_plan import Plan, dry_run, memory_plan
 from sft_core.model.optim import check_schedule
 from sft_core.model.policy import check_positions, count_parameters, local_copy, planned_dtype
+from sft_core.model.trl_names import with_init_kwargs
 from sft_core.prepare import Base, check_best_metric, check_model, open_output_dir, prepare_base
 from sft_core.run import distributed
+from sft_core.run.callbacks import Handed
 from sft_core.run.config import ModelConfig
 from sft_core.run.options import require
 
@@ -76,12 +78,13 @@ class Run(Base):
         return self.config.total_steps(self.steps_per_epoch)
 
 
-def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -> Run:
+def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig, handed: Handed | None = None) -> Run:
     """Join the process group and check everything that can be checked, with copies of the options. A collective.
 
     Raises:
         ValueError: the user's input, in one sentence that names the remedy.
     """
+    model, config = with_init_kwargs(model, config)
     model, data, config = model.frozen(), data.frozen(), config.frozen()
     require(
         not (config.sync_ref_model and model.use_peft),
@@ -102,7 +105,7 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
             not config.evaluates,
             "a replay of rollouts has no engine to evaluate with: leave out do_eval, eval_on_start and eval_strategy.",
         )
-    reward_funcs = get_reward_funcs(data)
+    reward_funcs = get_reward_funcs(data) if handed is None else list(handed.reward_funcs)
     weights = config.reward_weights
     require(
         weights is None or len(weights) == len(reward_funcs) and any(weights) and all(map(math.isfinite, weights)),
@@ -110,7 +113,7 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig) -
     )
     one = Summary(0, 1, "stop", 1.0, [1.0] * len(reward_funcs))
     check_best_metric(config, rollout_metrics([one], [reward_name(function) for function in reward_funcs]))
-    base = prepare_base("grpo", model, data, config)
+    base = prepare_base("grpo", model, data, config, handed)
     stop_ids: list[int] = dict(config.generation_kwargs or {}).get("stop_token_ids", [])
     unknown = sorted(set(stop_ids) - set(range(len(base.tokenizer))))
     require(not unknown, f"generation_kwargs stop_token_ids {unknown} are no tokens: there are {len(base.tokenizer)}.")
@@ -225,8 +228,9 @@ def prompts_to_use(
     data = base.data
     assert isinstance(data, GRPOScriptArguments)
     distributed.on_first_rank(lambda: check_columns(rows, file, data, functions), patient=True)
-    prompts, reason = load_prompts(rows, data, config, base.tokenizer, file)
-    needy = sorted(GOLD_REWARDS & set(data.reward_funcs))
+    as_given = base.handed is not None
+    needy = sorted(reward_name(function) for function in functions if compares_with_gold(function))
+    prompts, reason = load_prompts(rows, data, config, base.tokenizer, file, needy=needy, as_given=as_given)
     if not data.drop_unparseable_golds or not needy:
         return prompts, reason
 
@@ -252,9 +256,9 @@ def check_columns(rows: Dataset, file: str, data: GRPOScriptArguments, functions
     Raises:
         ValueError: with the row and the column.
     """
-    users = [function for name, function in zip(data.reward_funcs, functions, strict=True) if ":" in name]
+    users = [function for function in functions if not is_ours(function)]
     asked = {name for function in users for name in inspect.signature(function).parameters}
-    if "solution" in asked or GOLD_REWARDS & set(data.reward_funcs):
+    if "solution" in asked or any(map(compares_with_gold, functions)):
         asked |= {"solution", "answer"}
     seen = asked.union(*(accepted(function, rows.column_names) for function in users))
     written = json_lines(file)
@@ -296,7 +300,10 @@ def dry_call(base: Base, config: GRPOConfig, prompts: list[Prompt], functions: l
                     scorer.begin([sample] * (config.num_generations if getattr(function, "batch", False) else 1))
                     gaps = scorer.begun[0][1]().gaps
                 except Exception as error:  # of a user's function anything
-                    raise ValueError(f"{reward_name(function)} cannot be called where rewards run: {error}") from error
+                    raise ValueError(
+                        f"{reward_name(function)} cannot be called where rewards run: {error}; with in_process = True "
+                        "on the function it runs in the trainer itself."
+                    ) from error
                 for cause, text in gaps:
                     require(
                         not text,

@@ -20,10 +20,11 @@ model's programs in remote sandboxes.
 import difflib
 import importlib
 import importlib.util
+import inspect
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
@@ -48,12 +49,17 @@ def _texts(completions: list, columns: dict[str, Any]) -> list[str]:
     """
     prompts = columns.get("prompt_texts") or columns.get("prompts") or [""] * len(completions)
     texts = []
-    for prompt, completion in zip(prompts, completions, strict=True):
+    for prompt, completion in zip(prompts, _contents(completions), strict=True):
         if not isinstance(prompt, str):
             prompt = str(prompt[-1]["content"]) if prompt and prompt[-1].get("role") == "assistant" else ""
         opened = _OPENED.search(prompt)
-        texts.append((opened.group() if opened else "") + completion[0]["content"])
+        texts.append((opened.group() if opened else "") + completion)
     return texts
+
+
+def _contents(completions: list) -> list[str]:
+    """The text of each completion, of a conversation its first message's."""
+    return [text if isinstance(text, str) else text[0]["content"] for text in completions]
 
 
 def gold_text(gold: Any) -> str:
@@ -83,7 +89,7 @@ def accuracy_reward(completions: list, solution: list, **kwargs: Any) -> list[fl
     """
     from eval.verify import check_answer  # loads math-verify, which only rewards that compare answers need
 
-    return [check_answer(gold_text(g), c[0]["content"]) for g, c in zip(solution, completions, strict=True)]
+    return [check_answer(gold_text(g), text) for g, text in zip(solution, _contents(completions), strict=True)]
 
 
 def format_reward(completions: list, **kwargs: Any) -> list[float | None]:
@@ -168,8 +174,7 @@ class CosineScaledReward:
         if self.tokens and completion_ids is None:
             raise ValueError("the cosine reward counts tokens: it needs completion_ids")
         rewards: list[float | None] = []
-        for i, (completion, gold) in enumerate(zip(completions, solution, strict=True)):
-            text = completion[0]["content"]
+        for i, (text, gold) in enumerate(zip(_contents(completions), solution, strict=True)):
             score = check_answer(gold_text(gold), text)
             length = len(completion_ids[i]) if self.tokens and completion_ids is not None else len(text)
             cosine = math.cos(math.pi * min(1.0, length / self.max_len))
@@ -208,8 +213,8 @@ class RepetitionPenaltyReward:
 
     def __call__(self, completions: list, **kwargs: Any) -> list[float | None]:
         rewards: list[float | None] = []
-        for completion in completions:
-            words = self._words(completion[0]["content"])
+        for text in _contents(completions):
+            words = self._words(text)
             ngrams = list(zip(*(words[i:] for i in range(self.ngram_size)), strict=False))
             rewards.append((1 - len(set(ngrams)) / len(ngrams)) * self.max_penalty if ngrams else 0.0)
         return rewards
@@ -226,7 +231,7 @@ def len_reward(
     completions are one group where no group_ids are given. A check that fails leaves its whole group unscored.
     """
     groups = defaultdict(list)
-    lengths = [len(completion[0]["content"]) for completion in completions]
+    lengths = [len(text) for text in _contents(completions)]
     for group, length in zip([0] * len(lengths) if group_ids is None else group_ids, lengths, strict=True):
         groups[group].append(length)
     right = accuracy_reward(completions, solution)
@@ -291,7 +296,6 @@ REWARD_FUNCS_REGISTRY: dict[str, Callable[[Any], RewardFunction]] = {
     "length": lambda args: len_reward,
     "soft_overlong_punishment": lambda args: SoftOverlongPunishment(args.max_completion_len, args.soft_punish_cache),
 }
-GOLD_REWARDS = {"accuracy", "cosine", "length"}  # of those, what compares with a gold answer
 _CODE_REWARDS = ("code", "binary_code", "ioi_code", "cf_code")
 
 
@@ -314,10 +318,25 @@ def get_reward_funcs(script_args: Any) -> list[RewardFunction]:
             hint = f"did you mean {nearest[0]!r}? " if nearest else ""
             known = ", ".join(REWARD_FUNCS_REGISTRY)
             raise ValueError(f"unknown reward {name!r}: {hint}Known: {known}; your own is named module:function")
+    check_names(functions)
+    return functions
+
+
+def check_names(functions: Sequence[RewardFunction]) -> None:
+    """Raise ValueError where two functions would be logged under one name."""
     names = [reward_name(function) for function in functions]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"two reward functions are both named {twice[0]!r}: rename one or drop it")
-    return functions
+
+
+def is_ours(function: RewardFunction) -> bool:
+    """Whether the function is one of this module's."""
+    return (getattr(function, "__module__", None) or type(function).__module__) == __name__
+
+
+def compares_with_gold(function: RewardFunction) -> bool:
+    """Whether the function is one of this module's that needs a gold answer which can be parsed."""
+    return is_ours(function) and "solution" in inspect.signature(function).parameters
 
 
 def reward_name(function: RewardFunction) -> str:

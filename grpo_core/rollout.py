@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -22,9 +23,8 @@ from eval.workers import WorkerPool
 from gen.engine.base import Completion, Engine, Sampling
 from grpo_core.advantage import decoupled_advantages, group_advantages
 from grpo_core.config import SYSTEM_PROMPT, GRPOConfig, GRPOScriptArguments
-from grpo_core.rewards import GOLD_REWARDS
-from grpo_core.scoring import Scores, ToScore, start_scoring
-from sft_core.data.conversation import options_of, prompt_of, render_prompt, shows_system
+from grpo_core.scoring import BEFORE, Scores, ToScore, start_scoring
+from sft_core.data.conversation import options_of, prompt_of, render_prompt, shows_system, text_of, with_system
 from sft_core.data.rows import json_lines
 from sft_core.run.files import whole_file
 from sft_core.run.options import require
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    messages: list[dict[str, Any]]
+    messages: list[dict[str, Any]] | str  # raw text: of a trainer class alone
     ids: list[int]
     columns: dict[str, Any]  # the data's other columns, for the rewards
 
@@ -66,10 +66,15 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     file: str = "",
     chosen: list[int] | None = None,
+    needy: Sequence[str] = (),
+    as_given: bool = False,
 ) -> tuple[list[Prompt], str]:
     """Prompts as token ids, and how many were left out because they are longer than max_prompt_length; of the rows
     `chosen`, or of all. Where `file` is JSON lines, rewards get its values as they are written: `datasets` makes 21 of
     "21" if another row has a number, and times of text that looks like one.
+
+    `needy`: the rewards that need a gold answer. `as_given`, for trainer classes: text is no conversation but the
+    prompt itself, without chat template, and no system prompt is added.
 
     Raises:
         ValueError: no prompt column, no column with the answer that a reward needs, a row that is no prompt or does not
@@ -80,31 +85,37 @@ def load_prompts(
     assert len(written) in (0, len(rows)), f"{file} is not what the rows were read from"
     indices = range(len(rows)) if chosen is None else chosen
     rows = rows.with_format(None).select(indices)  # a saved set may have a format that turns values into arrays
-    needy = [name for name in arguments.reward_funcs if name in GOLD_REWARDS]
     if needy and not {"solution", "answer"} & set(rows.column_names):
         raise ValueError(
-            f"the {needy[0]} reward needs a column `solution` or `answer`; the data has {', '.join(rows.column_names)}."
+            f"{needy[0]} needs a column `solution` or `answer`; the data has {', '.join(rows.column_names)}."
         )
-    system = SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
+    system = "" if as_given else SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
     role = "system" if not system or shows_system(tokenizer) else "user"
     require(
-        role == "system" or config.system_prompt is None,
+        as_given or role == "system" or config.system_prompt is None,
         "the chat template has no system role and would lose "
         "--system_prompt: write it into the prompts and give --system_prompt '', or give a --chat_template with "
         "that role.",
     )
     prompts: list[Prompt] = []
+    shown: Any  # text, or messages
     fit_without = 0
     for i, row in zip(indices, tqdm(rows, desc="prompts", disable=None, leave=False), strict=True):
         try:
-            messages, more = prompt_of(row.pop(column), column), options_of(row, config.chat_template_kwargs)
-            shown = with_system(messages, system, role)
-            ids = render_prompt(tokenizer, shown, more)
-            if len(ids) > config.max_prompt_length and shown != messages:
-                fit_without += len(render_prompt(tokenizer, messages, more)) <= config.max_prompt_length
+            value, more = row.pop(column), options_of(row, config.chat_template_kwargs)
+            if as_given and isinstance(value, str):
+                shown, ids = text_of(value, column), tokenizer(value)["input_ids"]
+                require(len(ids) > 0, f"`{column}` is empty.")
+            else:
+                messages = prompt_of(value, column)
+                shown = with_system(messages, system, role)
+                ids = render_prompt(tokenizer, shown, more)
+                if len(ids) > config.max_prompt_length and shown != messages:
+                    fit_without += len(render_prompt(tokenizer, messages, more)) <= config.max_prompt_length
         except ValueError as error:
             raise ValueError(f"row {i + 1} of the data: {error}") from error
-        row.pop("messages", None)  # may hold the answer
+        if not as_given:
+            row.pop("messages", None)  # may hold the answer
         if len(ids) <= config.max_prompt_length:
             columns = {name: written[i].get(name) if written else value for name, value in row.items()}
             prompts.append(Prompt(shown, ids, columns))
@@ -116,19 +127,11 @@ def load_prompts(
     left_out = f"{len(rows) - len(prompts)} longer than {config.max_prompt_length} tokens"
     if fit_without:
         left_out += f" ({fit_without} of them only with the system prompt)"
+    if as_given and tokenizer.chat_template is not None and any(isinstance(prompt.messages, str) for prompt in prompts):
+        left_out += "; prompts that are text are not put into the chat template: make them lists of messages for that"
     if role == "user":
         left_out += "; the template has no system role: the system prompt begins what the user says"
     return prompts, left_out
-
-
-def with_system(messages: list[dict[str, Any]], system: str, role: str) -> list[dict[str, Any]]:
-    """The messages behind the system prompt, as a message of `role`; what the data says in its place stays."""
-    first, *rest = messages
-    if not system or first["role"] in ("system", "developer"):
-        return messages
-    if first["role"] == role:
-        return [first | {"content": f"{system}\n\n{first['content']}"}, *rest]
-    return [{"role": role, "content": system}, *messages]
 
 
 def prompt_column(rows: Dataset, arguments: GRPOScriptArguments) -> str:
@@ -186,16 +189,19 @@ class Scorer:
         config: GRPOConfig,
         tokenizer: PreTrainedTokenizerBase,
         pool: WorkerPool,
+        trainer_state: SimpleNamespace = BEFORE,
     ) -> None:
         self.prompts, self.reward_funcs, self.weights = prompts, reward_funcs, config.reward_weights
-        self.tokenizer, self.pool = tokenizer, pool
+        self.tokenizer, self.pool, self.trainer_state = tokenizer, pool, trainer_state
         self.columns = sorted({name for prompt in prompts.values() for name in prompt.columns})
         self.begun: list[tuple[list[Sample], Callable[[], Scores]]] = []
 
     def begin(self, samples: list[Sample]) -> None:
         """`samples`: all of one group, or of several."""
         completions = [self.to_score(sample) for sample in samples]
-        self.begun.append((samples, start_scoring(self.reward_funcs, self.weights, completions, self.pool)))
+        self.begun.append(
+            (samples, start_scoring(self.reward_funcs, self.weights, completions, self.pool, self.trainer_state))
+        )
 
     def to_score(self, sample: Sample) -> ToScore:
         prompt = self.prompts[sample.group]

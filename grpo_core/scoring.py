@@ -4,16 +4,23 @@ What a reward function is, says `grpo_core/rewards.py`; what happens to a check 
 workers, `eval/workers.py`. The next file is `advantage.py`.
 """
 
+import asyncio
 import copy
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 from eval.workers import Unscored, WorkerPool
 from grpo_core.rewards import RewardFunction, gold_text, reward_name
+
+# What a reward function gets as `trainer_state`: how far the run is, without transformers, which a worker lacks.
+BEFORE = SimpleNamespace(global_step=0, max_steps=0, epoch=0.0)
 
 
 @dataclass(frozen=True)
@@ -36,11 +43,11 @@ class ToScore:
         ours = {
             "prompts": self.prompt,
             "prompt_texts": self.prompt_text,
-            "completions": [{"role": "assistant", "content": self.text}],
+            "completions": self.text if isinstance(self.prompt, str) else [{"role": "assistant", "content": self.text}],
             "completion_ids": self.token_ids,
             "group_ids": self.group,
         }
-        if taken := ours.keys() & self.columns:
+        if taken := {*ours, "trainer_state"} & self.columns.keys():
             raise ValueError(f"rename the data's column {min(taken)!r}: rewards are given something else by this name")
         return with_gold(self.columns) | ours
 
@@ -95,15 +102,33 @@ def accepted(function: RewardFunction, names: Iterable[str]) -> set[str]:
 def _call(task: tuple[RewardFunction, dict[str, list], int]) -> list[float | None]:
     """In a worker: one reward function on one completion, or on one group. Rejects what is not a list of rewards."""
     function, arguments, count = task
-    values = _plain(function(**copy.deepcopy(arguments)))  # the next function is given the same objects
+    values = function(**copy.deepcopy(arguments))  # the next function is given the same objects
+    values = _plain(_awaited(values) if inspect.isawaitable(values) else values)
     name = reward_name(function)
     if not isinstance(values, (list, tuple)) or len(values) != count:
-        raise TypeError(f"{name} must return a list of {count} rewards and not be async, it returned {values!r:.100}")
+        raise TypeError(f"{name} must return a list of {count} rewards, it returned {values!r:.100}")
     values = [_plain(value) for value in values]
     for value in values:
         if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value)):
             raise TypeError(f"{name} must return finite numbers, or None where it does not apply, not {value!r:.100}")
     return [None if value is None else float(value) for value in values]
+
+
+def _awaited(value: Awaitable) -> Any:
+    """The result of a coroutine, in a thread of its own: this one may have a running loop, as a notebook's has."""
+
+    async def result() -> Any:
+        return await value
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, result()).result()
+
+
+def _called_here(task: tuple[RewardFunction, dict[str, list], int]) -> list[float | None] | Unscored:
+    try:
+        return _call(task)
+    except Exception as error:  # as in a worker
+        return Unscored("exception", f"{type(error).__name__}: {error}")
 
 
 def _plain(value: Any) -> Any:
@@ -116,6 +141,7 @@ def start_scoring(
     weights: Sequence[float] | None,
     completions: Sequence[ToScore],
     pool: WorkerPool,
+    trainer_state: SimpleNamespace = BEFORE,
 ) -> Callable[[], Scores]:
     """Have the pool's workers begin; the function returned waits for the result:
     R = sum over functions of weight * value, in float64.
@@ -143,17 +169,26 @@ def start_scoring(
     for rows in groups.values():
         calls += [(j, [row]) for row in rows for j in range(len(functions)) if not by_group[j]]
         calls += [(j, rows) for j in range(len(functions)) if by_group[j]]
-    tasks = [
-        (functions[j], {name: [arguments[row][name] for row in rows] for name in wanted[j]}, len(rows))
+    states = [dict.fromkeys(accepted(function, ["trainer_state"]), trainer_state) for function in functions]
+    here = [getattr(function, "in_process", False) for function in functions]
+    calls.sort(key=lambda call: here[call[0]])
+    sent = sum(not here[j] for j, _ in calls)
+    tasks: list[Any] = [
+        (
+            functions[j] if here[j] else pool.share(functions[j]),
+            {name: [arguments[row][name] for row in rows] for name in wanted[j]} | states[j],
+            len(rows),
+        )
         for j, rows in calls
     ]
-    job = pool.submit(_call, tasks, [pool.timeout * len(rows) for _, rows in calls])
+    job = pool.submit(_call, tasks[:sent], [pool.timeout * len(rows) for _, rows in calls[:sent]])
 
     def wait() -> Scores:
         values: list[list[float | None]] = [[None] * len(functions) for _ in completions]
         failed: set[int] = set()
         gaps: list[tuple[str, str]] = []
-        for (j, rows), answer in zip(calls, pool.wait(job), strict=True):
+        called_here = map(_called_here, tasks[sent:])
+        for (j, rows), answer in zip(calls, chain(pool.wait(job), called_here), strict=True):
             if isinstance(answer, Unscored):
                 failed.update(rows)
                 kind = answer.error.partition(":")[0] if answer.reason == "exception" else answer.reason

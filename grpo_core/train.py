@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tqdm import tqdm
@@ -131,10 +132,13 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             )
             reshard(policy)
 
+    def trainer_state() -> SimpleNamespace:
+        return SimpleNamespace(global_step=progress.step, max_steps=run.total_steps, epoch=training.epoch)
+
     def evaluate() -> dict[str, float]:
         sync()
         with phases("eval", watchdog_s=0):  # no limit: it may take longer than any step
-            return evaluate_policy(engine, run, pool)
+            return evaluate_policy(engine, run, pool, trainer_state())
 
     mini_batches: list[MiniBatch] = []  # of the rollouts; made anew for each rollout, and after a resume within one
 
@@ -159,7 +163,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             groups = range(rank, run.prompts_per_rollout, world_size)
             chosen = {group: run.prompts[order[group]] for group in groups}
             seeds = [sample_seed(config.seed, step, group) for group in groups]
-            scorer = Scorer(chosen, run.reward_funcs, config, run.tokenizer, pool)
+            scorer = Scorer(chosen, run.reward_funcs, config, run.tokenizer, pool, trainer_state())
             with phases("sample"):
                 rollouts = sample_groups(engine, chosen, sampling, seeds, scorer.begin)
             with phases("score"):
@@ -227,7 +231,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         # 7 log, evaluate, save
         if training.due("logging"):
             metrics |= timing | {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
-            training.logger.log(step, progress.rollout_metrics | metrics)
+            training.log(step, progress.rollout_metrics | metrics)
             samples = from_different_groups(rollouts, config.num_completions_to_print if config.log_completions else 0)
             training.logger.log_completions(step, completion_rows(samples, run.reward_names, run.tokenizer))
         training.end_step(save, evaluate)

@@ -8,35 +8,33 @@ However the block is left, the watchdog is off, signals end the process again, a
 and folder are closed.
 """
 
-import gc
 import json
 import logging
 import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 from transformers import TrainerState
 
 from sft_core.best import compare_with_best, load_best
+from sft_core.finish import finish
 from sft_core.model.checkpoint import Record, Trained, load_checkpoint, save_checkpoint
 from sft_core.model.export import export_model
 from sft_core.model.optim import make_optimizer, make_scheduler
 from sft_core.model.parallel import Sharding, make_mesh, shard
 from sft_core.model.policy import Policy, load_policy
 from sft_core.run import distributed
-from sft_core.run.benchmarks import FAILURES, get_callbacks, run_benchmarks
+from sft_core.run.benchmarks import get_callbacks
+from sft_core.run.callbacks import Callbacks
 from sft_core.run.files import write_atomically
-from sft_core.run.hub import push_final
 from sft_core.run.logging import MetricsLogger, announce
-from sft_core.run.model_card import write_model_card
 from sft_core.run.output_dir import step_of
 from sft_core.run.watchdog import Phases, watchdog
 
@@ -76,9 +74,16 @@ class TrainingRun(Generic[P]):
         self.stopping = False  # a signal asked for it, on any rank
         self.complete = False
         self.failures: list[str] = []  # of what is pushed and measured beside the training
+        self.log_history: list[dict[str, Any]] = []
+        handed = run.handed
+        self.hooks: Callbacks | None = handed and handed.callbacks
+        self.asked: set[str] = set()  # by callbacks, on any rank: logging, eval, save, stop
+        # Bad input that is met within the run ends a command, and is the caller's ValueError from Python.
+        self.bad_input = distributed.usage_errors if handed is None else nullcontext
 
     def __enter__(self) -> "TrainingRun[P]":
         self.kept.callback(distributed.unlock_output_dir, self.config.output_dir)
+        distributed.StopSignal.remember()
         announce(self.run)
         return self
 
@@ -106,7 +111,7 @@ class TrainingRun(Generic[P]):
     def load_policy(self, vocab_size: int = 0) -> Policy:
         """The model to train, sharded over the ranks."""
         run = self.run
-        with distributed.usage_errors():  # weights that are not the model's
+        with self.bad_input():  # weights that are not the model's
             policy = load_policy(
                 run.local_model,
                 dtype=run.dtype,
@@ -137,11 +142,15 @@ class TrainingRun(Generic[P]):
             self.config.output_dir, self.config.report_to, step, run.options, self.console, run.total_steps
         )
         self.kept.push(lambda kind, *_: self.logger.close(failed=kind is not None))
+        if step:
+            log = Path(self.config.output_dir) / "metrics.jsonl"
+            self.log_history = distributed.on_first_rank(lambda: list(map(json.loads, log.read_text().splitlines())))
         self.callbacks = get_callbacks(self.config, run.model) if self.first else []
         self.stop = distributed.StopSignal()
         self.saved_at = step
         bar = tqdm(total=run.total_steps, initial=step, desc=run.algorithm, disable=None if self.first else True)
         self.bar = self.opened.enter_context(bar)
+        self._call("on_train_begin")
 
     def evaluate_first(self, evaluate: Callable[[], Metrics]) -> None:
         """Evaluate before the first step, where that is asked for."""
@@ -152,7 +161,8 @@ class TrainingRun(Generic[P]):
 
     @property
     def goes_on(self) -> bool:
-        return self.progress.step < self.run.total_steps and not self.stopping
+        ended = self.stopping or "stop" in self.asked or self.run.only_evaluates
+        return self.progress.step < self.run.total_steps and not ended
 
     @property
     def epoch(self) -> float:
@@ -163,6 +173,8 @@ class TrainingRun(Generic[P]):
 
     def due(self, what: Literal["logging", "save", "eval"]) -> bool:
         """Whether `what` is due after the step that was counted last; the same on every rank."""
+        if what in self.asked and (what != "eval" or self.run.test_rows is not None):
+            return True
         return self.config.due(what, self.progress.step, self.run.total_steps, self.run.steps_per_epoch)
 
     def count_step(self, start: float, tokens: int, loss: float) -> Metrics:
@@ -172,6 +184,10 @@ class TrainingRun(Generic[P]):
         progress.num_tokens += tokens
         progress.loss_sum += loss
         progress.seconds += seconds
+        if self.hooks is not None:
+            self.hooks.forget()
+            self._call("on_step_end")
+            self._agree()
         return self.phases.pop() | {
             "epoch": self.epoch,
             "num_tokens": progress.num_tokens,
@@ -181,12 +197,33 @@ class TrainingRun(Generic[P]):
 
     def end_step(self, save: Callable[[], None], evaluate: Callable[[], Metrics]) -> None:
         """Evaluate and save where that is due; a run that stops saves."""
-        self._log_benchmarks()
+        self.record_benchmarks()
         self.bar.update()
         if self.due("eval") and not self.stopping:
             self._log_evaluation(evaluate())
+        self._agree()
         if self.due("save") or self.stopping:
             save()
+            self._agree()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Every rank, with the same metrics."""
+        self.record(step, metrics)
+        self._call("on_log", logs=dict(self.log_history[-1]))
+
+    def record(self, step: int, metrics: Metrics) -> None:
+        self.logger.log(step, metrics)
+        finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+        self.log_history.append({"step": step, **finite})
+
+    def _call(self, hook: str, **more: Any) -> None:
+        if self.hooks is not None:
+            self.hooks(hook, self.state(), processing_class=self.run.tokenizer, **more)
+
+    def _agree(self) -> None:
+        """What callbacks ask for on any rank, all ranks do."""
+        if self.hooks is not None:
+            self.asked = self.hooks.asked(self.run.device)
 
     def save(self, trained: Trained, write_more: Callable[[Path], None] | None = None) -> None:
         """Write a checkpoint; `write_more`: into the rank's own folder of it. A collective."""
@@ -196,7 +233,7 @@ class TrainingRun(Generic[P]):
         def write_model(folder: Path) -> None:
             export_model(trained.model, run.tokenizer, folder, run.dtype, run.stop_ids)
             if self.first:
-                self._write_state(folder)
+                self.write_state(folder)
 
         only_model = config.save_only_model and not self.stopping
         with self.phases("save"):
@@ -211,11 +248,14 @@ class TrainingRun(Generic[P]):
             if self.first:
                 self._push(folder)
         self.saved_at = progress.step
+        self._call("on_save")
 
     def end(self, policy: Policy, save: Callable[[], None], evaluate: Callable[[], Metrics]) -> None:
         """After the last step: the last checkpoint, the model in output_dir, and when it is safe the evaluation."""
         config, progress, run = self.config, self.progress, self.run
         self.bar.close()
+        if run.only_evaluates:
+            return self._log_evaluation(evaluate())
         if self.stopping:
             if self.first:
                 print(f"stopped by a signal after step {progress.step}: the same command goes on from there")
@@ -230,18 +270,20 @@ class TrainingRun(Generic[P]):
             export_model(policy, run.tokenizer, config.output_dir, run.dtype, run.stop_ids, config.merge_adapter)
         if (config.do_eval or config.eval_strategy != "no") and progress.eval_step != progress.step:
             self._log_evaluation(evaluate())
+        self._call("on_train_end")
         self.complete = True
 
     def _log_evaluation(self, metrics: Metrics) -> None:
         progress = self.progress
         progress.eval_step, progress.eval_metrics = progress.step, metrics | {"epoch": self.epoch}
-        self.logger.log(progress.step, progress.eval_metrics)
+        self.log(progress.step, progress.eval_metrics)
+        self._call("on_evaluate", metrics=progress.eval_metrics)
 
-    def _log_benchmarks(self) -> None:
+    def record_benchmarks(self) -> None:
         """Results of checkpoints' benchmarks that have come in, at their own step."""
         for callback in self.callbacks:
             for step, metrics in callback.finished():
-                self.logger.log(step, metrics)
+                self.record(step, metrics)
 
     def _push(self, checkpoint: Path) -> None:
         step = self.progress.step
@@ -252,11 +294,10 @@ class TrainingRun(Generic[P]):
             self.failures.append(f"checkpoint of step {step} was not pushed: {error}")
             logger.warning("%s", self.failures[-1])
 
-    def _write_state(self, folder: Path) -> None:
-        """trainer_state.json as transformers' TrainerState loads it, with every logged line so far."""
+    def state(self) -> TrainerState:
+        """How far the run is, as transformers says it, with every logged line so far."""
         config, total = self.config, self.run.total_steps
-        log = Path(config.output_dir) / "metrics.jsonl"
-        state = TrainerState(
+        return TrainerState(
             best_metric=self.progress.best_metrics.get(config.metric_for_best_model),
             best_model_checkpoint=self.progress.best_checkpoint or None,
             best_global_step=self.progress.best_checkpoint and step_of(Path(self.progress.best_checkpoint)) or None,
@@ -269,26 +310,32 @@ class TrainingRun(Generic[P]):
             train_batch_size=config.per_device_train_batch_size,
             num_train_epochs=math.ceil(total / self.run.steps_per_epoch),
             num_input_tokens_seen=self.progress.num_tokens,
-            log_history=[json.loads(line) for line in log.read_text().splitlines()],
+            log_history=self.log_history,
+            is_local_process_zero=self.first,
+            is_world_process_zero=self.first,
         )
-        write_atomically(folder / "trainer_state.json", json.dumps(asdict(state), indent=2) + "\n")
+
+    def write_state(self, folder: Path) -> None:
+        """trainer_state.json as transformers' TrainerState loads it."""
+        write_atomically(folder / "trainer_state.json", json.dumps(asdict(self.state()), indent=2) + "\n")
 
     # --- after the loop ----------------------------------------------------------------------------------------------
 
-    def finish(self) -> None:
+    def finish(self, push: bool = True) -> None:
         """Close what the loop worked with; on the first rank then results, state, benchmarks, card and pushes, for
-        which the machine is free."""
+        which the machine is free. `push`: to the Hub's main branch, where the options say so."""
         dist.barrier()
         self.leave()
         if self.first and self.complete:
-            self._finish(Path(self.config.output_dir))
+            finish(self, push)
         elif any(callback.busy for callback in self.callbacks):
             print("stopped: what was still being pushed to the Hub is not there", file=sys.stderr)
 
-    def _finish(self, folder: Path) -> None:
-        config, progress = self.config, self.progress
+    def results(self) -> Metrics:
+        """Of the whole run, as open-r1's scripts log them."""
+        progress = self.progress
         seconds = max(progress.seconds, 1e-9)
-        results = {
+        return {
             "epoch": self.epoch,
             "num_tokens": progress.num_tokens,
             "train_loss": progress.loss_sum / max(1, progress.step),
@@ -297,36 +344,3 @@ class TrainingRun(Generic[P]):
             "train_samples_per_second": progress.samples / seconds,
             "train_steps_per_second": progress.step / seconds,
         }
-        save_results(folder, "train", results)
-        if progress.eval_metrics:
-            save_results(folder, "eval", progress.eval_metrics)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        benchmarks: Metrics = {}
-        if config.benchmarks:
-            try:
-                measured = folder / "merged" if self.run.model.use_peft else folder
-                benchmarks = run_benchmarks(measured, config, folder / "benchmarks" / f"step-{progress.step}")
-            except FAILURES as error:  # the model is there all the same: its card and its push go on
-                self.failures.append(f"benchmarks of the final model: {error}")
-            else:
-                self.logger.log(progress.step, benchmarks)
-                save_results(folder, "benchmarks", benchmarks)
-        for callback in self.callbacks:
-            self.failures += callback.close()
-        self._log_benchmarks()
-        self._write_state(folder)
-        write_model_card(folder, self.run, results | progress.eval_metrics | benchmarks)
-        if config.push_to_hub or config.push_to_hub_revision:
-            self.failures += push_final(config, folder)
-        for failure in self.failures:
-            print(f"failed: {failure}", file=sys.stderr)
-
-
-def save_results(folder: Path, split: str, results: Metrics) -> None:
-    """<split>_results.json, and the same metrics into all_results.json."""
-    everything = folder / "all_results.json"
-    known = json.loads(everything.read_text()) if everything.is_file() else {}
-    for path, values in ((folder / f"{split}_results.json", results), (everything, known | results)):
-        write_atomically(path, json.dumps(values, indent=4, sort_keys=True) + "\n")

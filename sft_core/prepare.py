@@ -36,8 +36,10 @@ from sft_core.model.policy import (
     planned_dtype,
     stop_token_ids,
 )
+from sft_core.model.trl_names import with_init_kwargs
 from sft_core.run import distributed
 from sft_core.run.benchmarks import check_benchmarks
+from sft_core.run.callbacks import Handed
 from sft_core.run.cli import as_yaml
 from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig
 from sft_core.run.hub import check_hub
@@ -72,13 +74,20 @@ class Base:
     template: str  # what is to be said of the chat template
     rows: Dataset | IterableDataset
     test_rows: Dataset | None  # where the run evaluates
+    handed: Handed | None  # by a trainer class
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float32
 
+    @property
+    def only_evaluates(self) -> bool:
+        return self.handed is not None and self.handed.only_evaluates
 
-def prepare_base(algorithm: str, model: ModelConfig, data: ScriptArguments, config: TrainingConfig) -> Base:
+
+def prepare_base(
+    algorithm: str, model: ModelConfig, data: ScriptArguments, config: TrainingConfig, handed: Handed | None = None
+) -> Base:
     """Join the process group, then read what is cheap: tokenizer and rows. A collective.
 
     Raises:
@@ -89,15 +98,20 @@ def prepare_base(algorithm: str, model: ModelConfig, data: ScriptArguments, conf
     check_schedule(config, config.total_steps(SOME_STEPS))
     check_report_to(config.report_to)
     rank, world_size, _, device = distributed.init_distributed(config.ddp_timeout)
+    if handed is not None and handed.write_model is not None:
+        distributed.on_first_rank(handed.write_model, patient=True)
     check_compile(config, device)
     bf16 = compute_in_bf16(config.bf16, model.dtype, device)
     distributed.on_first_rank(lambda: check_hub(config))
     distributed.on_first_rank(lambda: check_benchmarks(config))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes that tokenise are forks
     model_info = check_model(model, config)
-    _, tokenizer = load_tokenizer(model, config.chat_template)
+    _, tokenizer = load_tokenizer(model, config.chat_template, handed and handed.processing_class)
     supervised = config if isinstance(config, SFTConfig) else None
-    rows, test_rows = load_splits(data, config.evaluates, supervised is not None and supervised.dataset_streaming)
+    if handed is None:
+        rows, test_rows = load_splits(data, config.evaluates, supervised is not None and supervised.dataset_streaming)
+    else:
+        rows, test_rows = handed.train_dataset, handed.eval_dataset if config.evaluates else None
     conversations = supervised is None or needs_template(first_row(rows))
     eos_token = None if supervised is None else supervised.eos_token
     set_up(tokenizer, eos_token, conversations, chatml_default=supervised is not None)
@@ -135,6 +149,7 @@ def prepare_base(algorithm: str, model: ModelConfig, data: ScriptArguments, conf
         template=template,
         rows=rows,
         test_rows=test_rows,
+        handed=handed,
     )
 
 
@@ -176,7 +191,11 @@ def open_output_dir(base: Base, config: TrainingConfig, **more: Any) -> tuple[di
     }
     distributed.on_first_rank(lambda: distributed.lock_output_dir(config.output_dir))
     checkpoint = prepare_output_dir(
-        config.output_dir, identity, config.overwrite_output_dir, config.resume_from_checkpoint
+        config.output_dir,
+        identity,
+        config.overwrite_output_dir,
+        config.resume_from_checkpoint,
+        anew=base.handed is not None and base.handed.anew,
     )
     if checkpoint is not None and base.rank == 0:
         before = read_state(checkpoint)["identity"].get("options", options)
@@ -208,12 +227,13 @@ class Run(Base):
         return self.source.sequences_per_pass / self.sequences_per_step
 
 
-def prepare(model: ModelConfig, data: ScriptArguments, config: SFTConfig) -> Run:
+def prepare(model: ModelConfig, data: ScriptArguments, config: SFTConfig, handed: Handed | None = None) -> Run:
     """Check everything of a supervised run that can be checked, with copies of the options. A collective.
 
     Raises:
         ValueError: the user's input, in one sentence that names the remedy.
     """
+    model, config = with_init_kwargs(model, config)
     model, data, config = model.frozen(), data.frozen(), config.frozen()
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps  # of a rank, a step
     if config.dry_run:
@@ -223,7 +243,7 @@ def prepare(model: ModelConfig, data: ScriptArguments, config: SFTConfig) -> Run
         itemsize, parameters = planned_dtype(model, config).itemsize, count_parameters(info, model.trust_remote_code)
         dry_run(Plan(info, model, config, parameters, config.dry_run_gpus, rows, config.max_length, itemsize))
     check_best_metric(config, EVAL_METRICS)
-    base = prepare_base("sft", model, data, config)
+    base = prepare_base("sft", model, data, config, handed)
     source, rows_line = training_rows(base, config)
     test_examples = None
     if base.test_rows is not None:

@@ -78,7 +78,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         start = time.perf_counter()
         # 1 batch: the step's rows, and this rank's share of them in micro-batches
         with phases("batch"):
-            with distributed.usage_errors():  # streamed rows are met here for the first time
+            with training.bad_input():  # streamed rows are met here for the first time
                 examples = run.source.take(run.sequences_per_step)
             lengths = [len(ids) for ids, _ in examples]
             shares = balance(lengths, config.max_tokens_per_micro_batch, run.world_size, quadratic)
@@ -115,7 +115,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             metrics["tflops"] = flops / 1e12  # on each device
             if peak_rate is not None and not run.model.use_peft:  # adapters spare a part of those
                 metrics["mfu"] = flops / peak_rate
-            training.logger.log(progress.step, metrics)
+            training.log(progress.step, metrics)
         training.end_step(save, measure)
     training.end(policy, save, measure)
 

@@ -202,6 +202,16 @@ def _other(value: Any) -> Any:
     return f"{value}." if isinstance(value, str) else not value
 
 
+def with_system(messages: list[dict[str, Any]], system: str, role: str) -> list[dict[str, Any]]:
+    """The messages behind the system prompt, as a message of `role`; what the data says in its place stays."""
+    first, *rest = messages
+    if not system or first["role"] in ("system", "developer"):
+        return messages
+    if first["role"] == role:
+        return [first | {"content": f"{system}\n\n{first['content']}"}, *rest]
+    return [{"role": role, "content": system}, *messages]
+
+
 def shows_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template shows what the system says; some leave it out, some refuse it."""
     user = [{"role": "user", "content": "."}]

@@ -4,6 +4,7 @@ Left out on purpose: models whose logits are more than `hidden @ head.T` (bias, 
 since log-probs come straight from hidden states (`kernels/linear_logprob.py`).
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -161,16 +162,17 @@ def _from_files(kind: Any, config: ModelConfig) -> Any:
 
 
 def load_tokenizer(
-    config: ModelConfig, chat_template: str | None = None
+    config: ModelConfig, chat_template: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """The model's configuration and tokenizer, without its weights.
+    """The model's configuration and tokenizer (or a copy of the one that is given), without its weights.
 
-    `chat_template` (Jinja text, or a file with it) takes the place of the tokenizer's own.
+    `chat_template` (Jinja text, or a file with it) takes the place of its own.
 
     Raises:
         ValueError: there is no such model, or it is of a kind that is refused.
     """
-    model_config, tokenizer = load_model_info(config), _from_files(AutoTokenizer, config)
+    model_config = load_model_info(config)
+    tokenizer = _from_files(AutoTokenizer, config) if tokenizer is None else copy.deepcopy(tokenizer)
     if chat_template is not None:
         text = chat_template
         if len(text) < 1000 and "{" not in text:  # no Jinja, which has braces

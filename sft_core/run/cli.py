@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import os
+import sys
 from argparse import ArgumentParser
 from pathlib import Path
 from types import MappingProxyType
@@ -21,9 +22,11 @@ from typing import Any, NoReturn, get_origin
 import yaml
 from transformers import HfArgumentParser
 
+from sft_core.run.distributed import usage_errors
 from sft_core.run.open_r1_keys import FOREIGN_KEYS, REFUSED_KEYS, defaults_there, pass_over
 from sft_core.run.options import (
     JsonDict,
+    Options,
     alternatives,
     check_once,
     default_of,
@@ -95,10 +98,24 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
             pass_over(name, values if len(values) > 1 else values[0] if values else True)
     if ours.parse_only:
         if os.environ.get("RANK", "0") == "0":
-            print(as_yaml([config.frozen() for config in configs]), end="")
+            print(as_yaml([c.frozen() if isinstance(c, Options) else c for c in configs]), end="")
             print("# Defaults that are not those of TRL 1.16 and open-r1:", *map(_differences, config_types), sep="")
         raise SystemExit(0)
     return tuple(configs)
+
+
+class TrlParser:
+    """TRL's, for scripts: `TrlParser((ScriptArguments, GRPOConfig, ModelConfig)).parse_args_and_config()`."""
+
+    def __init__(self, dataclass_types: Any) -> None:
+        self.types = (dataclass_types,) if isinstance(dataclass_types, type) else tuple(dataclass_types)
+
+    def parse_args_and_config(self, args: list[str] | None = None) -> tuple[Any, ...]:
+        """An instance of each class; what is wrong is one line and exit code 2 where `args` is the command line."""
+        if args is not None:
+            return parse(self.types, args)
+        with usage_errors():
+            return parse(self.types, sys.argv[1:])
 
 
 def as_yaml(configs: list[Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Literal
 from sft_core.run.model_config import ModelConfig as ModelConfig
 from sft_core.run.model_config import ScriptArguments as ScriptArguments
 from sft_core.run.options import JsonDict, Options, option, require
+from sft_core.run.process import OfTheProcess
 
 OPTIMIZERS = (
     "adamw_torch",
@@ -35,10 +36,13 @@ SCHEDULES = (
 
 
 @dataclass
-class TrainingConfig(Options):
+class TrainingConfig(OfTheProcess, Options):
     output_dir: str = option("", "Folder for checkpoints, logs and the final model.")
     overwrite_output_dir: bool = option(
         False, "Move what another run left in output_dir aside instead of refusing (nothing is ever deleted)."
+    )
+    model_init_kwargs: JsonDict | None = option(
+        None, "JSON; options of the model by the names of from_pretrained: dtype, revision, quantization_config ..."
     )
     seed: int = option(42, "Seed of the data order and of sampling.")
     num_train_epochs: float = option(1.0, "Passes over the training rows (used where max_steps is not given).")
@@ -161,8 +165,10 @@ class TrainingConfig(Options):
         1800, "Seconds a collective or a phase may take before all stacks are dumped and it ends.", ge=1
     )
 
-    def check(self) -> None:
+    def check_given(self) -> None:
         require(self.output_dir != "", "--output_dir is missing: give a folder for checkpoints, logs and the model.")
+
+    def check(self) -> None:
         super().check()
         require(not self.fp16, "fp16 is not supported (it needs loss scaling): use --bf16 true.")
         require(

@@ -13,21 +13,26 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from sft_core.run.watchdog import watchdog
 
 T = TypeVar("T")
 GIB = 2**30
 _as_torchrun: dict[str, str] = {}  # environment variables that a single process has set for itself
+_stores: list[dist.Store] = []  # the launcher's, where there is one
+_groups = count()
 _locks: dict[Path, int] = {}  # folder -> the open file whose lock this process holds
 
 
@@ -58,6 +63,8 @@ def init_distributed(timeout_s: float = 600.0) -> tuple[int, int, int, torch.dev
     would have set, with a free port, because vLLM's `external_launcher` reads them.
     """
     faulthandler.enable(file=2, all_threads=True)
+    if dist.is_initialized():
+        raise ValueError("this process has a process group already: training makes its own, so make none before it.")
     store: dist.Store | None = None
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -88,10 +95,11 @@ def init_distributed(timeout_s: float = 600.0) -> tuple[int, int, int, torch.dev
         if local_world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     timeout = timedelta(seconds=timeout_s)
-    if store is None:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+    if store is None:  # the launcher's, once: a process may join group after group, each under keys of its own
+        if not _stores:
+            _stores.append(next(iter(rendezvous("env://", timeout=timeout)))[0])
+        store = dist.PrefixStore(f"group-{next(_groups)}", _stores[0])
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return rank, world_size, local_rank, device
 
 
@@ -192,21 +200,33 @@ class StopSignal:
     """SIGTERM and the first Ctrl-C set `requested`; the loop reads it at a step's end, saves and leaves.
 
     A second Ctrl-C raises KeyboardInterrupt. Make it in the main thread, after the engine, which may set handlers of
-    its own. Ranks are signalled at different moments: reduce the flag over all ranks before acting on it.
+    its own. Ranks are signalled at different moments: reduce the flag over all ranks before acting on it. In another
+    thread, where Python sets no handlers, signals do what they did.
     """
+
+    _before: dict[int, Any] = {}  # handlers that were there before a run
 
     def __init__(self, says: str = "stopping after this step (checkpoint first)") -> None:
         self.requested = False
         self._says = says
         self._interrupts = 0
-        signal.signal(signal.SIGTERM, self._handle)
-        signal.signal(signal.SIGINT, self._handle)
+        self._set({signal.SIGTERM: self._handle, signal.SIGINT: self._handle})
 
     @staticmethod
-    def restore() -> None:
-        """From here on both signals end the process, as they do without this."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def _set(handlers: dict[int, Any]) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    @classmethod
+    def remember(cls) -> None:
+        """What both signals do now, before an engine is there, is what `restore` restores."""
+        cls._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    @classmethod
+    def restore(cls) -> None:
+        """From here on both signals do what they did before the run."""
+        cls._set(cls._before)
 
     def _handle(self, number: int, frame: Any) -> None:
         self._interrupts += number == signal.SIGINT

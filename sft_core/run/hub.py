@@ -335,11 +335,11 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def push_final(config: TrainingConfig, folder: Path) -> list[str]:
+def push_final(config: TrainingConfig, folder: Path, message: str = "End of training") -> list[str]:
     """Push what training left in `folder` (output_dir), without checkpoints and the run's own files: to main with
     `push_to_hub`, to `hub_model_revision` with `push_to_hub_revision`. Waits; returns the failures."""
     branches = ["main"] * config.push_to_hub + [config.hub_model_revision] * config.push_to_hub_revision
     uploader = Uploader(config)
     for branch in dict.fromkeys(branches):
-        uploader.start(folder, revision=branch, message="End of training", ignore=NOT_PUSHED)
+        uploader.start(folder, revision=branch, message=message, ignore=NOT_PUSHED)
     return uploader.close()

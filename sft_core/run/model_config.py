@@ -41,8 +41,15 @@ class ModelConfig(Options):
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "The 4-bit type.")
     use_bnb_nested_quant: bool = option(False, "Quantise the 4-bit scales too.")
 
-    def check(self) -> None:
+    @property
+    def torch_dtype(self) -> str | None:
+        """The older name, which scripts read."""
+        return self.dtype
+
+    def check_given(self) -> None:
         require(self.model_name_or_path != "", "--model_name_or_path is missing: give a Hub id or a model folder.")
+
+    def check(self) -> None:
         super().check()
         require(not (self.load_in_4bit and self.load_in_8bit), "give one of load_in_4bit and load_in_8bit.")
         require(
@@ -94,13 +101,15 @@ class ScriptArguments(Options):
         "the share of that set's rows.",
     )
 
+    def check_given(self) -> None:
+        given = self.dataset_name or self.dataset_mixture
+        require(bool(given), "--dataset_name is missing: give a Hub id or a data file.")
+
     def check(self) -> None:
         super().check()
         require(
-            bool(self.dataset_name) != bool(self.dataset_mixture),
-            "give either --dataset_name (a Hub id or a data file) or a dataset_mixture, not both."
-            if self.dataset_name
-            else "--dataset_name is missing: give a Hub id or a data file.",
+            not (self.dataset_name and self.dataset_mixture),
+            "give either --dataset_name (a Hub id or a data file) or a dataset_mixture, not both.",
         )
         self.mixture()
 

@@ -59,12 +59,16 @@ class Options(metaclass=_OptionsType):
         """Raise ValueError, in one sentence, for values that are wrong or contradict each other."""
         check_options(self)
 
+    def check_given(self) -> None:
+        """Raise ValueError for what a run needs and nobody gave; a script may assign it to a configuration it made."""
+
     def resolve(self) -> None:
         """Give what several options or spellings say one value."""
 
     def frozen(self) -> Self:
         """A copy for a run: checked, resolved, and never changed again."""
         config = copy.copy(self)
+        config.check_given()
         config.check()
         config.resolve()
         vars(config)["_frozen"] = True

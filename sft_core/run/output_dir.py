@@ -3,7 +3,7 @@
     checkpoint-<step>/       written by `sft_core/model/checkpoint.py`: complete, or not there
     latest                   names the checkpoint that was written last
     run.json                 the identity of the run: what its results depend on
-    previous-<n>/            an earlier run, moved aside by --overwrite_output_dir
+    previous-<n>/            an earlier run, moved aside by --overwrite_output_dir or `train()`
 
 Nothing is ever deleted but what a killed save left behind.
 """
@@ -21,6 +21,7 @@ from sft_core.run.files import describe, flush_to_disk, write_atomically
 
 STATE, MANIFEST, POINTER, RUN = "progress.json", "manifest.json", "latest", "run.json"
 FORMAT = 2  # of a checkpoint
+GIVEN = ".given-"  # and a digest: a model that a trainer class was handed, which several runs may need
 
 
 # --- the decision ------------------------------------------------------------------------------------------------
@@ -61,12 +62,15 @@ class Found:
 
 
 def decide(
-    folder: Path, found: Found, overwrite: bool, resume_from: Path | None = None
+    folder: Path, found: Found, overwrite: bool, resume_from: Path | None = None, anew: bool = False
 ) -> Fresh | Resume | MoveAside | Refuse:
     """What becomes of the folder. Our own checkpoints always resume; another run's results are kept.
 
-    `resume_from`: a checkpoint of this run's identity, of whatever folder, instead of the last one in this.
+    `resume_from`: a checkpoint of this run's identity, of whatever folder, instead of the last one in this; `anew`: the
+    run is to begin at its first step.
     """
+    if anew:
+        return MoveAside("train() begins anew") if found.results else Fresh()
     if found.unreadable and not overwrite:
         return Refuse(
             f"No checkpoint in {folder} is readable ({found.unreadable}); restore one, or start anew with "
@@ -89,7 +93,11 @@ def decide(
 
 
 def prepare_output_dir(
-    output_dir: str | Path, identity: dict[str, Any], overwrite: bool, resume_from: str | None = None
+    output_dir: str | Path,
+    identity: dict[str, Any],
+    overwrite: bool,
+    resume_from: str | None = None,
+    anew: bool = False,
 ) -> Path | None:
     """Make `output_dir` that of the run of this `identity`; returns the checkpoint to resume from. A collective.
 
@@ -110,7 +118,7 @@ def prepare_output_dir(
             if reason is not None:
                 raise ValueError(f"cannot resume from {resume_from}: {reason}. Check --resume_from_checkpoint.")
         folder.mkdir(parents=True, exist_ok=True)
-        decision = decide(folder, look_into(folder, identity), overwrite, named)
+        decision = decide(folder, look_into(folder, identity), overwrite, named, anew)
         if isinstance(decision, Refuse):
             raise ValueError(decision.why)
         if isinstance(decision, MoveAside):
@@ -150,7 +158,7 @@ def move_aside(folder: Path, why: str) -> None:
     """Move what is in the folder into `previous-<n>`."""
     number = 1 + max((int(path.name.split("-")[1]) for path in folder.glob("previous-*")), default=0)
     aside = folder / f"previous-{number}"
-    entries = [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("previous-")]
+    entries = [path for path in folder.iterdir() if not path.name.startswith((".lock", GIVEN, "previous-"))]
     if not entries:
         return
     aside.mkdir()

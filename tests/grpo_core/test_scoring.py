@@ -52,7 +52,7 @@ def wrong_count(completions, **kwargs): return [1.0, 2.0]
 def not_finite(completions, **kwargs): return [float("nan")]
 def columns_seen(completions, prompts, group_ids, completion_ids, solution, answer):
     seen = prompts, group_ids, completion_ids, solution, answer
-    return [float(seen == (["p"], [3], [[7, 8]], ["72"], ["a\\n#### 72"]))]
+    return [float(seen == ([[{"role": "user", "content": "p"}]], [3], [[7, 8]], ["72"], ["a\\n#### 72"]))]
 def rank_in_group(completions, **kwargs):
     texts = [c[0]["content"] for c in completions]
     return [float(sorted(texts).index(t)) for t in texts]
@@ -84,7 +84,8 @@ def score(pool, functions, texts, weights=None, group_ids=None, prompt_texts=Non
     n = len(texts)
     group_ids, prompt_texts = group_ids or [0] * n, prompt_texts or [""] * n
     rows = [{name: values[i] for name, values in columns.items()} for i in range(n)]
-    completions = [ToScore(texts[i], [7, 8], group_ids[i], "p", prompt_texts[i], rows[i]) for i in range(n)]
+    prompt = [{"role": "user", "content": "p"}]
+    completions = [ToScore(texts[i], [7, 8], group_ids[i], prompt, prompt_texts[i], rows[i]) for i in range(n)]
     scores = start_scoring(functions, weights, completions, pool)()
     by_function = zip(*scores.values, strict=True)
     per_function = {reward_name(f): list(values) for f, values in zip(functions, by_function, strict=True)}

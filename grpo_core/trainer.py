@@ -1,0 +1,81 @@
+"""GRPO from Python, in TRL's names.
+
+    def reward_len(completions, **kwargs):
+        return [-abs(20 - len(c)) for c in completions]
+
+    trainer = GRPOTrainer(model="org/name", reward_funcs=reward_len, train_dataset=rows)
+    trainer.train()
+
+See `sft_core/trainer.py`. Prompts are trained on as they are: a text is raw text, a list of messages goes through the
+chat template, and no system prompt is added (args.system_prompt is that of the benchmarks). A reward function is called
+with one completion at a time in a worker process, with a whole group where it has the attribute `batch = True`, and in
+this process without a time limit where it has `in_process = True` (`grpo_core/scoring.py`).
+
+Left out on purpose: reward models, tools, environments, rollout functions of one's own.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from datasets import IterableDataset
+
+from grpo_core import prepare, train
+from grpo_core.config import GRPOConfig, GRPOScriptArguments
+from grpo_core.rewards import check_names, get_reward_funcs
+from sft_core.lifecycle import TrainingRun
+from sft_core.run.callbacks import Handed
+from sft_core.run.config import ModelConfig
+from sft_core.run.options import require
+from sft_core.trainer import DATA, Trainer
+
+
+class GRPOTrainer(Trainer):
+    algorithm = "grpo"
+    config_type = GRPOConfig
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: GRPOConfig | None = None, **more: Any) -> None:
+        """`reward_funcs`: a function, the name of one of `grpo_core.rewards`, or a list of these; else as the base's.
+
+        Raises:
+            ValueError: what is handed over cannot be trained so.
+        """
+        given = (
+            reward_funcs if isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str) else [reward_funcs]
+        )
+        require(reward_funcs is not None and len(given) > 0, "reward_funcs is missing: give a function, or several.")
+        self.reward_funcs = [self._function(function) for function in given]
+        check_names(self.reward_funcs)
+        super().__init__(model, args, **more)
+        for name in ("train_dataset", "eval_dataset"):
+            data = getattr(self, name)
+            if data is not None:
+                require(not isinstance(data, IterableDataset), f"{name} cannot be streamed here: give a Dataset.")
+                require(
+                    "prompt" in data.column_names,
+                    f"{name} has no column `prompt`, it has {', '.join(data.column_names)}: rename_column makes it.",
+                )
+
+    @staticmethod
+    def _function(function: Any) -> Callable:
+        if isinstance(function, str):
+            return get_reward_funcs(GRPOScriptArguments(reward_funcs=[function]))[0]
+        require(
+            callable(function) and not isinstance(function, type),
+            f"reward_funcs must be functions or names of rewards, got {function!r:.80}.",
+        )
+        return function
+
+    def _data(self) -> GRPOScriptArguments:
+        return GRPOScriptArguments(dataset_name=DATA, dataset_prompt_column="prompt")
+
+    def _handed(self, **more: Any) -> Handed:
+        return super()._handed(reward_funcs=tuple(self.reward_funcs), **more)
+
+    def _of_an_evaluation(self) -> dict[str, Any]:
+        return super()._of_an_evaluation() | {"beta": 0.0}  # no reference model
+
+    def _prepare(self, model: ModelConfig, config: GRPOConfig, handed: Handed) -> prepare.Run:
+        return prepare.prepare(model, self._data(), config, handed)
+
+    def _start(self, run: prepare.Run) -> tuple[TrainingRun, Callable[[Any, Any], None]]:
+        return TrainingRun(run, train.Progress(), train.CONSOLE, len(run.prompts)), train.train

@@ -1,0 +1,59 @@
+"""What a finished run leaves in output_dir beside its model (results, benchmarks, state, card), and the last pushes.
+
+On the first rank alone, with engine, workers and process group closed: the machine is free for the benchmarks.
+"""
+
+import gc
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sft_core.run.benchmarks import FAILURES, run_benchmarks
+from sft_core.run.files import write_atomically
+from sft_core.run.hub import push_final
+from sft_core.run.model_card import write_model_card
+
+
+def finish(training: Any, push: bool) -> None:
+    """`training`: a complete `sft_core.lifecycle.TrainingRun`; `push`: to the Hub's main branch, if options say so."""
+    config, progress, results = training.config, training.progress, training.results()
+    folder = Path(config.output_dir)
+    save_results(folder, "train", results)
+    if progress.eval_metrics:
+        save_results(folder, "eval", progress.eval_metrics)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    benchmarks: dict[str, float] = {}
+    if config.benchmarks:
+        try:
+            measured = folder / "merged" if training.run.model.use_peft else folder
+            benchmarks = run_benchmarks(measured, config, folder / "benchmarks" / f"step-{progress.step}")
+        except FAILURES as error:  # the model is there all the same: its card and its push go on
+            training.failures.append(f"benchmarks of the final model: {error}")
+        else:
+            training.record(progress.step, benchmarks)
+            save_results(folder, "benchmarks", benchmarks)
+    for callback in training.callbacks:
+        training.failures += callback.close()
+    training.record_benchmarks()
+    training.write_state(folder)
+    write_model_card(folder, training.run, results | progress.eval_metrics | benchmarks)
+    if config.push_to_hub and push or config.push_to_hub_revision:
+        training.failures += push_final(config if push else replace(config, push_to_hub=False), folder)
+    for failure in training.failures:
+        print(f"failed: {failure}", file=sys.stderr)
+
+
+def save_results(folder: Path, split: str, results: dict[str, float], combined: bool = True) -> None:
+    """<split>_results.json, and with `combined` the same metrics into all_results.json."""
+    everything = folder / "all_results.json"
+    files = {folder / f"{split}_results.json": results}
+    if combined:
+        files[everything] = (json.loads(everything.read_text()) if everything.is_file() else {}) | results
+    for path, values in files.items():
+        write_atomically(path, json.dumps(values, indent=4, sort_keys=True) + "\n")

@@ -1,0 +1,173 @@
+"""What TRL's users hand a trainer for its model, as options of `ModelConfig`: the keyword arguments of from_pretrained,
+peft's LoraConfig, transformers' BitsAndBytesConfig; and the functions of TRL that make these from a ModelConfig.
+
+What cannot be honoured is refused by name. Left out on purpose: methods of peft other than LoRA, GPTQ and the like.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from sft_core.run.config import ModelConfig, TrainingConfig
+from sft_core.run.options import require
+
+C = TypeVar("C", bound=TrainingConfig)
+LORA = {
+    "r": "lora_r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "target_modules": "lora_target_modules",
+    "modules_to_save": "lora_modules_to_save",
+    "task_type": "lora_task_type",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
+LORA_OF_NO_EFFECT = (
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+)
+QUANTISED = {
+    "load_in_4bit": "load_in_4bit",
+    "load_in_8bit": "load_in_8bit",
+    "bnb_4bit_quant_type": "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
+}
+QUANTISED_OF_NO_EFFECT = ("quant_method", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")  # the trainer's precision
+INIT = {
+    "revision": "model_revision",
+    "trust_remote_code": "trust_remote_code",
+    "attn_implementation": "attn_implementation",
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+}
+
+
+# --- what is handed over -> ModelConfig --------------------------------------------------------------------------
+
+
+def with_init_kwargs(model: ModelConfig, config: C) -> tuple[ModelConfig, C]:
+    """`model` with what `config.model_init_kwargs` says of it, and `config` without.
+
+    Raises:
+        ValueError: an argument is not known, or contradicts an option or another argument.
+    """
+    found: dict[str, Any] = {}
+    for name, value in (config.model_init_kwargs or {}).items():
+        if name == "quantization_config":
+            found |= quantised_options(value)
+        elif name == "device_map":
+            whole = value is None or value == "auto" or isinstance(value, Mapping) and list(value) == [""]
+            require(whole, f"device_map {value!r}: a model is sharded over the ranks; leave it out.")
+        elif name in INIT:
+            # torch.bfloat16 as its name
+            value = str(value).removeprefix("torch.") if value is not None and INIT[name] == "dtype" else value
+            known = found.setdefault(INIT[name], value)
+            require(known == value, f"model_init_kwargs say {name} {value} and {known}: give one of them.")
+        else:
+            require(
+                name == "use_cache",  # not used in training, and on in the model that is written
+                f"model_init_kwargs may not hold {name}, but {', '.join(INIT)}, use_cache, device_map, "
+                "quantization_config.",
+            )
+    found = {name: value for name, value in found.items() if value is not None}
+    return changed(model, found, "model_init_kwargs"), dataclasses.replace(config, model_init_kwargs=None)
+
+
+def with_peft_config(model: ModelConfig, peft_config: Any) -> ModelConfig:
+    """`model` with adapters as peft's LoraConfig says.
+
+    Raises:
+        ValueError: it is no LoraConfig, or one of its fields has no counterpart here.
+    """
+    if peft_config is None:
+        return model
+    from peft import LoraConfig
+
+    require(
+        isinstance(peft_config, LoraConfig),
+        f"peft_config must be a LoraConfig, got {type(peft_config).__name__}: LoRA is the only method here.",
+    )
+    plain = LoraConfig()
+    unknown = [
+        field.name
+        for field in dataclasses.fields(peft_config)
+        if field.name not in (*LORA, *LORA_OF_NO_EFFECT)
+        and getattr(peft_config, field.name) != getattr(plain, field.name, None)
+    ]
+    require(
+        not unknown, f"peft_config: {', '.join(unknown)} cannot be honoured here: leave out what is not its default."
+    )
+    found = {ours: getattr(peft_config, name) for name, ours in LORA.items()}
+    found["lora_task_type"] = found["lora_task_type"] or "CAUSAL_LM"
+    targets = found["lora_target_modules"]
+    require(
+        not isinstance(targets, str) or targets == "all-linear",
+        f"target_modules {targets!r} is a pattern: list the modules, or give all-linear.",
+    )
+    for name in ("lora_target_modules", "lora_modules_to_save"):
+        value = found[name]
+        found[name] = [value] if isinstance(value, str) else value and sorted(value)
+    return changed(model, found | {"use_peft": True}, "peft_config")
+
+
+def quantised_options(config: Any) -> dict[str, Any]:
+    """Options of ModelConfig for a BitsAndBytesConfig, or a dict of its fields."""
+    if config is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    if isinstance(config, Mapping):
+        config = BitsAndBytesConfig(**config)
+    require(
+        isinstance(config, BitsAndBytesConfig),
+        f"quantization_config must be a BitsAndBytesConfig, got {type(config).__name__}.",
+    )
+    given, plain = config.to_dict(), BitsAndBytesConfig().to_dict()
+    known = (*QUANTISED, *(f"_{name}" for name in QUANTISED), *QUANTISED_OF_NO_EFFECT)
+    unknown = [name for name, value in given.items() if name not in known and value != plain.get(name)]
+    require(not unknown, f"quantization_config: {', '.join(unknown)} cannot be honoured here: leave it out.")
+    return {ours: given[name] for name, ours in QUANTISED.items()}
+
+
+def changed(model: ModelConfig, options: dict[str, Any], by: str) -> ModelConfig:
+    """`model` with these options, which may not contradict what it says otherwise than by default."""
+    for name, value in options.items():
+        default, now = getattr(ModelConfig(), name), getattr(model, name)
+        require(now in (default, value), f"{by} contradict {name} {now!r}, say {value!r}: give one of them.")
+    return dataclasses.replace(model, **options)
+
+
+# --- ModelConfig -> what TRL's functions make of it --------------------------------------------------------------
+
+
+def get_peft_config(model_args: ModelConfig) -> Any:
+    """peft's LoraConfig for these options; None without use_peft."""
+    if not model_args.use_peft:
+        return None
+    from peft import LoraConfig
+
+    options = {name: getattr(model_args, ours) for name, ours in LORA.items()}
+    if options["target_modules"] == ["all-linear"]:
+        options["target_modules"] = "all-linear"
+    return LoraConfig(**options)
+
+
+def get_quantization_config(model_args: ModelConfig) -> Any:
+    """transformers' BitsAndBytesConfig for these options; None without load_in_4bit and load_in_8bit."""
+    if not (model_args.load_in_4bit or model_args.load_in_8bit):
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(**{name: getattr(model_args, ours) for name, ours in QUANTISED.items()})
+
+
+def get_kbit_device_map() -> dict[str, int] | None:
+    """All of a quantised model on this rank's GPU; None without one."""
+    import torch
+
+    device = TrainingConfig().device
+    return {"": device.index} if torch.cuda.is_available() else None

@@ -1,0 +1,52 @@
+"""What scripts ask a TrainingArguments of their process: `args.local_rank`, `args.device`, `args.n_gpu` and the like.
+
+Read from torchrun's variables when they are asked for; torch and transformers are imported then.
+"""
+
+import logging
+import os
+from typing import Any
+
+
+class OfTheProcess:
+    log_level: str
+
+    @property
+    def local_rank(self) -> int:
+        """-1 in a process that no launcher started."""
+        return int(os.environ.get("LOCAL_RANK", -1))
+
+    @property
+    def process_index(self) -> int:
+        return int(os.environ.get("RANK", 0))
+
+    @property
+    def world_size(self) -> int:
+        return int(os.environ.get("WORLD_SIZE", 1))
+
+    @property
+    def should_save(self) -> bool:
+        return self.process_index == 0
+
+    @property
+    def should_log(self) -> bool:
+        return self.process_index == 0
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: never more than one."""
+        return int(self.device.type == "cuda")
+
+    @property
+    def device(self) -> Any:
+        import torch
+
+        return torch.device("cuda", max(0, self.local_rank)) if torch.cuda.is_available() else torch.device("cpu")
+
+    def get_process_log_level(self) -> int:
+        """`log_level` as a number of `logging`; passive: transformers' present one."""
+        if self.log_level != "passive":
+            return getattr(logging, self.log_level.upper())
+        import transformers
+
+        return transformers.utils.logging.get_verbosity()

@@ -1,0 +1,109 @@
+"""What a trainer class is asked after `train()`: its results and its model. Written for `sft_core/trainer.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
+
+from sft_core.finish import save_results
+from sft_core.lifecycle import TrainingRun
+from sft_core.run.config import TrainingConfig
+from sft_core.run.hub import NOT_PUSHED, push_final
+from sft_core.run.model_card import write_model_card
+from sft_core.run.options import require
+
+OF_THE_RUN = ("metrics.jsonl", "run.json", "*_results.json", "trainer_state.json", "README.md")  # in output_dir
+
+
+class Results:
+    """Methods of TRL's trainers that look at what a run has left in output_dir; the first rank alone writes."""
+
+    args: TrainingConfig
+    state: TrainerState
+    _trained: TrainingRun | None  # the last run that was complete
+
+    def is_world_process_zero(self) -> bool:
+        return self.args.process_index == 0
+
+    def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
+        """Print them, on the first rank."""
+        if self.is_world_process_zero():
+            width = max(map(len, metrics), default=0)
+            shown = {n: f"{value:.4g}" if isinstance(value, float) else value for n, value in metrics.items()}
+            lines = [f"  {name:<{width}} = {value}" for name, value in sorted(shown.items())]
+            print(f"***** {split} metrics *****", *lines, sep="\n", flush=True)
+
+    def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> None:
+        """<split>_results.json, and with `combined` all_results.json."""
+        if self.is_world_process_zero():
+            save_results(Path(self.args.output_dir), split, dict(metrics), combined)
+
+    def save_state(self) -> None:
+        if self.is_world_process_zero():
+            self.state.save_to_json(os.path.join(self.args.output_dir, "trainer_state.json"))
+
+    def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
+        """The trained model with its tokenizer, in `output_dir`; it is in args.output_dir already."""
+        self._complete()
+        source, target = Path(self.args.output_dir), Path(output_dir or self.args.output_dir)
+        if not self.is_world_process_zero() or target.resolve() == source.resolve():
+            return
+        target.mkdir(parents=True, exist_ok=True)
+        ignored = shutil.ignore_patterns(*NOT_PUSHED, *OF_THE_RUN)(str(source), os.listdir(source))
+        for path in source.iterdir():
+            if path.is_file() and path.name not in ignored:
+                shutil.copy2(path, target / path.name)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | Sequence[str] | None = None
+    ) -> None:
+        """README.md in output_dir."""
+        run = self._complete().run
+        if not self.is_world_process_zero():
+            return
+        data = dataclasses.replace(run.data, dataset_name=dataset_name or run.data.dataset_name)
+        more = [tags] if isinstance(tags, str) else list(tags or [])
+        metrics = self._complete().results() | self._complete().progress.eval_metrics
+        write_model_card(Path(self.args.output_dir), dataclasses.replace(run, data=data), metrics, model_name, more)
+
+    def push_to_hub(self, commit_message: str = "End of training", **card: Any) -> None:
+        """Card and model, to the main branch; ValueError says why the Hub did not take them. `card`: of
+        `create_model_card`."""
+        self.create_model_card(**card)
+        if self.is_world_process_zero():
+            config = dataclasses.replace(self.args, push_to_hub=True, push_to_hub_revision=False)
+            failures = push_final(config, Path(self.args.output_dir), commit_message)
+            require(not failures, "; ".join(failures))
+
+    def _complete(self) -> TrainingRun:
+        if self._trained is None:
+            raise ValueError("there is no trained model yet: call train() first.")
+        return self._trained
+
+
+class Loaded:
+    """A model of a folder or the Hub: its configuration at once, its weights when anything else is asked for."""
+
+    def __init__(self, folder: str, base: str) -> None:
+        self._folder = folder
+        adapter = (Path(folder) / "adapter_config.json").is_file()
+        self.config = AutoConfig.from_pretrained(base if adapter else folder)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loaded, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._loaded(*args, **kwargs)
+
+    @cached_property
+    def _loaded(self) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(self._folder, dtype="auto")  # an adapter with its base
+        model.config = self.config
+        return model
