@@ -140,7 +140,7 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig, h
         distributed.on_first_rank(lambda: dry_call(base, config, prompts, reward_funcs), patient=True)
     # None: as where nothing is said, in what earlier versions recorded
     more = {
-        "mini_batches": mini_batches if mini_batches > 1 else None,
+        "mini-batches of a rollout (steps_per_generation)": mini_batches if mini_batches > 1 else None,
         "sync_ref_model": config.sync_ref_model or None,
         "order": None if config.shuffle_dataset else "of the data",
     }
