@@ -157,7 +157,7 @@ def audit_samples(run: Run, usable: list[Prompt], pool: WorkerPool, report: Repo
     engine = start_engine(run)
     assert engine is not None, "set-up has no recorded rollouts in its place"
     scorer = Scorer(chosen, run.reward_funcs, config, run.tokenizer, pool)
-    sampling = Sampling(config.num_generations, config.max_completion_length, config.temperature, run.stop_ids)
+    sampling = Sampling(config.num_generations, config.max_completion_length, config.temperature, run.sampling_ends)
     seeds = [sample_seed(config.seed, 0, group) for group in chosen]
     samples = sample_groups(engine, chosen, sampling, seeds, scorer.begin)
     engine.close()

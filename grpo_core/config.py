@@ -229,18 +229,22 @@ class GRPOConfig(TrainingConfig):
         self.engine = self.engine or ("torch" if self.use_vllm is False else "vllm")
 
     def _check_generation_kwargs(self) -> None:
-        given = dict(self.generation_kwargs or {})
-        ids = given.pop("stop_token_ids", [])
+        ids = self.more_stop_ids
         require(is_a(ids, list[int]), f"generation_kwargs stop_token_ids must be a list of token ids, got {ids!r}.")
         same = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         agreed = {name: getattr(self, name) for name in same} | {"do_sample": True}
-        agreed |= dict.fromkeys(("max_tokens", "max_new_tokens"), self.max_completion_length)
+        agreed |= dict.fromkeys(("max_tokens", "max_new_tokens"), self.max_completion_length) | {"stop_token_ids": ids}
+        given = dict(self.generation_kwargs or {})
         wrong = {name: value for name, value in given.items() if name not in agreed or agreed[name] != value}
         require(
             not wrong,
             f"generation_kwargs {wrong} would change what is sampled, but not what is scored: leave that out (give "
             "temperature and max_completion_length as options of their own).",
         )
+
+    @property
+    def more_stop_ids(self) -> list[int]:
+        return dict(self.generation_kwargs or {}).get("stop_token_ids", [])
 
     @property
     def _scale(self) -> str:

@@ -25,7 +25,7 @@ def evaluate_policy(
     n = config.num_generations_eval or config.num_generations
     at_once = max(1, run.max_batch // n) * run.world_size  # prompts; the engine queues what is too much
     samples: list[Sample] = []
-    sampling = Sampling(n, config.max_completion_length, config.temperature, run.stop_ids)
+    sampling = Sampling(n, config.max_completion_length, config.temperature, run.sampling_ends)
     for start in tqdm(range(0, len(run.test_prompts), at_once), desc="evaluate", disable=None, leave=False):
         groups = range(start + run.rank, min(start + at_once, len(run.test_prompts)), run.world_size)
         chosen = {group: run.test_prompts[group] for group in groups}

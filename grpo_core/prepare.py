@@ -57,6 +57,11 @@ class Run(Base):
         return [reward_name(function) for function in self.reward_funcs]
 
     @property
+    def sampling_ends(self) -> frozenset[int]:
+        """The tokens that end a completion in this run; the model's own are `stop_ids`."""
+        return self.stop_ids.union(self.config.more_stop_ids)
+
+    @property
     def prompts_per_rollout(self) -> int:
         return self.config.prompts_a_rollout(self.world_size)
 
@@ -117,7 +122,6 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig, h
     stop_ids: list[int] = dict(config.generation_kwargs or {}).get("stop_token_ids", [])
     unknown = sorted(set(stop_ids) - set(range(len(base.tokenizer))))
     require(not unknown, f"generation_kwargs stop_token_ids {unknown} are no tokens: there are {len(base.tokenizer)}.")
-    base = replace(base, stop_ids=base.stop_ids.union(stop_ids))
     world_size, device = base.world_size, base.device
     require(
         not config.vllm_enable_sleep_mode or config.engine == "torch" or device.type == "cuda",

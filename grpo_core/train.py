@@ -148,7 +148,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         kept = rollouts if progress.updates else []
         training.save(trained, lambda folder: write_rollouts(folder, progress.step, kept))
 
-    sampling = Sampling(config.num_generations, config.max_completion_length, config.temperature, run.stop_ids)
+    sampling = Sampling(config.num_generations, config.max_completion_length, config.temperature, run.sampling_ends)
     training.evaluate_first(evaluate)
     while training.goes_on:
         start = time.perf_counter()

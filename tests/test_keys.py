@@ -110,7 +110,7 @@ def test_what_is_refused_says_why(trainer, tmp_path):
         (["--label_smoothing_factor", "0"], None),
         (["--neftune_noise_alpha", "none"], None),
         (["--include_for_metrics", "inputs", "loss", "--max_lenght=3"], "unknown flag `--max_lenght=3`: did you mean"),
-        (["--fsdp", "{"], "argument --fsdp: invalid"),
+        (["--fsdp", "{"], "argument --fsdp: invalid .* value: '{'"),
         (["stray"], "unknown flag `stray`"),
         (["--max_length", "none", "--packing=true"], "need to know the longest row: give --max_length"),
         (["--max_length", "none", "--seed", "null"], "seed must have a value"),

@@ -69,7 +69,7 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     known = known_names(*config_types)
     others = [name for name in (*FOREIGN_KEYS, *REFUSED_KEYS) if name not in known]
     for name in others:
-        first.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="*", type=_load)
+        first.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, nargs="*", type=_load)
     ours, argv = first.parse_known_args(argv)
     if len(ours.config) > 1:
         raise ValueError(f"--config is given {len(ours.config)} times: put all into one file.")

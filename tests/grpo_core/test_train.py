@@ -4,8 +4,10 @@ import json
 import math
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from tests import faults
 from tests.launch import flags, metrics, run
@@ -177,9 +179,20 @@ def test_the_adaptive_entropy_goes_on_as_it_was(tiny_model, problems, recorded, 
 
 
 def test_stale_rollouts_are_refused(tiny_model, problems, tmp_path):
-    argv = options(tiny_model, problems, tmp_path / "out", save_rollouts=tmp_path / "rollouts", max_steps=2)
-    assert run(TRAIN, argv, tmp_path / "log")[0] == 0
+    stops, record = list(range(10, 100, 2)), dict(save_rollouts=tmp_path / "rollouts", max_steps=2)
+    more = dict(shuffle_dataset="false", generation_kwargs=json.dumps({"stop_token_ids": stops}))
+    assert run(TRAIN, options(tiny_model, problems, tmp_path / "out", **record, **more), tmp_path / "log")[0] == 0
     first, second = (tmp_path / "rollouts" / f"step-00000{i}-rank-00000.parquet" for i in (1, 2))
+    samples = [sample for file in (first, second) for sample in pq.read_table(file).to_pylist()]
+    for sample in samples:  # a further stop token ends a completion, and is the last of it
+        *before, last = sample["completion_ids"]
+        assert not set(before).intersection(stops) and (sample["finish_reason"] == "stop") == (last in [*stops, 2])
+    assert {sample["finish_reason"] for sample in samples} == {"stop", "length"}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    shown = dict.fromkeys(tokenizer.decode(sample["prompt_ids"]) for sample in samples)  # in the order of the data
+    rows = [json.loads(line) for line in Path(problems).read_text().splitlines()[:6]]
+    assert all(row["prompt"] in text for row, text in zip(rows, shown, strict=True))
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] in (2, [2])
     second.write_bytes(first.read_bytes())
     replay = options(tiny_model, problems, tmp_path / "again", rollouts_from=tmp_path / "rollouts", max_steps=3)
     code, output = run(TRAIN, replay, tmp_path / "log2")
