@@ -5,7 +5,6 @@ What both trainers check, the model, the template, the data and the output folde
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Callable
@@ -21,10 +20,10 @@ from gen.engine.base import Engine, EngineConfig, check_engine_available, kv_cac
 from gen.engine.vllm import cpu_kv_bytes
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.metrics import rollout_metrics
-from grpo_core.rewards import compares_with_gold, get_reward_funcs, is_ours, reward_name
-from grpo_core.rollout import Prompt, Sample, Scorer, Summary, load_prompts, prompt_column
-from grpo_core.scoring import accepted, gold_answers, unparseable_golds
-from sft_core.data.rows import json_lines
+from grpo_core.reward_check import check_columns, dry_call
+from grpo_core.rewards import compares_with_gold, get_reward_funcs, reward_name
+from grpo_core.rollout import Prompt, Summary, load_prompts
+from grpo_core.scoring import gold_answers, unparseable_golds
 from sft_core.model.memory_plan import Plan, dry_run, memory_plan
 from sft_core.model.optim import check_schedule
 from sft_core.model.policy import check_positions, count_parameters, local_copy, planned_dtype
@@ -250,71 +249,6 @@ def prompts_to_use(
         "signal: check the column `solution` (or `answer`).",
     )
     return kept, f"{reason}, {len(dropped)} whose gold answer cannot be parsed"
-
-
-def check_columns(rows: Dataset, file: str, data: GRPOScriptArguments, functions: list[Callable]) -> None:
-    """Refuse a column that a reward asks for by name where its values are of several types. In data that is no JSON
-    lines `datasets` may have made numbers of text there, so it cannot be used at all. Of a column that a reward gets by
-    `**kwargs` alone there is a warning.
-
-    Raises:
-        ValueError: with the row and the column.
-    """
-    users = [function for function in functions if not is_ours(function)]
-    asked = {name for function in users for name in inspect.signature(function).parameters}
-    if "solution" in asked or any(map(compares_with_gold, functions)):
-        asked |= {"solution", "answer"}
-    seen = asked.union(*(accepted(function, rows.column_names) for function in users))
-    written = json_lines(file)
-    for name in seen.intersection(rows.column_names) - {prompt_column(rows, data)}:
-        values = [row.get(name) for row in written] or rows.with_format(None)[name][:]
-        kinds = ["number" if type(value) in (int, float) else type(value).__name__ for value in values]
-        first = next((kind for kind in kinds if kind != "NoneType"), "dict")
-        wrong = [i for i, kind in enumerate(kinds) if kind not in (first, "NoneType")]
-        if not written and "Json" in repr(rows.features[name]) and first not in ("dict", "list"):
-            wrong.append(kinds.index(first))
-        for i in wrong[:1]:
-            text = (
-                f"row {i + 1} of the data: `{name}` is {values[i]!r:.80} in a column of several types, which begins as "
-                f"{first}: write one type in every row, or save the data as .parquet."
-            )
-            require(name not in asked, text)
-            print(f"warning: {text}", flush=True)
-
-
-def dry_call(base: Base, config: GRPOConfig, prompts: list[Prompt], functions: list[Callable]) -> None:
-    """Call each reward as training does, in a worker, on the gold answer of the first prompt that has one as its
-    completion; with a whole group of these, if it sees groups. The first call takes the time it needs, for it may
-    import; the second is held to reward_timeout.
-
-    Raises:
-        ValueError: a reward cannot be sent to a worker, raises, hangs, or returns something else than rewards.
-    """
-    golds = gold_answers(prompts) or [None]
-    row = next((i for i, gold in enumerate(golds) if gold is not None), 0)
-    prompt, gold = prompts[row], str(golds[row])
-    sample = Sample(0, prompt.ids, base.tokenizer(gold, add_special_tokens=False)["input_ids"], [], "stop", 0)
-    config = replace(config, reward_weights=None)
-    with WorkerPool(1) as pool:
-        for limit in (max(pool.START_LIMIT, config.reward_timeout), config.reward_timeout):
-            pool.timeout = limit
-            for function in functions:
-                scorer = Scorer({0: prompt}, [function], config, base.tokenizer, pool)
-                try:
-                    scorer.begin([sample] * (config.num_generations if getattr(function, "batch", False) else 1))
-                    gaps = scorer.begun[0][1]().gaps
-                except Exception as error:  # of a user's function anything
-                    raise ValueError(
-                        f"{reward_name(function)} cannot be called where rewards run: {error}; with in_process = True "
-                        "on the function it runs in the trainer itself."
-                    ) from error
-                for cause, text in gaps:
-                    require(
-                        not text,
-                        f"{cause} on a real row with the completion {gold!r:.50} ({text}): mend "
-                        "it, or raise --reward_timeout if it is slow; it may take completions, completion_ids, "
-                        f"prompts, prompt_texts, group_ids, {', '.join(prompt.columns)}.",
-                    )
 
 
 def start_engine(run: Run) -> Engine | None:

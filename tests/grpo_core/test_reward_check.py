@@ -40,6 +40,12 @@ class Reward:
 class Locked(Reward):
     def __init__(self): self.lock = threading.Lock()
 locked, instance = Locked(), Reward()
+def relative(completions, **kwargs):
+    lengths = [len(completion[0]["content"]) for completion in completions]
+    return [length - sum(lengths) / len(lengths) for length in lengths]
+def whole_group(completions, **kwargs): return relative(completions)
+whole_group.batch = True
+def chance(completions, **kwargs): return [__import__("random").random() for _ in completions]
 nameless = lambda completions, **kwargs: [1.0]
 closure = (lambda weight: lambda completions, **kwargs: [weight])(1.0)
 def once(function):
@@ -55,7 +61,7 @@ def imports(completions, **kwargs):
     _first.append(1)
     return [1.0]
 def group(completions, group_ids, prompts, prompt_texts, completion_ids, solution, **kwargs):
-    assert len(completions) == 4 and len(set(group_ids)) == 1 and kwargs == {}, (len(completions), kwargs)
+    assert len(completions) == 4 and len(set(group_ids)) == 1 and set(kwargs) == {"trainer_state"}, kwargs
     assert [c[0]["content"] for c in completions] == solution == ["10"] * 4 and len(set(map(len, completion_ids))) == 1
     return [1.0] * 4
 group.batch = True
@@ -128,6 +134,9 @@ def accept(argv):
         ("own:Reward", "the reward 'own:Reward' is a type, not a function (of a class, name an instance)"),
         ("own:not_callable", "the reward 'own:not_callable' is a int, not a function"),
         ("own:locked", "Locked cannot be called where rewards run: it cannot be sent to a worker"),
+        ("own:relative", "relative gives several completions other values together than one at a time"),
+        ("own:whole_group", None),
+        ("own:chance", None),
         ("own:nameless", None),
         ("own:closure", None),
         ("own:undecorated", None),

@@ -1,0 +1,116 @@
+"""Rewards are tried before a weight is loaded: the columns they are given, and a call of each as training makes it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from eval.workers import WorkerPool
+from grpo_core.config import GRPOConfig, GRPOScriptArguments
+from grpo_core.rewards import compares_with_gold, is_ours, reward_name
+from grpo_core.rollout import Prompt, Sample, Scorer, prompt_column
+from grpo_core.scoring import accepted, gold_answers
+from sft_core.data.rows import json_lines
+from sft_core.prepare import Base
+from sft_core.run.options import require
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def check_columns(rows: Dataset, file: str, data: GRPOScriptArguments, functions: list[Callable]) -> None:
+    """Refuse a column that a reward asks for by name where its values are of several types. In data that is no JSON
+    lines `datasets` may have made numbers of text there, so it cannot be used at all. Of a column that a reward gets by
+    `**kwargs` alone there is a warning.
+
+    Raises:
+        ValueError: with the row and the column.
+    """
+    users = [function for function in functions if not is_ours(function)]
+    asked = {name for function in users for name in inspect.signature(function).parameters}
+    if "solution" in asked or any(map(compares_with_gold, functions)):
+        asked |= {"solution", "answer"}
+    seen = asked.union(*(accepted(function, rows.column_names) for function in users))
+    written = json_lines(file)
+    for name in seen.intersection(rows.column_names) - {prompt_column(rows, data)}:
+        values = [row.get(name) for row in written] or rows.with_format(None)[name][:]
+        kinds = ["number" if type(value) in (int, float) else type(value).__name__ for value in values]
+        first = next((kind for kind in kinds if kind != "NoneType"), "dict")
+        wrong = [i for i, kind in enumerate(kinds) if kind not in (first, "NoneType")]
+        if not written and "Json" in repr(rows.features[name]) and first not in ("dict", "list"):
+            wrong.append(kinds.index(first))
+        for i in wrong[:1]:
+            text = (
+                f"row {i + 1} of the data: `{name}` is {values[i]!r:.80} in a column of several types, which begins as "
+                f"{first}: write one type in every row, or save the data as .parquet."
+            )
+            require(name not in asked, text)
+            print(f"warning: {text}", flush=True)
+
+
+def dry_call(base: Base, config: GRPOConfig, prompts: list[Prompt], functions: list[Callable]) -> None:
+    """Call each reward as training does, in a worker, on the gold answer of the first prompt that has one as its
+    completion; with a whole group of these, if it sees groups. The first call takes the time it needs, for it may
+    import; the second is held to reward_timeout.
+
+    Raises:
+        ValueError: a reward cannot be sent to a worker, raises, hangs, or returns something else than rewards.
+    """
+    golds = gold_answers(prompts) or [None]
+    row = next((i for i, gold in enumerate(golds) if gold is not None), 0)
+    prompt, gold = prompts[row], str(golds[row])
+    sample = Sample(0, prompt.ids, base.tokenizer(gold, add_special_tokens=False)["input_ids"], [], "stop", 0)
+    config = replace(config, reward_weights=None)
+    with WorkerPool(1) as pool:
+        for limit in (max(pool.START_LIMIT, config.reward_timeout), config.reward_timeout):
+            pool.timeout = limit
+            for function in functions:
+                scorer = Scorer({0: prompt}, [function], config, base.tokenizer, pool)
+                try:
+                    scorer.begin([sample] * (config.num_generations if getattr(function, "batch", False) else 1))
+                    gaps = scorer.begun[0][1]().gaps
+                except Exception as error:  # of a user's function anything
+                    raise ValueError(
+                        f"{reward_name(function)} cannot be called where rewards run: {error}; with in_process = True "
+                        "on the function it runs in the trainer itself."
+                    ) from error
+                for cause, text in gaps:
+                    require(
+                        not text,
+                        f"{cause} on a real row with the completion {gold!r:.50} ({text}): mend "
+                        "it, or raise --reward_timeout if it is slow; it may take completions, completion_ids, "
+                        f"prompts, prompt_texts, group_ids, {', '.join(prompt.columns)}.",
+                    )
+        for function in functions:
+            if not is_ours(function) and not getattr(function, "batch", False):
+                check_one_at_a_time(base, config, prompt, function, pool)
+
+
+def check_one_at_a_time(base: Base, config: GRPOConfig, prompt: Prompt, function: Callable, pool: WorkerPool) -> None:
+    """Refuse a reward that compares completions with each other, for it is called with one at a time.
+
+    Raises:
+        ValueError: three completions get other values together than each alone, and those the same when asked again.
+    """
+    together = partial(function)
+    in_process = getattr(function, "in_process", False)
+    vars(together).update(batch=True, in_process=in_process, __name__=reward_name(function))
+    samples = [
+        Sample(0, prompt.ids, base.tokenizer(text, add_special_tokens=False)["input_ids"], [], "stop", 0)
+        for text in ("4", "The answer is 4, I think.", "<think>\n2 + 2\n</think>\n<answer>\n5\n</answer>")
+    ]
+
+    def values(function: Callable) -> list[list[float | None]]:
+        scorer = Scorer({0: prompt}, [function], config, base.tokenizer, pool)
+        scorer.begin(samples)
+        return scorer.begun[0][1]().values
+
+    alone, joint = values(function), values(together)
+    require(
+        alone == joint or [None] in alone + joint or alone != values(function),
+        f"{reward_name(function)} gives several completions other values together than one at a time, as it is "
+        "called: set the attribute batch = True on it, and it is called with the whole group of a prompt.",
+    )
