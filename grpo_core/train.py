@@ -100,7 +100,9 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
     policy = training.load_policy()
     reference: Callable[..., Any] | None = None
     following: Policy | None = None  # the reference, where it follows the policy
-    if config.sync_ref_model:  # frozen only after it was sharded: with float32 masters, which take small changes
+    if run.only_evaluates:
+        pass  # without a reference model
+    elif config.sync_ref_model:  # frozen only after it was sharded: with float32 masters, which take small changes
         reference = following = freeze(training.shard(load_policy(run.local_model)))
     elif config.beta > 0:
         adapted = run.model.use_peft

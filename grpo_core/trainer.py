@@ -71,9 +71,6 @@ class GRPOTrainer(Trainer):
     def _handed(self, **more: Any) -> Handed:
         return super()._handed(reward_funcs=tuple(self.reward_funcs), **more)
 
-    def _of_an_evaluation(self) -> dict[str, Any]:
-        return super()._of_an_evaluation() | {"beta": 0.0}  # no reference model
-
     def _prepare(self, model: ModelConfig, config: GRPOConfig, handed: Handed) -> prepare.Run:
         return prepare.prepare(model, self._data(), config, handed)
 

@@ -66,7 +66,7 @@ def test_rewards_of_every_kind_inside_a_running_loop(tiny_model, tmp_path, capsy
     trainer = GRPOTrainer(
         tiny_model,
         rewards,
-        config(tmp_path / "out", num_iterations=2, max_steps=4),
+        config(tmp_path / "out", num_iterations=2, max_steps=4, beta=0.1, sync_ref_model=True, ref_model_sync_steps=3),
         train_dataset=rows,
         eval_dataset=rows,
     )
