@@ -106,6 +106,8 @@ def load_prompts(
             if as_given and isinstance(value, str):
                 shown, ids = text_of(value, column), tokenizer(value)["input_ids"]
                 require(len(ids) > 0, f"`{column}` is empty.")
+                lost = next(iter(more), None)
+                require(lost is None, f"plain text has no place for `{lost}`: make it messages, or take that out.")
             else:
                 messages = prompt_of(value, column)
                 shown = with_system(messages, system, role)

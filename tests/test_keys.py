@@ -9,6 +9,7 @@ import yaml
 from grpo_core import option_guide
 from grpo_core.config import GRPOConfig
 from grpo_core.option_guide import TRAINERS as TYPES
+from sft_core.dataset import KEPT, fit
 from sft_core.run import open_r1_keys
 from sft_core.run.cli import parse
 from sft_core.run.config import SFTConfig
@@ -158,6 +159,8 @@ def test_nothing_in_a_recipe_is_lost(text, says, tmp_path):
 def test_what_they_mean():
     sft = SFTConfig(output_dir="o", loss_type="chunked_nll", max_length=None, preprocessing_num_workers=3).frozen()
     assert (sft.loss_type, sft.max_length, sft.dataset_num_proc) == ("nll", None, 3)
+    row = ([1] * 5000, [True] * 5000)
+    assert fit(row, sft) == (row, KEPT)
     assert SFTConfig(output_dir="o", lr_scheduler_kwargs='{"min_lr": 0.1}').lr_scheduler_kwargs == {"min_lr": 0.1}
     with pytest.raises(ValueError, match="max_length is given twice"):
         SFTConfig(output_dir="o", max_length=3, max_seq_length=4)

@@ -160,6 +160,9 @@ def test_an_option_for_all_rows_and_one_of_the_row(tokenizer, of_all, of_row):
     ids, _ = supervised_example(tokenizer, {"messages": [USER, YES]} | row, stop_ids, config)
     for text in (found, tokenizer.decode(ids)):
         assert "".join(f"{shown}{tools}".split()) in "".join(text.split())
+    arguments, grpo = GRPOScriptArguments(dataset_name="d"), GRPOConfig(output_dir="o", chat_template_kwargs=of_all)
+    with pytest.raises(ValueError, match="row 1 of the data: plain text has no place for `effort`"):
+        load_prompts(Dataset.from_list([{"prompt": "1+1"}]), arguments, grpo, tokenizer, as_given=True)
     for name in ("chat_template", "tokenize", "continue_final_message"):
         with pytest.raises(ValueError, match=f"may not hold {name}"):
             prompt(tokenizer, {"prompt": [USER]}, chat_template_kwargs={name: "x"})
