@@ -104,7 +104,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         pass  # without a reference model
     elif config.sync_ref_model:  # frozen only after it was sharded: with float32 masters, which take small changes
         reference = following = freeze(training.shard(load_policy(run.local_model)))
-    elif config.beta > 0:
+    elif config.beta > 0 and not run.only_evaluates:
         adapted = run.model.use_peft
         reference = without_adapters(policy) if adapted else training.shard(freeze(load_policy(run.local_model)))
     trained = training.resume(policy, following)

@@ -17,8 +17,6 @@ Left out on purpose: reward models, tools, environments, rollout functions of on
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from datasets import IterableDataset
-
 from grpo_core import prepare, train
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.rewards import check_names, get_reward_funcs
@@ -46,14 +44,11 @@ class GRPOTrainer(Trainer):
         self.reward_funcs = [self._function(function) for function in given]
         check_names(self.reward_funcs)
         super().__init__(model, args, **more)
-        for name in ("train_dataset", "eval_dataset"):
-            data = getattr(self, name)
-            if data is not None:
-                require(not isinstance(data, IterableDataset), f"{name} cannot be streamed here: give a Dataset.")
-                require(
-                    "prompt" in data.column_names,
-                    f"{name} has no column `prompt`, it has {', '.join(data.column_names)}: rename_column makes it.",
-                )
+
+    def _check_data(self, name: str, kinds: Any) -> None:
+        super()._check_data(name, kinds)
+        columns = getattr(self, name).column_names
+        require("prompt" in columns, f"{name} has no column `prompt`, it has {', '.join(columns)}: rename one.")
 
     @staticmethod
     def _function(function: Any) -> Callable:

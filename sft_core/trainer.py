@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +50,7 @@ class Trainer(Results):
 
     algorithm: str
     config_type: type[TrainingConfig]
+    streams = False  # takes an IterableDataset
 
     def __init__(
         self,
@@ -87,10 +88,11 @@ class Trainer(Results):
         require(isinstance(args, self.config_type), f"args must be a {self.config_type.__name__}, got {args!r:.80}.")
         if args.output_dir == "":
             args.output_dir = "trainer_output"  # as transformers names it
-        require(not args.dry_run, "dry_run is of the command line: python -m grpo_core.train, sft_core.train.")
         self.args = args
-        self.train_dataset = _checked(train_dataset, "train_dataset")
-        self.eval_dataset = eval_dataset and _checked(eval_dataset, "eval_dataset")
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self._check_data("train_dataset", (Dataset, IterableDataset) if self.streams else Dataset)
+        if eval_dataset is not None:
+            self._check_data("eval_dataset", Dataset)
         require(
             eval_dataset is not None or not dataclasses.replace(args, do_eval=False).evaluates,
             "the options ask for evaluations (eval_strategy, eval_on_start, load_best_model_at_end) and there is no "
@@ -110,16 +112,25 @@ class Trainer(Results):
         self.state = TrainerState()
         self.accelerator = SimpleNamespace(
             is_main_process=args.process_index == 0,
-            is_local_main_process=args.local_rank in (-1, 0),
             process_index=args.process_index,
             num_processes=args.world_size,
             device=args.device,
         )
         self._initial: Path | None = None  # where the model that was handed over was written
         self._trained: TrainingRun | None = None  # the last one that was complete
+        self._loaded: Loaded | None = None
         self.callbacks("on_init_end", self.state)
 
     # --- of the trainer's kind ---------------------------------------------------------------------------------------
+
+    def _check_data(self, name: str, kinds: Any) -> None:
+        data = getattr(self, name)
+        require(
+            isinstance(data, kinds),
+            f"{name} must be a datasets.Dataset (of a DatasetDict one split, of a list Dataset.from_list), got "
+            f"{type(data).__name__}.",
+        )
+        require(not isinstance(data, Dataset) or len(data) > 0, f"{name} has no rows.")
 
     def _data(self) -> ScriptArguments:
         return ScriptArguments(dataset_name=DATA)
@@ -158,7 +169,7 @@ class Trainer(Results):
             training.finish(push=False)
         if training.stopping:
             raise KeyboardInterrupt("stopped by a signal: train(resume_from_checkpoint=True) goes on from there")
-        self._trained, self.state = training, training.state()
+        self._trained, self._loaded, self.state = training, None, training.state()
         self._take_weights()
         results = training.results()
         return TrainOutput(self.state.global_step, results["train_loss"], results)
@@ -180,7 +191,12 @@ class Trainer(Results):
             else:
                 model = dataclasses.replace(model, model_name_or_path=self.args.output_dir)
         config = dataclasses.replace(
-            self.args, output_dir=str(folder), do_eval=True, resume_from_checkpoint=resume, **self._of_an_evaluation()
+            self.args,
+            output_dir=str(folder),
+            do_eval=True,
+            eval_on_start=False,
+            report_to=["none"],
+            resume_from_checkpoint=resume,
         )
         with self._running(model, config, self._handed(only_evaluates=True)) as (training, loop):
             loop(training.run, training)
@@ -191,15 +207,10 @@ class Trainer(Results):
         self.callbacks("on_evaluate", self.state, metrics=metrics)
         return dict(metrics)
 
-    def _of_an_evaluation(self) -> dict[str, Any]:
-        """Options of a run that only evaluates."""
-        off: dict[str, Any] = {"push_to_hub": False, "push_to_hub_revision": False, "callbacks": [], "benchmarks": []}
-        off |= {"report_to": ["none"], "save_strategy": "no", "eval_strategy": "no", "eval_on_start": False}
-        return off | {"load_best_model_at_end": False}
-
     @contextmanager
     def _running(self, model: ModelConfig, config: Any, handed: Handed) -> Iterator[tuple[TrainingRun, Callable]]:
         """A run that has been checked, with all around it; whatever happens within, this process may begin another."""
+        require(not config.dry_run, "dry_run is of the command line: python -m grpo_core.train, sft_core.train.")
         require(
             not dist.is_initialized(),
             "this process has a process group already: another run is going on, or the script made one; training "
@@ -263,7 +274,9 @@ class Trainer(Results):
         """The model that was handed over, else that of output_dir, or before training the one that was named."""
         if self.handed_model is not None:
             return self.handed_model
-        return Loaded(self.source if self._trained is None else self.args.output_dir, self.source)
+        if self._loaded is None:
+            self._loaded = Loaded(self.source if self._trained is None else self.args.output_dir, self.source)
+        return self._loaded
 
 
 class SFTTrainer(Trainer):
@@ -271,6 +284,7 @@ class SFTTrainer(Trainer):
 
     algorithm = "sft"
     config_type = SFTConfig
+    streams = True
 
     def _prepare(self, model: ModelConfig, config: SFTConfig, handed: Handed) -> prepare.Run:
         if isinstance(self.train_dataset, IterableDataset):
@@ -284,19 +298,3 @@ class SFTTrainer(Trainer):
 def get_callbacks(train_config: TrainingConfig, model_config: ModelConfig) -> list[Any]:
     """open-r1's: what `train_config.callbacks` names. None, for a run sees to these itself."""
     return []
-
-
-def _checked(data: Any, name: str) -> Any:
-    """A data set that can be trained or evaluated on."""
-    require(data is not None, f"{name} is None: give a data set, as datasets.load_dataset(..., split=...) returns it.")
-    if isinstance(data, Mapping):
-        raise ValueError(f"{name} has the splits {', '.join(map(str, data))}: give one of them, {name}=data[...].")
-    require(
-        isinstance(data, Dataset | IterableDataset),
-        f"{name} must be a datasets.Dataset, got {type(data).__name__}: Dataset.from_list makes one of rows.",
-    )
-    require(not isinstance(data, Dataset) or len(data) > 0, f"{name} has no rows.")
-    require(
-        name == "train_dataset" or isinstance(data, Dataset), f"{name} cannot be streamed: give a datasets.Dataset."
-    )
-    return data

@@ -12,16 +12,8 @@ from sft_core.run.config import ModelConfig, TrainingConfig
 from sft_core.run.options import require
 
 C = TypeVar("C", bound=TrainingConfig)
-LORA = {
-    "r": "lora_r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "target_modules": "lora_target_modules",
-    "modules_to_save": "lora_modules_to_save",
-    "task_type": "lora_task_type",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-}
+_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "task_type", "use_rslora", "use_dora")
+LORA = {name: name if name.startswith(("lora_", "use_")) else f"lora_{name}" for name in _LORA}
 LORA_OF_NO_EFFECT = (
     "base_model_name_or_path",
     "revision",
@@ -91,17 +83,9 @@ def with_peft_config(model: ModelConfig, peft_config: Any) -> ModelConfig:
         isinstance(peft_config, LoraConfig),
         f"peft_config must be a LoraConfig, got {type(peft_config).__name__}: LoRA is the only method here.",
     )
-    plain = LoraConfig()
-    unknown = [
-        field.name
-        for field in dataclasses.fields(peft_config)
-        if field.name not in (*LORA, *LORA_OF_NO_EFFECT)
-        and getattr(peft_config, field.name) != getattr(plain, field.name, None)
-    ]
-    require(
-        not unknown, f"peft_config: {', '.join(unknown)} cannot be honoured here: leave out what is not its default."
-    )
-    found = {ours: getattr(peft_config, name) for name, ours in LORA.items()}
+    given, plain = vars(peft_config), vars(LoraConfig())
+    _refuse_unknown("peft_config", given, plain, (*LORA, *LORA_OF_NO_EFFECT))
+    found = {ours: given[name] for name, ours in LORA.items()}
     found["lora_task_type"] = found["lora_task_type"] or "CAUSAL_LM"
     targets = found["lora_target_modules"]
     require(
@@ -128,9 +112,13 @@ def quantised_options(config: Any) -> dict[str, Any]:
     )
     given, plain = config.to_dict(), BitsAndBytesConfig().to_dict()
     known = (*QUANTISED, *(f"_{name}" for name in QUANTISED), *QUANTISED_OF_NO_EFFECT)
-    unknown = [name for name, value in given.items() if name not in known and value != plain.get(name)]
-    require(not unknown, f"quantization_config: {', '.join(unknown)} cannot be honoured here: leave it out.")
+    _refuse_unknown("quantization_config", given, plain, known)
     return {ours: given[name] for name, ours in QUANTISED.items()}
+
+
+def _refuse_unknown(what: str, given: dict[str, Any], plain: dict[str, Any], known: tuple[str, ...]) -> None:
+    unknown = [name for name, value in given.items() if name not in known and value != plain.get(name)]
+    require(not unknown, f"{what}: {', '.join(unknown)} cannot be honoured here: leave out what is not its default.")
 
 
 def changed(model: ModelConfig, options: dict[str, Any], by: str) -> ModelConfig:

@@ -63,8 +63,6 @@ def init_distributed(timeout_s: float = 600.0) -> tuple[int, int, int, torch.dev
     would have set, with a free port, because vLLM's `external_launcher` reads them.
     """
     faulthandler.enable(file=2, all_threads=True)
-    if dist.is_initialized():
-        raise ValueError("this process has a process group already: training makes its own, so make none before it.")
     store: dist.Store | None = None
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -25,14 +25,6 @@ class OfTheProcess:
         return int(os.environ.get("WORLD_SIZE", 1))
 
     @property
-    def should_save(self) -> bool:
-        return self.process_index == 0
-
-    @property
-    def should_log(self) -> bool:
-        return self.process_index == 0
-
-    @property
     def n_gpu(self) -> int:
         """GPUs of this process: never more than one."""
         return int(self.device.type == "cuda")
