@@ -83,7 +83,7 @@ def with_peft_config(model: ModelConfig, peft_config: Any) -> ModelConfig:
         isinstance(peft_config, LoraConfig),
         f"peft_config must be a LoraConfig, got {type(peft_config).__name__}: LoRA is the only method here.",
     )
-    given, plain = vars(peft_config), vars(LoraConfig())
+    given, plain = dict(vars(peft_config)), dict(vars(LoraConfig()))
     _refuse_unknown("peft_config", given, plain, (*LORA, *LORA_OF_NO_EFFECT))
     found = {ours: given[name] for name, ours in LORA.items()}
     found["lora_task_type"] = found["lora_task_type"] or "CAUSAL_LM"

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from grpo_core import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 from sft_core.model.trl_names import quantised_options, with_init_kwargs, with_peft_config
 from sft_core.run import distributed
+from tests.hub_server import HubServer
 from tests.launch import metrics, run
 
 ROWS = Dataset.from_list([{"prompt": f"{i} and {i}", "completion": f" make {2 * i}."} for i in range(16)])
@@ -158,6 +159,21 @@ def test_adapters_and_a_stream(tiny_model, tmp_path):
     trainer.model.config.use_cache = True
     assert trainer.model.peft_config["default"].r == 2  # the adapter with its model
     assert trainer._trained.run.model.lora_alpha == 8  # peft's default, not ours
+
+
+def test_the_hub(tiny_model, tmp_path, monkeypatch):
+    """The run pushes its checkpoint, `push_to_hub` the model with its card."""
+    with HubServer() as hub:
+        hub.take_over(monkeypatch)
+        options = config(tmp_path / "out", max_steps=1, push_to_hub=True, hub_model_id="me/m")
+        trainer = SFTTrainer(tiny_model, options, train_dataset=ROWS)
+        trainer.train()
+        before = set(hub.repos["me/m"].files())
+        trainer.push_to_hub("Mine", dataset_name="their/rows", tags="a-tag")
+        files, titles = hub.repos["me/m"].files(), [title for _, title in hub.repos["me/m"].history()]
+    assert "model.safetensors" in before and "README.md" not in before
+    assert b"their/rows" in files["README.md"] and b"a-tag" in files["README.md"]
+    assert titles == ["Mine", "Training in progress, step 1", "initial commit"]
 
 
 def stop_on_the_last_rank(argv):
