@@ -136,7 +136,7 @@ def _differences(config_type: type) -> str:
     there, lines = defaults_there(config_type, ("trl 1.16.0", "open_r1")), []
     for name, field in known_names(config_type).items():
         ours, theirs = default_of(field), there.get(name)
-        if name in there and ours != theirs and (ours or theirs):  # "" is how a missing name is written here
+        if name in there and ours != theirs and (ours, theirs) != ("", None):  # "" is a name that must be given
             lines.append(f"\n#   {name}: {json.dumps(ours)}, there {json.dumps(theirs)}")
     return "".join(lines)
 
