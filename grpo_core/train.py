@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     start_logging()
     with distributed.usage_errors():
         run = prepare(*parse(OPTIONS, sys.argv[1:] if argv is None else argv))
-    with TrainingRun(run, Progress(entropy_coef=run.config.entropy_coef), CONSOLE, len(run.prompts)) as training:
+    with TrainingRun(run, Progress(), CONSOLE, len(run.prompts)) as training:
         train(run, training)
         training.finish()
 
@@ -104,9 +104,10 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         pass  # without a reference model
     elif config.sync_ref_model:  # frozen only after it was sharded: with float32 masters, which take small changes
         reference = following = freeze(training.shard(load_policy(run.local_model)))
-    elif config.beta > 0 and not run.only_evaluates:
+    elif config.beta > 0:
         adapted = run.model.use_peft
         reference = without_adapters(policy) if adapted else training.shard(freeze(load_policy(run.local_model)))
+    progress.entropy_coef = config.entropy_coef
     trained = training.resume(policy, following)
     rollouts: list[Sample] = []  # this rank's share of the rollout batch
     if run.checkpoint is not None and progress.updates:

@@ -115,8 +115,8 @@ def score(
     """This micro-batch's share of the step's loss, with gradient; log-probs and entropies of its tokens."""
     losses, bonus = token_loss(tokens, objective), objective.entropy_coef != 0
     if objective.by_token:  # the head takes the loss with it, in one sweep
-        # Without KL and entropy bonus, a token without advantage has no gradient.
-        active = None if objective.beta or bonus else batch.active
+        # Of the built-in policy terms, without KL and entropy bonus, a token without advantage has no gradient.
+        active = None if objective.beta or bonus or objective.own else batch.active
         loss, logps, entropies, _ = policy(batch.sequences, temperature, losses, active=active, entropy_gradient=bonus)
         return loss, logps, entropies
     logps, entropies, _ = policy(batch.sequences, temperature)

@@ -10,3 +10,8 @@ def digits(completions, **kwargs):
 def reinforce(logps, log_ratios, advantages, objective):
     """An objective: REINFORCE, with the ratio as a constant weight up to 1 + epsilon."""
     return -log_ratios.detach().exp().clamp(max=1 + objective.epsilon) * advantages * logps
+
+
+def pull(logps, log_ratios, advantages, objective):
+    """An objective that pulls at every token, whatever its advantage."""
+    return -0.1 * logps - advantages * log_ratios.exp()

@@ -44,6 +44,7 @@ LOSSES = {
         "importance_sampling_level": "sequence",
     },
     "a function of one's own": {"loss_type": "tests.rewards_for_tests:reinforce"},
+    "a function of one's own, without advantages": {"loss_type": "tests.rewards_for_tests:pull"},
     "grpo, the second of two mini-batches": {"steps_per_generation": 2},
 }
 BUDGETS = {"one": 1, "three": 75, "all": 10_000}  # tokens; sequences are about 25 long
@@ -92,6 +93,9 @@ def gradients(model: str) -> dict[str, dict[str, np.ndarray]]:
             if config.old_logps == "sampler" or "first update" in name:
                 for rollout in own:
                     rollout.old_logps = None
+            if "without advantages" in name:
+                for rollout in own:
+                    rollout.advantage = 0.0
             mini_batches = config.mini_batches(world_size)
             own = deal(own, 4, mini_batches)[-1]
             random.Random(budget).shuffle(own)  # packing order too

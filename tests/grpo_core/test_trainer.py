@@ -94,15 +94,18 @@ def test_rewards_of_every_kind_inside_a_running_loop(tiny_model, tmp_path, capsy
 
 def test_the_loop_is_that_of_the_command_line(tiny_model, problems, tmp_path):
     """Conversations, the same options: the same losses and rewards to the bit."""
-    argv = options(tiny_model, problems, tmp_path / "command", max_steps=2, prompts_per_step=2)
+    adaptive = {"use_adaptive_entropy": True, "entropy_coef": 0.5, "entropy_target": 99.0}
+    argv = options(tiny_model, problems, tmp_path / "command", max_steps=2, prompts_per_step=2, **adaptive)
     code, output = run(TRAIN, argv, tmp_path / "log")
     assert code == 0, output
     rows = [json.loads(line) for line in Path(problems).read_text().splitlines()]
     rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-    same = config(tmp_path / "out", max_prompt_length=100, learning_rate=1e-3, max_tokens_per_micro_batch=150)
+    same = config(
+        tmp_path / "out", max_prompt_length=100, learning_rate=1e-3, max_tokens_per_micro_batch=150, **adaptive
+    )
     trainer = GRPOTrainer(tiny_model, digits, same, train_dataset=Dataset.from_list(rows))
     trainer.train()
-    keys = ("loss", "grad_norm", "rewards/digits/mean", "kl")
+    keys = ("loss", "grad_norm", "rewards/digits/mean", "kl", "entropy_coef")
     there, here = ([[row[key] for key in keys] for row in metrics(tmp_path / f)] for f in ("command", "out"))
     assert there == here and there[0][1] > 0
 
