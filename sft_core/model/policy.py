@@ -145,19 +145,19 @@ def load_model_info(config: ModelConfig) -> PretrainedConfig:
     return model_config
 
 
-def _from_files(kind: Any, config: ModelConfig) -> Any:
+def _from_files(kind: Any, config: ModelConfig, given_as: str = "model_name_or_path") -> Any:
     """`kind`.from_pretrained of the model's folder or Hub id."""
     name = config.model_name_or_path
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
-        raise ValueError(f"there is no model folder at {name}: check --model_name_or_path.")
+        raise ValueError(f"there is no model folder at {name}: check --{given_as}.")
     require(not (Path(name) / "adapter_config.json").is_file(), ADAPTER_FOLDER.format(name))
     try:
         return kind.from_pretrained(name, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
     except OSError as error:
         raise ValueError(
             f"no model {name!r} to be had: it is neither a model folder nor a Hub id that can be reached from here "
-            f"(check --model_name_or_path). Cause: {str(error).splitlines()[0]}"
+            f"(check --{given_as}). Cause: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -166,7 +166,9 @@ def load_tokenizer(
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     """The model's configuration and tokenizer (or a copy of the one that is given), without its weights.
 
-    `chat_template` (Jinja text, or a file with it) takes the place of its own.
+    `chat_template` takes the place of its own: Jinja text, a file with it, or a model whose tokenizer has it. Of that
+    one the added tokens, which its template writes, are added where they are missing, and the EOS is taken over, as
+    TRL's `clone_chat_template` does; the embedding grows as for ChatML.
 
     Raises:
         ValueError: there is no such model, or it is of a kind that is refused.
@@ -176,10 +178,20 @@ def load_tokenizer(
     if chat_template is not None:
         text = chat_template
         if len(text) < 1000 and "{" not in text:  # no Jinja, which has braces
-            require(
-                Path(text).is_file(), f"chat_template {text!r} is neither Jinja text nor a file: check --chat_template."
-            )
-            text = Path(text).read_text(encoding="utf-8")
+            file = Path(text)
+            if file.is_dir() or (text.count("/") == 1 and file.suffix not in (".jinja", ".j2") and not file.is_file()):
+                source = dataclasses.replace(config, model_name_or_path=text, model_revision="main")
+                other = _from_files(AutoTokenizer, source, "chat_template")
+                require(isinstance(other.chat_template, str), f"the tokenizer of {text} has no chat template.")
+                tokenizer.add_tokens([token for _, token in sorted(other.added_tokens_decoder.items())])
+                tokenizer.eos_token = other.eos_token or tokenizer.eos_token
+                text = other.chat_template
+            else:
+                require(
+                    file.is_file(),
+                    f"chat_template {text!r} is neither Jinja text nor a file nor a model: check --chat_template.",
+                )
+                text = file.read_text(encoding="utf-8")
         require(text.strip() != "", f"the chat template {chat_template} is empty: check --chat_template.")
         tokenizer.chat_template = text
     return model_config, tokenizer

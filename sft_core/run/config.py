@@ -123,7 +123,9 @@ class TrainingConfig(OfTheProcess, Options):
     )
     system_prompt: str | None = option(None, "System prompt of the benchmarks.")
     chat_template: str | None = option(
-        None, "Jinja text, or a file with it, in place of the tokenizer's template.", alias="chat_template_path"
+        None,
+        "Jinja text, a file with it, or a model that has it, in place of the tokenizer's template.",
+        alias="chat_template_path",
     )
     chat_template_kwargs: JsonDict | None = option(
         None,

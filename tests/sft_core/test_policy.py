@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AddedToken, AutoTokenizer
 
 from sft_core.model.policy import load_tokenizer
 from sft_core.run.config import ModelConfig
@@ -56,3 +57,22 @@ def test_an_empty_chat_template_is_refused(tiny_model, tmp_path):
     (tmp_path / "empty.jinja").write_text("\n")
     with pytest.raises(ValueError, match="empty.jinja is empty"):
         load_tokenizer(ModelConfig(tiny_model), str(tmp_path / "empty.jinja"))
+
+
+def test_a_template_of_another_model_comes_with_its_tokens_and_its_eos(tiny_model, tmp_path):
+    other = AutoTokenizer.from_pretrained(tiny_model)
+    new = AddedToken("<|turn|>", special=True)
+    other.add_tokens([new])
+    other.eos_token = new.content
+    other.chat_template = "{% for m in messages %}{{ m['content'] }}<|turn|>{% endfor %}"
+    other.save_pretrained(tmp_path / "other")
+    own = AutoTokenizer.from_pretrained(tiny_model)
+    _, tokenizer = load_tokenizer(ModelConfig(tiny_model), str(tmp_path / "other"))
+    assert tokenizer.chat_template == other.chat_template and tokenizer.eos_token == "<|turn|>"
+    assert tokenizer.convert_tokens_to_ids("<|turn|>") == len(own) == len(tokenizer) - 1
+    with pytest.raises(ValueError, match="no model 'nobody/nothing' to be had.*check --chat_template"):
+        load_tokenizer(ModelConfig(tiny_model), "nobody/nothing")
+    other.chat_template = None
+    other.save_pretrained(tmp_path / "none")
+    with pytest.raises(ValueError, match="has no chat template"):
+        load_tokenizer(ModelConfig(tiny_model), str(tmp_path / "none"))
