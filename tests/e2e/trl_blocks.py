@@ -50,7 +50,7 @@ def short(config, **defaults):
         first(self, *positional, **(defaults | given))
     config.__init__ = functools.wraps(first)(init)
 
-short(GRPOConfig, max_steps=1, num_generations=4, per_device_train_batch_size=4, max_completion_length=8,
+short(GRPOConfig, max_steps=2, num_generations=4, per_device_train_batch_size=8, max_completion_length=8,
       use_vllm=False, report_to="none", logging_steps=1, save_strategy="no", reward_num_workers=1)
 short(SFTConfig, max_steps=2, per_device_train_batch_size=2, report_to="none", logging_steps=1, save_steps=2)
 
@@ -189,6 +189,8 @@ def after(code: str, kind: str) -> str:
     """A short training with what the block made, where it does not train itself."""
     if "Trainer(" in code:
         return "" if ".train()" in code else "trainer.train()\n"
+    if "dataset = " in code:
+        return 'SFTTrainer(model=MODEL, train_dataset=dataset["train"]).train()\n'
     lines = code.splitlines()
     config = re.search(r"\b(\w+)Config\(", code)
     if config:
@@ -197,8 +199,6 @@ def after(code: str, kind: str) -> str:
     if functions := re.findall(r"^(?:async )?def (\w+)\(", code, re.MULTILINE):
         data = "chat" if '["content"]' in code else "text"
         return f'GRPOTrainer(model=MODEL, train_dataset=rows("{data}"), reward_funcs={functions[-1]}).train()\n'
-    if "dataset = " in code:
-        return 'SFTTrainer(model=MODEL, train_dataset=dataset["train"]).train()\n'
     if code.startswith("model = "):
         return 'SFTTrainer(model=model, train_dataset=rows("trl-lib/Capybara")).train()\n'
     shown = [ast.unparse(node.value) for node in ast.parse(code).body if isinstance(node, ast.Expr)]
@@ -231,6 +231,7 @@ def run(block: Block, earlier: list[str], folder: Path) -> str:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         os.chdir(place)
+        sys.argv = ["block.py"]
         code = 1
         try:
             runpy.run_path("block.py", run_name="__main__")
@@ -241,7 +242,11 @@ def run(block: Block, earlier: list[str], folder: Path) -> str:
         os._exit(code)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     said = (place / "log").read_text().strip().splitlines()
-    return "" if status == 0 else (said or [f"exit code {status}"])[-1]
+    return (
+        ""
+        if status == 0
+        else next((line for line in said[::-1] if re.match(r"[\w.]+(Error|Exit)\b", line)), f"exit code {status}")
+    )
 
 
 def main() -> int:
