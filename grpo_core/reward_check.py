@@ -64,6 +64,12 @@ def dry_call(base: Base, config: GRPOConfig, prompts: list[Prompt], functions: l
     prompt, gold = prompts[row], str(golds[row])
     sample = Sample(0, prompt.ids, base.tokenizer(gold, add_special_tokens=False)["input_ids"], [], "stop", 0)
     config = replace(config, reward_weights=None)
+    for function in functions:
+        if unread := {"log_extra", "log_metric"} & set(inspect.signature(function).parameters):
+            names = " and ".join(sorted(unread))
+            print(
+                f"warning: {reward_name(function)} is not given {names}: what it would log is not logged.", flush=True
+            )
     with WorkerPool(1) as pool:
         for limit in (max(pool.START_LIMIT, config.reward_timeout), config.reward_timeout):
             pool.timeout = limit

@@ -76,11 +76,10 @@ class Trainer(Results):
         if self.handed_model is None:
             source = os.fspath(model)
         else:
-            require(
-                isinstance(model, PreTrainedModel), f"model must be a name, a folder or a model, got {model!r:.80}."
-            )
             adapted = has_adapters(model) or getattr(model, "is_quantized", False)
             require(not adapted, "the model has adapters or is quantised: hand over its name, and a peft_config.")
+            found = type(model).__name__
+            require(isinstance(model, PreTrainedModel), f"model must be a name, a folder or a model, got a {found}.")
             source = model.config._name_or_path
         self.source = source  # of model (where it is no object) and tokenizer
         if args is None:

@@ -46,6 +46,7 @@ def relative(completions, **kwargs):
 def whole_group(completions, **kwargs): return relative(completions)
 whole_group.batch = True
 def chance(completions, **kwargs): return [__import__("random").random() for _ in completions]
+def logs(completions, log_metric=None, **kwargs): return [1.0]
 nameless = lambda completions, **kwargs: [1.0]
 closure = (lambda weight: lambda completions, **kwargs: [weight])(1.0)
 def once(function):
@@ -137,6 +138,7 @@ def accept(argv):
         ("own:relative", "relative gives several completions other values together than one at a time"),
         ("own:whole_group", None),
         ("own:chance", None),
+        ("own:logs", None),
         ("own:nameless", None),
         ("own:closure", None),
         ("own:undecorated", None),
@@ -154,6 +156,7 @@ def test_a_dry_call_of_every_reward(own, tiny_model, problems, tmp_path, capsys,
     argv = options(tiny_model, problems, tmp_path / "out", reward_funcs=[reward, "format"], reward_timeout=1)
     if says is None:
         accept(argv)
+        assert ("logs is not given log_metric" in capsys.readouterr().out) == (reward == "own:logs")
     else:
         assert says in refusal(grpo_core.train.main, argv, capsys)
 
