@@ -1,11 +1,9 @@
 """The notebooks of recipes/notebooks run from first to last cell, and show what they say."""
 
-import os
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.commands import ROOT, environment
+
 NOTEBOOKS = ROOT / "recipes" / "notebooks"
 HOLDS = {  # what is true after the last cell
     "grpo_from_python": "assert sum(curve[-3:]) / 3 > sum(curve[:3]) / 3 + 0.2, curve",
@@ -33,4 +31,4 @@ def test_a_notebook_runs(name, tmp_path):
     notebook.cells.append(nbformat.v4.new_code_cell(HOLDS[name]))
     notebook.cells.append(nbformat.v4.new_code_cell("import asyncio; asyncio.get_running_loop()"))
     client = nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3")
-    client.execute(cwd=str(tmp_path), env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
+    client.execute(cwd=str(tmp_path), env=environment(HF_HUB_OFFLINE="1"))

@@ -44,8 +44,6 @@ def check_schedule(config: TrainingConfig, total_steps: int) -> None:
     if unknown := sorted(set(given) - (set(accepted) - OF_EVERY_SCHEDULE)):
         raise ValueError(f"lr_scheduler_kwargs {unknown} mean nothing to {kind}: remove them.")
     warmup = warmup_steps(config, total_steps)
-    if kind == "constant" and warmup:
-        raise ValueError("lr_scheduler_type constant has no warm-up: give constant_with_warmup, or no warm-up.")
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
     try:
         [factor] = make_scheduler(optimizer, config, total_steps).lr_lambdas

@@ -88,6 +88,8 @@ def announce(run: Any) -> None:
         logger.warning("attn_implementation %s: attention here is always the packed one.", model.attn_implementation)
     if config.optim not in ("adamw_torch", "adamw_torch_fused"):
         logger.warning("optim %s: AdamW with float32 moments, sharded over the ranks, takes its place.", config.optim)
+    if config.lr_scheduler_type == "constant" and (config.warmup_steps or config.warmup_ratio):
+        logger.warning("lr_scheduler_type constant has no warm-up: constant_with_warmup has one.")
     if getattr(config, "vllm_mode", "colocate") == "server":
         logger.warning("vllm_mode server: the engine lives in the ranks themselves (colocate); no server is used.")
     print(run.summary)

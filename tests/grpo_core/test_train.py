@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -179,6 +178,8 @@ def test_the_adaptive_entropy_goes_on_as_it_was(tiny_model, problems, recorded, 
 
 
 def test_stale_rollouts_are_refused(tiny_model, problems, tmp_path):
+    import pyarrow.parquet as pq
+
     stops, record = list(range(10, 100, 2)), dict(save_rollouts=tmp_path / "rollouts", max_steps=2)
     more = dict(shuffle_dataset="false", generation_kwargs=json.dumps({"stop_token_ids": stops}))
     assert run(TRAIN, options(tiny_model, problems, tmp_path / "out", **record, **more), tmp_path / "log")[0] == 0

@@ -211,7 +211,7 @@ def script(kind, tiny_model, split_data, folder, **more):
     return [kind, *map(str, flags), *(f"--{name}={value}" for name, value in more.items())]
 
 
-@pytest.mark.parametrize("kind", ["grpo", "sft"])
+@pytest.mark.parametrize("kind", ["grpo", pytest.param("sft", marks=pytest.mark.slow)])
 def test_a_script_on_two_ranks_and_again_on_one(kind, tiny_model, split_data, tmp_path):
     for ranks, steps in ((2, 1), (1, 2)):
         argv = script(kind, tiny_model, split_data, tmp_path / "out", max_steps=steps)

@@ -13,8 +13,9 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from sft_core.run import trackers
+from sft_core.run.config import ModelConfig, SFTConfig
 from sft_core.run.distributed import init_distributed, shutdown
-from sft_core.run.logging import MetricsLogger, cut_back, merge_metrics, reduce_metrics
+from sft_core.run.logging import MetricsLogger, announce, cut_back, merge_metrics, reduce_metrics
 from tests.processes import run_ranks, start
 
 
@@ -214,3 +215,12 @@ def reduce_different_keys():
 
 def test_ranks_that_reduce_different_metrics_are_found_out():
     assert all("different metrics" in said for said in run_ranks(2, reduce_different_keys))
+
+
+@pytest.mark.parametrize(("kind", "warns"), [("constant", True), ("constant_with_warmup", False)])
+def test_a_warm_up_that_the_schedule_does_not_have_is_reported(kind, warns, caplog):
+    config = SFTConfig(output_dir="o", lr_scheduler_type=kind, warmup_ratio=0.1)
+    run = SimpleNamespace(rank=0, world_size=1, device="cpu", bf16=False, data=None, summary="", checkpoint=None)
+    run.model, run.config = ModelConfig("m"), config
+    announce(run)
+    assert ("constant has no warm-up" in caplog.text) == warns

@@ -113,7 +113,6 @@ def test_schedules(kind, more, expected):
         ("warmup_stable_decay", {}, "num_decay_steps"),
         ("warmup_stable_decay", {"num_decay_steps": 9}, "do not fit warmup_stable_decay over 10 steps, 2 of them"),
         ("warmup_stable_decay", {"num_decay_steps": 2, "decay_type": "fast"}, "Unknown decay type: fast"),
-        ("constant", {}, "constant has no warm-up"),
     ],
 )
 def test_a_schedule_that_cannot_be(kind, given, says):
