@@ -258,7 +258,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.scratch or Path(temporary)).resolve()
         sys.path.insert(0, str(ROOT))
-        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+        from tests.commands import environment
+
+        os.environ |= environment(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(folder / "cache"))
         if (child := os.fork()) == 0:  # a process that has used torch's threads cannot be forked
             write_inputs(folder)
             os._exit(0)
