@@ -16,6 +16,7 @@ from tests.launch import run
 SMALL = ["--prompts", "2", "--completions", "4", "--tokens", "8", "--steps", "2", "--warm_up", "1"]
 
 
+@pytest.mark.slow
 def test_our_side_ignores_stops_and_tells_of_every_step(tiny_model, tmp_path):
     beside_trl.write_prompts(tmp_path / "prompts.jsonl", 6)
     argv = [tiny_model, *SMALL, "--folder", str(tmp_path), "--side", "ours", "--reward_num_workers", "1"]

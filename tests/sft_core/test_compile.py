@@ -85,12 +85,13 @@ LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.2}
 OFFLOADED = {"gradient_checkpointing": True, "checkpointing_every": 2, "activation_offloading": True}
 CASES = [  # ranks, options of the model, flags, graphs
     pytest.param(2, {}, {"gradient_checkpointing": True, "cpu_offload": True}, 2, id="on the host, two ranks"),
-    pytest.param(1, LORA, {"gradient_checkpointing": True}, 4, id="adapters", marks=pytest.mark.slow),
-    pytest.param(1, LORA | {"load_in_4bit": True}, {}, 4, id="quantised", marks=pytest.mark.slow),
-    pytest.param(1, {}, OFFLOADED, 5, id="every second, offloaded", marks=pytest.mark.slow),
+    pytest.param(1, LORA, {"gradient_checkpointing": True}, 4, id="adapters"),
+    pytest.param(1, LORA | {"load_in_4bit": True}, {}, 4, id="quantised"),
+    pytest.param(1, {}, OFFLOADED, 5, id="every second, offloaded"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "model_options", "flags", "graphs"), CASES)
 def test_compiling_changes_no_gradient_and_makes_few_graphs(tiny_model, ranks, model_options, flags, graphs):
     for found in run_ranks(ranks, passes, tiny_model, model_options, flags, graphs):

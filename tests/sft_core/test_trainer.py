@@ -188,6 +188,7 @@ def stop_on_the_last_rank(argv):
 main = stop_on_the_last_rank
 
 
+@pytest.mark.slow
 def test_ranks_stop_together_and_join_again(tiny_model, tmp_path):
     code, output = run(__name__, [tiny_model, str(tmp_path / "out")], tmp_path / "log", ranks=2)
     assert code == 0, output
