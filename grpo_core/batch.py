@@ -97,8 +97,9 @@ def _micro_batch(samples: list[Sample], device: torch.device) -> MicroBatch:
     )
 
     def recorded(logps: list[list[float] | None]) -> Tensor | None:
-        values = [logp for part in logps for logp in part or []]
-        return torch.tensor(values, device=device) if values else None
+        if None in logps:
+            return None
+        return torch.tensor([logp for part in logps for logp in part or []], device=device)
 
     batch = MicroBatch(
         samples=samples,
@@ -117,10 +118,15 @@ def _micro_batch(samples: list[Sample], device: torch.device) -> MicroBatch:
     return batch
 
 
-def idle_micro_batch(device: torch.device) -> MicroBatch:
-    """A pass that scores nothing (N = 0), for a rank that has run out of micro-batches of its own."""
+def idle_micro_batch(device: torch.device, scored: bool = False) -> MicroBatch:
+    """A pass that scores nothing (N = 0), for a rank that has run out of micro-batches of its own.
+
+    `scored`: the others' have their old and reference log-probs, of a checkpoint, so that no rank makes those passes.
+    """
     nothing = torch.zeros(0, device=device)
-    return MicroBatch([], idle_sequences(device), torch.zeros(1, device=device), nothing.long(), nothing)
+    recorded = nothing if scored else None
+    advantages = torch.zeros(1, device=device)
+    return MicroBatch([], idle_sequences(device), advantages, nothing.long(), nothing, recorded, recorded)
 
 
 def keep_logps(mini_batches: Sequence[MiniBatch]) -> None:

@@ -197,7 +197,8 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             for mini_batch in mini_batches:
                 packed = mini_batch.micro_batches
                 mini_batch.counts = step_counts([batch.sequences for batch in packed], device)
-                packed += [idle_micro_batch(device) for _ in range(mini_batch.counts.micro_batches - len(packed))]
+                missing = mini_batch.counts.micro_batches - len(packed)
+                packed += [idle_micro_batch(device, scored=not first_use) for _ in range(missing)]
         mini_batch = mini_batches[progress.updates % len(mini_batches)]
         # 6 update
         if engine is not None and config.vllm_enable_sleep_mode:

@@ -19,7 +19,7 @@ from typing import Any
 
 from grpo_core import prepare, train
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
-from grpo_core.rewards import check_names, get_reward_funcs
+from grpo_core.rewards import check_names, get_reward_funcs, reward_name
 from sft_core.lifecycle import TrainingRun
 from sft_core.run.callbacks import Handed
 from sft_core.run.config import ModelConfig
@@ -61,7 +61,8 @@ class GRPOTrainer(Trainer):
         return function
 
     def _data(self) -> GRPOScriptArguments:
-        return GRPOScriptArguments(dataset_name=DATA, dataset_prompt_column="prompt")
+        names = [reward_name(function) for function in self.reward_funcs]  # for the record
+        return GRPOScriptArguments(dataset_name=DATA, dataset_prompt_column="prompt", reward_funcs=names)
 
     def _handed(self, **more: Any) -> Handed:
         return super()._handed(reward_funcs=tuple(self.reward_funcs), **more)

@@ -116,6 +116,7 @@ class Trainer(Results):
             device=args.device,
         )
         self._initial: Path | None = None  # where the model that was handed over was written
+        self._known = ""  # what its weights were then, or after `train()`
         self._trained: TrainingRun | None = None  # the last one that was complete
         self._loaded: Loaded | None = None
         self.callbacks("on_init_end", self.state)
@@ -130,6 +131,10 @@ class Trainer(Results):
             f"{type(data).__name__}.",
         )
         require(not isinstance(data, Dataset) or len(data) > 0, f"{name} has no rows.")
+        require(
+            not isinstance(data, Dataset) or data.format["type"] != "custom",
+            f"{name} has a transform, whose rows would not be those that are trained: apply it with map().",
+        )
 
     def _data(self) -> ScriptArguments:
         return ScriptArguments(dataset_name=DATA)
@@ -181,7 +186,8 @@ class Trainer(Results):
         require(self.eval_dataset is not None, "there is nothing to evaluate on: give the trainer an eval_dataset.")
         trained, folder = self._trained, Path(self.args.output_dir) / ".evaluation"
         if trained is not None and trained.progress.eval_step == trained.progress.step:
-            return dict(trained.progress.eval_metrics)  # the weights are those that the run has measured
+            if trained.run.handed.eval_dataset is self.eval_dataset:
+                return dict(trained.progress.eval_metrics)  # weights and data are those that the run has measured
         model, resume = self._model(), None
         if trained is not None:
             if model.use_peft:
@@ -237,13 +243,20 @@ class Trainer(Results):
         model = self.handed_model
         if model is None:
             return self._model_options
-        if self._initial is None:
-            digest = hashlib.sha256(model.config.to_json_string().encode())
-            for name, tensor in sorted(model.state_dict().items()):
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-            self._initial = Path(self.args.output_dir) / f"{GIVEN}{digest.hexdigest()[:16]}"
+        now = self._digest(model)
+        written = self._initial is not None and (self._initial / "model.whole").is_file()
+        if now != self._known or not written:  # new, or changed since by somebody else than `train()`
+            digest = hashlib.sha256((model.config.to_json_string() + now).encode()).hexdigest()
+            self._initial, self._known = Path(self.args.output_dir) / f"{GIVEN}{digest[:16]}", now
         return dataclasses.replace(self._model_options, model_name_or_path=str(self._initial))
+
+    @staticmethod
+    def _digest(model: PreTrainedModel) -> str:
+        digest = hashlib.sha256()  # of the weights alone: to be written changes the configuration
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def _write(self) -> None:
         """The model that was handed over as it was at first, into its folder, where it is not there yet."""
@@ -263,6 +276,7 @@ class Trainer(Results):
         trained = AutoModelForCausalLM.from_pretrained(self.args.output_dir, dtype=self.handed_model.dtype)
         self.handed_model.resize_token_embeddings(trained.get_input_embeddings().num_embeddings)
         self.handed_model.load_state_dict(trained.state_dict())
+        self._known = self._digest(self.handed_model)
 
     @cached_property
     def processing_class(self) -> Any:

@@ -4,6 +4,7 @@
 purpose: hooks that have no place in the loops (`HOOKS` are those that do); a callback that needs one is named.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,5 +62,7 @@ class Callbacks:
     def __call__(self, hook: str, state: TrainerState, **more: Any) -> None:
         if hook == "on_train_begin":
             self.control = TrainerControl()
+        args = copy.copy(self.args)
+        args.resolve()  # as transformers' are: which metric is best, and whether it is the greatest
         for callback in self.callbacks:
-            self.control = getattr(callback, hook)(self.args, state, self.control, **more) or self.control
+            self.control = getattr(callback, hook)(args, state, self.control, **more) or self.control

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from grpo_core.batch import MiniBatch, counted, deal, keep_logps, make_micro_batches
+from grpo_core.batch import MiniBatch, counted, deal, idle_micro_batch, keep_logps, make_micro_batches
 from grpo_core.config import GRPOConfig
 from grpo_core.rollout import Sample
 
@@ -59,6 +59,17 @@ def test_old_and_reference_logps_survive_a_checkpoint():
     [batch] = make_micro_batches(rollouts, 1000, CPU)
     assert torch.equal(batch.old_logps, batch.sampler_logps * 0.5)
     assert torch.equal(batch.ref_logps, batch.sampler_logps * 0.25)
+
+
+def test_of_recorded_log_probs_no_rank_makes_a_pass():
+    """Each pass is a collective: after a resume a rank that idles, or has empty completions, makes none either."""
+    empty = rollout(0, [1], [])
+    empty.old_logps, empty.ref_logps = [], []
+    [batch] = make_micro_batches([empty], 100, CPU)
+    for scored in (batch, idle_micro_batch(CPU, scored=True)):
+        assert scored.old_logps.tolist() == scored.ref_logps.tolist() == []
+    new = idle_micro_batch(CPU)
+    assert new.old_logps is None and new.ref_logps is None
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

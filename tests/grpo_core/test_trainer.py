@@ -82,6 +82,8 @@ def test_rewards_of_every_kind_inside_a_running_loop(tiny_model, tmp_path, capsy
     assert {(count, step) for *_, step, count in seen} == {(1, 0), (1, 2), (3, 0)} and set(groups) == {4}
     columns = [(row["prompt"], row["level"], row["messages"]) for row in rows]
     assert all((prompt, level, messages) in columns for prompt, level, messages, *_ in seen)
+    recorded = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert recorded["options"]["reward_funcs"] == names
     shown = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     raw = {tokenizer.decode(tokenizer(row["prompt"])["input_ids"]) for row in rows}

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from grpo_core import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 from sft_core.model.trl_names import quantised_options, with_init_kwargs, with_peft_config
 from sft_core.run import distributed
+from sft_core.run.callbacks import Callbacks
 from tests.hub_server import HubServer
 from tests.launch import metrics, run
 
@@ -138,7 +139,35 @@ def test_a_model_and_a_tokenizer_that_are_handed_over(tiny_model, tmp_path, caps
     assert done[0].metrics["train_loss"] == one
     printed = capsys.readouterr().out
     assert printed.count("is written to") == 1 and printed.count("moved what was in") == 1
+    with torch.no_grad():  # weights that the caller changes are those that the next call begins with
+        model.get_input_embeddings().weight.mul_(0.5)
+    assert trainer.train().metrics["train_loss"] != one
+    trainer.eval_dataset = ROWS.select(range(3))
+    after = trainer.evaluate()["eval_loss"]
+    trainer.eval_dataset = ROWS.select(range(3, 6))
+    assert trainer.evaluate()["eval_loss"] != after
     assert not (tmp_path / "out" / ".evaluation").exists()
+
+
+def test_callbacks_see_options_as_transformers_resolves_them(tmp_path):
+    seen = []
+
+    class Looks(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            seen.append((args.metric_for_best_model, args.greater_is_better))
+
+    for metric in (None, "accuracy"):
+        options = config(
+            tmp_path, load_best_model_at_end=True, eval_strategy="steps", metric_for_best_model=metric, eval_steps=1
+        )
+        Callbacks([Looks], options)("on_evaluate", transformers.TrainerState())
+        assert options.metric_for_best_model == metric
+    assert seen == [("eval_loss", False), ("eval_accuracy", True)]
+
+
+def test_a_transform_is_refused(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="train_dataset has a transform.*map"):
+        SFTTrainer(tiny_model, config(tmp_path), train_dataset=ROWS.with_transform(lambda rows: rows))
 
 
 def test_adapters_and_a_stream(tiny_model, tmp_path):
