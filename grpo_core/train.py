@@ -223,7 +223,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             learning_rate = guarded_step(trained.optimizer, trained.scheduler, metrics["loss"], float(grad_norm))
             if following is not None and step % config.ref_model_sync_steps == 0:
                 mix(following, policy, config.ref_model_mixup_alpha)
-        if config.use_adaptive_entropy:
+        if config.use_adaptive_entropy and mini_batch.counts.num_tokens > 0:
             progress.entropy_coef, progress.applied_entropy_coef = adapted_entropy_coef(
                 progress.entropy_coef, metrics.get("entropy_kept", metrics["entropy"]), config
             )

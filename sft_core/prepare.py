@@ -18,7 +18,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from sft_core.data.chat_template import check_template, set_up
-from sft_core.data.rows import fingerprint, first_row, load_splits
+from sft_core.data.rows import fingerprint, first_row, load_splits, without_format
 from sft_core.dataset import Examples, check_columns, encode_row, needs_template, supervised_examples, what_is_trained
 from sft_core.model.adapters import check_adapters, describe
 from sft_core.model.architectures import check_architecture
@@ -112,6 +112,7 @@ def prepare_base(
         rows, test_rows = load_splits(data, config.evaluates, supervised is not None and supervised.dataset_streaming)
     else:
         rows, test_rows = handed.train_dataset, handed.eval_dataset if config.evaluates else None
+    rows, test_rows = without_format(rows), without_format(test_rows)
     conversations = supervised is None or needs_template(first_row(rows))
     eos_token = None if supervised is None else supervised.eos_token
     set_up(tokenizer, eos_token, conversations, chatml_default=supervised is not None)

@@ -194,6 +194,16 @@ def first_row(rows: Dataset | IterableDataset) -> dict[str, Any]:
     return first
 
 
+def without_format(rows: Any) -> Any:
+    """The columns that the format of a data set selects (all, unless `set_format(columns=...)` was called), as Python
+    values. A stream and None stay as they are."""
+    from datasets import Dataset
+
+    if not isinstance(rows, Dataset):
+        return rows
+    return rows.select_columns(rows.format["columns"]).with_format(None)
+
+
 def fingerprint(rows: Dataset | IterableDataset) -> str:
     """Identity of a data set: its columns and every value of every row, in order (streamed: of the first 100 rows)."""
     from datasets import IterableDataset

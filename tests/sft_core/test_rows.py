@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_core.data.packing import balance, pack
-from sft_core.data.rows import fingerprint, load_rows, load_splits, row_order
+from sft_core.data.rows import fingerprint, load_rows, load_splits, row_order, without_format
 from sft_core.model.optim import check_schedule, make_scheduler
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig
@@ -233,6 +233,15 @@ def test_a_saved_set_and_a_split_of_it_can_be_streamed(tmp_path):
         assert [row["x"] for row in load_rows(str(tmp_path / name), streaming=True)] == [0, 1, 2]
     with pytest.raises(ValueError, match="has no split 'test': it has train"):
         load_rows(str(tmp_path / "parts"), split="test", streaming=True)
+
+
+def test_a_format_selects_columns_and_changes_no_value():
+    rows = Dataset.from_dict({"prompt": ["1", "2"], "completion": ["a", "b"], "tools": [[1], [2]]})
+    rows.set_format("numpy", columns=["prompt", "tools"])
+    plain = without_format(rows)
+    assert plain[:] == {"prompt": ["1", "2"], "tools": [[1], [2]]}
+    assert fingerprint(plain) == fingerprint(Dataset.from_dict({"prompt": ["1", "2"], "tools": [[1], [2]]}))
+    assert without_format(None) is None
 
 
 def messy(count):
