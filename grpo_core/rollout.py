@@ -84,7 +84,7 @@ def load_prompts(
     written = json_lines(file)
     assert len(written) in (0, len(rows)), f"{file} is not what the rows were read from"
     indices = range(len(rows)) if chosen is None else chosen
-    rows = rows.with_format(None).select(indices)  # a saved set may have a format that turns values into arrays
+    rows = rows.select(indices)
     if needy and not {"solution", "answer"} & set(rows.column_names):
         raise ValueError(
             f"{needy[0]} needs a column `solution` or `answer`; the data has {', '.join(rows.column_names)}."

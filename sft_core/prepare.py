@@ -111,8 +111,8 @@ def prepare_base(
     if handed is None:
         rows, test_rows = load_splits(data, config.evaluates, supervised is not None and supervised.dataset_streaming)
     else:
-        rows, test_rows = handed.train_dataset, handed.eval_dataset if config.evaluates else None
-    rows, test_rows = without_format(rows), without_format(test_rows)
+        rows = without_format(handed.train_dataset)
+        test_rows = without_format(handed.eval_dataset) if config.evaluates else None
     conversations = supervised is None or needs_template(first_row(rows))
     eos_token = None if supervised is None else supervised.eos_token
     set_up(tokenizer, eos_token, conversations, chatml_default=supervised is not None)

@@ -79,6 +79,7 @@ def test_rows_earn_what_the_rewards_pay(script, tmp_path):
     assert thoughts == ["7 + 2 = 9", "None", "None", "1,000 / 8 = 125"]
 
 
+@pytest.mark.slow
 def test_all_rows_of_the_real_sets(script, shared, tmp_path):
     names = [str(shared / "data" / f"{name}.jsonl") for name in ("gsm8k_train", "arith_word_problems")]
     script.prepare(names, tmp_path / "out")

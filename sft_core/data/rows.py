@@ -116,7 +116,7 @@ def load_rows(
         data = _read_file(name, streaming, option)
     elif is_undivided(name) or (path / "dataset_dict.json").exists():
         try:
-            data = load_from_disk(str(path))
+            data = load_from_disk(str(path)).with_format(None)  # which may hide columns, and turns values into arrays
         except IndexError as error:  # it looks into the first of no tables
             raise ValueError(f"{name} has no rows.") from error
     elif name.startswith((".", "/", "~")) and not path.is_dir():

@@ -34,6 +34,7 @@ def wide_model(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_logits_of_a_step_are_never_whole(wide_model, problems, tmp_path):
     """On two ranks 4 x 8 completions of 270 tokens: 8,640 rows of logits, 5.2 GB in float32, in one micro-batch."""
     more = dict(

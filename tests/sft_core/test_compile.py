@@ -192,6 +192,7 @@ def test_a_run_goes_on_with_the_flag_changed(tiny_model, rows, tmp_path):
     assert losses["two"] == pytest.approx(losses["whole"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_grpo_compiles_policy_and_reference(tiny_model, problems, tmp_path):
     """The same rollouts, eager and compiled: engine and policy agree, and the weights are the same."""
     more = dict(max_steps=2, beta=0.1, num_iterations=2, prompts_per_step=2)
