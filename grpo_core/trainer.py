@@ -37,13 +37,16 @@ class GRPOTrainer(Trainer):
         Raises:
             ValueError: what is handed over cannot be trained so.
         """
-        given = (
-            reward_funcs if isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str) else [reward_funcs]
-        )
-        require(reward_funcs is not None and len(given) > 0, "reward_funcs is missing: give a function, or several.")
-        self.reward_funcs = [self._function(function) for function in given]
-        check_names(self.reward_funcs)
+        self.reward_funcs = reward_funcs
         super().__init__(model, args, **more)
+
+    def _check(self) -> None:
+        given = self.reward_funcs
+        several = isinstance(given, Sequence) and not isinstance(given, str)
+        require(given not in (None, [], ()), "reward_funcs is missing: give a function, or several.")
+        self.reward_funcs = [self._function(function) for function in (given if several else [given])]
+        check_names(self.reward_funcs)
+        super()._check()
 
     def _check_data(self, name: str, kinds: Any) -> None:
         super()._check_data(name, kinds)

@@ -1,6 +1,7 @@
 """The best checkpoint of a run by a metric of its evaluation: which it is, and its weights at the end.
 
-Checkpoints alone are compared, so that the best is always there to be loaded: an evaluation between two is not.
+Checkpoints alone are compared, so that the best is always there to be loaded: an evaluation between two is not. Each is
+evaluated for that; the one that a signal asked for when the run goes on from it, if an evaluation was due there.
 """
 
 import math
@@ -13,13 +14,13 @@ from sft_core.run.distributed import on_first_rank
 from sft_core.run.output_dir import unreadable_reason
 
 
-def compare_with_best(progress: Any, config: TrainingConfig) -> None:
-    """Note the checkpoint that is about to be saved if it is the best yet. `progress`: `lifecycle.Progress`."""
+def compare_with_best(progress: Any, config: TrainingConfig, checkpoint: Path) -> None:
+    """Note the `checkpoint` of the present step if it is the best yet. `progress`: `lifecycle.Progress`."""
     name = config.metric_for_best_model or ""
     value = progress.eval_metrics.get(name, math.nan) if progress.eval_step == progress.step else math.nan
     best = progress.best_metrics.get(name, -math.inf if config.greater_is_better else math.inf)
     if value > best if config.greater_is_better else value < best:  # never of NaN
-        progress.best_checkpoint = str(Path(config.output_dir) / f"checkpoint-{progress.step}")
+        progress.best_checkpoint = str(checkpoint)
         progress.best_metrics = progress.eval_metrics
 
 

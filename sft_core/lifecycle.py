@@ -35,7 +35,7 @@ from sft_core.run.benchmarks import get_callbacks
 from sft_core.run.callbacks import Callbacks
 from sft_core.run.files import write_atomically
 from sft_core.run.logging import MetricsLogger, announce
-from sft_core.run.output_dir import step_of
+from sft_core.run.output_dir import read_state, step_of
 from sft_core.run.watchdog import Phases, watchdog
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,8 @@ class TrainingRun(Generic[P]):
     # --- before the loop ---------------------------------------------------------------------------------------------
 
     def load_policy(self, vocab_size: int = 0) -> Policy:
-        """The model to train, sharded over the ranks."""
+        """The model to train, sharded over the ranks; before that the log, whose trackers may fail in their set-up."""
+        self._open_log()
         run = self.run
         with self.bad_input():  # weights that are not the model's
             policy = load_policy(
@@ -134,10 +135,9 @@ class TrainingRun(Generic[P]):
         self.trained = trained
         return trained
 
-    def start(self) -> None:
-        """Open the log, and have signals stop the run after a step. Call it when the engine, which may set handlers of
-        its own, is there."""
-        run, step = self.run, self.progress.step
+    def _open_log(self) -> None:
+        run = self.run
+        step = 0 if run.checkpoint is None else read_state(run.checkpoint)["step"]
         self.logger = MetricsLogger(
             self.config.output_dir, self.config.report_to, step, run.options, self.console, run.total_steps
         )
@@ -145,6 +145,11 @@ class TrainingRun(Generic[P]):
         if step:
             log = Path(self.config.output_dir) / "metrics.jsonl"
             self.log_history = distributed.on_first_rank(lambda: list(map(json.loads, log.read_text().splitlines())))
+
+    def start(self) -> None:
+        """Have signals stop the run after a step. Call it when the engine, which may set handlers of its own, is
+        there."""
+        run, step = self.run, self.progress.step
         self.callbacks = get_callbacks(self.config, run.model) if self.first else []
         self.stop = distributed.StopSignal()
         self.saved_at = step
@@ -153,9 +158,13 @@ class TrainingRun(Generic[P]):
         self._call("on_train_begin")
 
     def evaluate_first(self, evaluate: Callable[[], Metrics]) -> None:
-        """Evaluate before the first step, where that is asked for."""
-        if self.config.eval_on_start and self.progress.step == 0:
+        """Evaluate before the first step where that is asked for, and after a resume what a signal left out."""
+        progress, run = self.progress, self.run
+        left_out = progress.eval_step != progress.step and self.due("eval")
+        if (left_out if progress.step else self.config.eval_on_start) and not run.only_evaluates:
             self._log_evaluation(evaluate())
+            if run.checkpoint is not None:
+                compare_with_best(progress, self.config, run.checkpoint)
 
     # --- in the loop -------------------------------------------------------------------------------------------------
 
@@ -184,10 +193,7 @@ class TrainingRun(Generic[P]):
         progress.num_tokens += tokens
         progress.loss_sum += loss
         progress.seconds += seconds
-        if self.hooks is not None:
-            self.hooks.forget()
-            self._call("on_step_end")
-            self._agree()
+        self._call("on_step_end")
         return self.phases.pop() | {
             "epoch": self.epoch,
             "num_tokens": progress.num_tokens,
@@ -199,12 +205,11 @@ class TrainingRun(Generic[P]):
         """Evaluate and save where that is due; a run that stops saves."""
         self.record_benchmarks()
         self.bar.update()
-        if self.due("eval") and not self.stopping:
+        compared = self.config.load_best_model_at_end and self.due("save")
+        if (self.due("eval") or compared) and not self.stopping:
             self._log_evaluation(evaluate())
-        self._agree()
         if self.due("save") or self.stopping:
             save()
-            self._agree()
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Every rank, with the same metrics."""
@@ -217,18 +222,15 @@ class TrainingRun(Generic[P]):
         self.log_history.append({"step": step, **finite})
 
     def _call(self, hook: str, **more: Any) -> None:
-        if self.hooks is not None:
-            self.hooks(hook, self.state(), processing_class=self.run.tokenizer, **more)
-
-    def _agree(self) -> None:
         """What callbacks ask for on any rank, all ranks do."""
         if self.hooks is not None:
+            self.hooks(hook, self.config, self.state(), processing_class=self.run.tokenizer, **more)
             self.asked = self.hooks.asked(self.run.device)
 
     def save(self, trained: Trained, write_more: Callable[[Path], None] | None = None) -> None:
         """Write a checkpoint; `write_more`: into the rank's own folder of it. A collective."""
         config, run, progress = self.config, self.run, self.progress
-        compare_with_best(progress, config)
+        compare_with_best(progress, config, Path(config.output_dir) / f"checkpoint-{progress.step}")
 
         def write_model(folder: Path) -> None:
             export_model(trained.model, run.tokenizer, folder, run.dtype, run.stop_ids)
@@ -262,6 +264,7 @@ class TrainingRun(Generic[P]):
             return
         if config.load_best_model_at_end and progress.eval_step != progress.step:
             self._log_evaluation(evaluate())  # before the last checkpoint, so that it is compared too
+            self.saved_at = -1  # written again where it is there already
         if config.save_strategy != "no" and self.saved_at != progress.step:
             save()
         if config.load_best_model_at_end:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
+from transformers import TrainerState
 
 from sft_core.finish import save_results
 from sft_core.lifecycle import TrainingRun
@@ -27,7 +26,8 @@ class Results:
 
     args: TrainingConfig
     state: TrainerState
-    _trained: TrainingRun | None  # the last run that was complete
+    _trained: TrainingRun | None  # the last run that was complete; `_model` forgets it where the model was changed
+    _model: Callable[[], Any]
 
     def is_world_process_zero(self) -> bool:
         return self.args.process_index == 0
@@ -83,27 +83,11 @@ class Results:
             require(not failures, "; ".join(failures))
 
     def _complete(self) -> TrainingRun:
+        """The run whose model output_dir holds."""
+        self._model()
         if self._trained is None:
-            raise ValueError("there is no trained model yet: call train() first.")
+            raise ValueError(
+                "output_dir does not hold the model: call train() first (a model object that was changed since is "
+                "written by its save_pretrained)."
+            )
         return self._trained
-
-
-class Loaded:
-    """A model of a folder or the Hub: its configuration at once, its weights when anything else is asked for."""
-
-    def __init__(self, folder: str, base: str) -> None:
-        self._folder = folder
-        adapter = (Path(folder) / "adapter_config.json").is_file()
-        self.config = AutoConfig.from_pretrained(base if adapter else folder)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loaded, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._loaded(*args, **kwargs)
-
-    @cached_property
-    def _loaded(self) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(self._folder, dtype="auto")  # an adapter with its base
-        model.config = self.config
-        return model

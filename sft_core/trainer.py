@@ -6,21 +6,23 @@
 Thin over what the command line runs: `prepare` checks, the loop of `train.py` trains, `lifecycle.py` surrounds it.
 `train()` begins anew (what stands in output_dir is moved aside), `train(resume_from_checkpoint=True)` or a checkpoint's
 folder goes on. The model is loaded from a folder, so one that is handed over as an object is first written into
-output_dir; when the training is complete the object has the trained weights. What is wrong is a ValueError; nothing is
-armed, locked or joined when a call has ended, so that a notebook's cell can be run again.
+output_dir; when the training is complete the object has the trained weights. An object whose weights or configuration
+somebody else has changed since is what the next call begins with. What is wrong is a ValueError; nothing is armed,
+locked or joined when a call has ended, so that a notebook's cell can be run again.
 
-Left out on purpose: `data_collator`, `compute_metrics`, optimizers of one's own, several evaluation sets.
+Left out on purpose: `data_collator`, `compute_metrics`, optimizers of one's own, several evaluation sets, overriding
+the methods of transformers' Trainer.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,21 +30,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerState
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from sft_core import prepare, train
 from sft_core.lifecycle import TrainingRun
 from sft_core.model.adapters import has_adapters
+from sft_core.model.policy import architecture, load_tokenizer, local_copy
 from sft_core.model.trl_names import changed, quantised_options, with_init_kwargs, with_peft_config
 from sft_core.run import distributed
 from sft_core.run.callbacks import Callbacks, Handed
 from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig
 from sft_core.run.options import require
 from sft_core.run.output_dir import GIVEN, checkpoints
-from sft_core.trained import Loaded, Results
+from sft_core.trained import Results
 
 DATA = "the train_dataset"  # in place of a data set's name; no name on the Hub has a blank
+WHOLE = "model.whole"  # lies in the folder of a model object when all of it is written
+# Of TRL's trainers; those of transformers' are asked of it
+NEVER_CALLED = ("_compute_loss", "_generate_and_score_completions", "_calculate_rewards")
 
 
 class Trainer(Results):
@@ -72,54 +78,70 @@ class Trainer(Results):
         kind = type(self).__name__
         unknown = [name for name, value in others.items() if value not in (None, (None, None))]
         require(not unknown, f"{kind} does not take {', '.join(unknown)}: leave it out.")
-        self.handed_model = None if isinstance(model, str | os.PathLike) else model
-        if self.handed_model is None:
-            source = os.fspath(model)
-        else:
-            adapted = has_adapters(model) or getattr(model, "is_quantized", False)
-            require(not adapted, "the model has adapters or is quantised: hand over its name, and a peft_config.")
-            found = type(model).__name__
-            require(isinstance(model, PreTrainedModel), f"model must be a name, a folder or a model, got a {found}.")
-            source = model.config._name_or_path
-        self.source = source  # of model (where it is no object) and tokenizer
+        self._check_methods()
+        self._named = isinstance(model, str | os.PathLike)
+        found = type(model).__name__
+        require(
+            self._named or isinstance(model, PreTrainedModel),
+            f"model must be a name, a folder or a model, got a {found}.",
+        )
+        self._object: Any = None if self._named else model  # the model that was handed over, or that `model` has loaded
+        self._known = ""  # its digest when it was written, loaded or trained
+        self._source = os.fspath(model) if self._named else model.config._name_or_path  # what train() begins with
+        self._trained: TrainingRun | None = None  # the last one that was complete, whose model output_dir holds
         if args is None:
-            args = self.config_type(output_dir=f"{Path(source).name}-{self.algorithm.upper()}")
-        require(isinstance(args, self.config_type), f"args must be a {self.config_type.__name__}, got {args!r:.80}.")
-        if args.output_dir == "":
-            args.output_dir = "trainer_output"  # as transformers names it
+            args = self.config_type(output_dir=f"{Path(self._source).name}-{self.algorithm.upper()}")
         self.args = args
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.processing_class = processing_class
+        self._check()
+        if args.output_dir == "":
+            args.output_dir = "trainer_output"  # as transformers names it
+        both = quantization_config is not None and "quantization_config" in (args.model_init_kwargs or {})
+        require(not both, "quantization_config is given twice, to the trainer and in model_init_kwargs: give one.")
+        options = with_peft_config(ModelConfig(model_name_or_path=self._source or "model"), peft_config)
+        self._model_options = changed(options, quantised_options(quantization_config), "quantization_config")
+        require(
+            processing_class is not None or self._source != "",
+            "the model has no name from which its tokenizer could be loaded: give a processing_class.",
+        )
+        self.processing_class = processing_class or load_tokenizer(self._options())[1]
+        self.callbacks = Callbacks(callbacks or [])
+        self.state = TrainerState()
+        self.accelerator = SimpleNamespace(is_main_process=self.is_world_process_zero())
+        self.callbacks("on_init_end", args.frozen(), self.state)
+
+    def _check_methods(self) -> None:
+        """Refuse a subclass that overrides what only TRL's and transformers' trainers call."""
+        own = [kind for kind in type(self).__mro__[:-1] if not kind.__module__.startswith(("sft_core.", "grpo_core."))]
+        if own:
+            from transformers import Trainer as Theirs  # slow
+
+            names = {name for kind in own for name in vars(kind) if not hasattr(Trainer, name)}
+            unused = sorted(name for name in names if hasattr(Theirs, name) or name in NEVER_CALLED)
+            require(
+                not unused,
+                f"{own[0].__name__} defines {', '.join(unused)}, which would never be called here: use a callback, a "
+                "loss_type of your own, or change the loop in train.py.",
+            )
+
+    def _check(self) -> None:
+        """Of what may be assigned to: checked when the trainer is made and before each run."""
+        args = self.args
+        require(isinstance(args, self.config_type), f"args must be a {self.config_type.__name__}, got {args!r:.80}.")
         self._check_data("train_dataset", (Dataset, IterableDataset) if self.streams else Dataset)
-        if eval_dataset is not None:
+        if self.eval_dataset is not None:
             self._check_data("eval_dataset", Dataset)
         require(
-            eval_dataset is not None or not dataclasses.replace(args, do_eval=False).evaluates,
+            self.eval_dataset is not None or not dataclasses.replace(args, do_eval=False).evaluates,
             "the options ask for evaluations (eval_strategy, eval_on_start, load_best_model_at_end) and there is no "
             "eval_dataset: give one, or leave them out.",
         )
+        found = type(self.processing_class).__name__
         require(
-            processing_class is not None or source != "",
-            "the model has no name from which its tokenizer could be loaded: give a processing_class.",
+            isinstance(self.processing_class, PreTrainedTokenizerBase | None),
+            f"processing_class must be a tokenizer, got a {found}.",
         )
-        self._tokenizer = processing_class
-        both = quantization_config is not None and "quantization_config" in (args.model_init_kwargs or {})
-        require(not both, "quantization_config is given twice, to the trainer and in model_init_kwargs: give one.")
-        options = with_peft_config(ModelConfig(model_name_or_path=source or "model"), peft_config)
-        self._model_options = changed(options, quantised_options(quantization_config), "quantization_config")
-        with_init_kwargs(self._model_options, args)
-        self.callbacks = Callbacks(callbacks or [], args)
-        self.state = TrainerState()
-        self.accelerator = SimpleNamespace(
-            is_main_process=args.process_index == 0,
-            process_index=args.process_index,
-            num_processes=args.world_size,
-            device=args.device,
-        )
-        self._initial: Path | None = None  # where the model that was handed over was written
-        self._known = ""  # what its weights were then, or after `train()`
-        self._trained: TrainingRun | None = None  # the last one that was complete
-        self._loaded: Loaded | None = None
-        self.callbacks("on_init_end", self.state)
 
     # --- of the trainer's kind ---------------------------------------------------------------------------------------
 
@@ -151,65 +173,65 @@ class Trainer(Results):
     def train(self, resume_from_checkpoint: bool | str | os.PathLike | None = None) -> TrainOutput:
         """Train; `.metrics` of what is returned are those that the command line writes to train_results.json.
 
-        `resume_from_checkpoint`: None begins anew, True goes on from the last checkpoint in output_dir, a folder from
-        that checkpoint.
+        `resume_from_checkpoint`: True goes on from the last checkpoint in output_dir, a folder from that checkpoint,
+        False begins anew; None: as args.resume_from_checkpoint says, else anew.
 
         Raises:
             ValueError: the input, in one sentence that names the remedy; before weights are loaded.
         """
-        resume: Any = {"true": True, "false": None}.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
+        self._check()
+        given = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        resume: Any = {"true": True, "false": None}.get(str(given).lower(), given)
         require(
             resume is not True or any(checkpoints(self.args.output_dir)),
-            f"there is no checkpoint in {self.args.output_dir} to resume from: call train() to begin.",
+            f"there is no checkpoint in {self.args.output_dir} to resume from: leave out resume_from_checkpoint.",
         )
         config = dataclasses.replace(
             self.args,
             resume_from_checkpoint=None if resume in (None, True) else os.fspath(resume),
             do_eval=self.args.do_eval and self.eval_dataset is not None,
         )
+        model, inputs = self._model(), self._inputs()
         handed = self._handed(anew=resume is None, callbacks=self.callbacks if self.callbacks.callbacks else None)
-        with self._running(self._model(), config, handed) as (training, loop):
+        with self._running(model, config, handed) as (training, loop):
             loop(training.run, training)
             training.finish(push=False)
         if training.stopping:
             raise KeyboardInterrupt("stopped by a signal: train(resume_from_checkpoint=True) goes on from there")
-        self._trained, self._loaded, self.state = training, None, training.state()
+        self._trained, self._trained_with, self.state = training, inputs, training.state()
         self._take_weights()
         results = training.results()
         return TrainOutput(self.state.global_step, results["train_loss"], results)
 
     def add_callback(self, callback: Any) -> None:
-        self.callbacks = Callbacks([*self.callbacks.callbacks, callback], self.args)
+        self.callbacks = Callbacks([*self.callbacks.callbacks, callback])
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics of the policy as it is now, on the eval_dataset."""
+        """Metrics of the model as it is now, on the eval_dataset."""
+        self._check()
         require(self.eval_dataset is not None, "there is nothing to evaluate on: give the trainer an eval_dataset.")
-        trained, folder = self._trained, Path(self.args.output_dir) / ".evaluation"
-        if trained is not None and trained.progress.eval_step == trained.progress.step:
-            if trained.run.handed.eval_dataset is self.eval_dataset:
-                return dict(trained.progress.eval_metrics)  # weights and data are those that the run has measured
-        model, resume = self._model(), None
+        model, resume, trained = self._model(), None, self._trained
         if trained is not None:
+            progress = trained.progress
+            if progress.eval_step == progress.step and self._inputs() == self._trained_with:
+                return dict(progress.eval_metrics)  # the run has measured this
             if model.use_peft:
-                resume = str(Path(self.args.output_dir) / f"checkpoint-{trained.progress.step}")
+                best = trained.config.load_best_model_at_end and progress.best_checkpoint
+                resume = best or str(Path(trained.config.output_dir) / f"checkpoint-{progress.step}")
                 require(Path(resume).is_dir(), f"adapters are evaluated from a checkpoint, and there is no {resume}.")
             else:
-                model = dataclasses.replace(model, model_name_or_path=self.args.output_dir)
+                model = dataclasses.replace(model, model_name_or_path=trained.config.output_dir)
+        folder = Path(self.args.output_dir) / ".evaluation"
         config = dataclasses.replace(
-            self.args,
-            output_dir=str(folder),
-            do_eval=True,
-            eval_on_start=False,
-            report_to=["none"],
-            resume_from_checkpoint=resume,
+            self.args, output_dir=str(folder), do_eval=True, report_to=["none"], resume_from_checkpoint=resume
         )
         with self._running(model, config, self._handed(only_evaluates=True)) as (training, loop):
             loop(training.run, training)
         if self.is_world_process_zero():
             shutil.rmtree(folder)
-        metrics = training.progress.eval_metrics
+        metrics = training.progress.eval_metrics | {"epoch": self.state.epoch or 0.0}
         self.state.log_history.append({"step": self.state.global_step, **metrics})
-        self.callbacks("on_evaluate", self.state, metrics=metrics)
+        self.callbacks("on_evaluate", self.args.frozen(), self.state, metrics=metrics)
         return dict(metrics)
 
     @contextmanager
@@ -221,75 +243,89 @@ class Trainer(Results):
             "this process has a process group already: another run is going on, or the script made one; training "
             "makes its own.",
         )
-        try:
-            run = self._prepare(model, config, handed)
-        except BaseException:
-            distributed.shutdown()
-            distributed.unlock_output_dir(config.output_dir)
-            raise
-        training, loop = self._start(run)
+        with ExitStack() as refused:
+            refused.callback(distributed.unlock_output_dir, config.output_dir)
+            refused.callback(distributed.shutdown)
+            training, loop = self._start(self._prepare(model, config, handed))
+            refused.pop_all()  # from here on `training` sees to these
         with training:
             yield training, loop
 
     def _handed(self, **more: Any) -> Handed:
-        tokenizer = self.processing_class if self.handed_model is not None else self._tokenizer
-        write = self._write if self.handed_model is not None else None
-        return Handed(self.train_dataset, self.eval_dataset, tokenizer, write_model=write, **more)
+        write = self._write if Path(self._source).name.startswith(GIVEN) else None
+        return Handed(self.train_dataset, self.eval_dataset, self.processing_class, write_model=write, **more)
+
+    def _inputs(self) -> tuple[TrainingConfig, Handed]:
+        """What an evaluation depends on beside the model, to be compared with later."""
+        return copy.deepcopy(self.args), self._handed()
 
     # --- the model ---------------------------------------------------------------------------------------------------
 
+    def _options(self) -> ModelConfig:
+        """The model's options, with those that stand in args."""
+        options = dataclasses.replace(self._model_options, model_name_or_path=self._source or "model")
+        return with_init_kwargs(options, self.args)[0]
+
     def _model(self) -> ModelConfig:
-        """The model's options; of one that was handed over with a folder in output_dir, named after its weights."""
-        model = self.handed_model
-        if model is None:
-            return self._model_options
-        now = self._digest(model)
-        written = self._initial is not None and (self._initial / "model.whole").is_file()
-        if now != self._known or not written:  # new, or changed since by somebody else than `train()`
-            digest = hashlib.sha256((model.config.to_json_string() + now).encode()).hexdigest()
-            self._initial, self._known = Path(self.args.output_dir) / f"{GIVEN}{digest[:16]}", now
-        return dataclasses.replace(self._model_options, model_name_or_path=str(self._initial))
+        """The options of the model that is trained: of an object that is new, or that somebody else than `train()` has
+        changed, with a folder in output_dir, named after its contents."""
+        model, folder = self._object, Path(self._source)
+        gone = folder.name.startswith(GIVEN) and not (folder / WHOLE).is_file()
+        if model is not None and ((digest := self._digest(model)) != self._known or gone):
+            adapted = has_adapters(model) or getattr(model, "is_quantized", False)
+            require(
+                not adapted,
+                "the model object has adapters or is quantised, and is not as a run left it: hand over its name and a "
+                "peft_config (its own save_pretrained writes it as it is).",
+            )
+            self._source, self._known = str(Path(self.args.output_dir) / f"{GIVEN}{digest[:16]}"), digest
+            self._trained = None
+        return dataclasses.replace(self._model_options, model_name_or_path=self._source)
 
     @staticmethod
     def _digest(model: PreTrainedModel) -> str:
-        digest = hashlib.sha256()  # of the weights alone: to be written changes the configuration
+        config = copy.copy(model.config)
+        config.architectures = None  # set when the model is written
+        digest = hashlib.sha256(architecture(config).encode())
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def _write(self) -> None:
-        """The model that was handed over as it was at first, into its folder, where it is not there yet."""
-        assert self._initial is not None and self.handed_model is not None
-        if not (self._initial / "model.whole").is_file():
-            self.handed_model.save_pretrained(self._initial)
-            (self._initial / "model.whole").touch()
-            print(f"the model that was handed over is written to {self._initial}, from where it is trained", flush=True)
+        """The model object into its folder, where it is not there yet."""
+        folder = Path(self._source)
+        if not (folder / WHOLE).is_file():
+            self._object.save_pretrained(folder)
+            (folder / WHOLE).touch()
+            print(f"the model that was handed over is written to {folder}, from where it is trained", flush=True)
 
     def _take_weights(self) -> None:
-        """The trained weights into the model that was handed over."""
-        if self.handed_model is None:
+        """The trained weights into the model object."""
+        if self._object is None:
             return
         if self._model_options.use_peft:
             print(f"the model that was handed over is as it was: the adapter is in {self.args.output_dir}", flush=True)
+            if self._named:
+                self._object = None  # `model` loads it with its adapter
             return
-        trained = AutoModelForCausalLM.from_pretrained(self.args.output_dir, dtype=self.handed_model.dtype)
-        self.handed_model.resize_token_embeddings(trained.get_input_embeddings().num_embeddings)
-        self.handed_model.load_state_dict(trained.state_dict())
-        self._known = self._digest(self.handed_model)
-
-    @cached_property
-    def processing_class(self) -> Any:
-        return self._tokenizer or AutoTokenizer.from_pretrained(self.source)
+        trained = AutoModelForCausalLM.from_pretrained(self.args.output_dir, dtype=self._object.dtype)
+        self._object.resize_token_embeddings(trained.get_input_embeddings().num_embeddings)
+        self._object.load_state_dict(trained.state_dict())
+        self._known = self._digest(self._object)
 
     @property
     def model(self) -> Any:
-        """The model that was handed over, else that of output_dir, or before training the one that was named."""
-        if self.handed_model is not None:
-            return self.handed_model
-        if self._loaded is None:
-            self._loaded = Loaded(self.source if self._trained is None else self.args.output_dir, self.source)
-        return self._loaded
+        """The model that was handed over, else that of output_dir, or before training the one that was named. An
+        adapter comes with its model."""
+        if self._object is None:
+            options = local_copy(self._options())
+            folder = options.model_name_or_path if self._trained is None else self._trained.config.output_dir
+            self._object = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", trust_remote_code=options.trust_remote_code
+            )
+            self._known = self._digest(self._object)
+        return self._object
 
 
 class SFTTrainer(Trainer):

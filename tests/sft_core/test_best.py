@@ -22,7 +22,7 @@ def best_of(values, at=lambda step: step, **options):
     for step, value in enumerate(values, 1):
         progress.step, progress.eval_step = step, at(step)
         progress.eval_metrics = {} if value is None else {"eval_loss": value, "eval_reward": -value}
-        compare_with_best(progress, config)
+        compare_with_best(progress, config, Path(f"out/checkpoint-{step}"))
     return progress.best_checkpoint, progress.best_metrics
 
 

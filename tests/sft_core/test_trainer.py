@@ -160,7 +160,7 @@ def test_callbacks_see_options_as_transformers_resolves_them(tmp_path):
         options = config(
             tmp_path, load_best_model_at_end=True, eval_strategy="steps", metric_for_best_model=metric, eval_steps=1
         )
-        Callbacks([Looks], options)("on_evaluate", transformers.TrainerState())
+        Callbacks([Looks])("on_evaluate", options.frozen(), transformers.TrainerState())
         assert options.metric_for_best_model == metric
     assert seen == [("eval_loss", False), ("eval_accuracy", True)]
 
