@@ -18,7 +18,7 @@ _EXPORTS = {
     "get_peft_config": "sft_core.model.trl_names",
     "get_quantization_config": "sft_core.model.trl_names",
     "get_kbit_device_map": "sft_core.model.trl_names",
-    "get_callbacks": "sft_core.trainer",
+    "get_callbacks": "sft_core.model.trl_names",
     "init_wandb_training": "sft_core.run.logging",
 }
 __all__ = sorted(_EXPORTS)

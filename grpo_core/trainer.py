@@ -30,6 +30,7 @@ from sft_core.trainer import DATA, Trainer
 class GRPOTrainer(Trainer):
     algorithm = "grpo"
     config_type = GRPOConfig
+    column = "prompt"
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: GRPOConfig | None = None, **more: Any) -> None:
         """`reward_funcs`: a function, the name of one of `grpo_core.rewards`, or a list of these; else as the base's.
@@ -48,11 +49,6 @@ class GRPOTrainer(Trainer):
         check_names(self.reward_funcs)
         super()._check()
 
-    def _check_data(self, name: str, kinds: Any) -> None:
-        super()._check_data(name, kinds)
-        columns = getattr(self, name).column_names
-        require("prompt" in columns, f"{name} has no column `prompt`, it has {', '.join(columns)}: rename one.")
-
     @staticmethod
     def _function(function: Any) -> Callable:
         if isinstance(function, str):
@@ -63,15 +59,13 @@ class GRPOTrainer(Trainer):
         )
         return function
 
-    def _data(self) -> GRPOScriptArguments:
-        names = [reward_name(function) for function in self.reward_funcs]  # for the record
-        return GRPOScriptArguments(dataset_name=DATA, dataset_prompt_column="prompt", reward_funcs=names)
-
     def _handed(self, **more: Any) -> Handed:
         return super()._handed(reward_funcs=tuple(self.reward_funcs), **more)
 
-    def _prepare(self, model: ModelConfig, config: GRPOConfig, handed: Handed) -> prepare.Run:
-        return prepare.prepare(model, self._data(), config, handed)
-
-    def _start(self, run: prepare.Run) -> tuple[TrainingRun, Callable[[Any, Any], None]]:
+    def _begin(
+        self, model: ModelConfig, config: GRPOConfig, handed: Handed
+    ) -> tuple[TrainingRun, Callable[[Any, Any], None]]:
+        names = [reward_name(function) for function in self.reward_funcs]  # for the record
+        data = GRPOScriptArguments(dataset_name=DATA, dataset_prompt_column="prompt", reward_funcs=names)
+        run = prepare.prepare(model, data, config, handed)
         return TrainingRun(run, train.Progress(), train.CONSOLE, len(run.prompts)), train.train

@@ -310,7 +310,6 @@ class TrainingRun(Generic[P]):
             logging_steps=config.logging_steps,
             eval_steps=config.eval_steps or config.logging_steps,
             save_steps=config.save_steps,
-            train_batch_size=config.per_device_train_batch_size,
             num_train_epochs=math.ceil(total / self.run.steps_per_epoch),
             num_input_tokens_seen=self.progress.num_tokens,
             log_history=self.log_history,

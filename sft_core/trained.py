@@ -35,9 +35,7 @@ class Results:
     def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
         """Print them, on the first rank."""
         if self.is_world_process_zero():
-            width = max(map(len, metrics), default=0)
-            shown = {n: f"{value:.4g}" if isinstance(value, float) else value for n, value in metrics.items()}
-            lines = [f"  {name:<{width}} = {value}" for name, value in sorted(shown.items())]
+            lines = [f"  {name} = {value}" for name, value in sorted(metrics.items())]
             print(f"***** {split} metrics *****", *lines, sep="\n", flush=True)
 
     def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> None:
@@ -50,28 +48,30 @@ class Results:
             self.state.save_to_json(os.path.join(self.args.output_dir, "trainer_state.json"))
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
-        """The trained model with its tokenizer, in `output_dir`; it is in args.output_dir already."""
-        self._complete()
-        source, target = Path(self.args.output_dir), Path(output_dir or self.args.output_dir)
+        """The trained model with its tokenizer, in `output_dir`; it is in the run's output_dir already."""
+        source, target = Path(self._complete().config.output_dir), Path(output_dir or self.args.output_dir)
         if not self.is_world_process_zero() or target.resolve() == source.resolve():
             return
         target.mkdir(parents=True, exist_ok=True)
-        ignored = shutil.ignore_patterns(*NOT_PUSHED, *OF_THE_RUN)(str(source), os.listdir(source))
+        ignored = shutil.ignore_patterns(*NOT_PUSHED, *OF_THE_RUN)
         for path in source.iterdir():
-            if path.is_file() and path.name not in ignored:
+            if path.is_file() and not ignored("", [path.name]):
                 shutil.copy2(path, target / path.name)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | Sequence[str] | None = None
     ) -> None:
-        """README.md in output_dir."""
-        run = self._complete().run
+        """README.md in the run's output_dir."""
+        training = self._complete()
+        run = training.run
         if not self.is_world_process_zero():
             return
         data = dataclasses.replace(run.data, dataset_name=dataset_name or run.data.dataset_name)
         more = [tags] if isinstance(tags, str) else list(tags or [])
-        metrics = self._complete().results() | self._complete().progress.eval_metrics
-        write_model_card(Path(self.args.output_dir), dataclasses.replace(run, data=data), metrics, model_name, more)
+        metrics = training.results() | training.progress.eval_metrics
+        write_model_card(
+            Path(training.config.output_dir), dataclasses.replace(run, data=data), metrics, model_name, more
+        )
 
     def push_to_hub(self, commit_message: str = "End of training", **card: Any) -> None:
         """Card and model, to the main branch; ValueError says why the Hub did not take them. `card`: of
@@ -79,7 +79,7 @@ class Results:
         self.create_model_card(**card)
         if self.is_world_process_zero():
             config = dataclasses.replace(self.args, push_to_hub=True, push_to_hub_revision=False)
-            failures = push_final(config, Path(self.args.output_dir), commit_message)
+            failures = push_final(config, Path(self._complete().config.output_dir), commit_message)
             require(not failures, "; ".join(failures))
 
     def _complete(self) -> TrainingRun:

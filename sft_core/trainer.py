@@ -23,6 +23,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,11 +53,12 @@ NEVER_CALLED = ("_compute_loss", "_generate_and_score_completions", "_calculate_
 
 
 class Trainer(Results):
-    """What both trainers do; `algorithm`, `config_type`, `_prepare` and `_start` are theirs."""
+    """What both trainers do; `algorithm`, `config_type` and `_begin` are theirs."""
 
     algorithm: str
     config_type: type[TrainingConfig]
     streams = False  # takes an IterableDataset
+    column: str | None = None  # that the data has to have
 
     def __init__(
         self,
@@ -80,32 +82,31 @@ class Trainer(Results):
         require(not unknown, f"{kind} does not take {', '.join(unknown)}: leave it out.")
         self._check_methods()
         self._named = isinstance(model, str | os.PathLike)
-        found = type(model).__name__
         require(
             self._named or isinstance(model, PreTrainedModel),
-            f"model must be a name, a folder or a model, got a {found}.",
+            f"model must be a name, a folder or a model, got a {type(model).__name__}.",
         )
         self._object: Any = None if self._named else model  # the model that was handed over, or that `model` has loaded
         self._known = ""  # its digest when it was written, loaded or trained
-        self._source = os.fspath(model) if self._named else model.config._name_or_path  # what train() begins with
         self._trained: TrainingRun | None = None  # the last one that was complete, whose model output_dir holds
+        name = os.fspath(model) if self._named else model.config._name_or_path
         if args is None:
-            args = self.config_type(output_dir=f"{Path(self._source).name}-{self.algorithm.upper()}")
+            args = self.config_type(output_dir=f"{Path(name).name}-{self.algorithm.upper()}")
         self.args = args
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.processing_class = processing_class
         self._check()
         if args.output_dir == "":
             args.output_dir = "trainer_output"  # as transformers names it
-        both = quantization_config is not None and "quantization_config" in (args.model_init_kwargs or {})
-        require(not both, "quantization_config is given twice, to the trainer and in model_init_kwargs: give one.")
-        options = with_peft_config(ModelConfig(model_name_or_path=self._source or "model"), peft_config)
-        self._model_options = changed(options, quantised_options(quantization_config), "quantization_config")
+        options = with_peft_config(ModelConfig(model_name_or_path=name), peft_config)
+        # Of the model that `train()` begins with
+        self._options = changed(options, quantised_options(quantization_config), "quantization_config")
         require(
-            processing_class is not None or self._source != "",
+            processing_class is not None or name != "",
             "the model has no name from which its tokenizer could be loaded: give a processing_class.",
         )
-        self.processing_class = processing_class or load_tokenizer(self._options())[1]
+        options, _ = with_init_kwargs(self._options, args)
+        self.processing_class = processing_class or load_tokenizer(options)[1]
         self.callbacks = Callbacks(callbacks or [])
         self.state = TrainerState()
         self.accelerator = SimpleNamespace(is_main_process=self.is_world_process_zero())
@@ -133,17 +134,14 @@ class Trainer(Results):
         if self.eval_dataset is not None:
             self._check_data("eval_dataset", Dataset)
         require(
-            self.eval_dataset is not None or not dataclasses.replace(args, do_eval=False).evaluates,
+            self.eval_dataset is not None or not (args.eval_on_start or args.eval_strategy != "no"),
             "the options ask for evaluations (eval_strategy, eval_on_start, load_best_model_at_end) and there is no "
             "eval_dataset: give one, or leave them out.",
         )
-        found = type(self.processing_class).__name__
         require(
             isinstance(self.processing_class, PreTrainedTokenizerBase | None),
-            f"processing_class must be a tokenizer, got a {found}.",
+            f"processing_class must be a tokenizer, got {self.processing_class!r:.80}.",
         )
-
-    # --- of the trainer's kind ---------------------------------------------------------------------------------------
 
     def _check_data(self, name: str, kinds: Any) -> None:
         data = getattr(self, name)
@@ -152,20 +150,20 @@ class Trainer(Results):
             f"{name} must be a datasets.Dataset (of a DatasetDict one split, of a list Dataset.from_list), got "
             f"{type(data).__name__}.",
         )
-        require(not isinstance(data, Dataset) or len(data) > 0, f"{name} has no rows.")
+        if isinstance(data, IterableDataset):
+            return
+        require(len(data) > 0, f"{name} has no rows.")
         require(
-            not isinstance(data, Dataset) or data.format["type"] != "custom",
+            data.format["type"] != "custom",
             f"{name} has a transform, whose rows would not be those that are trained: apply it with map().",
         )
+        require(
+            self.column in (None, *data.column_names),
+            f"{name} has no column `{self.column}`, it has {', '.join(data.column_names)}: rename one.",
+        )
 
-    def _data(self) -> ScriptArguments:
-        return ScriptArguments(dataset_name=DATA)
-
-    def _prepare(self, model: ModelConfig, config: Any, handed: Handed) -> Any:
-        raise NotImplementedError
-
-    def _start(self, run: Any) -> tuple[TrainingRun, Callable[[Any, Any], None]]:
-        """What surrounds the loop, and the loop."""
+    def _begin(self, model: ModelConfig, config: Any, handed: Handed) -> tuple[TrainingRun, Callable[[Any, Any], None]]:
+        """What surrounds the loop of a run that has been checked, and the loop."""
         raise NotImplementedError
 
     # --- training ----------------------------------------------------------------------------------------------------
@@ -191,7 +189,7 @@ class Trainer(Results):
             resume_from_checkpoint=None if resume in (None, True) else os.fspath(resume),
             do_eval=self.args.do_eval and self.eval_dataset is not None,
         )
-        model, inputs = self._model(), self._inputs()
+        model, inputs, self._trained = self._model(), self._inputs(), None
         handed = self._handed(anew=resume is None, callbacks=self.callbacks if self.callbacks.callbacks else None)
         with self._running(model, config, handed) as (training, loop):
             loop(training.run, training)
@@ -211,6 +209,8 @@ class Trainer(Results):
         self._check()
         require(self.eval_dataset is not None, "there is nothing to evaluate on: give the trainer an eval_dataset.")
         model, resume, trained = self._model(), None, self._trained
+        if trained is None and self._object is not None:
+            model = self._as_object()
         if trained is not None:
             progress = trained.progress
             if progress.eval_step == progress.step and self._inputs() == self._trained_with:
@@ -243,44 +243,45 @@ class Trainer(Results):
             "this process has a process group already: another run is going on, or the script made one; training "
             "makes its own.",
         )
+        folder = Path(model.model_name_or_path)
+        if folder.name.startswith(GIVEN):
+            handed = dataclasses.replace(handed, write_model=partial(self._write, folder))
         with ExitStack() as refused:
             refused.callback(distributed.unlock_output_dir, config.output_dir)
             refused.callback(distributed.shutdown)
-            training, loop = self._start(self._prepare(model, config, handed))
+            training, loop = self._begin(model, config, handed)
             refused.pop_all()  # from here on `training` sees to these
         with training:
             yield training, loop
 
     def _handed(self, **more: Any) -> Handed:
-        write = self._write if Path(self._source).name.startswith(GIVEN) else None
-        return Handed(self.train_dataset, self.eval_dataset, self.processing_class, write_model=write, **more)
+        return Handed(self.train_dataset, self.eval_dataset, self.processing_class, **more)
 
-    def _inputs(self) -> tuple[TrainingConfig, Handed]:
+    def _inputs(self) -> tuple[TrainingConfig, Handed, str | None]:
         """What an evaluation depends on beside the model, to be compared with later."""
-        return copy.deepcopy(self.args), self._handed()
+        return copy.deepcopy(self.args), self._handed(), getattr(self.processing_class, "chat_template", None)
 
     # --- the model ---------------------------------------------------------------------------------------------------
 
-    def _options(self) -> ModelConfig:
-        """The model's options, with those that stand in args."""
-        options = dataclasses.replace(self._model_options, model_name_or_path=self._source or "model")
-        return with_init_kwargs(options, self.args)[0]
-
     def _model(self) -> ModelConfig:
-        """The options of the model that is trained: of an object that is new, or that somebody else than `train()` has
-        changed, with a folder in output_dir, named after its contents."""
-        model, folder = self._object, Path(self._source)
-        gone = folder.name.startswith(GIVEN) and not (folder / WHOLE).is_file()
+        """What `train()` begins with: an object that is new or that somebody else than `train()` has changed, else the
+        same as before."""
+        model, begun = self._object, Path(self._options.model_name_or_path)
+        gone = begun.name.startswith(GIVEN) and not (begun / WHOLE).is_file()
         if model is not None and ((digest := self._digest(model)) != self._known or gone):
-            adapted = has_adapters(model) or getattr(model, "is_quantized", False)
             require(
-                not adapted,
+                not (has_adapters(model) or getattr(model, "is_quantized", False)),
                 "the model object has adapters or is quantised, and is not as a run left it: hand over its name and a "
                 "peft_config (its own save_pretrained writes it as it is).",
             )
-            self._source, self._known = str(Path(self.args.output_dir) / f"{GIVEN}{digest[:16]}"), digest
-            self._trained = None
-        return dataclasses.replace(self._model_options, model_name_or_path=self._source)
+            self._known, self._trained = digest, None
+            self._options = self._as_object()
+        return self._options
+
+    def _as_object(self) -> ModelConfig:
+        """The model as the object holds it, in a folder of output_dir that is named after its contents."""
+        folder = Path(self.args.output_dir) / f"{GIVEN}{self._known[:16]}"
+        return dataclasses.replace(self._options, model_name_or_path=str(folder))
 
     @staticmethod
     def _digest(model: PreTrainedModel) -> str:
@@ -292,20 +293,19 @@ class Trainer(Results):
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def _write(self) -> None:
+    def _write(self, folder: Path) -> None:
         """The model object into its folder, where it is not there yet."""
-        folder = Path(self._source)
         if not (folder / WHOLE).is_file():
             self._object.save_pretrained(folder)
             (folder / WHOLE).touch()
-            print(f"the model that was handed over is written to {folder}, from where it is trained", flush=True)
+            print(f"the model object is written to {folder}, from where it is loaded", flush=True)
 
     def _take_weights(self) -> None:
         """The trained weights into the model object."""
         if self._object is None:
             return
-        if self._model_options.use_peft:
-            print(f"the model that was handed over is as it was: the adapter is in {self.args.output_dir}", flush=True)
+        if self._options.use_peft:
+            print(f"the model object is as it was: the adapter is in {self.args.output_dir}", flush=True)
             if self._named:
                 self._object = None  # `model` loads it with its adapter
             return
@@ -319,10 +319,12 @@ class Trainer(Results):
         """The model that was handed over, else that of output_dir, or before training the one that was named. An
         adapter comes with its model."""
         if self._object is None:
-            options = local_copy(self._options())
-            folder = options.model_name_or_path if self._trained is None else self._trained.config.output_dir
+            options, _ = with_init_kwargs(self._options, self.args)
+            trained = self._trained and self._trained.config.output_dir
             self._object = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", trust_remote_code=options.trust_remote_code
+                trained or local_copy(options).model_name_or_path,
+                dtype="auto",
+                trust_remote_code=options.trust_remote_code,
             )
             self._known = self._digest(self._object)
         return self._object
@@ -335,15 +337,10 @@ class SFTTrainer(Trainer):
     config_type = SFTConfig
     streams = True
 
-    def _prepare(self, model: ModelConfig, config: SFTConfig, handed: Handed) -> prepare.Run:
+    def _begin(
+        self, model: ModelConfig, config: SFTConfig, handed: Handed
+    ) -> tuple[TrainingRun, Callable[[Any, Any], None]]:
         if isinstance(self.train_dataset, IterableDataset):
             config = dataclasses.replace(config, dataset_streaming=True)
-        return prepare.prepare(model, self._data(), config, handed)
-
-    def _start(self, run: prepare.Run) -> tuple[TrainingRun, Callable[[Any, Any], None]]:
+        run = prepare.prepare(model, ScriptArguments(dataset_name=DATA), config, handed)
         return TrainingRun(run, train.Progress(), train.CONSOLE, run.samples), train.train
-
-
-def get_callbacks(train_config: TrainingConfig, model_config: ModelConfig) -> list[Any]:
-    """open-r1's: what `train_config.callbacks` names. None, for a run sees to these itself."""
-    return []

@@ -14,21 +14,13 @@ from sft_core.run.options import require
 C = TypeVar("C", bound=TrainingConfig)
 _LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "task_type", "use_rslora", "use_dora")
 LORA = {name: name if name.startswith(("lora_", "use_")) else f"lora_{name}" for name in _LORA}
-LORA_OF_NO_EFFECT = (
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "peft_type",
-    "auto_mapping",
-    "peft_version",
-)
 QUANTISED = {
     "load_in_4bit": "load_in_4bit",
     "load_in_8bit": "load_in_8bit",
     "bnb_4bit_quant_type": "bnb_4bit_quant_type",
     "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
 }
-QUANTISED_OF_NO_EFFECT = ("quant_method", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")  # the trainer's precision
+PRECISION = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")  # here the trainer's
 INIT = {
     "revision": "model_revision",
     "trust_remote_code": "trust_remote_code",
@@ -83,15 +75,15 @@ def with_peft_config(model: ModelConfig, peft_config: Any) -> ModelConfig:
         isinstance(peft_config, LoraConfig),
         f"peft_config must be a LoraConfig, got {type(peft_config).__name__}: LoRA is the only method here.",
     )
-    given, plain = dict(vars(peft_config)), dict(vars(LoraConfig()))
-    _refuse_unknown("peft_config", given, plain, (*LORA, *LORA_OF_NO_EFFECT))
-    found = {ours: given[name] for name, ours in LORA.items()}
-    found["lora_task_type"] = found["lora_task_type"] or "CAUSAL_LM"
-    targets = found["lora_target_modules"]
+    targets = peft_config.target_modules
     require(
         not isinstance(targets, str) or targets == "all-linear",
         f"target_modules {targets!r} is a pattern: list the modules, or give all-linear.",
     )
+    known = {name: getattr(peft_config, name) for name in LORA}
+    _refuse_others("peft_config", vars(peft_config), vars(LoraConfig(**known)))
+    found = {ours: known[name] for name, ours in LORA.items()}
+    found["lora_task_type"] = found["lora_task_type"] or "CAUSAL_LM"
     for name in ("lora_target_modules", "lora_modules_to_save"):
         value = found[name]
         found[name] = [value] if isinstance(value, str) else value and sorted(value)
@@ -110,15 +102,15 @@ def quantised_options(config: Any) -> dict[str, Any]:
         isinstance(config, BitsAndBytesConfig),
         f"quantization_config must be a BitsAndBytesConfig, got {type(config).__name__}.",
     )
-    given, plain = config.to_dict(), BitsAndBytesConfig().to_dict()
-    known = (*QUANTISED, *(f"_{name}" for name in QUANTISED), *QUANTISED_OF_NO_EFFECT)
-    _refuse_unknown("quantization_config", given, plain, known)
-    return {ours: given[name] for name, ours in QUANTISED.items()}
+    known = {name: getattr(config, name) for name in (*QUANTISED, *PRECISION)}
+    _refuse_others("quantization_config", config.to_dict(), BitsAndBytesConfig(**known).to_dict())
+    return {ours: known[name] for name, ours in QUANTISED.items()}
 
 
-def _refuse_unknown(what: str, given: dict[str, Any], plain: dict[str, Any], known: tuple[str, ...]) -> None:
-    unknown = [name for name, value in given.items() if name not in known and value != plain.get(name)]
-    require(not unknown, f"{what}: {', '.join(unknown)} cannot be honoured here: leave out what is not its default.")
+def _refuse_others(what: str, given: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
+    """`plain`: with those fields alone that have a counterpart."""
+    others = [name for name, value in given.items() if value != plain.get(name)]
+    require(not others, f"{what}: {', '.join(others)} cannot be honoured here: leave out what is not its default.")
 
 
 def changed(model: ModelConfig, options: dict[str, Any], by: str) -> ModelConfig:
@@ -151,6 +143,11 @@ def get_quantization_config(model_args: ModelConfig) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(**{name: getattr(model_args, ours) for name, ours in QUANTISED.items()})
+
+
+def get_callbacks(train_config: TrainingConfig, model_config: ModelConfig) -> list[Any]:
+    """open-r1's: what `train_config.callbacks` names. None, for a run sees to these itself."""
+    return []
 
 
 def get_kbit_device_map() -> dict[str, int] | None:

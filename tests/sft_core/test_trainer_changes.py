@@ -75,6 +75,22 @@ def test_adapters_are_evaluated_as_the_best_checkpoint_has_them(tiny_model, out)
         trainer.evaluate()
 
 
+def test_after_a_run_that_failed_the_object_is_evaluated(tiny_model, out):
+    """output_dir does not hold the first run's model then; the second goes on with what it began with."""
+    fails = Asks("on_step_end", 2, "ZeroDivisionError")
+    trainer = trainer_of(AutoModelForCausalLM.from_pretrained(tiny_model), out, [fails], do_eval=True)
+    trainer.train()
+    trained = trainer.evaluate()["eval_loss"]
+    trainer.args.max_steps = 2
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert trainer.evaluate()["eval_loss"] == trained
+    with pytest.raises(ValueError, match="output_dir does not hold the model"):
+        trainer.save_model(out / "copy")
+    fails.step = 0
+    assert trainer.train(resume_from_checkpoint=True).global_step == 2
+
+
 # --- what is assigned ------------------------------------------------------------------------------------------------
 
 
@@ -86,7 +102,7 @@ def test_adapters_are_evaluated_as_the_best_checkpoint_has_them(tiny_model, out)
         ("args", None, "args must be a (SFT|GRPO)Config"),
         ("train_dataset", [{"text": "a"}], "train_dataset must be a datasets.Dataset .*, got list"),
         ("eval_dataset", ROWS.to_iterable_dataset(), "eval_dataset must be .*, got IterableDataset"),
-        ("processing_class", "a name", "processing_class must be a tokenizer, got a str"),
+        ("processing_class", "a name", "processing_class must be a tokenizer, got "),
         ("train_dataset", PROMPTS.rename_column("prompt", "problem"), "no column `prompt`"),
         ("reward_funcs", [digits, 7], "reward_funcs must be functions or names of rewards, got 7"),
         ("reward_funcs", [], "reward_funcs is missing"),
@@ -131,11 +147,11 @@ def test_args_resume_from_checkpoint_and_an_assigned_tokenizer_are_taken(
     folder.mkdir()
     handed = []
 
-    def prepare(trainer, model, config, given):
+    def begin(trainer, model, config, given):
         handed.append((config.resume_from_checkpoint, given.anew, given.processing_class))
         raise ValueError("seen")
 
-    monkeypatch.setattr(SFTTrainer, "_prepare", prepare)
+    monkeypatch.setattr(SFTTrainer, "_begin", begin)
     options = config(tmp_path, resume_from_checkpoint=str(folder) if option == "folder" else option)
     trainer = SFTTrainer(tiny_model, options, train_dataset=ROWS)
     trainer.processing_class = tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -158,6 +174,8 @@ class Asks(TrainerCallback):
         if state.global_step == self.step:
             for field in self.fields:
                 setattr(control, field, True)
+            if "ZeroDivisionError" in self.fields:
+                raise ZeroDivisionError
             if "signal" in self.fields:
                 os.kill(os.getpid(), signal.SIGTERM)
 
