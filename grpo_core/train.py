@@ -103,10 +103,13 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
     if run.only_evaluates:
         pass  # without a reference model
     elif config.sync_ref_model:  # frozen only after it was sharded: with float32 masters, which take small changes
-        reference = following = freeze(training.shard(load_policy(run.local_model)))
+        reference = following = freeze(training.shard(load_policy(run.local_model, to_shard=True)))
     elif config.beta > 0:
-        adapted = run.model.use_peft
-        reference = without_adapters(policy) if adapted else training.shard(freeze(load_policy(run.local_model)))
+        reference = (
+            without_adapters(policy)
+            if run.model.use_peft
+            else training.shard(freeze(load_policy(run.local_model, to_shard=True)))
+        )
     progress.entropy_coef = config.entropy_coef
     trained = training.resume(policy, following)
     rollouts: list[Sample] = []  # this rank's share of the rollout batch

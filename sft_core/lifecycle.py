@@ -119,6 +119,7 @@ class TrainingRun(Generic[P]):
                 seed=self.config.seed,
                 known_as=run.model.model_name_or_path,
                 vocab_size=vocab_size,
+                to_shard=True,
             )
         return self.shard(policy)
 

@@ -252,7 +252,8 @@ def merge(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """All of it. Shards that are kept on the host are gathered on the mesh's device."""
+    return tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def write_adapter(model: Any, trained: dict[str, Tensor], folder: Any) -> None:

@@ -16,8 +16,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from sft_core.model.export import reshard
+from sft_core.model.export import hf_name, reshard
 from sft_core.model.policy import Policy
+from sft_core.model.weight_files import read_slices
 from sft_core.run.config import TrainingConfig
 from sft_core.run.options import require
 
@@ -86,6 +87,10 @@ def shard(policy: Policy, mesh: DeviceMesh, sharding: Sharding) -> Policy:
         fully_shard(blocks[i], **options)
     _cast(policy, compute)
     fully_shard(policy, **options)
+    if policy.files:
+        device = torch.device("cpu") if sharding.cpu_offload else torch.device(mesh.device_type)
+        policy._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+        read_slices(((hf_name(name), p) for name, p in policy.model.named_parameters()), policy.files)
     for module in policy.modules():
         if isinstance(module, FSDPModule) and mesh.size() > 1:
             _sum_gradients(module)

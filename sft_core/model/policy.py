@@ -31,6 +31,7 @@ from kernels.linear_logprob import linear_logprob
 from kernels.linear_loss import TokenLoss, linear_loss
 from sft_core.data.packing import PackedSequences, pack_sequences
 from sft_core.model.adapters import add_adapters, is_tied, quantization
+from sft_core.model.weight_files import can_read_slices, weight_files
 from sft_core.run.config import ModelConfig, TrainingConfig
 from sft_core.run.options import require
 
@@ -48,7 +49,8 @@ class Policy(nn.Module):
         ValueError: the model has no list of blocks, or more than a matrix for its head.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, files: dict[str, Path] | None = None) -> None:
+        """`files`: of a model on the meta device, from which `sft_core.model.parallel.shard` reads its weights."""
         super().__init__()
         kind, head = type(model).__name__, model.get_output_embeddings()
         require(
@@ -61,6 +63,7 @@ class Policy(nn.Module):
         )
         self.model = model
         self.tied = is_tied(model)
+        self.files = files
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -264,7 +267,13 @@ def load_whole(name: str, **options: Any) -> Any:
 
 
 def load_policy(
-    config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0, known_as: str = "", vocab_size: int = 0
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    known_as: str = "",
+    vocab_size: int = 0,
+    to_shard: bool = False,
 ) -> Policy:
     """The policy on the CPU, in the dtype of its files; `sft_core.model.parallel.shard` makes float32 shards of it.
 
@@ -272,19 +281,26 @@ def load_policy(
     `seed` and `known_as` are theirs (`sft_core.model.adapters.add_adapters`).
 
     `vocab_size`: tokens that it must at least know; new ones begin as the mean of the others.
+    `to_shard`: leave the weights in their files where `shard` can read them from there.
 
     It is put in eval mode for good: dropout would make the policy that is trained another than the one sampled
     (adapters' own is on in SFT's training passes: `sft_core.model.adapters.dropout`).
     """
-    quantised = quantization(config, dtype)
-    model = load_whole(
-        config.model_name_or_path,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-        dtype=dtype if config.use_peft else "auto",
-        attn_implementation="packed",
-        **({"quantization_config": quantised} if quantised else {}),
-    ).eval()
+    quantised, name = quantization(config, dtype), config.model_name_or_path
+    options: dict[str, Any] = {
+        "revision": config.model_revision,
+        "trust_remote_code": config.trust_remote_code,
+        "dtype": dtype if config.use_peft else "auto",
+        "attn_implementation": "packed",
+    }
+    if to_shard and not config.use_peft and can_read_slices(name):
+        model = load_whole(name, device_map="meta", **options).eval()
+        files = weight_files(model, name)
+        if files and vocab_size <= model.get_input_embeddings().num_embeddings:
+            return Policy(model, files)
+    if quantised:
+        options["quantization_config"] = quantised
+    model = load_whole(name, **options).eval()
     known = model.get_input_embeddings().num_embeddings
     if vocab_size > known:
         model.resize_token_embeddings(vocab_size, mean_resizing=False)
