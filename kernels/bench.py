@@ -53,15 +53,15 @@ def machine(*packages: str) -> str:
     return ", ".join([card, *(f"{name} {versions[0].version}" for name, versions in found.items() if versions)])
 
 
-def failure(error: Exception) -> tuple[str, bool]:
-    """What a table shows in place of numbers, and whether it should not have been (exit code 1)."""
+def failure(error: Exception) -> str:
+    """What the table shows in place of figures; "failed" is the start of what should not have been (exit code 1)."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "out of memory", False
+        return "out of memory"
     if isinstance(error, ModuleNotFoundError) and error.name in PEERS:
-        return f"{error.name} is not installed", False
+        return f"{error.name} is not installed"
     traceback.print_exception(error)
     text = " ".join(str(error).split()).replace("|", "/")
-    return f"failed: {type(error).__name__} {text[:60]}", True
+    return f"failed: {type(error).__name__} {text[:60]}"
 
 
 @dataclass
@@ -75,7 +75,6 @@ class Measured:
     errors: tuple[float, float, float] = (math.nan,) * 3  # of log-probs, dX, dW
     repeats: bool | None = None
     note: str = ""
-    failed: bool = False
 
     @property
     def ratio(self) -> float:
@@ -177,7 +176,7 @@ def bench(shape: str, options: argparse.Namespace, device: torch.device) -> dict
             f.repeats = repeats(run, case)
             f.ms, f.floor = in_turn([run, floor], case, cache, options.rounds)
         except Exception as error:
-            f.note, f.failed = failure(error)
+            f.note = failure(error)
         cells = [
             f.note or f"{f.ms:.2f}",
             f"{6e-9 * tokens * hidden * vocab / f.ms:.4g}",
@@ -228,7 +227,7 @@ def main(
                 peak, workspace = extra_memory(partial(step, one_sweep), make_case(*SHAPES[shape], tokens, device))
                 growth = workspace - found.get(OURS, Measured()).workspace
                 show(f"{OURS} at T={tokens}: {peak:.2f} GiB at the peak, workspace {workspace:.2f}")
-            failed |= any(measured.failed for measured in found.values())
+            failed |= any(measured.note.startswith("failed") for measured in found.values())
             if finished is not None:
                 finished(shape, found, growth)
     sys.exit(failed)

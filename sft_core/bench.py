@@ -1,12 +1,12 @@
 """How fast this trainer's update is on this machine, and the memory it takes beside what the plan counts.
 
-    python -m sft_core.bench [--shape 0.5b 1.5b] [--tokens 8192 16384] [--steps 5] [--gradient_checkpointing]
+    python -m sft_core.bench [--shape 0.5b 1.5b] [--tokens 16384] [--steps 5] [--gradient_checkpointing]
                              [--torch_compile]
     torchrun --nproc_per_node 8 -m sft_core.bench            # sharded over all GPUs, as in training
 
-Random weights in the shapes of Qwen2.5, random tokens in documents of random lengths up to 2,048 that fill the given
-number of tokens exactly, one micro-batch a step, every token scored. `--shape tiny` is for the CPU. A line is shown
-when it is measured.
+Random weights in the shapes of Qwen2.5; eight or more rows of random tokens, all of one length of at most 2,048, packed
+into one micro-batch of --tokens a step; every token scored. `--shape tiny` is for the CPU. A line is shown when it is
+measured.
 
 Left out on purpose: reading and tokenising data, logging, checkpoints; several micro-batches a step.
 """
@@ -16,8 +16,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -36,7 +35,7 @@ from sft_core.model.policy import Policy, count_parameters
 from sft_core.run import distributed
 from sft_core.run.config import ModelConfig, SFTConfig
 
-LONGEST, LEAST_TOKENS = 2048, 256
+ROWS, LONGEST, LEAST_TOKENS = 8, 2048, 256
 WARM_UP = 3  # steps that are not timed: compilation of kernels, the optimizer's state
 SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary
     "tiny": (64, 128, 2, 4, 2, 256),
@@ -79,29 +78,6 @@ class Updated:
         guarded_step(self.optimizer, self.scheduler, loss.item(), norm.item())
 
 
-@dataclass(frozen=True)
-class Bench:
-    """In what the benches of the two trainers differ."""
-
-    program: str
-    config: Callable[..., Any]
-    tokens: list[int]  # by default
-    rows: Callable[[int, int, int], Sequence[Any]]  # of that many tokens, from a vocabulary and a seed
-    length: Callable[[Any], int]  # of a row, the same for every seed
-    update: Callable[[Updated, Any], Iterator[None]]  # from rows; it yields where a phase ends
-
-
-def documents(tokens: int, vocab: int, seed: int) -> list[list[int]]:
-    """Documents of random tokens and lengths, `tokens` in all; their number and lengths do not depend on `seed`."""
-    lengths: list[int] = []
-    generator = torch.Generator().manual_seed(0)
-    while (left := tokens - sum(lengths)) > 0:
-        drawn = int(torch.randint(64, LONGEST + 1, (), generator=generator))
-        lengths.append(left if left - drawn < 2 else drawn)
-    generator.manual_seed(seed)
-    return [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
-
-
 def update(updated: Updated, rows: list[list[int]]) -> Iterator[None]:
     """`sft_core.train`'s."""
     batch = pack_sequences(rows, [[True] * len(ids) for ids in rows], updated.device)
@@ -135,25 +111,20 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def timed(bench: Bench, updated: Updated, rows: Sequence[Any]) -> list[float]:
-    """Seconds of each phase of a step."""
-    ends = [now(updated.device), *(now(updated.device) for _ in bench.update(updated, rows))]
-    return [end - start for start, end in itertools.pairwise(ends)]
+def run(
+    program: str,
+    make_config: Callable[..., Any],
+    update: Callable[[Updated, list[list[int]]], Iterator[None]],
+    argv: list[str] | None,
+    finished: Callable[[str, Any, float, float], None] | None = None,
+) -> None:
+    """Show the table of a trainer whose `update` by rows of token ids yields where each of its three phases ends.
 
-
-def planned(info: Qwen2Config, config: Any, device: torch.device, world_size: int) -> float:
-    """GiB, where every document is of full length."""
-    tokens, itemsize = config.max_tokens_per_micro_batch, 2 if device.type == "cuda" else 4
-    rows, longest = max(1, tokens // LONGEST), min(LONGEST, tokens)
-    step = (count_parameters(info), world_size, rows, longest, itemsize, device.type)
-    return sum(memory(Plan(info, ModelConfig("random"), config, *step)).values()) / distributed.GIB
-
-
-def run(bench: Bench, argv: list[str] | None, finished: Callable[[str, Any, float, float], None] | None = None) -> None:
-    """`finished` is called with a shape, the configuration, and TFLOP/s a GPU of the pass and of the whole step."""
-    parser = argparse.ArgumentParser(prog=bench.program)
+    `finished` is called with a shape, the configuration, and TFLOP/s a GPU of the pass and of the whole step.
+    """
+    parser = argparse.ArgumentParser(prog=program)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["0.5b", "1.5b"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=bench.tokens)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[16384])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--torch_compile", action="store_true")
@@ -173,25 +144,30 @@ def run(bench: Bench, argv: list[str] | None, finished: Callable[[str, Any, floa
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        info, config = shape_config(shape), bench.config(max_tokens_per_micro_batch=tokens, **training)
+        info, config = shape_config(shape), make_config(max_tokens_per_micro_batch=tokens, **training)
+        length = min(LONGEST, tokens // ROWS)
+        count = tokens // length
         updated, taken = Updated(info, config, device, world_size), []
-        for i in range(WARM_UP + options.steps):
-            rows = bench.rows(tokens, info.vocab_size, i * world_size + rank)
-            taken.append(timed(bench, updated, rows))
+        generator = torch.Generator().manual_seed(rank)
+        for _ in range(WARM_UP + options.steps):
+            rows = torch.randint(info.vocab_size, (count, length), generator=generator).tolist()
+            ends = [now(device), *(now(device) for _ in update(updated, rows))]
+            taken.append([end - start for start, end in itertools.pairwise(ends)])
         phases = [statistics.mean(phase) for phase in zip(*taken[WARM_UP:], strict=True)]
-        lengths, step, peak = [bench.length(row) for row in rows], sum(phases), peak_flops(device)
-        flops = training_flops(info, lengths)
+        step, peak, flops = sum(phases), peak_flops(device), training_flops(info, [length] * count)
+        of_step = (world_size, count, length, 2 if device.type == "cuda" else 4, device.type)
+        planned = memory(Plan(info, ModelConfig("random"), config, count_parameters(info), *of_step))
         cells = [
             f"{step:.3f}",
             " + ".join(f"{phase:.3f}" for phase in phases),
-            f"{sum(lengths) * world_size / step:,.0f}",
+            f"{count * length * world_size / step:,.0f}",
             f"{1e-12 * flops / phases[1]:.1f}",
             f"{1e-12 * flops / step:.1f}",
             f"{flops / step / peak:.1%}" if peak else "-",
             f"{distributed.peak_memory_gib(device):.1f}",
-            f"{planned(info, config, device, world_size):.1f}",
+            f"{sum(planned.values()) / distributed.GIB:.1f}",
         ]
-        shown(tables.line(shape, sum(lengths), *cells))
+        shown(tables.line(shape, count * length, *cells))
         if finished is not None:
             finished(shape, config, 1e-12 * flops / phases[1], 1e-12 * flops / step)
         del updated
@@ -199,7 +175,7 @@ def run(bench: Bench, argv: list[str] | None, finished: Callable[[str, Any, floa
 
 
 def main(argv: list[str] | None = None) -> None:
-    run(Bench("sft_core.bench", partial(SFTConfig, "none"), [8192, 16384], documents, len, update), argv)
+    run("sft_core.bench", partial(SFTConfig, "none"), update, argv)
 
 
 if __name__ == "__main__":
