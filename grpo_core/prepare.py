@@ -190,7 +190,7 @@ def max_batch(config: GRPOConfig, world_size: int) -> int:
 def step_plan(
     model: ModelConfig, config: GRPOConfig, info: PretrainedConfig, gpus: int, dtype: torch.dtype, device: str = "cuda"
 ) -> Plan:
-    """What the memory and time of a step depend on, the engine beside it."""
+    """What the memory of a step depends on, the engine beside it."""
     batch, longest = max_batch(config, gpus), longest_sequence(config)
     engine_share, engine_kv_bytes = 0.0, -1  # no engine
     if config.rollouts_from is None:
@@ -211,8 +211,6 @@ def step_plan(
         itemsize=dtype.itemsize,
         device=device,
         reference_itemsize=0 if config.beta == 0 else 4 if config.sync_ref_model else dtype.itemsize,
-        entropy_pass=config.top_entropy_quantile < 1,
-        head_twice=not config.objective().by_token,
         engine_share=engine_share,
         engine_kv_bytes=engine_kv_bytes,
         engine_ranks=config.vllm_tensor_parallel_size,

@@ -1,9 +1,7 @@
 """The head's loss, forward and backward, beside its peers in one run: time, TFLOP/s, memory, error against float64.
 
     python -m kernels.bench [--shape 0.5b 1.5b 7b] [--tokens 8192 65536] [--rounds 20] [--only NAME ...]
-    python -m kernels.bench --sweep          # the one sweep with other constants, beside the bare products: rows of a
-                                             # chunk x chunks of a block, then the row pass at the best of these
-    python -m kernels.bench --profile        # what the one sweep launches, and how long that takes
+                            [--chunk_elements N]         # another size of the head's chunks, in logits
 
 Everybody computes GRPO's clipped loss of the same tokens and its gradient by hidden states and weight, bf16 on a GPU.
 The states are mixed with the rows of their targets, so that the softmax is peaked as a trained model's is: on plain
@@ -14,7 +12,8 @@ inputs at the worst moment, both gradients included; `workspace` is that less dX
 [V, D] in float32, also of a peer that keeps dW in half precision (its may be negative). Errors, against float64, are of
 the first 512 rows: the largest of a log-prob, the relative (Frobenius) of the gradients. `repeats`: loss and gradients
 are the same bits in a second run. Of all --tokens but the first only our memory is taken. A line is shown when it is
-measured. What fails is a note in its line, and the exit code is then 1; out of memory or not installed is a note alone:
+measured. A candidate that fails is a note in its line, and the exit code is then 1; out of memory or not installed is a
+note alone:
 
     pip install liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0      (in an environment of their own)
 """
@@ -30,7 +29,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -44,8 +42,6 @@ SHAPES = {"tiny": (64, 1003), "0.5b": (896, 151936), "1.5b": (1536, 151936), "7b
 PEERS = ("liger_kernel", "cut_cross_entropy", "trl")
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl")
 ERROR_ROWS, PATIENCE = 512, 2000.0  # ms
-ROWS, CHUNKS, WORKSPACE = (512, 640, 768, 1024, 1280), (2, 3, 4, 8), 3 * 2**29  # of a chunk, of a block, bytes
-WIDTHS = [{"BLOCK": block, "WARPS": warps} for block in (1024, 2048, 4096) for warps in (4, 8, 16)]
 
 show = partial(print, flush=True)  # a bench that is cut off has shown what it had measured
 
@@ -57,15 +53,15 @@ def machine(*packages: str) -> str:
     return ", ".join([card, *(f"{name} {versions[0].version}" for name, versions in found.items() if versions)])
 
 
-def failure(error: Exception) -> tuple[str, bool]:
-    """What a table shows in place of numbers, and whether it should not have been (exit code 1)."""
+def failure(error: Exception) -> str:
+    """What the table shows in place of figures; "failed" is the start of what should not have been (exit code 1)."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "out of memory", False
+        return "out of memory"
     if isinstance(error, ModuleNotFoundError) and error.name in PEERS:
-        return f"{error.name} is not installed", False
+        return f"{error.name} is not installed"
     traceback.print_exception(error)
     text = " ".join(str(error).split()).replace("|", "/")
-    return f"failed: {type(error).__name__} {text[:60]}", True
+    return f"failed: {type(error).__name__} {text[:60]}"
 
 
 @dataclass
@@ -79,15 +75,13 @@ class Measured:
     errors: tuple[float, float, float] = (math.nan,) * 3  # of log-probs, dX, dW
     repeats: bool | None = None
     note: str = ""
-    failed: bool = False
 
     @property
     def ratio(self) -> float:
         return self.ms / self.floor
 
 
-def step(candidate: Callable[[Case], Tensor | None], case: Case, tf32: bool = False) -> Tensor | None:
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+def step(candidate: Callable[[Case], Tensor | None], case: Case) -> Tensor | None:
     case.hidden.grad = case.weight.grad = None
     case.seen.clear()
     loss = candidate(case)
@@ -133,13 +127,7 @@ def extra_memory(run: Callable, case: Case) -> tuple[float, float]:
 
 def exactly(part: Case) -> Case:
     """The same in float64, with log-probs in `seen`, and gradients."""
-    exact = Case(
-        part.hidden.detach().double().requires_grad_(),
-        part.weight.detach().double().requires_grad_(),
-        part.targets,
-        part.old_logps.double(),
-        part.advantages.double(),
-    )
+    exact = part.first(ERROR_ROWS, torch.float64)
     exact.loss(reference.linear_logprob(exact.hidden, exact.weight, exact.targets)[0]).sum().backward()
     return exact
 
@@ -166,11 +154,9 @@ def repeats(run: Callable, case: Case) -> bool | None:
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))  # type: ignore[arg-type]
 
 
-def bench(
-    shape: str, tokens: int, options: argparse.Namespace, device: torch.device, found: dict[str, Measured]
-) -> None:
-    """Show the shape's table, and put what was measured into `found`, line by line."""
-    hidden, vocab = SHAPES[shape]
+def bench(shape: str, options: argparse.Namespace, device: torch.device) -> dict[str, Measured]:
+    """Show the shape's table line by line; returns its figures."""
+    (hidden, vocab), tokens = SHAPES[shape], options.tokens[0]
     columns = ("ms", "TFLOP/s", "x products", "GiB peak", "workspace", "log-prob", "dX", "dW", "repeats")
     show("\n" + tables.head(f"{shape}: T={tokens}, D={hidden}, V={vocab}", *columns))
     case = make_case(hidden, vocab, tokens, device)
@@ -179,19 +165,18 @@ def bench(
     cache = torch.empty(2**26, device=device) if device.type == "cuda" else None
     floor = partial(step, products)
     floor(case)
-    for name, make in CANDIDATES.items():
-        if options.only and name not in options.only:
-            continue
+    found = {}
+    for name in options.only or CANDIDATES:
         f = found[name] = Measured()
         try:
-            run = partial(step, make(), tf32="TF32" in name)
+            run = partial(step, CANDIDATES[name]())
             f.errors = errors(run, part, exact)
             if cache is not None:
                 f.peak, f.workspace = extra_memory(run, case)
             f.repeats = repeats(run, case)
             f.ms, f.floor = in_turn([run, floor], case, cache, options.rounds)
         except Exception as error:
-            f.note, f.failed = failure(error)
+            f.note = failure(error)
         cells = [
             f.note or f"{f.ms:.2f}",
             f"{6e-9 * tokens * hidden * vocab / f.ms:.4g}",
@@ -202,6 +187,7 @@ def bench(
             {True: "yes", False: "no", None: "-"}[f.repeats],
         ]
         show(tables.line(name, *cells).replace("| nan", "| -"))
+    return found
 
 
 @contextmanager
@@ -216,51 +202,6 @@ def tuned(device: torch.device, **constants: int) -> Iterator[None]:
         yield
 
 
-def sweep(shape: str, tokens: int, rounds: int, device: torch.device) -> bool:
-    """A line for each choice of constants, those of the code first and last; whether one failed."""
-    vocab = SHAPES[shape][1]
-    case, on_gpu = make_case(*SHAPES[shape], tokens, device), device.type == "cuda"
-    cache = torch.empty(2**26, device=device) if on_gpu else None
-    ours, floor, failed = partial(step, one_sweep), partial(step, products), False
-    show("\n" + tables.head(f"{shape}: rows x chunks", "row pass", "ms", "x products", "workspace"))
-    floor(case)
-
-    def line(rows: int, chunks: int, **widths: int) -> float:
-        nonlocal failed
-        ratio, name = math.inf, ", ".join(f"{name} {value}" for name, value in widths.items())
-        try:
-            with tuned(device, CHUNK_ELEMENTS=rows * vocab, CHUNKS_IN_BLOCK=chunks, **widths):
-                ours(case)
-                workspace = f"{extra_memory(ours, case)[1]:.2f}" if on_gpu else "-"
-                ms, bare = in_turn([ours, floor], case, cache, rounds)
-            ratio, cells = ms / bare, [f"{ms:.2f}", f"{ms / bare:.3f}", workspace]
-        except Exception as error:
-            note, bad = failure(error)
-            cells, failed = [note, "-", "-"], failed or bad
-        show(tables.line(f"{rows} x {chunks}", name or "as it is", *cells))
-        return ratio
-
-    of_the_code = head.chunk_rows(vocab, device.type), head.CHUNKS_IN_BLOCK[device.type]
-    line(*of_the_code)
-    fitting = [(rows, chunks) for rows in ROWS for chunks in CHUNKS if rows * (4 + 2 * chunks) * vocab <= WORKSPACE]
-    best = min(fitting, key=lambda constants: line(*constants))
-    for widths in WIDTHS if on_gpu else []:
-        line(*best, **widths)
-    line(*of_the_code)
-    return failed
-
-
-def profiled(run: Callable[[], Any], device: torch.device) -> str:
-    """What a second run takes, by kernel (on a CPU by operation)."""
-    run()
-    with torch.profiler.profile() as profile:
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    by = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
-    return profile.key_averages().table(sort_by=by, row_limit=16, max_name_column_width=80)
-
-
 def main(
     argv: list[str] | None = None, finished: Callable[[str, dict[str, Measured], float], None] | None = None
 ) -> None:
@@ -272,40 +213,23 @@ def main(
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["0.5b", "1.5b", "7b"] if on_gpu else ["tiny"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 65536] if on_gpu else [1024])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=[])
+    parser.add_argument("--only", nargs="+", choices=CANDIDATES)
     parser.add_argument("--chunk_elements", type=int, default=head.CHUNK_ELEMENTS[device.type])
-    parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--profile", action="store_true")
     options = parser.parse_args(argv)
     if any(tokens < ERROR_ROWS or tokens % SEQUENCE for tokens in options.tokens) or options.rounds < 1:
         parser.error(f"--tokens must be multiples of {SEQUENCE} and at least {ERROR_ROWS}, --rounds at least 1")
     show(f"{machine(*PACKAGES)}; median of {options.rounds} rounds, chunks of {options.chunk_elements} logits")
-    first, *more = options.tokens
     failed = False
-    for shape in options.shape:
-        found, growth = dict[str, Measured](), math.nan
-        try:
-            if options.sweep:
-                failed |= sweep(shape, first, options.rounds, device)
-                continue
-            with tuned(device, CHUNK_ELEMENTS=options.chunk_elements):
-                if options.profile:
-                    case = make_case(*SHAPES[shape], first, device)
-                    show(f"\n{shape}, {first} tokens\n{profiled(partial(step, one_sweep, case), device)}")
-                    continue
-                bench(shape, first, options, device, found)
-                for tokens in more if on_gpu else []:
-                    case = make_case(*SHAPES[shape], tokens, device)
-                    peak, workspace = extra_memory(partial(step, one_sweep), case)
-                    growth = workspace - found.get(OURS, Measured()).workspace
-                    show(f"{OURS} at T={tokens}: {peak:.2f} GiB at the peak, workspace {workspace:.2f}")
-        except Exception as error:
-            note, bad = failure(error)
-            failed |= bad
-            show(tables.line(shape, note))
-        failed |= any(measured.failed for measured in found.values())
-        if finished is not None:
-            finished(shape, found, growth)
+    with tuned(device, CHUNK_ELEMENTS=options.chunk_elements):
+        for shape in options.shape:
+            found, growth = bench(shape, options, device), math.nan
+            for tokens in options.tokens[1:] if on_gpu else []:
+                peak, workspace = extra_memory(partial(step, one_sweep), make_case(*SHAPES[shape], tokens, device))
+                growth = workspace - found.get(OURS, Measured()).workspace
+                show(f"{OURS} at T={tokens}: {peak:.2f} GiB at the peak, workspace {workspace:.2f}")
+            failed |= any(measured.note.startswith("failed") for measured in found.values())
+            if finished is not None:
+                finished(shape, found, growth)
     sys.exit(failed)
 
 

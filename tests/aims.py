@@ -3,7 +3,6 @@
 python -m tests.aims kernels.bench [its options]           or grpo_core.bench
 """
 
-import dataclasses
 import math
 import sys
 
@@ -11,11 +10,10 @@ import torch
 
 import grpo_core.bench
 import kernels.bench
-import sft_core.bench
+from grpo_core.config import GRPOConfig
 from kernels import tables
 from kernels.bench import Measured
 from kernels.bench_peers import NAIVE, OURS
-from sft_core.bench import Case, Phases, mean
 
 OVER_PRODUCTS = {"0.5b": 1.45, "1.5b": 1.25, "7b": 1.15}  # time over bare products, at 8,192 tokens on an H100
 FASTER = {"Liger GRPO": 12.0, "cut cross entropy, unfiltered": 2.5, NAIVE: 1.35}
@@ -57,36 +55,28 @@ def of_the_head(shape: str, found: dict[str, Measured], growth: float) -> list[s
 
 
 def of_the_update(shape: str, checkpointing: bool, rates: tuple[float, float]) -> list[str]:
-    """`rates`: TFLOP/s of the pass and of the whole step; NaN where there are none."""
+    """`rates`: TFLOP/s of the pass and of the whole step."""
     name = f"{shape} shape{', checkpointed' if checkpointing else ''}, 16k packed tokens, TFLOP/s: "
     aims = zip(("the pass", "with clipping and AdamW"), rates, RATES.get((shape, checkpointing), ()), strict=False)
     return [verdict(name + what, rate, aim, at_least=True) for what, rate, aim in aims]
 
 
-def judged_trainer(case: Case) -> list[Phases]:
-    """`grpo_core.bench.this_trainer`, judged where it is the case that has aims."""
-    rates = math.nan, math.nan
-    try:
-        taken = grpo_core.bench.this_trainer(case)
-        _, *rates = grpo_core.bench.rates(case, mean(taken))
-    finally:
-        if (case.tokens, case.device.type, case.world_size) == (16384, "cuda", 1):
-            print(*of_the_update(case.shape, case.config.gradient_checkpointing, rates), sep="\n", flush=True)
-    return taken
+def judge_head(*measured) -> None:
+    print("", *of_the_head(*measured), sep="\n", flush=True)
+
+
+def judge_update(shape: str, config: GRPOConfig, *rates: float) -> None:
+    if config.max_tokens_per_micro_batch == 16384:
+        print(*of_the_update(shape, config.gradient_checkpointing, rates), sep="\n", flush=True)
 
 
 def main() -> None:
     program, *argv = sys.argv[1:]
-    if program == "kernels.bench":
-        judge = None
-        if torch.cuda.is_available() and not {"--sweep", "--profile"} & set(argv):
-
-            def judge(*measured) -> None:
-                print("", *of_the_head(*measured), sep="\n", flush=True)
-
-        kernels.bench.main(argv, judge)
-    trainers = grpo_core.bench.BENCH.trainers | {"this trainer": judged_trainer}
-    sft_core.bench.run(dataclasses.replace(grpo_core.bench.BENCH, trainers=trainers), argv)
+    bench, judge = {
+        "kernels.bench": (kernels.bench.main, judge_head),
+        "grpo_core.bench": (grpo_core.bench.main, judge_update),
+    }[program]
+    bench(argv, judge if torch.cuda.is_available() else None)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ STEPS = [
     Step("kernels", ["tests.aims", "kernels.bench"], 130),
     Step(
         "update",
-        ["tests.aims", "grpo_core.bench", "--peer", *COMPILED],
-        55,  # two shapes, two ways, 6 steps below 1 s each
-        ["tests.aims", "grpo_core.bench", "--peer", *TINY, "--tokens", "2048"],
+        ["tests.aims", "grpo_core.bench", *COMPILED],
+        55,  # two shapes, 6 steps below 1 s each
+        ["tests.aims", "grpo_core.bench", *TINY, "--tokens", "2048"],
     ),
     Step(
         "checkpointed",
@@ -67,9 +67,9 @@ STEPS = [
     ),
     Step(
         "sft",
-        ["sft_core.bench", "--shape", "1.5b", "--tokens", "16384", "--peer", "--steps", "3"],
+        ["sft_core.bench", "--shape", "1.5b", "--tokens", "16384", "--steps", "3"],
         40,
-        ["sft_core.bench", "--peer", *TINY, "--tokens", "64"],
+        ["sft_core.bench", *TINY, "--tokens", "256"],
     ),
 ]
 PARTS = list(dict.fromkeys(step.part for step in STEPS))

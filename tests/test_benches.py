@@ -3,18 +3,17 @@
 import os
 import time
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 
-import gen.bench_engine
 import grpo_core.bench
 import kernels.bench
-import sft_core.bench
 from kernels.bench_peers import FLOOR, NAIVE, OURS
 from tests.launch import run, start
 
 OTHER = "linear_logprob (here)"
+HEAD = ["--tokens", "512", "--rounds", "1", "--only", FLOOR, OURS, OTHER, NAIVE]
+UPDATE = ["--shape", "tiny", "--tokens", "256", "512", "--steps", "1"]
 
 
 def trouble(hang):
@@ -28,76 +27,26 @@ def in_a_candidate(hang):
     kernels.bench.CANDIDATES[OTHER] = lambda: lambda case: trouble(hang)
 
 
-def at(tokens, module, name, hang):
-    """Where that many tokens are made."""
-    made = getattr(module, name)
-    setattr(module, name, lambda n, *rest, **more: trouble(hang) if n == tokens else made(n, *rest, **more))
-
-
 def in_updates(hang):
-    at(3072, grpo_core.bench, "make_rollouts", hang)
+    made = grpo_core.bench.make_rollouts
+    grpo_core.bench.make_rollouts = lambda rows: trouble(hang) if len(rows[0]) == 64 else made(rows)
 
 
-def in_supervised_updates(hang):
-    at(96, sft_core.bench, "documents", hang)
-
-
-def in_an_engine(hang):
-    """One without vLLM: `LLM.generate` fails; its own way hangs in the first round after the warm-up."""
-    calls = []
-
-    def sample(*arguments, **options):
-        calls.append(arguments)
-        if hang and len(calls) == 2:
-            trouble(hang)
-
-    gen.bench_engine.VLLMEngine = lambda *arguments, **options: SimpleNamespace(sample=sample, close=lambda: None)
-
-
-CASES = {  # arguments, fault, lines: measured before it, of what failed, measured after it
-    "kernels.bench": (
-        ["--tokens", "512", "--rounds", "1", "--only", FLOOR, OURS, OTHER, NAIVE],
-        in_a_candidate,
-        [f"| {FLOOR} | ", f"| {OURS} | "],
-        [f"| {OTHER} | failed: RuntimeError no / luck | - | "],
-        [f"| {NAIVE} | "],
-    ),
-    "grpo_core.bench": (
-        ["--shape", "tiny", "--tokens", "2048", "3072", "4096", "--steps", "1"],
-        in_updates,
-        ["| tiny this trainer | 2048 | "],
-        ["| tiny this trainer | 3072 | failed: RuntimeError no / luck |"],
-        ["| tiny this trainer | 4096 | "],
-    ),
-    "sft_core.bench": (
-        ["--shape", "tiny", "--tokens", "64", "96", "128", "--steps", "1"],
-        in_supervised_updates,
-        ["| tiny this trainer | 64 | "],
-        ["| tiny this trainer | 96 | failed: RuntimeError no / luck |"],
-        ["| tiny this trainer | 128 | "],
-    ),
-    "gen.bench_engine": (
-        ["--prompts", "2", "--n", "2", "--tokens", "4", "--rounds", "1"],
-        in_an_engine,
-        ["| warm-up | gen.engine.vllm | "],
-        ["| warm-up | LLM.generate | failed: AttributeError "],
-        ["| 1 | gen.engine.vllm | ", "| median | gen.engine.vllm | "],
-    ),
-}
-
-
-@pytest.mark.parametrize("module", CASES)
-def test_what_fails_is_a_note_and_the_rest_is_measured(module, tmp_path):
-    argv, fault, *lines = CASES[module]
-    code, printed = run(module, argv, tmp_path / "log", fault=partial(fault, False))
+def test_what_fails_is_a_note_and_the_rest_is_measured(tmp_path):
+    code, printed = run("kernels.bench", HEAD, tmp_path / "log", fault=partial(in_a_candidate, False))
     assert code == 1, printed
-    for line in sum(lines, []):
-        assert len([row for row in printed.splitlines() if row.startswith(line)]) == 1, (line, printed)
+    for line in (f"{FLOOR} | ", f"{OURS} | ", f"{OTHER} | failed: RuntimeError no / luck | - | ", f"{NAIVE} | "):
+        assert len([row for row in printed.splitlines() if row.startswith(f"| {line}")]) == 1, (line, printed)
 
 
-@pytest.mark.parametrize("module", CASES)
-def test_what_is_killed_has_shown_its_heading_and_what_it_measured(module, tmp_path):
-    argv, fault, before, *_ = CASES[module]
+@pytest.mark.parametrize(
+    ("module", "argv", "fault", "before"),
+    [
+        ("kernels.bench", HEAD, in_a_candidate, [f"| {FLOOR} | ", f"| {OURS} | "]),
+        ("grpo_core.bench", UPDATE, in_updates, ["| tiny | 256 | "]),
+    ],
+)
+def test_what_is_killed_has_shown_its_heading_and_what_it_measured(module, argv, fault, before, tmp_path):
     log = tmp_path / "log"
     [process] = start(module, argv, log, fault=partial(fault, True))
     deadline = time.time() + 120

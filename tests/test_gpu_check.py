@@ -22,15 +22,7 @@ ABSENT = (
     "aiohttp",
     "xdist",
 )
-BENCHES = [
-    "tests.aims",
-    "grpo_core.bench",
-    "sft_core.bench",
-    "kernels.bench",
-    "gen.bench_engine",
-    "tests.aims",
-    "tests.e2e.beside_trl",
-]
+BENCHES = ["tests.aims", "grpo_core.bench", "sft_core.bench", "kernels.bench", "tests.aims", "tests.e2e.beside_trl"]
 
 
 def timeit(part, statement, limit=30):

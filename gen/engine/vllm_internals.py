@@ -73,9 +73,8 @@ def run_requests(
 ) -> list[list[Completion]]:
     """Sample n completions of each (prompt, seed); `ended` is called with each prompt that has all of them.
 
-    The loop of `LLM.generate`, but tokens and log-probs are taken as the core gives them: vLLM's own outputs, a few
-    Python objects a token, take longer than a small model's pass on a GPU (`python -m gen.bench_engine`). `numbers`
-    are those of the requests: none may come twice in an engine's life.
+    The loop of `LLM.generate`, but tokens and log-probs are taken as the core gives them, without vLLM's own outputs
+    of a few Python objects a token. `numbers` are those of the requests: none may come twice in an engine's life.
     """
     from vllm.inputs import tokens_input
 

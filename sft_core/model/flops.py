@@ -86,11 +86,6 @@ def block_weights(s: Shape) -> int:
     return s.layers * sum(a * b for a, b in linear_sizes(s).values())
 
 
-def attention_flops(s: Shape, lengths: Sequence[int]) -> float:
-    """Of a forward pass through all blocks: QK' and PV, half of the square each, for attention is causal."""
-    return 2.0 * s.layers * s.query * sum(n * n for n in lengths)
-
-
 def training_flops(info: PretrainedConfig, lengths: Sequence[int]) -> float:
     """FLOPs of forward and backward over documents of `lengths` tokens: 6 N + 6 L (heads x head size) S a token.
 
@@ -99,7 +94,8 @@ def training_flops(info: PretrainedConfig, lengths: Sequence[int]) -> float:
     counts twice for being recomputed, a frozen weight counts as if it were trained: the usual numerator of MFU.
     """
     s = shape(info)
-    return 6 * (block_weights(s) + s.vocab * s.hidden) * sum(lengths) + 3 * attention_flops(s, lengths)
+    attention = 2.0 * s.layers * s.query * sum(n * n for n in lengths)  # forward: half of the squares QK' and PV each
+    return 6 * (block_weights(s) + s.vocab * s.hidden) * sum(lengths) + 3 * attention
 
 
 def attention_share(info: PretrainedConfig) -> float:

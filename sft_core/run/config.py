@@ -85,7 +85,7 @@ class TrainingConfig(OfTheProcess, Options):
         "inductor", "Of torch.compile; aot_eager traces the blocks and generates no code, for tests."
     )
     merge_adapter: bool = option(False, "Beside the adapter, write the merged model to output_dir/merged.")
-    dry_run: bool = option(False, "Predict memory and time of a step, refuse what cannot fit, and end.")
+    dry_run: bool = option(False, "Count the memory of a step, refuse what cannot fit, and end.")
     dry_run_gpus: int = option(8, "GPUs that dry_run plans for.", ge=1)
     dry_run_gpu_gib: float = option(80.0, "Memory of each of them [GiB].")
     optim: str = option(

@@ -53,11 +53,3 @@ def test_two_ranks_share_one_engine(tied_llama):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_sleep(tied_llama):
     run(sys.executable, CHECKS, "sleep", tied_llama)
-
-
-@on_cpu
-@pytest.mark.slow
-def test_the_benchmark():
-    command = [sys.executable, "-m", "gen.bench_engine", "--prompts", "2", "--n", "2", "--tokens", "8", "--rounds", "1"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert all(f"| {name} | " in printed for name in ("LLM.generate", "gen.engine.vllm")), printed

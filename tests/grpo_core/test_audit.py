@@ -5,10 +5,7 @@ import re
 
 import pytest
 
-from grpo_core import audit, audit_probes
-from grpo_core.config import SYSTEM_PROMPT
-from grpo_core.rewards import accuracy_reward, format_reward, tag_count_reward
-from grpo_core.rollout import Sample
+from grpo_core import audit
 from tests.launch import flags, run
 
 LINES = "Answer so: <think>\nthoughts\n</think>\n<answer>\nanswer\n</answer>"
@@ -50,16 +47,16 @@ def column(output: str, reward: str) -> dict[str, str]:
     """Probe -> what the table shows for `reward`."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines()]
     (start,) = [i for i, cells in enumerate(lines) if cells[0] == "probe"]
-    return {cells[0]: cells[lines[start].index(reward)] for cells in lines[start + 2 : start + 12]}
+    return {cells[0]: cells[lines[start].index(reward)] for cells in lines[start + 2 : start + 10]}
 
 
 def test_a_reward_with_spread_passes_and_nothing_is_written(tiny_model, problems, tmp_path):
     argv = options(tiny_model, problems, output_dir=tmp_path / "out", push_to_hub=True, do_eval=True)
     code, output = run("grpo_core.audit", argv, tmp_path / "log")
     assert code == 0 and "Training would have a signal" in output, output
-    assert "24 completions, 4 a prompt" in output and "6 of 6 can be parsed" in output
+    assert "24 completions of " in output and "6 of 6 can be parsed" in output
     assert int(re.search(r"groups with spread +(\d) of 6", output)[1]) >= 1
-    assert "pass rate             0.0%; of 6 groups 6 are all wrong, 0 all right" in output
+    assert re.search(r"digits +0\.\d+ on average, 0 to ", output)
     assert re.search(r"- \d+% of the completions are cut before they end: raise max_completion_length", output)
     assert not (tmp_path / "out").exists()
 
@@ -69,13 +66,15 @@ def test_rewards_that_tell_nothing_apart_are_no_signal(tiny_model, problems, tmp
     code, output = run("grpo_core.audit", argv, tmp_path / "log")
     assert code == 1 and "NO SIGNAL" in output and "Traceback" not in output, output
     verdict = output.partition("NO SIGNAL")[2]
-    assert "no group of 6 has spread" in verdict and "6 of 6 groups are all wrong: take easier data" in verdict
+    assert "no group of 6 has spread" in verdict and "take easier data" in verdict
     assert re.search("repetition_penalty_reward gives -?0 to every completion", verdict)
 
 
 def test_golds_that_cannot_be_parsed(tiny_model, tmp_path, capsys):
     code, output = outcome(capsys, tiny_model, data(tmp_path, ["Paris", "Rome"]), reward_funcs=["accuracy"])
-    assert code == 1 and "0 of 2 can be parsed; one that cannot: '" in output and "no gold answer can be" in output
+    assert (
+        code == 1 and "0 of 2 can be parsed; one that cannot: '" in output and "no gold answer can be parsed" in output
+    )
     code, output = outcome(capsys, tiny_model, data(tmp_path, ["Paris", "63"]), reward_funcs=["accuracy"])
     assert code == 0 and "1 of 2 can be parsed; one that cannot: 'Paris'" in output
     code, output = outcome(capsys, tiny_model, data(tmp_path, ["Paris", "63"]), max_prompt_length=2)
@@ -94,46 +93,34 @@ def test_probes_of_the_built_in_rewards(tiny_model, problems, capsys):
         "soft_overlong_punishment",
     ]
     code, output = outcome(capsys, tiny_model, problems, reward_funcs=names, system_prompt=LINES)
-    assert code == 0 and "instead of" not in output, output
-    accuracy = column(output, "accuracy")
-    assert all(accuracy[notation] == "1" for notation in audit_probes.NOTATIONS) and accuracy[audit_probes.IDEAL] == "1"
-    assert accuracy[audit_probes.EMPTY] == accuracy[audit_probes.HUGE] == "0" and re.search(
-        r"accuracy +accepts '\d\d' in 5 of 5", output
+    assert code == 0 and "never asks" not in output and "no value" not in output, output
+    accuracy = column(output, "accuracy_reward")
+    assert [accuracy.pop(probe) for probe in (audit.EMPTY, audit.HUGE)] == ["0", "0"]
+    assert list(accuracy) == list(audit.NOTATIONS) and set(accuracy.values()) == {"1"}
+    for name, paid in (("format_reward", "1"), ("tag_count_reward", "0")):  # the latter wants each tag on its own line
+        values = column(output, name)
+        assert [values[probe] for probe in (audit.TAGGED, audit.INLINE, audit.EMPTY)] == ["1", paid, "0"]
+    advice = [line for line in output.splitlines() if line.startswith("- ")]
+    assert len(advice) == 1 and "reasoning_steps_reward pays as much for huge repetition as for '" in advice[0]
+
+
+@pytest.mark.parametrize(("system_prompt", "asks"), [("", "<think> and <answer>"), ("<think> first.", "<answer>")])
+def test_a_prompt_that_does_not_ask_for_what_is_paid(tiny_model, problems, capsys, system_prompt, asks):
+    silent = {"reward_funcs": ["accuracy", "format"], "system_prompt": system_prompt}
+    output = outcome(capsys, tiny_model, problems, **silent)[1]
+    assert f"format_reward pays for <think> and <answer>, but the prompt never asks for {asks}:" in output
+
+
+@pytest.mark.parametrize("opened", ["<think>\n", "<think>\n\n</think>\n\n"])
+def test_a_completion_goes_on_where_the_template_has_begun(tiny_model, problems, tmp_path, capsys, opened):
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}" + opened + "{% endif %}"
     )
-    wrong = (audit_probes.EMPTY, audit_probes.TAGS, audit_probes.JUNK, audit_probes.HUGE)
-    assert [column(output, "format")[probe] for probe in (audit_probes.IDEAL, *wrong)] == ["1", "0", "0", "0", "0"]
-    assert [column(output, "tag_count")[probe] for probe in wrong] == ["0", "0", "1 !", "0"]
-    assert column(output, "reasoning_steps")[audit_probes.HUGE] == "1 !"
-    assert column(output, "soft_overlong_punishment")[audit_probes.HUGE] == "0 !"
-    assert "lower max_completion_len" in output
-
-
-def test_a_prompt_that_does_not_ask_for_what_is_paid(tiny_model, problems, capsys):
-    silent = {"reward_funcs": ["accuracy", "format"], "system_prompt": ""}
-    assert "the prompt never asks for <think> and <answer>" in outcome(capsys, tiny_model, problems, **silent)[1]
-    inline = {"reward_funcs": ["tag_count"], "system_prompt": LINES.replace("\n", " ")}
-    assert "wants each tag on a line of its own" in outcome(capsys, tiny_model, problems, **inline)[1]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "notation", "tagged"),
-    [
-        (SYSTEM_PROMPT, "<answer> 63 </answer>", True),
-        (LINES + "<|assistant|><think>\n", "<answer>\n63\n</answer>", True),
-        (LINES + "<|assistant|><think>\n\n</think>\n\n", "<answer>\n63\n</answer>", True),
-        (r"Reason in <think></think>, then <answer>\boxed{}</answer>.", r"<answer>\boxed{63}</answer>", True),
-        (r"Put the answer into \boxed{}.<|assistant|><think>", r"\boxed{63}", False),
-        ("End with #### and the number.", "#### 63", False),
-        ("How many?", "The answer is 63.", False),
-    ],
-)
-def test_the_ideal_completion_is_what_the_prompt_asks_for(prompt, notation, tagged):
-    ideal, _, opened = audit_probes.ideal_completion(prompt, "63")
-    completion = [[{"role": "assistant", "content": ideal}]]
-    assert ideal.endswith(notation) and ideal.count("<think>") == (tagged and not opened)
-    assert accuracy_reward(completion, ["63"]) == [1.0]
-    assert format_reward(completion, prompt_texts=[prompt]) == [float(tagged)]
-    assert (tag_count_reward(completion, prompt_texts=[prompt]) == [1.0]) == (prompt.startswith(LINES))
+    _, output = outcome(
+        capsys, tiny_model, problems, reward_funcs=["format"], system_prompt=LINES, chat_template=template
+    )
+    assert column(output, "format_reward")[audit.TAGGED] == "1", output
 
 
 def test_rewards_of_the_user_may_fail(tiny_model, problems, tmp_path, capsys, monkeypatch):
@@ -144,18 +131,9 @@ def test_rewards_of_the_user_may_fail(tiny_model, problems, tmp_path, capsys, mo
     monkeypatch.syspath_prepend(tmp_path)
     code, output = outcome(capsys, tiny_model, problems, reward_funcs=["my_rewards:first"])
     assert code == 0 and "a probe failed: first failed with IndexError (IndexError: string" in output, output
-    assert column(output, "my_rewards:first")[audit_probes.EMPTY] == "-"
-    assert "my_rewards:first pays as much for huge repetition" in output
+    assert column(output, "first")[audit.EMPTY] == "-" and "first pays as much for huge repetition" in output
     code, output = outcome(capsys, tiny_model, problems, reward_funcs=["my_rewards:broken"])
-    assert code == 1 and "no value for any probe" in output and "no such service" in output
-
-
-@pytest.mark.parametrize(("value", "says"), [(0.0, "all wrong: take easier"), (1.0, "all right: take harder data")])
-def test_advice_for_groups_that_are_all_alike(value, says):
-    rollouts = [Sample(group, [1], [2], [0.0], "stop", -1, value) for group in (0, 0, 1, 1, 2, 2)]
-    unscored = Sample(9, [1], [2], [0.0], "stop", -1)
-    (advice,) = audit.pass_rate([*rollouts, unscored], cut=0.0)
-    assert f"3 of 3 groups are {says}" in advice
+    assert code == 1 and "broken has no value for any probe" in output and "no such service" in output
 
 
 @pytest.mark.parametrize(

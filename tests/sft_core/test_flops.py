@@ -2,11 +2,8 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-import sft_core.model.memory_plan as costs
 from kernels.attention import packed_layout, register
 from sft_core.model.flops import block_weights, peak_flops, saved_per_token, shape, training_flops
 from sft_core.model.policy import count_parameters
@@ -63,53 +60,6 @@ def test_what_a_block_saves(config_class, itemsize):
     # The CPU's attention repeats no key or value; it saves its output in another layout than the next layer does.
     on_cpu = saved_per_token(s, itemsize) - 4 * itemsize * s.query + itemsize * (3 * s.query + 2 * s.kv)
     assert (three - one) / 2 / TOKENS == pytest.approx(on_cpu, rel=0.02)
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes that operators other than matrix products and attention read and write."""
-
-    NOT_COUNTED = {
-        "mm",
-        "addmm",
-        "addmm_",
-        "gather",
-        "scatter_add_",
-        "zeros_like",
-        "empty",
-        "new_empty",
-        "empty_like",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention_for_cpu_backward",
-    }
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
-        view = function.is_view or function.overloadpacket.__name__ in ("_unsafe_view", "detach")
-        if not view and function.overloadpacket.__name__ not in self.NOT_COUNTED:
-            self.bytes += sum(t.numel() * t.element_size() for t in tensors if 0 not in t.stride())
-        return out
-
-
-def test_traffic_of_a_block():
-    counts = []
-    for layers in (1, 3):
-        forward, _, info = hidden_states(Qwen2Config, layers)
-        with Traffic() as traffic:
-            hidden = forward()
-            only_forward = traffic.bytes
-            hidden.sum().backward()
-        counts.append((only_forward, traffic.bytes))
-    forward, both = ((b - a) / 2 / TOKENS for a, b in zip(*counts, strict=True))
-    s = shape(info)
-    widths = costs.HIDDEN_TRAFFIC * s.hidden + costs.FFN_TRAFFIC * s.ffn
-    widths += costs.QUERY_TRAFFIC * s.query + costs.KV_TRAFFIC * s.kv
-    assert both == pytest.approx(widths, rel=0.1)
-    assert forward == pytest.approx(costs.FORWARD_SHARE * widths, rel=0.15)
 
 
 def test_parameters_and_flops():

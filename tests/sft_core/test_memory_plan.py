@@ -1,7 +1,6 @@
 """The plan against measured figures, its remedies, its verdicts through `main`."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ from transformers import LlamaConfig, Qwen2Config
 import grpo_core.train
 import sft_core.model.memory_plan as costs
 import sft_core.train
-from sft_core.model.flops import PEAK_FLOPS, block_weights, saved_per_token, shape, tail_per_token
-from sft_core.model.memory_plan import Plan, dry_run, memory, memory_plan, seconds, table
+from sft_core.model.flops import block_weights, saved_per_token, shape, tail_per_token
+from sft_core.model.memory_plan import Plan, dry_run, memory, memory_plan
 from sft_core.model.policy import count_parameters
 from sft_core.run.config import ModelConfig, SFTConfig
 from sft_core.run.distributed import GIB
@@ -78,16 +77,13 @@ def gib(parts):
 
 # Forward and backward, no optimizer, of a prototype on one H100 80GB (torch 2.11): 8 documents of 2,048 tokens in one
 # micro-batch, bf16 parameters and gradients, a head that makes its logits once, 4,096 rows at a time in float32 and
-# their gradient in bf16. GiB and ms: eager, compiled blocks, compiled and checkpointed.
-MEASURED = {
-    "0.5b": (QWEN_0_5B, (27.4, 21.2, 5.8), (193, 135, 169)),
-    "1.5b": (QWEN_1_5B, (53.9, 41.0, 8.9), (425, 323, 414)),
-}
+# their gradient in bf16. GiB: eager, compiled blocks, compiled and checkpointed.
+MEASURED = {"0.5b": (QWEN_0_5B, (27.4, 21.2, 5.8)), "1.5b": (QWEN_1_5B, (53.9, 41.0, 8.9))}
 
 
 @pytest.mark.parametrize("size", MEASURED)
 def test_the_prototype_measured_on_a_gpu(size):
-    sizes, measured_gib, measured_ms = MEASURED[size]
+    sizes, measured_gib = MEASURED[size]
     info = Qwen2Config(**sizes)
     s, tokens, parameters = shape(info), 16384, count_parameters(info)
     weights = 2 * parameters
@@ -97,15 +93,6 @@ def test_the_prototype_measured_on_a_gpu(size):
     compiled = weights + s.layers * tokens * saved_per_token(s, compiled=True) + end
     checkpointed = weights + s.layers * tokens * 2 * s.hidden + end
     assert [eager / GIB, compiled / GIB, checkpointed / GIB] == pytest.approx(measured_gib, rel=0.02)
-
-    milliseconds = []
-    for checkpointing, compile_blocks in ((False, False), (False, True), (True, True)):
-        flags = {"gradient_checkpointing": checkpointing, "torch_compile": compile_blocks}
-        parts = seconds(plan(info, longest=2048, gpus=1, max_tokens_per_micro_batch=tokens, **flags))
-        blocks = sum(parts[name] for name in ("matrix products of the blocks", "attention", "element-wise"))
-        products = 6 * tokens * s.vocab * s.hidden / (costs.GEMM_EFFICIENCY * PEAK_FLOPS["H100"])
-        milliseconds.append(1e3 * (blocks + products + 12 * tokens * s.vocab / costs.BANDWIDTH))
-    assert milliseconds == pytest.approx(measured_ms, rel=0.1)
 
 
 # --- verdicts ----------------------------------------------------------------------------------------------------
@@ -159,18 +146,17 @@ LLAMA = dict(info=LlamaConfig(**LLAMA_70B), gradient_checkpointing=True)
         (CHECKPOINTED, 24, "use --max_tokens_per_micro_batch 4096"),
         (LLAMA | {"gpus": 24}, 70, "use --activation_offloading true (240 GiB of host memory in all)"),
         (CHECKPOINTED | {"gpus": 1}, 60, "use --cpu_offload true (113 GiB of host memory in all)"),
-        (LLAMA | {"gpus": 4}, 77, "use 24 GPUs"),
         (CHECKPOINTED | {"longest": 32768}, 24, "use --use_peft true"),
         (LLAMA | {"gpus": 1}, 77, "use --use_peft true --load_in_4bit true"),
         (
             QWEN | {"gpus": 1},
             40,
-            "use --gradient_checkpointing true and --cpu_offload true (113 GiB of host memory in all)",
+            "use --gradient_checkpointing true --cpu_offload true (113 GiB of host memory in all)",
         ),
         (
             QWEN | {"longest": 2**22},
             60,
-            "choose a smaller model or shorter sequences, for no option of memory is enough",
+            "take more GPUs, a smaller model or shorter sequences, for no option of memory is enough",
         ),
     ],
 )
@@ -203,33 +189,8 @@ def test_parts_follow_the_options():
 
 def test_tokens_of_a_micro_batch():
     info = Qwen2Config(**QWEN_0_5B)
-    for rows, longest, budget, tokens, number in (
-        (8, 1024, 8192, 8192, 1),
-        (8, 1024, 2048, 2048, 4),
-        (8, 1024, 512, 1024, 8),
-        (2, 1024, 8192, 2048, 1),
-        (8, 3000, 8192, 8192, 4),
-    ):
-        step = plan(info, rows=rows, longest=longest, max_tokens_per_micro_batch=budget)
-        assert (step.tokens, step.micro_batches) == (tokens, number)
-
-
-def test_time_follows_the_options():
-    info = Qwen2Config(**QWEN_7B)
-
-    def total(**options):
-        return sum(seconds(plan(info, **options)).values())
-
-    assert total() < total(gradient_checkpointing=True, gradient_checkpointing_every=2)
-    assert total(gradient_checkpointing=True, gradient_checkpointing_every=2) < total(gradient_checkpointing=True)
-    assert total(cpu_offload=True) > total()
-    assert total(model={"use_peft": True}) < total()
-    assert seconds(plan(info, longest=16, rows=1))["communication not hidden"] > 0  # nothing to hide it behind
-    assert "MFU" in table(plan(info), 80 * GIB)
-    head = {twice: seconds(replace(plan(info), head_twice=twice))["head"] for twice in (False, True)}
-    assert 1.2 * head[False] < head[True] < 4 / 3 * head[False]
-    more = seconds(replace(plan(info), reference_itemsize=2, entropy_pass=True))
-    assert more["threshold of entropies"] == more["reference model"] > more["head"] / 4
+    for rows, longest, budget, tokens in ((8, 1024, 2048, 2048), (8, 1024, 512, 1024), (2, 1024, 8192, 2048)):
+        assert plan(info, rows=rows, longest=longest, max_tokens_per_micro_batch=budget).tokens == tokens
 
 
 # --- a real start, and the command line --------------------------------------------------------------------------
@@ -303,7 +264,7 @@ def test_dry_run_by_command(main, config_only, tmp_path, capsys):
         main(argv)
     printed, errors = capsys.readouterr()
     assert stopped.value.code == 0 and "error" not in errors
-    assert "sum" in cells(printed) and "tokens/s in all, MFU" in printed
+    assert "sum" in cells(printed)
     with_engine = {"engine KV cache", "reference model"} & set(cells(printed))
     assert len(with_engine) == (2 if main is grpo_core.train.main else 0)
     assert not torch.distributed.is_initialized() and not (tmp_path / "out").exists()
