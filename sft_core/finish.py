@@ -40,7 +40,8 @@ def finish(training: Any, push: bool) -> None:
             save_results(folder, "benchmarks", benchmarks)
     for callback in training.callbacks:
         training.failures += callback.close()
-    training.record_benchmarks()
+        for step, measured_then in callback.results:
+            training.record(step, measured_then)
     training.write_state(folder)
     write_model_card(folder, training.run, results | progress.eval_metrics | benchmarks)
     if config.push_to_hub and push or config.push_to_hub_revision:

@@ -204,7 +204,6 @@ class TrainingRun(Generic[P]):
 
     def end_step(self, save: Callable[[], None], evaluate: Callable[[], Metrics]) -> None:
         """Evaluate and save where that is due; a run that stops saves."""
-        self.record_benchmarks()
         self.bar.update()
         compared = self.config.load_best_model_at_end and self.due("save")
         if (self.due("eval") or compared) and not self.stopping:
@@ -282,12 +281,6 @@ class TrainingRun(Generic[P]):
         progress.eval_step, progress.eval_metrics = progress.step, metrics | {"epoch": self.epoch}
         self.log(progress.step, progress.eval_metrics)
         self._call("on_evaluate", metrics=progress.eval_metrics)
-
-    def record_benchmarks(self) -> None:
-        """Results of checkpoints' benchmarks that have come in, at their own step."""
-        for callback in self.callbacks:
-            for step, metrics in callback.finished():
-                self.record(step, metrics)
 
     def _push(self, checkpoint: Path) -> None:
         step = self.progress.step

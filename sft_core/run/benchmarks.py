@@ -1,90 +1,56 @@
 """What a run does after each checkpoint, as open-r1 names it, and benchmarks as processes of their own.
 
-A callback has `on_save(step, checkpoint)`, `finished()` for benchmark results that came in since it was last asked,
-`close()`, which waits and returns what failed, and `busy`. First rank only; none of them can stop the training.
+A callback has `on_save(step, checkpoint)` and `close()`, which waits and returns what failed; `results` are then its
+benchmarks. First rank only; none of them can stop the training.
 
 Left out on purpose: other callbacks, and jobs of a cluster's scheduler (open-r1 hands benchmarks to Slurm, and nothing
 comes back into the run; here their results do).
 """
 
-import functools
 import json
-import logging
 import os
-import queue
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from sft_core.run.config import ModelConfig, TrainingConfig
-from sft_core.run.hub import TRAINING_STATE, InOrder, PushToHub, Uploader, stage
-from sft_core.run.model_card import write_checkpoint_card
+from sft_core.run.hub import TRAINING_STATE, PushToHub, Uploader, stage
 from sft_core.run.output_dir import move_aside
-
-logger = logging.getLogger(__name__)
 
 FAILURES = (RuntimeError, OSError, ValueError, KeyError)  # of `run_benchmarks`
 
 
 class PushToHubRevision(Uploader):
-    """Each checkpoint's model to branch `<hub_model_revision>-step-<step, nine digits>`, then its benchmarks.
+    """Each checkpoint's model to branch `<hub_model_revision>-step-<step, nine digits>`; benchmarks of them.
 
-    Both happen in the background, in order, from a copy that outlives the checkpoint. Uploads slower than saves queue
-    up, and each one waiting keeps a model on the disk. On GPUs, which belong to the training, benchmarks wait for its
-    end. With adapters, no whole model, only the final, merged one is measured.
+    Uploads run in the background, from a copy that outlives the checkpoint. Benchmarks, for which the machine must be
+    free, wait for the end of the training, and each one waiting keeps a model on the disk. With adapters, no whole
+    model, only the final, merged one is measured.
     """
 
     def __init__(self, config: TrainingConfig, model: ModelConfig) -> None:
         super().__init__(config)
-        self.model = model
-        self._benchmarks = InOrder()  # a line of their own: they take longer than an upload
-        self._results: queue.SimpleQueue[tuple[int, dict[str, float]]] = queue.SimpleQueue()
-        self._waiting: list[Callable[[], None]] = []
+        self.measures = bool(config.benchmarks) and not model.use_peft
+        self._waiting: list[tuple[int, Path]] = []
 
     def on_save(self, step: int, checkpoint: Path) -> None:
         staged = stage(checkpoint, TRAINING_STATE)
-        write_checkpoint_card(staged, self.model, step)
-        self.start(
-            staged,
-            revision=f"{self.config.hub_model_revision}-step-{step:09d}",
-            message=f"Checkpoint of step {step}",
-            then=functools.partial(self._uploaded, step, staged),
-        )
-
-    def _uploaded(self, step: int, staged: Path) -> None:
-        if self.config.benchmarks and not self.model.use_peft:
-            measure = functools.partial(self._measure, step, staged)
-            if torch.cuda.is_available():
-                self._waiting.append(measure)
-            else:
-                self._benchmarks.add(measure)
-        else:
-            shutil.rmtree(staged)
-
-    def _measure(self, step: int, staged: Path) -> None:
-        folder = Path(self.config.output_dir) / "benchmarks" / f"checkpoint-{step}"
-        try:
-            self._results.put((step, run_benchmarks(staged, self.config, folder)))
-        except FAILURES as error:
-            self.failures.append(f"benchmarks of checkpoint-{step}: {error}")
-            logger.warning("%s", self.failures[-1])
-        finally:
-            shutil.rmtree(staged)
-
-    def finished(self) -> list[tuple[int, dict[str, float]]]:
-        """(step, {`benchmarks/<task>/<metric>`: value}) of benchmarks that came in since the last call."""
-        return [self._results.get() for _ in range(self._results.qsize())]
+        revision = f"{self.config.hub_model_revision}-step-{step:09d}"
+        self.start(staged, f"Checkpoint of step {step}", revision, remove=not self.measures)
+        if self.measures:
+            self._waiting.append((step, staged))
 
     def close(self) -> list[str]:
-        """Wait for uploads and benchmarks; returns what failed, a sentence each."""
-        self.wait()
-        for measure in self._waiting:
-            self._benchmarks.add(measure)
-        self._benchmarks.wait()
+        """Wait for the uploads, then measure; returns what failed, a sentence each."""
+        super().close()
+        for step, staged in self._waiting:
+            folder = Path(self.config.output_dir) / "benchmarks" / f"checkpoint-{step}"
+            try:
+                self.results.append((step, run_benchmarks(staged, self.config, folder)))
+            except FAILURES as error:
+                self.failures.append(f"benchmarks of checkpoint-{step}: {error}")
+            shutil.rmtree(staged)
         return self.failures
 
 
@@ -106,7 +72,7 @@ def check_benchmarks(config: TrainingConfig) -> None:
     if taken := {"model", "tasks", "output_dir", "shard"} & set(config.benchmark_kwargs or {}):
         raise ValueError(f"benchmark_kwargs may not hold {', '.join(sorted(taken))}: the run says these itself.")
     command = [sys.executable, "-m", "eval.check", *_flags(config, Path("model"), Path("results"))]
-    asked = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    asked = subprocess.run(command, capture_output=True, text=True)
     if asked.returncode != 0:
         raise ValueError(f"benchmarks: {asked.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
 
@@ -121,12 +87,6 @@ def _flags(config: TrainingConfig, model: Path, output_dir: Path) -> list[str]:
     for name, value in options.items():
         flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     return flags
-
-
-def _environment() -> dict[str, str]:
-    """eval lies beside sft_core, wherever the trainer was started from."""
-    places = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return os.environ | {"PYTHONPATH": places}
 
 
 def run_benchmarks(model_folder: Path, config: TrainingConfig, output_dir: Path) -> dict[str, float]:
@@ -144,7 +104,7 @@ def run_benchmarks(model_folder: Path, config: TrainingConfig, output_dir: Path)
     ends_with_us = [sys.executable, "-m", "sft_core.run.child", str(os.getpid())]
     command = [*ends_with_us, "eval.run", *_flags(config, model_folder, output_dir)]
     with open(log, "w") as file:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=_environment())
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
     if done.returncode != 0:
         tail = " ".join(log.read_text(errors="replace")[-600:].split())
         raise RuntimeError(f"eval.run ended with exit code {done.returncode} (all of it in {log}): {tail}")
