@@ -28,28 +28,6 @@ GIVEN = ".given-"  # and a digest: a model that a trainer class was handed, whic
 
 
 @dataclass(frozen=True)
-class Fresh:
-    """The run begins at its first step."""
-
-
-@dataclass(frozen=True)
-class Resume:
-    checkpoint: Path
-
-
-@dataclass(frozen=True)
-class MoveAside:
-    """The run begins anew, after what is there was moved into a folder of its own."""
-
-    why: str
-
-
-@dataclass(frozen=True)
-class Refuse:
-    why: str
-
-
-@dataclass(frozen=True)
 class Found:
     """What lies in an output folder."""
 
@@ -63,16 +41,20 @@ class Found:
 
 def decide(
     folder: Path, found: Found, overwrite: bool, resume_from: Path | None = None, anew: bool = False
-) -> Fresh | Resume | MoveAside | Refuse:
-    """What becomes of the folder. Our own checkpoints always resume; another run's results are kept.
+) -> tuple[Path | None, str | None]:
+    """The checkpoint to go on from, and why what is in the folder is moved aside before (None: it stays). Our own
+    checkpoints always resume; another run's results are kept.
 
     `resume_from`: a checkpoint of this run's identity, of whatever folder, instead of the last one in this; `anew`: the
     run is to begin at its first step.
+
+    Raises:
+        ValueError: the folder holds another run's results, or checkpoints that cannot be read.
     """
     if anew:
-        return MoveAside("train() begins anew") if found.results else Fresh()
+        return resume_from, "train() begins anew" if found.results else None
     if found.unreadable and not overwrite:
-        return Refuse(
+        raise ValueError(
             f"No checkpoint in {folder} is readable ({found.unreadable}); restore one, or start anew with "
             "--overwrite_output_dir or another --output_dir."
         )
@@ -81,15 +63,12 @@ def decide(
         why = "none of its checkpoints is readable"
     elif why is None and found.model and found.checkpoint is None and resume_from is None:
         why = "a finished model without a checkpoint to go on from" if found.recorded else f"no {RUN}"
-    if why is None:
-        checkpoint = resume_from or found.checkpoint
-        return Fresh() if checkpoint is None else Resume(checkpoint)
-    if found.results and not overwrite:
-        return Refuse(
+    if why is not None and found.results and not overwrite:
+        raise ValueError(
             f"{folder} holds another run ({why}); choose another --output_dir, or give --overwrite_output_dir to move "
             "that run aside into it."
         )
-    return MoveAside(why)
+    return resume_from or (found.checkpoint if why is None else None), why
 
 
 def prepare_output_dir(
@@ -118,13 +97,11 @@ def prepare_output_dir(
             if reason is not None:
                 raise ValueError(f"cannot resume from {resume_from}: {reason}. Check --resume_from_checkpoint.")
         folder.mkdir(parents=True, exist_ok=True)
-        decision = decide(folder, look_into(folder, identity), overwrite, named, anew)
-        if isinstance(decision, Refuse):
-            raise ValueError(decision.why)
-        if isinstance(decision, MoveAside):
-            move_aside(folder, decision.why)
+        checkpoint, why = decide(folder, look_into(folder, identity), overwrite, named, anew)
+        if why is not None:
+            move_aside(folder, why)
         write_atomically(folder / RUN, json.dumps(identity, indent=2) + "\n")
-        return decision.checkpoint if isinstance(decision, Resume) else named
+        return checkpoint
 
     return on_first_rank(prepare)
 
@@ -207,19 +184,15 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, str | None]:
 
 def unreadable_reason(checkpoint: Path) -> str | None:
     """Why this checkpoint cannot be used, or None when every file is as it was written."""
-    if not (checkpoint / MANIFEST).is_file():
-        return f"{MANIFEST} is missing"
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
     except ValueError:
-        manifest = None
-    if not isinstance(manifest, dict):
         return f"{MANIFEST} is damaged"
     if manifest.get("format") != FORMAT:
         return f"its format is {manifest.get('format', 1)}, this version reads {FORMAT}"
-    files = manifest.get("files")
-    if not isinstance(files, dict):
-        return f"{MANIFEST} is damaged"
+    files = manifest["files"]
     if "state/.metadata" not in files:
         return "it holds the model alone (save_only_model)"
     missing = [name for name in files if not (checkpoint / name).is_file()]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_core.run.output_dir import Found, Fresh, MoveAside, Refuse, Resume, decide, prepare_output_dir
+from sft_core.run.output_dir import Found, decide, prepare_output_dir
 
 LAST, NAMED = Path("out/checkpoint-9"), Path("other/checkpoint-4")
 OURS = Found(recorded=True, checkpoint=LAST, results=True)
@@ -18,32 +18,34 @@ UNREADABLE = Found(recorded=True, unreadable="checkpoint-9: rng.pt is missing", 
 @pytest.mark.parametrize(
     ("found", "overwrite", "named", "expected", "says"),
     [
-        (Found(), False, None, Fresh, ""),
-        (Found(), True, None, Fresh, ""),
-        (Found(recorded=True), False, None, Fresh, ""),  # a start that saved nothing
-        (Found(), False, NAMED, Resume, NAMED),
-        (OURS, False, None, Resume, LAST),
-        (OURS, True, None, Resume, LAST),
-        (OURS, False, NAMED, Resume, NAMED),
-        (MODEL, False, NAMED, Resume, NAMED),
-        (MODEL, False, None, Refuse, "a finished model without a checkpoint.*--overwrite_output_dir"),
-        (MODEL, True, None, MoveAside, "a finished model without a checkpoint"),
-        (replace(MODEL, recorded=False), False, None, Refuse, "no run.json"),
-        (OTHER, False, None, Refuse, "another run .seed is 1 there, 2 here.*--output_dir.*--overwrite_output_dir"),
-        (OTHER, False, NAMED, Refuse, "seed is 1 there"),
-        (OTHER, True, None, MoveAside, "seed is 1 there"),
-        (replace(OTHER, results=False), False, None, MoveAside, "seed is 1 there"),
-        (UNREADABLE, False, None, Refuse, "No checkpoint in out is readable .*rng.pt.*--overwrite_output_dir"),
-        (UNREADABLE, True, None, MoveAside, "none of its checkpoints is readable"),
+        (Found(), False, None, "fresh", ""),
+        (Found(), True, None, "fresh", ""),
+        (Found(recorded=True), False, None, "fresh", ""),  # a start that saved nothing
+        (Found(), False, NAMED, "resume", NAMED),
+        (OURS, False, None, "resume", LAST),
+        (OURS, True, None, "resume", LAST),
+        (OURS, False, NAMED, "resume", NAMED),
+        (MODEL, False, NAMED, "resume", NAMED),
+        (MODEL, False, None, "refuse", "a finished model without a checkpoint.*--overwrite_output_dir"),
+        (MODEL, True, None, "aside", "a finished model without a checkpoint"),
+        (replace(MODEL, recorded=False), False, None, "refuse", "no run.json"),
+        (OTHER, False, None, "refuse", "another run .seed is 1 there, 2 here.*--output_dir.*--overwrite_output_dir"),
+        (OTHER, False, NAMED, "refuse", "seed is 1 there"),
+        (OTHER, True, None, "aside", "seed is 1 there"),
+        (replace(OTHER, results=False), False, None, "aside", "seed is 1 there"),
+        (UNREADABLE, False, None, "refuse", "No checkpoint in out is readable .*rng.pt.*--overwrite_output_dir"),
+        (UNREADABLE, True, None, "aside", "none of its checkpoints is readable"),
     ],
 )
 def test_what_becomes_of_an_output_folder(found, overwrite, named, expected, says):
-    decision = decide(Path("out"), found, overwrite, named)
-    assert type(decision) is expected
-    if expected is Resume:
-        assert decision.checkpoint == says
-    elif expected is not Fresh:
-        assert re.search(says, decision.why)
+    if expected == "refuse":
+        with pytest.raises(ValueError, match=says):
+            decide(Path("out"), found, overwrite, named)
+        return
+    checkpoint, why = decide(Path("out"), found, overwrite, named)
+    assert (why is not None) == (expected == "aside") and checkpoint == (says if expected == "resume" else None)
+    if expected == "aside":
+        assert re.search(says, why)
 
 
 def test_a_model_without_a_run_is_kept_and_a_log_without_lines_is_not_in_the_way(tmp_path):
