@@ -49,6 +49,10 @@ class GRPOScriptArguments(ScriptArguments):
     max_completion_len: int = option(16384, "soft_overlong_punishment: tokens from which the value is -1.")
     soft_punish_cache: int = option(4096, "soft_overlong_punishment: the last tokens before that, where it falls.")
 
+    def check(self) -> None:
+        super().check()
+        require(self.reward_funcs != [], "reward_funcs names no reward: leave it out for accuracy and format.")
+
 
 @dataclass
 class GRPOConfig(TrainingConfig):

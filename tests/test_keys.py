@@ -45,7 +45,7 @@ def test_the_guide_is_that_of_the_classes():
 @pytest.mark.parametrize("library", TRL_DEFAULTS)
 @pytest.mark.parametrize("trainer", TYPES)
 def test_their_defaults_can_be_pasted(trainer, library, tmp_path, caplog):
-    """All at once, in a recipe and in Python, and key by key: no error, and no word but that null leaves a default."""
+    """All at once, in a recipe and in Python, and key by key: no error, and no word."""
     pasted = dict(NEEDED)
     for kind in TYPES[trainer]:
         names = defaults_there(kind, [library])
@@ -55,7 +55,7 @@ def test_their_defaults_can_be_pasted(trainer, library, tmp_path, caplog):
             kind(**{name: default} | needed)
         pasted = names | pasted
     parse(TYPES[trainer], recipe(tmp_path / "recipe.yaml", pasted))
-    assert {record.args for record in caplog.records} <= {("torch_compile_backend", "inductor")}
+    assert not caplog.records
 
 
 OTHERS = {  # a value that is not the default, where a text is none
@@ -131,10 +131,10 @@ def test_on_the_command_line(flags, says):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("seed: [1, 2]", r"`seed` takes one value, got the list \[1, 2\]"),
-        ("seed: [1]", "`seed` takes one value"),
-        ("run_name: {a: 1}", "`run_name` takes no `key: value` lines"),
-        ("lr_scheduler_kwargs: [min_lr, 1]", "`lr_scheduler_kwargs` takes one value"),
+        ("seed: [1, 2]", r"seed must be a whole number, got \[1, 2\]"),
+        ("seed: [1]", "seed must be a whole number"),
+        ("run_name: {a: 1}", "run_name must be text, got {'a': 1}"),
+        ("lr_scheduler_kwargs: [min_lr, 1]", "lr_scheduler_kwargs must be a JSON object"),
         ("seed: 1\nseed: 2", "`seed` is there twice"),
         ("lr_scheduler_kwargs: {min_lr: 1, min_lr: 2}", "`min_lr` is there twice"),
         ("max_length: 4\nmax_seq_length: 8", "max_length is given twice, under two of its names"),

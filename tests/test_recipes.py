@@ -1,5 +1,6 @@
 """Recipes: our own parse, and open-r1's of February and May 2025 load unchanged, with a warning for what is moot."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -224,10 +225,39 @@ def test_use_vllm_chooses_the_engine(flags, engine):
         parse((GRPOConfig,), ["--output_dir=o", "--use_vllm=true", "--engine=torch"])
 
 
-def test_empty_values(tmp_path, caplog):
-    """An empty list is none, a key without a value its default, said where that is one."""
+def test_empty_values(tmp_path):
+    """An empty list is none; a key without a value is null, which an option that needs a value refuses."""
     path = tmp_path / "recipe.yaml"
-    path.write_text("output_dir: o\nenv:\nbenchmarks: []\nreport_to: []\nmax_prompt_length:\nhub_model_id:\n")
+    path.write_text("output_dir: o\nenv:\nbenchmarks: []\nreport_to: []\nsave_total_limit:\nhub_model_id:\n")
     [config] = parse((GRPOConfig,), ["--config", str(path)])
-    assert (config.benchmarks, config.report_to, config.max_prompt_length) == ([], ["none"], 512)
-    assert [record.args for record in caplog.records] == [("max_prompt_length", 512)]
+    assert (config.benchmarks, config.report_to, config.save_total_limit) == ([], [], None)
+    path.write_text("output_dir: o\nmax_prompt_length:\n")
+    with pytest.raises(ValueError, match="max_prompt_length must have a value"):
+        parse((GRPOConfig,), ["--config", str(path)])
+
+
+def test_what_a_recipe_gives_has_the_options_type(tmp_path):
+    """Also where the class is a user's own and needs a value that the recipe has."""
+
+    @dataclasses.dataclass
+    class Theirs:
+        path: str
+        share: float = 0.5
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "path: p\nshare: 1e-1\noutput_dir: o\nlearning_rate: 1e-6\nbf16: 'no'\nreport_to: wandb\n"
+        "reward_weights: 0.5\nlr_scheduler_kwargs: {num_cycles: 2}\nbenchmarks: aime\n"
+        "benchmark_kwargs: '{\"limit\": 3}'\n"
+    )
+    theirs, config = parse((Theirs, GRPOConfig), ["--config", str(path), "--learning_rate=1e-5"])
+    assert theirs == Theirs("p", 0.1)
+    given = {"report_to": ["wandb"], "reward_weights": [0.5], "benchmarks": ["aime"], "bf16": False}
+    given |= {"lr_scheduler_kwargs": {"num_cycles": 2}, "benchmark_kwargs": {"limit": 3}, "learning_rate": 1e-5}
+    assert config == GRPOConfig(output_dir="o", **given)
+    path.write_text("output_dir: o\nreward_weights: [a]\n")
+    with pytest.raises(ValueError, match=r"reward_weights must be a list of a number, got \['a'\]"):
+        parse((GRPOConfig,), ["--config", str(path)])
+    path.write_text("reward_funcs: []\ndataset_name: d\n")
+    with pytest.raises(ValueError, match="reward_funcs"):
+        parse((GRPOScriptArguments,), ["--config", str(path)])

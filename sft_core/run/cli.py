@@ -1,43 +1,30 @@
 """From `--config run.yaml --field value ...` to validated dataclasses.
 
-YAML values are turned into the same tokens as a command line and put before the real one, so there is one conversion
-of types and the command line wins. An unknown key or flag is refused with the nearest known name; what becomes of those
-of TRL and open-r1 that are no options here says `open_r1_keys.py`. `null` or `none` says that there is no number. A key
-`env:` in the YAML sets environment variables (those of libraries that read them when they are imported, such as
-HF_ENDPOINT, belong into the shell). `--parse_only` prints the resolved configuration as YAML, after it as comments the
-defaults that are not TRL's, and ends. Types, `--help` and choices come from transformers' HfArgumentParser.
+What YAML gives takes the place of an option's default, so the command line wins; a text is converted as there, and all
+of it is held to its type, bounds and choices by the dataclass. An unknown key or flag is refused with the nearest known
+name; what becomes of those of TRL and open-r1 that are no options here says `open_r1_keys.py`. `null` or `none` says
+that there is no number. A key `env:` in the YAML sets environment variables (those of libraries that read them when
+they are imported, such as HF_ENDPOINT, belong into the shell). `--parse_only` prints the resolved configuration as
+YAML, after it as comments the defaults that are not TRL's, and ends. Types, `--help` and choices come from
+transformers' HfArgumentParser.
 """
 
 import copy
 import dataclasses
 import json
-import logging
 import os
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn, get_origin
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
 from sft_core.run.distributed import usage_errors
 from sft_core.run.open_r1_keys import FOREIGN_KEYS, REFUSED_KEYS, defaults_there, pass_over
-from sft_core.run.options import (
-    JsonDict,
-    Options,
-    alternatives,
-    check_once,
-    default_of,
-    is_a,
-    known_names,
-    nearest,
-    option_types,
-    require,
-)
-
-logger = logging.getLogger(__name__)
+from sft_core.run.options import Options, check_once, default_of, known_names, nearest, require
 
 
 class Parser(HfArgumentParser):
@@ -74,22 +61,24 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     if len(ours.config) > 1:
         raise ValueError(f"--config is given {len(ours.config)} times: put all into one file.")
     path = ours.config[0] if ours.config else None
-    types = {name: kind for config_type in config_types for name, kind in option_types(config_type).items()}
-    tokens, given = [], []
+    given: dict[str, Any] = {}
     for key, value in (_read_yaml(path) if path else {}).items():
         if key == "env":
             require(isinstance(value or {}, dict), f"`env` in {path} must hold `NAME: value` lines, got {value!r}.")
             os.environ.update({name: str(text) for name, text in (value or {}).items()})
         elif key in known:
-            given.append(known[key].name)
-            tokens += _as_tokens(key, value, known[key], types[known[key].name])
+            check_once([*given, known[key].name])
+            given[known[key].name] = value
         elif key in others:
             pass_over(key, value)
         else:
             raise ValueError(f"unknown key `{key}` in {path}{nearest(key, known)}")
-    check_once(given)
-    *configs, remaining = Parser(config_types, allow_abbrev=False).parse_args_into_dataclasses(
-        [*tokens, *argv], return_remaining_strings=True, look_for_args_file=False
+    parser = Parser(config_types, allow_abbrev=False)
+    for action in parser._actions:
+        if action.dest in given:
+            action.default, action.required = given[action.dest], False
+    *configs, remaining = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
     )
     for text in remaining[:1]:
         raise ValueError(f"unknown flag `{text}`{nearest(text.split('=')[0].lstrip('-').replace('-', '_'), known)}")
@@ -122,13 +111,12 @@ def as_yaml(configs: list[Any]) -> str:
     """The resolved options of all dataclasses as one YAML recipe, which parses to the same again."""
     options = {field.name for config in configs for field in dataclasses.fields(config) if field.init}
     values = {
-        key: value
+        key: dict(value) if isinstance(value, dict) else value
         for config in configs
         for key, value in dataclasses.asdict(config).items()
-        if key in options and value != []
+        if key in options
     }
-    plain = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _differences(config_type: type) -> str:
@@ -165,22 +153,3 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `key: value` lines.")
     return content
-
-
-def _as_tokens(key: str, value: Any, field: dataclasses.Field, kind: Any) -> list[str]:
-    kinds = alternatives(kind)
-    listed = any(get_origin(part) is list for part in kinds)
-    require(listed or not isinstance(value, list), f"`{key}` takes one value, got the list {value}.")
-    require(JsonDict in kinds or not isinstance(value, dict), f"`{key}` takes no `key: value` lines, got {value}.")
-    if value is None:
-        if field.default is not None and is_a(None, kind) and (int in kinds or float in kinds):
-            return [f"--{key}=null"]
-        if field.default is not None and os.environ.get("RANK", "0") == "0":
-            logger.warning("`%s` without a value leaves its default, %s.", key, field.default)
-        return []
-    if value == []:
-        empty = field.default_factory is not dataclasses.MISSING and field.default_factory() == []
-        return [] if empty else [f"--{key}", "none"]  # `report_to` knows none; a reward of that name is refused
-    if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
-    return [f"--{key}={json.dumps(value) if isinstance(value, dict | bool) else value}"]

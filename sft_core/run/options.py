@@ -106,6 +106,7 @@ def known_names(*kinds: Any) -> dict[str, dataclasses.Field]:
         name: field
         for kind in kinds
         for field in dataclasses.fields(kind)
+        if field.init
         for name in (field.name, *(alias[2:] for alias in field.metadata.get("aliases", [])))
     }
 
@@ -160,13 +161,13 @@ def option_types(kind: Any) -> dict[str, Any]:
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    """As on the command line: one text is a list of one, true and false are texts too where an option is a text."""
+    """As on the command line: one value is a list of one, true and false are texts too where an option is a text."""
     kinds = alternatives(kind)
     if isinstance(value, bool) and str in kinds and bool not in kinds:
         return str(value).lower()
     if isinstance(value, str) and JsonDict in kinds:
         return JsonDict(value)
-    if isinstance(value, str) and str not in kinds and any(get_origin(part) is list for part in kinds):
+    if isinstance(value, str | int | float) and not is_a(value, kind) and any(get_origin(k) is list for k in kinds):
         return [value]
     return value
 
