@@ -11,7 +11,7 @@ from typing import Literal
 
 from gen.engine.base import ENGINES
 from grpo_core.advantage import SCALES
-from grpo_core.objective import CLIPPED, CORRECTIONS, LOSS_TYPES, Objective
+from grpo_core.objective import CLIPPED, Objective, ObjectiveOptions
 from sft_core.run.config import ScriptArguments, TrainingConfig
 from sft_core.run.open_r1_keys import TRL_DEFAULTS
 from sft_core.run.options import JsonDict, is_a, option, require
@@ -55,7 +55,7 @@ class GRPOScriptArguments(ScriptArguments):
 
 
 @dataclass
-class GRPOConfig(TrainingConfig):
+class GRPOConfig(ObjectiveOptions, TrainingConfig):
     learning_rate: float = option(1e-6, "Peak learning rate.", ge=0)
     system_prompt: str | None = option(
         None, "System prompt; default: open-r1's <think>/<answer> prompt; '' for none. Benchmarks: only if given."
@@ -94,42 +94,11 @@ class GRPOConfig(TrainingConfig):
         'JSON; of the sampler\'s own options {"stop_token_ids": [...]}, which end a completion too; those that have an '
         "option here may only agree with it, and others, which would change what is sampled, are refused.",
     )
-    loss_type: str = option(
-        "grpo", f"Aggregation and objective: {', '.join(LOSS_TYPES)}; or your own per-token one as module:function."
-    )
-    beta: float = option(0.04, "Weight of the KL to the reference model; 0: no reference model is loaded.")
     sync_ref_model: bool = option(False, "The reference model follows the policy (TR-DPO, arXiv:2404.09656).")
     ref_model_mixup_alpha: float = option(
         0.6, "... it becomes alpha x the policy + (1 - alpha) x itself, in float32,", gt=0, le=1
     )
     ref_model_sync_steps: int = option(512, "... after every so many optimizer steps.", ge=1)
-    epsilon: float = option(0.2, "The ratio is clipped below at 1 - epsilon.")
-    epsilon_high: float | None = option(
-        None, "... and above at 1 + epsilon_high (default epsilon); cispo's cap itself."
-    )
-    delta: float | None = option(
-        None, "Upper bound of the unclipped ratio (two-sided clipping); best above 1 + epsilon_high."
-    )
-    importance_sampling_level: Literal["token", "sequence"] = option(
-        "token", "Ratio per token, or per sequence (GSPO)."
-    )
-    use_bias_correction_kl: bool = option(
-        False, "Multiply the KL by the ratio, through which its gradient is unbiased too (TRL's default is true)."
-    )
-    off_policy_mask_threshold: float | None = option(
-        None, "Leave out sequences with A < 0 whose mean log(sampler / policy) is above this (DeepSeek-V3.2)."
-    )
-    top_entropy_quantile: float = option(
-        1.0,
-        "Policy term of this share of the step's tokens alone, those of highest entropy (0.2 in arXiv:2506.01939); "
-        "below 1 each update costs one more pass without gradient, for a threshold that is exact over all ranks.",
-    )
-    sapo_temperature_pos: float = option(1.0, "sapo's temperature where A > 0.")
-    sapo_temperature_neg: float = option(1.05, "... where A <= 0.")
-    vespo_k_pos: float = option(2.0, "vespo's exponent where A >= 0: how much ratios below 1 count less.")
-    vespo_lambda_pos: float = option(3.0, "... and its decay: how much ratios above 1 do.")
-    vespo_k_neg: float = option(3.0, "vespo's exponent where A < 0.")
-    vespo_lambda_neg: float = option(2.0, "... and its decay.")
     scale_rewards: str = option(
         "group", "What the advantage is divided by: the std of the group (true), of the batch, or none (false)."
     )
@@ -139,19 +108,7 @@ class GRPOConfig(TrainingConfig):
     vllm_importance_sampling_correction: bool = option(
         True, "Correct the engine's mismatch by the ratio policy / sampler, of any engine."
     )
-    vllm_importance_sampling_mode: str = option(
-        "token_truncate",
-        "That ratio of a token or of the whole sequence, truncated at the bounds, or 0 beyond them (mask).",
-        choices=CORRECTIONS,
-    )
-    vllm_importance_sampling_clip_min: float | None = option(None, "Its lower bound.")
-    vllm_importance_sampling_clip_max: float | None = option(
-        2.0, "Its upper bound (also named sampler_ratio_cap); inf: none.", alias="sampler_ratio_cap"
-    )
     mask_truncated_completions: bool = option(False, "Leave completions cut by length out of the loss and its counts.")
-    entropy_coef: float = option(
-        0.0, "Weight of an entropy bonus, the mean over the tokens kept; with use_adaptive_entropy its first value."
-    )
     use_adaptive_entropy: bool = option(
         False,
         "After each step move entropy_coef by entropy_coef_delta, up where the entropy is at most entropy_target, else "

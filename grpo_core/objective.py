@@ -6,36 +6,84 @@ would have no effect there).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import InitVar, dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass
+from functools import cache
+from math import inf
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from grpo_core.user_code import import_function
-from sft_core.run.options import require
+from sft_core.run.options import Options, option, require
 
 CLIPPED = ("grpo", "dapo", "bnpo", "dr_grpo", "luspo")  # the loss types that clip the ratio from both sides
 LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-AT_LEAST = {
-    "epsilon": 0,
-    "epsilon_high": 0,
-    "beta": 0,
-    "vllm_importance_sampling_clip_min": 0,
-    "top_entropy_quantile": 0,
-    "vespo_k_pos": 0,
-    "vespo_lambda_pos": 1e-4,
-    "vespo_k_neg": 0,
-    "vespo_lambda_neg": 1e-4,
-}
-ABOVE = {"delta": 1, "off_policy_mask_threshold": 0, "sapo_temperature_pos": 0, "sapo_temperature_neg": 0}
 
 
-@dataclass(frozen=True)
-class Objective:
+@dataclass
+class ObjectiveOptions(Options):
+    """Those of a run and of `Objective`. In an objective a vllm_importance_sampling_mode of None says that the
+    sampler's mismatch is not corrected."""
+
+    loss_type: str = option(
+        "grpo", f"Aggregation and objective: {', '.join(LOSS_TYPES)}; or your own per-token one as module:function."
+    )
+    beta: float = option(
+        0.04, "Weight of the KL to the reference model; 0: no reference model is loaded.", ge=0, lt=inf
+    )
+    epsilon: float = option(0.2, "The ratio is clipped below at 1 - epsilon.", ge=0, lt=inf)
+    epsilon_high: float | None = option(
+        None, "... and above at 1 + epsilon_high (default epsilon); cispo's cap itself.", ge=0, lt=inf
+    )
+    delta: float | None = option(
+        None, "Upper bound of the unclipped ratio (two-sided clipping); best above 1 + epsilon_high.", gt=1, lt=inf
+    )
+    importance_sampling_level: Literal["token", "sequence"] = option(
+        "token", "Ratio per token, or per sequence (GSPO)."
+    )
+    use_bias_correction_kl: bool = option(
+        False, "Multiply the KL by the ratio, through which its gradient is unbiased too (TRL's default is true)."
+    )
+    off_policy_mask_threshold: float | None = option(
+        None,
+        "Leave out sequences with A < 0 whose mean log(sampler / policy) is above this (DeepSeek-V3.2).",
+        gt=0,
+        lt=inf,
+    )
+    top_entropy_quantile: float = option(
+        1.0,
+        "Policy term of this share of the step's tokens alone, those of highest entropy (0.2 in arXiv:2506.01939); "
+        "below 1 each update costs one more pass without gradient, for a threshold that is exact over all ranks.",
+        ge=0,
+        le=1,
+    )
+    sapo_temperature_pos: float = option(1.0, "sapo's temperature where A > 0.", gt=0, lt=inf)
+    sapo_temperature_neg: float = option(1.05, "... where A <= 0.", gt=0, lt=inf)
+    vespo_k_pos: float = option(2.0, "vespo's exponent where A >= 0: how much ratios below 1 count less.", ge=0, lt=inf)
+    vespo_lambda_pos: float = option(3.0, "... and its decay: how much ratios above 1 do.", ge=1e-4, lt=inf)
+    vespo_k_neg: float = option(3.0, "vespo's exponent where A < 0.", ge=0, lt=inf)
+    vespo_lambda_neg: float = option(2.0, "... and its decay.", ge=1e-4, lt=inf)
+    vllm_importance_sampling_mode: str | None = option(
+        "token_truncate",
+        "The ratio policy / sampler of a token or of the whole sequence, truncated at the bounds, or 0 beyond (mask).",
+        choices=CORRECTIONS,
+    )
+    vllm_importance_sampling_clip_min: float | None = option(None, "Its lower bound.", ge=0, lt=inf)
+    vllm_importance_sampling_clip_max: float | None = option(
+        2.0, "Its upper bound (also named sampler_ratio_cap); inf: none.", alias="sampler_ratio_cap"
+    )
+    entropy_coef: float = option(
+        0.0,
+        "Weight of an entropy bonus, the mean over the tokens kept; with use_adaptive_entropy its first value.",
+        lt=inf,
+    )
+
+
+@dataclass(unsafe_hash=True)
+class Objective(ObjectiveOptions):
     """The objective's options. ValueError for a value out of bounds, or options that contradict each other.
 
     `loss_type` may be a function of the user's own, `module:function`, called as
@@ -48,41 +96,17 @@ class Objective:
     Masks, the correction of the sampler's mismatch and the KL come on top, and the mean is over the step's tokens.
     """
 
-    loss_type: str = "grpo"
-    epsilon: float = 0.2
-    epsilon_high: float | None = None  # None: epsilon; "cispo", which has no other bound, needs one
-    delta: float | None = None
-    beta: float = 0.0
-    importance_sampling_level: str = "token"
-    max_completion_length: int | None = None
-    use_bias_correction_kl: bool = False
-    vllm_importance_sampling_mode: str | None = "token_truncate"  # None: the sampler's mismatch is not corrected
-    vllm_importance_sampling_clip_min: float | None = None
-    vllm_importance_sampling_clip_max: float | None = 2.0
-    off_policy_mask_threshold: float | None = None
-    top_entropy_quantile: float = 1.0  # share of the step's tokens that is kept
-    entropy_coef: float = 0.0
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
-    vespo_k_pos: float = 2.0
-    vespo_lambda_pos: float = 3.0
-    vespo_k_neg: float = 3.0
-    vespo_lambda_neg: float = 2.0
-    sampler_ratio_cap: InitVar[float | None] = None  # another name of vllm_importance_sampling_clip_max
+    beta: float = option(0.0, "Weight of the KL to the reference log-probs.", ge=0, lt=inf)
+    max_completion_length: int | None = option(None, "dr_grpo divides by it.", ge=1)
 
-    def __post_init__(self, sampler_ratio_cap: float | None) -> None:
-        if sampler_ratio_cap is not None:
-            object.__setattr__(self, "vllm_importance_sampling_clip_max", sampler_ratio_cap)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        vars(self)["_frozen"] = True
+
+    def check(self) -> None:
+        super().check()
         loss, mode, prefix = self.loss_type, self.vllm_importance_sampling_mode, "vllm_importance_sampling"
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        for name, least in (AT_LEAST | ABOVE).items():
-            value, words = getattr(self, name), "above" if name in ABOVE else "at least"
-            if value is not None or getattr(Objective, name) is not None:
-                fits = least <= value < math.inf and (name not in ABOVE or value > least)
-                require(fits, f"{name} must be {words} {least} and finite, got {value}")
-        level = self.importance_sampling_level
-        require(level in ("token", "sequence"), f"importance_sampling_level must be token or sequence, got {level!r}")
-        require(mode is None or mode in CORRECTIONS, f"{prefix}_mode must be one of {CORRECTIONS}, got {mode!r}")
         require(
             loss in LOSS_TYPES or ":" in loss,
             f"loss_type must be one of {', '.join(LOSS_TYPES)} or your own as module:function, got {loss!r}",
@@ -96,12 +120,9 @@ class Objective:
             "delta does not apply to loss_type=cispo, whose cap is epsilon_high: leave delta out",
         )
         require(
-            loss != "dr_grpo" or (self.max_completion_length or 0) >= 1,
-            "loss_type=dr_grpo needs max_completion_length >= 1: it divides by that constant length",
+            loss != "dr_grpo" or self.max_completion_length is not None,
+            "loss_type=dr_grpo needs max_completion_length: it divides by that constant length",
         )
-        share = self.top_entropy_quantile
-        require(share <= 1, f"top_entropy_quantile is the share of tokens kept, at most 1 (all), got {share}")
-        require(math.isfinite(self.entropy_coef), f"entropy_coef must be finite, got {self.entropy_coef}")
         require(
             high is None or high > (low or 0),
             f"{prefix}_clip_max (sampler_ratio_cap) must be above 0 and {prefix}_clip_min, got {high} and {low}",
@@ -113,7 +134,7 @@ class Objective:
         if ":" in loss:
             try_own(self)
 
-    @cached_property
+    @property
     def own(self) -> Callable[..., Tensor] | None:
         """The user's function, if `loss_type` names one."""
         return import_function(self.loss_type, "loss_type") if ":" in self.loss_type else None
