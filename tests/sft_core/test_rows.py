@@ -107,7 +107,10 @@ def test_schedules(kind, more, expected):
     [
         ("polynomial", {"lr_end": 2.0}, "lr_end .* must be smaller"),
         ("polynomial", {"lr_end": "1e-6"}, "YAML reads 1e-6 as text"),
-        ("polynomial", {"min_lr": 0.1}, r"\['min_lr'\] mean nothing to polynomial"),
+        ("polynomial", {"min_lr": 0.1}, "do not fit polynomial: .* unexpected keyword argument 'min_lr'"),
+        ("constant", {"min_lr": 0.1}, "mean nothing to constant: remove"),
+        ("constant_with_warmup", {"min_lr": 0.1}, "mean nothing to constant_with_warmup"),
+        ("warmup_stable_decay", {"num_decay_steps": "2"}, "do not fit warmup_stable_decay: .*str"),
         ("cosine_with_min_lr", {}, "One of min_lr or min_lr_rate should be set"),
         ("polynomial", {"lr_end": -1.0}, "no learning rate below 0"),
         ("warmup_stable_decay", {}, "num_decay_steps"),
