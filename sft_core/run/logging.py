@@ -1,20 +1,18 @@
 """What a run says: its options and plan before it starts, then the metrics of each step.
 
-Metrics are reduced over the ranks once a step and go to TensorBoard, JSONL, wandb, other trackers (`trackers.py`) and a
-console line, text samples with them.
+Metrics are reduced over the ranks once a step and go to TensorBoard, JSONL, trackers (`trackers.py`) and a console
+line, text samples with them.
 
 Left out on purpose: averaging over logging windows (a logged number is that of the step it stands at) and plots.
 Watch with `tensorboard --logdir OUTPUT_DIR/runs`, or read `metrics.jsonl` and `completions.jsonl`, one object a line.
 """
 
-import importlib.util
 import json
 import logging
 import math
 import os
 import re
 import textwrap
-import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +30,7 @@ from sft_core.run.distributed import is_first_rank
 from sft_core.run.files import write_atomically
 
 logger = logging.getLogger(__name__)
-OWN = {"tensorboard", "wandb", "none"}  # the others: `trackers.py`
+OWN = {"tensorboard", "none"}  # the others: `trackers.py`
 
 
 def start_logging() -> None:
@@ -62,12 +60,12 @@ def set_log_level(config: TrainingConfig) -> None:
 def init_wandb_training(training_args: TrainingConfig) -> None:
     """open-r1's: wandb_entity, wandb_project and wandb_run_group for whatever else of the process uses wandb."""
     for name in ("entity", "project", "run_group"):
-        if (value := getattr(training_args, f"wandb_{name}")) is not None:
+        if (value := getattr(training_args, f"wandb_{name}", None)) is not None:
             os.environ[f"WANDB_{name.upper()}"] = value
 
 
 def announce(run: Any) -> None:
-    """A warning line per process, the parameters once, what is done otherwise than the recipe may expect, the plan.
+    """A warning line per process, then once what is done otherwise than the recipe may expect, the plan.
 
     `run`: `sft_core.prepare.Base` with `config` and `summary`.
     """
@@ -81,9 +79,6 @@ def announce(run: Any) -> None:
     if run.rank != 0:
         return
     model, config = run.model, run.config
-    logger.info("Model parameters %s", model)
-    logger.info("Script parameters %s", run.data)
-    logger.info("Training parameters %s", config)
     if model.attn_implementation in ("eager", "sdpa"):
         logger.warning("attn_implementation %s: attention here is always the packed one.", model.attn_implementation)
     if config.optim not in ("adamw_torch", "adamw_torch_fused"):
@@ -154,7 +149,6 @@ class MetricsLogger:
         self.console, self.total_steps = console, total_steps
         self._files: dict[str, TextIO] = {}
         self._tensorboard: SummaryWriter | None = None
-        self._wandb: Any = None
         self._trackers: Any = None
         if not is_first_rank():
             return
@@ -170,28 +164,10 @@ class MetricsLogger:
             self._tensorboard = SummaryWriter(folder / "runs", purge_step=resume_step and resume_step + 1)
             rows = [f"| {key} | {value} |" for key, value in record.items()]
             self._tensorboard.add_text("config", "\n".join(["| option | value |", "| - | - |", *rows]), resume_step)
-        if "wandb" in report_to:
-            import wandb
-
-            identity = folder / "wandb_id"  # in the run's folder, so that a restart continues the same wandb run
-            if not identity.is_file():
-                write_atomically(identity, uuid.uuid4().hex)
-            wandb.init(
-                name=options.get("run_name"),
-                entity=options.get("wandb_entity"),
-                project=options.get("wandb_project"),
-                group=options.get("wandb_run_group"),
-                id=identity.read_text(),
-                resume="allow",
-                dir=folder,
-                config=record,
-            )
-            wandb.define_metric("*", step_metric="step")  # wandb's own step cannot go back on resume
-            self._wandb = wandb
         if not set(report_to) <= OWN:
             from sft_core.run.trackers import Trackers
 
-            self._trackers = Trackers(report_to, options, resume_step, total_steps or 0)
+            self._trackers = Trackers(report_to, folder, options, resume_step, total_steps or 0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log floats under their names at `step`, durable against kill -9 when this returns."""
@@ -204,8 +180,6 @@ class MetricsLogger:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
-        if self._wandb is not None:
-            self._wandb.log({**values, "step": step})
         if self._trackers is not None:
             self._trackers.log(step, values)
         shown = [f"{name} {values[name]:.4g}" for name in self.console if name in values]
@@ -234,21 +208,17 @@ class MetricsLogger:
         self._files = {}
         if self._tensorboard is not None:
             self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=int(failed))
         if self._trackers is not None:
             self._trackers.close(failed)
 
 
 def check_report_to(report_to: Sequence[str]) -> Sequence[str]:
     """What to report to, `all` spelled out. Raises ValueError for a tracker that is unknown or without its package."""
-    if not set(report_to) <= OWN:
-        from sft_core.run.trackers import named  # not needed otherwise, and slow: transformers' trainer
+    if set(report_to) <= OWN:
+        return report_to
+    from sft_core.run.trackers import named  # not needed otherwise, and slow: transformers' trainer
 
-        report_to = named(report_to)
-    if "wandb" in report_to and importlib.util.find_spec("wandb") is None:
-        raise ValueError("report_to wandb needs a package that is not here: pip install wandb, or take tensorboard.")
-    return report_to
+    return named(report_to)
 
 
 def cut_back(path: Path, step: int) -> None:

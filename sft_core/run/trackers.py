@@ -1,24 +1,30 @@
-"""What `report_to` names beside TensorBoard and wandb: the trackers that transformers integrates.
+"""What `report_to` names beside TensorBoard: the trackers that transformers integrates.
 
-Its callbacks are called as its Trainer calls them, with the run's options for arguments. They are configured by their
-own environment variables (MLFLOW_TRACKING_URI, SWANLAB_MODE, ...). Left out on purpose: uploading checkpoints, and
-going on with the tracker's earlier run after a resume where its variables do not name one.
+Its callbacks are called as its Trainer calls them, with the run's options for arguments, so metrics have TRL's names
+there (`train/reward` in wandb). They are configured by their own environment variables (MLFLOW_TRACKING_URI,
+SWANLAB_MODE, ...). Left out on purpose: uploading checkpoints and watching the model, and, but for wandb, going on with
+the tracker's earlier run after a resume where its variables do not name one.
 """
 
 import importlib
 import math
+import os
+import uuid
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
-from sft_core.run.logging import OWN
+from sft_core.run.files import write_atomically
+from sft_core.run.logging import OWN, init_wandb_training
 
 # Module and function that end a run, and what says so of one that succeeded (None: its callback ends it) or failed
 END = {
     "mlflow": ("mlflow", "end_run", None, "FAILED"),
     "dagshub": ("mlflow", "end_run", None, "FAILED"),
+    "wandb": ("wandb", "finish", 0, 1),
     "swanlab": ("swanlab", "finish", "success", "crashed"),
 }
 
@@ -44,11 +50,20 @@ def _callbacks(names: Sequence[str]) -> list[Any]:
 class Trackers:
     """The runs of this run in the trackers of `names`. On the first rank only."""
 
-    def __init__(self, names: Sequence[str], options: Mapping[str, Any], step: int, total_steps: int) -> None:
+    def __init__(
+        self, names: Sequence[str], folder: Path, options: Mapping[str, Any], step: int, total_steps: int
+    ) -> None:
         self.names = names
         # With its defaults, and without its own set-up, which wants accelerate and a device:
         self.arguments = object.__new__(TrainingArguments)
         vars(self.arguments).update(options, include_for_metrics=[], to_dict=lambda: dict(options))
+        if "wandb" in names:
+            init_wandb_training(self.arguments)
+            identity = folder / "wandb_id"  # in the run's folder, so that a restart continues the same wandb run
+            if not identity.is_file():
+                write_atomically(identity, uuid.uuid4().hex)
+            os.environ |= {"WANDB_RUN_ID": identity.read_text(), "WANDB_RESUME": "allow", "WANDB_DIR": str(folder)}
+            os.environ |= {"WANDB_LOG_MODEL": "false", "WANDB_WATCH": "false"}  # there is no model to give
         self.state = TrainerState(global_step=step, max_steps=total_steps)
         self.state.is_world_process_zero = self.state.is_local_process_zero = True
         self.callbacks = _callbacks(names)
@@ -63,7 +78,7 @@ class Trackers:
     def close(self, failed: bool) -> None:
         """End the runs, as failed where the tracker knows that."""
         for module, function, *statuses in (END[name] for name in self.names if name in END):
-            if status := statuses[failed]:
+            if (status := statuses[failed]) is not None:
                 getattr(importlib.import_module(module), function)(status)
         self._call("on_train_end")
 

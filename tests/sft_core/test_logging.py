@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import math
 import os
@@ -96,26 +97,32 @@ def test_none_writes_jsonl_only(tmp_path):
     assert len(lines(tmp_path / "metrics.jsonl")) == 1 and not (tmp_path / "runs").exists()
 
 
-def test_wandb_without_its_package_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="the package is there")
+def test_wandb_without_its_package_says_how_to_get_it(tmp_path):
     with pytest.raises(ValueError, match="pip install wandb"):
         MetricsLogger(tmp_path, ["tensorboard", "wandb"])
 
 
-def test_wandb_gets_the_runs_options_and_the_same_run_after_a_restart(tmp_path, monkeypatch):
-    made = []
-    wandb = SimpleNamespace(
-        init=lambda **options: made.append(options),
-        define_metric=lambda *names, **more: None,
-        finish=lambda exit_code: None,
-    )
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+@pytest.mark.parametrize("failed", [False, True])
+def test_wandb_gets_the_runs_options_and_the_same_run_after_a_restart(tmp_path, monkeypatch, failed):
+    made, ended = [], []
+
+    class Tracker(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            wandb = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+            made.append((args.run_name, args.to_dict(), wandb))
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(finish=ended.append))
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", Tracker)
     options = {"run_name": "r", "wandb_entity": "e", "wandb_project": "p", "wandb_run_group": "g"}
     for _ in range(2):
-        MetricsLogger(tmp_path, ["wandb"], options=options).close()
-    assert made[0] == made[1] and len(made[0]["id"]) == 32
-    assert [made[0][name] for name in ("name", "entity", "project", "group")] == ["r", "e", "p", "g"]
+        MetricsLogger(tmp_path, ["wandb"], options=options).close(failed)
+    assert made[0] == made[1] and made[0][:2] == ("r", options) and ended == [failed, failed]
+    environment = made[0][2]
+    assert [environment[f"WANDB_{name}"] for name in ("ENTITY", "PROJECT", "RUN_GROUP")] == ["e", "p", "g"]
+    assert len(environment["WANDB_RUN_ID"]) == 32 and environment["WANDB_RESUME"] == "allow"
+    assert environment["WANDB_DIR"] == str(tmp_path)
 
 
 @pytest.fixture
