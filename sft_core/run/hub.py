@@ -117,7 +117,7 @@ def check_dataset_push(repo: str | None, private: bool) -> None:
 
 
 def push_dataset(file: Path, repo: str | None, private: bool, config_name: str = "default") -> None:
-    """The file as the data set `repo` on the Hub; a failure ends the process with 1, and the file stays."""
+    """The file as the data set `repo` on the Hub; where that fails the file stays, and the same command tries again."""
     if not repo:
         return
     import pyarrow.parquet as pq  # not needed where no rows are read
@@ -125,11 +125,7 @@ def push_dataset(file: Path, repo: str | None, private: bool, config_name: str =
 
     if pq.read_metadata(file).num_rows == 0:
         return print(f"{file} has no rows and was not pushed.", file=sys.stderr)
-    try:
-        Dataset.from_parquet(str(file)).push_to_hub(repo, config_name=config_name, private=private or None)
-    except Exception as error:  # whatever it is, the work is done and the command may be given again
-        print(f"error: the Hub did not take {file}: {_reason(error)}. The same command tries again.", file=sys.stderr)
-        raise SystemExit(1) from None
+    Dataset.from_parquet(str(file)).push_to_hub(repo, config_name=config_name, private=private or None)
 
 
 # --- beside the run ----------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ REFUSED_KEYS: dict[str, str] = {key: group["why"] for group in _KEYS["refused"] 
 TRL_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = json.loads(
     Path(__file__).with_name("trl_defaults.json").read_text()
 )
-_HARMLESS = ("deepspeed_multinode_launcher", "offload_", "zero3_", "zero_stage")  # how open-r1's ZeRO keys begin
 
 
 def defaults_there(config_type: type, libraries: Iterable[str] = TRL_DEFAULTS) -> dict[str, Any]:
@@ -43,8 +42,6 @@ def pass_over(name: str, value: Any) -> None:
     """
     defaults = [names[name] for library in TRL_DEFAULTS.values() for names in library.values() if name in names]
     fine = [None, "none", *defaults, *_KEYS["also_fine"].get(name, [])]
-    if name == "deepspeed_config" and isinstance(value, dict) and all(key.startswith(_HARMLESS) for key in value):
-        return
     if any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in fine):
         return
     if name in REFUSED_KEYS:
