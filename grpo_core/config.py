@@ -91,8 +91,8 @@ class GRPOConfig(ObjectiveOptions, TrainingConfig):
     repetition_penalty: float = option(1.0, "Refused other than 1 in training.")
     generation_kwargs: JsonDict | None = option(
         None,
-        'JSON; of the sampler\'s own options {"stop_token_ids": [...]}, which end a completion too; those that have an '
-        "option here may only agree with it, and others, which would change what is sampled, are refused.",
+        'JSON; of the sampler\'s own options {"stop_token_ids": [...]}, which end a completion too; others, which '
+        "would change what is sampled, are refused.",
     )
     sync_ref_model: bool = option(False, "The reference model follows the policy (TR-DPO, arXiv:2404.09656).")
     ref_model_mixup_alpha: float = option(
@@ -190,17 +190,12 @@ class GRPOConfig(ObjectiveOptions, TrainingConfig):
         self.engine = self.engine or ("torch" if self.use_vllm is False else "vllm")
 
     def _check_generation_kwargs(self) -> None:
-        ids = self.more_stop_ids
+        ids, others = self.more_stop_ids, set(self.generation_kwargs or {}) - {"stop_token_ids"}
         require(is_a(ids, list[int]), f"generation_kwargs stop_token_ids must be a list of token ids, got {ids!r}.")
-        same = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        agreed = {name: getattr(self, name) for name in same} | {"do_sample": True}
-        agreed |= dict.fromkeys(("max_tokens", "max_new_tokens"), self.max_completion_length) | {"stop_token_ids": ids}
-        given = dict(self.generation_kwargs or {})
-        wrong = {name: value for name, value in given.items() if name not in agreed or agreed[name] != value}
         require(
-            not wrong,
-            f"generation_kwargs {wrong} would change what is sampled, but not what is scored: leave that out (give "
-            "temperature and max_completion_length as options of their own).",
+            not others,
+            f"generation_kwargs {sorted(others)} would change what is sampled, but not what is scored: leave that out "
+            "(give temperature and max_completion_length as options of their own).",
         )
 
     @property
@@ -220,11 +215,6 @@ class GRPOConfig(ObjectiveOptions, TrainingConfig):
         )
         own, policy = objective.own is not None, self.old_logps == "policy"
         corrected = policy and self.vllm_importance_sampling_correction
-        require(
-            loss != "vespo" or not corrected or objective.correction_by_token,
-            "loss_type vespo sums the sampler's ratios over the tokens itself: give vllm_importance_sampling_mode "
-            "token_truncate or token_mask.",
-        )
         clipped, bounds = own or loss in CLIPPED, f"loss_type {', '.join(CLIPPED)}"
         summed = self.multi_objective_aggregation == "sum_then_normalize"
         needs = {  # the beginning of options' names: whether they have an effect, and what they need for one

@@ -120,6 +120,10 @@ class Objective(ObjectiveOptions):
             "delta does not apply to loss_type=cispo, whose cap is epsilon_high: leave delta out",
         )
         require(
+            loss != "vespo" or self.correction_by_token,
+            f"loss_type vespo takes {prefix}_mode token_truncate or token_mask, not {mode}: it sums over the tokens",
+        )
+        require(
             loss != "dr_grpo" or self.max_completion_length is not None,
             "loss_type=dr_grpo needs max_completion_length: it divides by that constant length",
         )

@@ -98,9 +98,6 @@ def vespo_weights(logps: Tensor, batch: TokenBatch, objective: Objective) -> Ten
     `sampler_ratios` where these correct; k and lambda are those of the advantage's sign."""
     log_w = sequence_sum((logps - batch.old(logps)).clamp(-20.0, 20.0), batch)
     if batch.corrected(objective):
-        if not objective.correction_by_token:
-            mode = objective.vllm_importance_sampling_mode
-            raise ValueError(f"loss_type=vespo takes token_truncate or token_mask, not {mode}: it sums over the tokens")
         log_w = log_w + sequence_sum(sampler_ratios(logps, batch, objective).log().clamp(*LOG_RATIO_LIMITS), batch)
     log_w = log_w.clamp(*LOG_RATIO_LIMITS)
     good = batch.advantages >= 0

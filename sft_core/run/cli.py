@@ -9,14 +9,11 @@ YAML, after it as comments the defaults that are not TRL's, and ends. Types, `--
 transformers' HfArgumentParser.
 """
 
-import copy
 import dataclasses
 import json
 import os
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
@@ -36,12 +33,8 @@ class Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:  # argparse would print its whole usage first
         raise ValueError(f"{message} (see --help)")
 
-    @staticmethod
-    def _parse_dataclass_field(parser: ArgumentParser, field: dataclasses.Field) -> None:
-        field = copy.copy(field)
-        metadata = {name: value for name, value in field.metadata.items() if name != "bounds"}  # unknown to argparse
-        field.metadata = MappingProxyType(metadata)
-        HfArgumentParser._parse_dataclass_field(parser, field)
+    def add_argument(self, *names: Any, bounds: Any = None, **options: Any) -> Any:  # the dataclass checks the bounds
+        return super().add_argument(*names, **options)
 
 
 def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:

@@ -159,11 +159,10 @@ class MetricsLogger:
             cut_back(path, resume_step or -1)  # an evaluation before the first step stands at 0
             self._files[name] = open(path, "a", encoding="utf-8")
         options = options or {}
-        record = {key: str(value) for key, value in options.items()}
         if "tensorboard" in report_to:
             self._tensorboard = SummaryWriter(folder / "runs", purge_step=resume_step and resume_step + 1)
-            rows = [f"| {key} | {value} |" for key, value in record.items()]
-            self._tensorboard.add_text("config", "\n".join(["| option | value |", "| - | - |", *rows]), resume_step)
+            lines = [f"    {key}: {value}" for key, value in options.items()]  # indented: code, in Markdown
+            self._tensorboard.add_text("config", "\n".join(lines), resume_step)
         if not set(report_to) <= OWN:
             from sft_core.run.trackers import Trackers
 
