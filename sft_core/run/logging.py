@@ -65,7 +65,7 @@ def init_wandb_training(training_args: TrainingConfig) -> None:
 
 
 def announce(run: Any) -> None:
-    """A warning line per process, then once what is done otherwise than the recipe may expect, the plan.
+    """A warning line per process, the parameters once, what is done otherwise than the recipe may expect, the plan.
 
     `run`: `sft_core.prepare.Base` with `config` and `summary`.
     """
@@ -79,6 +79,9 @@ def announce(run: Any) -> None:
     if run.rank != 0:
         return
     model, config = run.model, run.config
+    logger.info("Model parameters %s", model)
+    logger.info("Script parameters %s", run.data)
+    logger.info("Training parameters %s", config)
     if model.attn_implementation in ("eager", "sdpa"):
         logger.warning("attn_implementation %s: attention here is always the packed one.", model.attn_implementation)
     if config.optim not in ("adamw_torch", "adamw_torch_fused"):
