@@ -66,10 +66,10 @@ def decoupled_advantages(
 ) -> Tensor:  # [S] float64
     """GDPO: each function's `group_advantages`, their weighted sum, and of these sums the advantages over all rows.
 
-    Rows without any value take no part.
+    Rows without any value take no part. A sum of 0 is the mean of all sums, but for rounding: it stays exactly 0.
     """
     values = torch.as_tensor(values, dtype=torch.float64)
     apart = torch.stack([group_advantages(column, group_ids) for column in values.T], dim=1)  # [S, K]
     sums = apart @ apart.new_tensor(weights or [1.0] * values.shape[1])
     sums[values.isnan().all(1)] = torch.nan
-    return group_advantages(sums, torch.zeros_like(sums))
+    return torch.where(sums == 0, 0.0, group_advantages(sums, torch.zeros_like(sums)))

@@ -55,12 +55,19 @@ def counted(samples: Sequence[Sample], mask_truncated: bool) -> list[Sample]:
     return [sample for sample in samples if sample.finish_reason == "stop" or not mask_truncated]
 
 
+def split_by_signal(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """The samples of groups in which one has an advantage, and the others."""
+    groups = {sample.group for sample in samples if sample.advantage}
+    return [s for s in samples if s.group in groups], [s for s in samples if s.group not in groups]
+
+
 @dataclass
 class MiniBatch:
     """What one optimizer step takes of a rollout batch: this rank's share."""
 
     samples: Sequence[Sample]  # also those that are left out of the loss
     micro_batches: list[MicroBatch]
+    skipped: Sequence[Sample] = ()  # count in the step's tokens and sequences, but get no pass
     counts: StepCounts = field(init=False)  # over all ranks
 
 

@@ -273,6 +273,12 @@ class GRPOConfig(ObjectiveOptions, TrainingConfig):
         """Of a rollout, on the rank that has most: a group is never split."""
         return self.num_generations * math.ceil(self.prompts_a_rollout(world_size) / world_size)
 
+    @property
+    def skips_groups(self) -> bool:
+        """Whether groups without advantages get no pass: they have no gradient, and nothing else is made of their
+        entropies than their mean."""
+        return self.objective().by_advantage and self.top_entropy_quantile == 1 and not self.use_adaptive_entropy
+
     def objective(self) -> Objective:
         """The options that `grpo_core.loss` knows."""
         values = {field.name: getattr(self, field.name) for field in fields(Objective)}

@@ -32,7 +32,12 @@ class ObjectiveOptions(Options):
         "grpo", f"Aggregation and objective: {', '.join(LOSS_TYPES)}; or your own per-token one as module:function."
     )
     beta: float = option(
-        0.04, "Weight of the KL to the reference model; 0: no reference model is loaded.", ge=0, lt=inf
+        0.04,
+        "Weight of the KL to the reference model; 0: no reference model is loaded, and groups whose advantages are all "
+        "0 get no forward and backward pass: they have no gradient, and count in its denominators (but not where "
+        "entropy_coef, use_adaptive_entropy, top_entropy_quantile or a loss_type of your own needs them).",
+        ge=0,
+        lt=inf,
     )
     epsilon: float = option(0.2, "The ratio is clipped below at 1 - epsilon.", ge=0, lt=inf)
     epsilon_high: float | None = option(
@@ -164,6 +169,11 @@ class Objective(ObjectiveOptions):
         one sweep; else all log-probs of the sequence are needed first."""
         whole = self.off_policy_mask_threshold is not None or self.loss_type == "vespo"
         return self.ratio_by_token and self.correction_by_token and not whole
+
+    @property
+    def by_advantage(self) -> bool:
+        """Whether a token without advantage has no gradient, as in the built-in policy terms alone."""
+        return not (self.beta or self.entropy_coef or self.own)
 
 
 def check_own_losses(losses: Tensor, logps: Tensor, name: str) -> None:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from eval.workers import WorkerPool
 from gen.engine.base import Sampling
 from gen.engine.weight_sync import probe, sync_weights
-from grpo_core.batch import MiniBatch, counted, deal, idle_micro_batch, keep_logps, make_micro_batches
+from grpo_core.batch import MiniBatch, counted, deal, idle_micro_batch, keep_logps, make_micro_batches, split_by_signal
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.evaluation import evaluate_policy
 from grpo_core.metrics import (
@@ -79,6 +79,7 @@ class Progress(lifecycle.Progress):
     rollout_metrics: dict[str, float] = field(default_factory=dict)  # of the rollout batch at hand
     effective_groups: float = 0.0  # over all rollout batches
     steps_unscored: int = 0  # rollout batches in a row in which nothing could be scored
+    steps_skipped: int = 0  # without a completion to train on: no weight was changed
     entropy_coef: float = 0.0  # with use_adaptive_entropy, and
     applied_entropy_coef: float = 0.0  # in the next step
 
@@ -193,17 +194,20 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             with phases("pack"):
                 mini_batches = []
                 for samples in deal(rollouts, config.num_generations, run.mini_batches):
-                    trained_on = counted(samples, config.mask_truncated_completions)
+                    taken = counted(samples, config.mask_truncated_completions)
+                    trained_on, skipped = split_by_signal(taken) if config.skips_groups else (taken, [])
                     packed = make_micro_batches(trained_on, config.max_tokens_per_micro_batch, device)
-                    mini_batches.append(MiniBatch(samples, packed))
+                    mini_batches.append(MiniBatch(samples, packed, skipped))
             # 5 denominators: over all ranks, before the first backward; ranks with fewer micro-batches idle along
             for mini_batch in mini_batches:
                 packed = mini_batch.micro_batches
-                mini_batch.counts = step_counts([batch.sequences for batch in packed], device)
+                without_pass = sum(len(s.completion_ids) for s in mini_batch.skipped), len(mini_batch.skipped)
+                mini_batch.counts = step_counts([batch.sequences for batch in packed], device, without_pass)
                 missing = mini_batch.counts.micro_batches - len(packed)
                 packed += [idle_micro_batch(device, scored=not first_use) for _ in range(missing)]
         mini_batch = mini_batches[progress.updates % len(mini_batches)]
-        # 6 update
+        trains = mini_batch.counts.trained_tokens > 0
+        # 6 update; where no rank has anything to train on there is no gradient, and nothing is stepped
         if engine is not None and config.vllm_enable_sleep_mode:
             engine.sleep()  # the next sync wakes it
         with phases("train"):
@@ -212,8 +216,10 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             if first_use and len(mini_batches) > 1:
                 later = [batch for other in mini_batches[1:] for batch in other.micro_batches]
                 ahead = score_ahead(policy, reference, later, config.temperature)
-            shares = update(policy, reference, mini_batch.micro_batches, mini_batch.counts, config, first_use, coef)
-            shares |= merge_metrics([{name: shares[name] for name in ahead}, ahead])
+            shares: dict[str, Any] = {"loss": 0.0} | ahead
+            if trains:
+                shares = update(policy, reference, mini_batch.micro_batches, mini_batch.counts, config, first_use, coef)
+                shares |= merge_metrics([{name: shares[name] for name in ahead}, ahead])
             grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
             more = {
                 "tokens": float(sum(len(s.prompt_ids) + len(s.completion_ids) for s in mini_batch.samples)),
@@ -226,7 +232,11 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             learning_rate = guarded_step(trained.optimizer, trained.scheduler, metrics["loss"], float(grad_norm))
             if following is not None and step % config.ref_model_sync_steps == 0:
                 mix(following, policy, config.ref_model_mixup_alpha)
-        if config.use_adaptive_entropy and mini_batch.counts.num_tokens > 0:
+        if not trains:
+            progress.steps_skipped += 1
+            if rank == 0:
+                tqdm.write(f"step {step}: no completion gives a gradient: no weight is changed")
+        if config.use_adaptive_entropy and trains:
             progress.entropy_coef, progress.applied_entropy_coef = adapted_entropy_coef(
                 progress.entropy_coef, metrics.get("entropy_kept", metrics["entropy"]), config
             )
@@ -238,6 +248,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         # 7 log, evaluate, save
         if training.due("logging"):
             metrics |= timing | {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+            metrics["steps_skipped"] = progress.steps_skipped
             training.log(step, progress.rollout_metrics | metrics)
             samples = from_different_groups(rollouts, config.num_completions_to_print if config.log_completions else 0)
             training.logger.log_completions(step, completion_rows(samples, run.reward_names, run.tokenizer))

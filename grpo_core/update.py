@@ -52,9 +52,11 @@ def update(
     for batch in micro_batches:
         tokens = batch.tokens(counts, config.old_logps)
         loss, logps, entropies = score(policy, batch, tokens, objective, config.temperature)
-        metrics = loss_metrics(logps, tokens, objective)
+        # The loss is over all tokens of the step; metrics are means over those that get a pass.
+        seen = replace(tokens, num_tokens=counts.trained_tokens, num_sequences=counts.trained_sequences)
+        metrics = loss_metrics(logps, seen, objective)
         metrics["loss"] = loss.detach()
-        metrics["entropy"] = entropies.detach().sum() / max(1, counts.num_tokens)
+        metrics["entropy"] = entropies.detach().sum() / max(1, counts.trained_tokens)
         if batch.kept is not None:
             metrics["entropy_kept"] = mean_entropy(entropies.detach(), tokens)
         if config.entropy_coef or config.use_adaptive_entropy:
@@ -115,8 +117,7 @@ def score(
     """This micro-batch's share of the step's loss, with gradient; log-probs and entropies of its tokens."""
     losses, bonus = token_loss(tokens, objective), objective.entropy_coef != 0
     if objective.by_token:  # the head takes the loss with it, in one sweep
-        # Of the built-in policy terms, without KL and entropy bonus, a token without advantage has no gradient.
-        active = None if objective.beta or bonus or objective.own else batch.active
+        active = batch.active if objective.by_advantage else None
         loss, logps, entropies, _ = policy(batch.sequences, temperature, losses, active=active, entropy_gradient=bonus)
         return loss, logps, entropies
     logps, entropies, _ = policy(batch.sequences, temperature)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 import grpo_core.batch
+import grpo_core.config
 import grpo_core.train
 import grpo_core.update
 import sft_core.data.packing
@@ -168,3 +169,8 @@ def terminate_in_the_second_step():
 
 def windows_of_six_rows():
     sft_core.sampler.WINDOW = 6
+
+
+def skip_no_group():
+    """Groups without advantages get their passes as the others."""
+    grpo_core.config.GRPOConfig.skips_groups = False

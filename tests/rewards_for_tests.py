@@ -1,10 +1,18 @@
-"""A reward with spread on the text of an untrained model."""
+"""Rewards with spread on the text of an untrained model, and objectives."""
 
 
 def digits(completions, **kwargs):
     """Share of a completion's characters that are digits."""
     texts = [completion[0]["content"] for completion in completions]
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in texts]
+
+
+def digits_from_the_third_step(completions, trainer_state, **kwargs):
+    return digits(completions) if trainer_state.global_step >= 2 else [0.1] * len(completions)
+
+
+def digits_of_odd_groups(completions, group_ids, **kwargs):
+    return [value * (group % 2) for value, group in zip(digits(completions), group_ids, strict=True)]
 
 
 def reinforce(logps, log_ratios, advantages, objective):

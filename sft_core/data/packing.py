@@ -127,13 +127,24 @@ class StepCounts:
     micro_batches: int  # the largest number on any rank, at least 1: every rank makes as many passes
     num_tokens: int  # scored tokens
     num_sequences: int
+    skipped_tokens: int = 0  # of these, those that get no pass, for they have no gradient
+    skipped_sequences: int = 0
+
+    @property
+    def trained_tokens(self) -> int:
+        return self.num_tokens - self.skipped_tokens
+
+    @property
+    def trained_sequences(self) -> int:
+        return self.num_sequences - self.skipped_sequences
 
 
-def step_counts(batches: list[PackedSequences], device: torch.device) -> StepCounts:
-    """Counts over all ranks, in one collective."""
-    numbers = [len(batches), sum(len(b.targets) for b in batches), sum(b.num_sequences for b in batches)]
-    counts = torch.tensor(numbers, device=device)
+def step_counts(batches: list[PackedSequences], device: torch.device, skipped: tuple[int, int] = (0, 0)) -> StepCounts:
+    """Counts over all ranks, in one collective. `skipped`: this rank's tokens and sequences that count without a
+    pass."""
+    tokens, sequences = sum(len(b.targets) for b in batches), sum(b.num_sequences for b in batches)
+    counts = torch.tensor([len(batches), tokens + skipped[0], sequences + skipped[1], *skipped], device=device)
     parts = [torch.empty_like(counts) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, counts)
-    every = torch.stack(parts)  # [ranks, 3]
-    return StepCounts(max(1, int(every[:, 0].max())), int(every[:, 1].sum()), int(every[:, 2].sum()))
+    every = torch.stack(parts)  # [ranks, 5]
+    return StepCounts(max(1, int(every[:, 0].max())), *every[:, 1:].sum(0).tolist())

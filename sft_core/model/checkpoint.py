@@ -178,6 +178,10 @@ def _trained_state(trained: Trained) -> dict[str, Any]:
         parameters = {hf_name(name): p.detach() for name, p in trained.reference.named_parameters()}
         return _trained_state(replace(trained, reference=None)) | {"reference": parameters}
     reshard(model)
+    if not optimizer.state:  # no step was taken; what would be made of that counts one
+        get_optimizer_state_dict(model, optimizer)
+        for state in optimizer.state.values():
+            state["step"].zero_()
     if _all_trained(model):
         model_state, optimizer_state = get_state_dict(model, optimizer)
         return {"model": model_state, "optimizer": optimizer_state}

@@ -161,3 +161,12 @@ def test_decoupled_sees_what_the_sum_hides():
     first, second, *others = [s.advantage for s in samples]
     assert first == -second < -0.5 and others == [0.0, 0.0, 0.0]
     assert effective_groups(samples) == [True, False]
+
+
+def test_decoupled_leaves_groups_without_spread_at_exactly_zero():
+    """Beside others whose sums add up to 0 in numbers and not in float64."""
+    rng = np.random.default_rng(0)
+    values = rng.random((40, 2))
+    values[:20] = 0.1
+    advantages = decoupled_advantages(values, np.arange(40) // 4, [0.3, 0.7])
+    assert not advantages[:20].any() and advantages[20:].all()

@@ -241,10 +241,12 @@ def test_uneven_ranks_stay_in_step(tiny_model, problems, tmp_path, more):
     rows = metrics(tmp_path / "out")
     assert [row["step"] for row in rows] == [2, 4]
     # Each log line tells of its rollout, also where it stands at a later use of it.
-    expected = {"reward", "kl", "completions/mean_length"}
-    if "mask_truncated_completions" not in more:  # here that leaves no token to compare
-        expected.add("sampling/sampling_logp_difference/mean")
+    expected = {"reward", "completions/mean_length"}
+    masked = "mask_truncated_completions" in more  # here that leaves no token: nothing is trained
+    if not masked:
+        expected |= {"kl", "sampling/sampling_logp_difference/mean"}
     assert all(expected <= row.keys() and math.isfinite(row["loss"]) for row in rows)
+    assert [row["steps_skipped"] for row in rows] == [2 * masked, 4 * masked]
 
 
 @pytest.mark.slow
