@@ -80,6 +80,14 @@ class GRPOConfig(ObjectiveOptions, TrainingConfig):
     generation_batch_size: int | None = option(
         None, "The same said otherwise: completions a rollout, over all ranks.", ge=1
     )
+    dynamic_sampling: bool = option(
+        False,
+        "Sample rounds of prompts until the rollout is full of groups whose rewards differ, the first in the order of "
+        "prompts (DAPO, arXiv:2503.14476); what is over is dropped (num_train_epochs plans one round each).",
+    )
+    dynamic_sampling_max_batches: int = option(
+        10, "Most rounds; then it takes fewer groups, or ends without one.", ge=1
+    )
     num_iterations: int = option(1, "Passes over each rollout.", ge=1)
     max_prompt_length: int = option(512, "Prompts longer than this many tokens are left out and counted.", ge=1)
     max_completion_length: int = option(256, "Longest completion in tokens.", ge=1)
@@ -229,6 +237,7 @@ class GRPOConfig(ObjectiveOptions, TrainingConfig):
             "ref_model_": (self.sync_ref_model, "sync_ref_model"),
             "vllm_importance_sampling_correction": (policy, "old_logps policy"),
             "vllm_importance_sampling_": (corrected, "vllm_importance_sampling_correction and old_logps policy"),
+            "dynamic_sampling_": (self.dynamic_sampling, "dynamic_sampling"),
             "entropy_coef_": (adaptive, "use_adaptive_entropy"),
             "entropy_target": (adaptive, "use_adaptive_entropy"),
             "scale_rewards": (summed or self._scale == "group", "multi_objective_aggregation sum_then_normalize"),

@@ -34,7 +34,6 @@ def evaluate_policy(
         samples += sample_groups(engine, chosen, sampling, seeds, scorer.begin)
         for line in scorer.finish():
             tqdm.write(f"evaluation: {line}")
-    summaries = [summary for part in gather_summaries(samples) for summary in part]
-    metrics = rollout_metrics(summaries, run.reward_names)
+    metrics = rollout_metrics(gather_summaries(samples), run.reward_names)
     known = {f"eval_{name}": value for name, value in metrics.items() if not math.isnan(value)}
     return known | {"eval_samples": float(len(run.test_prompts))}

@@ -109,6 +109,11 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig, h
             not config.evaluates,
             "a replay of rollouts has no engine to evaluate with: leave out do_eval, eval_on_start and eval_strategy.",
         )
+        require(
+            not config.dynamic_sampling,
+            "a replay of rollouts samples nothing, and those of a run with dynamic_sampling are the groups that it "
+            "used: leave out dynamic_sampling.",
+        )
     reward_funcs = get_reward_funcs(data) if handed is None else list(handed.reward_funcs)
     weights = config.reward_weights
     require(

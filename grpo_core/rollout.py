@@ -249,26 +249,22 @@ class Summary:
     advantage: float | None = None  # in training
 
 
-def gather_summaries(samples: list[Sample]) -> list[list[Summary]]:
-    """The summaries of all ranks' samples, a list a rank: a few bytes a completion. A collective."""
+def gather_summaries(samples: list[Sample]) -> list[Summary]:
+    """The summaries of all ranks' samples, one rank's after the other: a few bytes a completion. A collective."""
     gathered: list[list[Summary]] = [[] for _ in range(dist.get_world_size())]
     local = [Summary(s.group, len(s.completion_ids), s.finish_reason, s.reward, s.rewards) for s in samples]
     dist.all_gather_object(gathered, local)
-    return gathered
+    return [summary for part in gathered for summary in part]
 
 
-def set_advantages(samples: list[Sample], config: GRPOConfig) -> list[Summary]:
-    """Give every sample its advantage within its group; returns the summaries of all ranks' samples.
-
-    The rewards of the whole step travel: `scale_rewards="batch"` needs them all.
-    """
-    gathered = gather_summaries(samples)
-    every = [summary for part in gathered for summary in part]
-    advantages = advantages_of(every, config)
-    start = sum(len(part) for part in gathered[: dist.get_rank()])
-    for i, sample in enumerate(samples):
-        sample.advantage = advantages[start + i]
-    return [dataclasses.replace(s, advantage=advantage) for s, advantage in zip(every, advantages, strict=True)]
+def set_advantages(samples: list[Sample], config: GRPOConfig) -> None:
+    """Give every sample its advantage within its group. The rewards of the whole step travel: `scale_rewards="batch"`
+    needs them all. A collective."""
+    every, mine = gather_summaries(samples), {sample.group for sample in samples}
+    advantages = zip(every, advantages_of(every, config), strict=True)
+    own = [advantage for summary, advantage in advantages if summary.group in mine]
+    for sample, advantage in zip(samples, own, strict=True):
+        sample.advantage = advantage
 
 
 def advantages_of(samples: Sequence[Sample | Summary], config: GRPOConfig) -> list[float]:
@@ -324,7 +320,7 @@ def write_rollouts(folder: Path, step: int, samples: Sequence[Sample]) -> None:
 
 
 def read_rollouts(folder: Path, step: int) -> list[Sample]:
-    """This rank's share of the samples that were recorded for `step`, by any number of ranks.
+    """This rank's share of the samples that were recorded for `step`: its own, if there were as many ranks.
 
     Raises:
         ValueError: this step was not recorded, or not by all ranks.
@@ -339,6 +335,9 @@ def read_rollouts(folder: Path, step: int) -> list[Sample]:
         names = [f"step-{step:06d}-rank-{rank:05d}.parquet" for rank in range(ranks)]
     if missing := [name for name in names if name not in files]:
         raise ValueError(f"{missing[0]} is not in {folder}: record it with --save_rollouts, or lower max_steps.")
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    if len(names) == world_size:
+        return [Sample(**row) for row in pq.read_table(files[names[rank]]).to_pylist()]
     rows = [row for name in names for row in pq.read_table(files[name]).to_pylist()]
-    samples = [Sample(**row) for row in rows if row["group"] % dist.get_world_size() == dist.get_rank()]
+    samples = [Sample(**row) for row in rows if row["group"] % world_size == rank]
     return sorted(samples, key=lambda sample: sample.group)

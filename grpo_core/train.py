@@ -6,7 +6,7 @@
 It is `sft_core/train.py` with rollouts and advantages in front. One step, as the loop in `train` shows it:
 
     1 sync         the engine gets the policy's weights, and proves it
-    2 sample       G completions a prompt, scored by the reward functions
+    2 sample       G completions a prompt, scored by the reward functions; in rounds with dynamic_sampling
     3 advantage    each completion against the others of its group
     4 pack         prompts and completions into micro-batches without padding
     5 denominators the step's tokens and sequences over all ranks, before the first backward
@@ -55,6 +55,7 @@ from grpo_core.rollout import (
     set_advantages,
     write_rollouts,
 )
+from grpo_core.rounds import Rounds
 from grpo_core.update import adapted_entropy_coef, score_ahead, update
 from sft_core import lifecycle
 from sft_core.data.packing import step_counts
@@ -161,30 +162,42 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         start = time.perf_counter()
         step = progress.step + 1
         first_use = progress.updates == 0
+        rounds = Rounds(run.prompts_per_rollout, config)
         if first_use and engine is not None:
             # 1 sync: weights into the engine, and the proof that they arrived
             sync()
-            # 2 sample and score: this rank's share of the rollout's prompts; a group is scored while others are sampled
+            # 2 sample and score: this rank's share of a round's prompts; a group is scored while others are sampled.
+            #   One round, or with dynamic_sampling as many as it takes
             order_seed = config.seed if config.shuffle_dataset else None
-            order = row_order(len(run.prompts), order_seed, progress.samples, run.prompts_per_rollout)
-            groups = range(rank, run.prompts_per_rollout, world_size)
-            chosen = {group: run.prompts[order[group]] for group in groups}
-            seeds = [sample_seed(config.seed, step, group) for group in groups]
-            scorer = Scorer(chosen, run.reward_funcs, config, run.tokenizer, pool, trainer_state())
-            with phases("sample"):
-                rollouts = sample_groups(engine, chosen, sampling, seeds, scorer.begin)
-            with phases("score"):
-                lines = scorer.finish()
-            for line in lines:
-                tqdm.write(f"step {step}: {line}")
+            while rounds.go_on:
+                first = progress.samples + rounds.sampled
+                order = row_order(len(run.prompts), order_seed, first, rounds.prompts)
+                mine = range(rank, rounds.prompts, world_size)
+                chosen = {rounds.sampled + i: run.prompts[order[i]] for i in mine}
+                seeds = [sample_seed(config.seed, step, group) for group in chosen]
+                scorer = Scorer(chosen, run.reward_funcs, config, run.tokenizer, pool, trainer_state())
+                with phases("sample"):
+                    samples = sample_groups(engine, chosen, sampling, seeds, scorer.begin)
+                with phases("score"):
+                    lines = scorer.finish()
+                    rounds.add(samples)
+                for line in lines:
+                    tqdm.write(f"step {step}: {line}")
+            if len(rounds.used) < rounds.prompts and rank == 0:
+                tqdm.write(f"step {step}: {len(rounds.used)} of {rounds.sampled} groups have rewards that differ")
+            if not rounds.used and training.saved_at != progress.step:
+                save()  # the run ends below
         elif first_use:
-            rollouts = read_rollouts(Path(config.rollouts_from or ""), step)
+            rounds.add(read_rollouts(Path(config.rollouts_from or ""), step))
         if first_use:
+            rollouts = rounds.rollouts()
             # 3 advantage: within each group
             check_version(rollouts, progress.step)
-            summaries = set_advantages(rollouts, config)
-            progress.samples += run.prompts_per_rollout
-            progress.rollout_metrics = rollout_metrics(summaries, run.reward_names)
+            set_advantages(rollouts, config)
+            progress.samples += rounds.sampled
+            progress.rollout_metrics = rollout_metrics(rounds.summaries, run.reward_names)
+            if config.dynamic_sampling:
+                progress.rollout_metrics |= rounds.metrics()
             progress.effective_groups += progress.rollout_metrics["effective_groups"]
             progress.steps_unscored = check_scores(progress.rollout_metrics, progress.steps_unscored)
             if config.save_rollouts is not None:

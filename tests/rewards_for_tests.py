@@ -7,6 +7,12 @@ def digits(completions, **kwargs):
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in texts]
 
 
+def digits_of_a_third(completions, solution, trainer_state, **kwargs):
+    """Of the problems; for the others, and for all after four steps, a constant that no binary fraction is."""
+    rewards = zip(digits(completions), solution, strict=True)
+    return [x if int(gold) % 3 == 0 and trainer_state.global_step < 4 else 0.1 for x, gold in rewards]
+
+
 def digits_from_the_third_step(completions, trainer_state, **kwargs):
     return digits(completions) if trainer_state.global_step >= 2 else [0.1] * len(completions)
 

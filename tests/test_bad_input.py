@@ -75,6 +75,7 @@ BEST = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strate
         ({"save_steps": 0}, "save_steps must be above 0"),
         ({"engine": "vllm", "vllm_tensor_parallel_size": 3}, "does not divide 1 ranks"),
         ({"rollouts_from": "./no/rollouts"}, "no folder of rollouts at ./no/rollouts"),
+        ({"rollouts_from": "tests", "dynamic_sampling": "true"}, "a replay of rollouts samples nothing"),
         ({"output_dir": ""}, "--output_dir is missing"),
         ({"benchmarks": ["math500"]}, "benchmarks: unknown task 'math500': did you mean math_500?"),
         ({"benchmarks": ["math_500"], "benchmark_kwargs": '{"limits": 3}'}, "did you mean `limit`?"),

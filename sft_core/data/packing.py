@@ -127,23 +127,16 @@ class StepCounts:
     micro_batches: int  # the largest number on any rank, at least 1: every rank makes as many passes
     num_tokens: int  # scored tokens
     num_sequences: int
-    skipped_tokens: int = 0  # of these, those that get no pass, for they have no gradient
-    skipped_sequences: int = 0
-
-    @property
-    def trained_tokens(self) -> int:
-        return self.num_tokens - self.skipped_tokens
-
-    @property
-    def trained_sequences(self) -> int:
-        return self.num_sequences - self.skipped_sequences
+    trained_tokens: int  # of these, those that get a pass: the others have no gradient
+    trained_sequences: int
 
 
 def step_counts(batches: list[PackedSequences], device: torch.device, skipped: tuple[int, int] = (0, 0)) -> StepCounts:
     """Counts over all ranks, in one collective. `skipped`: this rank's tokens and sequences that count without a
     pass."""
     tokens, sequences = sum(len(b.targets) for b in batches), sum(b.num_sequences for b in batches)
-    counts = torch.tensor([len(batches), tokens + skipped[0], sequences + skipped[1], *skipped], device=device)
+    numbers = [len(batches), tokens + skipped[0], sequences + skipped[1], tokens, sequences]
+    counts = torch.tensor(numbers, device=device)
     parts = [torch.empty_like(counts) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, counts)
     every = torch.stack(parts)  # [ranks, 5]

@@ -86,7 +86,7 @@ class RealLoop:
         for batch in self.batches:  # which rounds them to float32
             batch.advantages = torch.tensor([r.advantage for r in batch.samples])
         tokens = sum(len(s.completion_ids) for s in samples)
-        self.counts = StepCounts(len(self.batches), tokens, len(samples))
+        self.counts = StepCounts(len(self.batches), tokens, len(samples), tokens, len(samples))
 
     def set_weights(self, model):
         self.policy.model.load_state_dict(model.state_dict())

@@ -56,7 +56,7 @@ def updates(model: str) -> dict[str, dict]:
             ("skipped", trained, without_pass),
             ("alone", trained, (0, 0)),
         ):
-            batches = make_micro_batches(samples, 150, device)
+            batches = make_micro_batches(samples, 90, device)
             counts = step_counts([batch.sequences for batch in batches], device, uncounted)
             passes = counts.micro_batches
             batches += [idle_micro_batch(device) for _ in range(passes - len(batches))]
@@ -125,6 +125,7 @@ def test_a_step_without_signal_changes_nothing(tiny_model, problems, tmp_path):
             assert (after[name] - weight).abs().max() == pytest.approx(1e-3 / 3, rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_a_run_that_skips_is_the_run_that_does_not(tiny_model, problems, tmp_path):
     """Two mini-batches, twice, on two ranks, of which the first never has anything to train on."""
     more = dict(beta=0, prompts_per_step=2, num_iterations=2, steps_per_generation=2, max_steps=4)
