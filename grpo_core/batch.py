@@ -3,9 +3,11 @@
 The next file is `update.py`.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from torch import Tensor
 from grpo_core.loss import TokenBatch
 from grpo_core.rollout import Sample
 from sft_core.data.packing import PackedSequences, StepCounts, idle_sequences, pack, pack_sequences
+
+KEYS_PER_TOKEN = 16  # keys and values gathered for a sequence that take as much memory in a block as a token does
 
 
 @dataclass
@@ -87,20 +91,36 @@ def deal(samples: Sequence[Sample], num_generations: int, mini_batches: int) -> 
     return dealt
 
 
-def make_micro_batches(samples: Sequence[Sample], max_tokens: int, device: torch.device) -> list[MicroBatch]:
+def make_micro_batches(
+    samples: Sequence[Sample], max_tokens: int, device: torch.device, share_prompts: bool = False
+) -> list[MicroBatch]:
     """Pack `samples` into micro-batches of at most `max_tokens` tokens, prompts included.
 
-    Every sampled token is scored, the stop token too; no prompt token is.
+    Every sampled token is scored, the stop token too; no prompt token is. With `share_prompts` samples of one prompt
+    stay together and the prompt stands once, in each part of a group for which there is room in a micro-batch.
     """
-    bins = pack([len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples], max_tokens)
-    return [_micro_batch([samples[i] for i in members], device) for members in bins]
+    groups: dict[Any, list[Sample]] = {}
+    for i, sample in enumerate(samples):
+        groups.setdefault(tuple(sample.prompt_ids) if share_prompts else i, []).append(sample)
+    parts: list[list[Sample]] = []
+    costs: list[int] = []
+    for members in groups.values():
+        prompt = len(members[0].prompt_ids)
+        gathered = math.ceil(prompt / KEYS_PER_TOKEN) if len(members) > 1 else 0  # for each
+        own = [len(sample.completion_ids) + gathered for sample in members]
+        for part in pack(own, max_tokens - prompt):
+            parts.append([members[i] for i in part])
+            costs.append(prompt + sum(own[i] for i in part))
+    return [_micro_batch([parts[i] for i in chosen], device) for chosen in pack(costs, max_tokens)]
 
 
-def _micro_batch(samples: list[Sample], device: torch.device) -> MicroBatch:
+def _micro_batch(parts: list[list[Sample]], device: torch.device) -> MicroBatch:
+    samples = [sample for part in parts for sample in part]
     sequences = pack_sequences(
         [sample.prompt_ids + sample.completion_ids for sample in samples],
         [[False] * len(sample.prompt_ids) + [True] * len(sample.completion_ids) for sample in samples],
         device,
+        [len(sample.prompt_ids) * (i > 0) for part in parts for i, sample in enumerate(part)],
     )
 
     def recorded(logps: list[list[float] | None]) -> Tensor | None:

@@ -153,6 +153,9 @@ class GRPOConfig(ObjectiveOptions, TrainingConfig):
     max_logp_difference: float = option(
         0.1, "The run stops when engine and policy log-probs differ by more on average."
     )
+    share_prompts: bool = option(
+        True, "Compute a prompt once for the completions of its group in a micro-batch; the gradient is the same."
+    )
     save_rollouts: str | None = option(None, "Folder to record every rollout in (parquet).")
     rollouts_from: str | None = option(None, "Train from the rollouts recorded in this folder, without an engine.")
     log_completions: bool = option(True, "Log samples to completions.jsonl and, as text, to TensorBoard.")

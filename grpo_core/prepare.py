@@ -5,6 +5,7 @@ What both trainers check, the model, the template, the data and the output folde
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from grpo_core.reward_check import check_columns, dry_call
 from grpo_core.rewards import compares_with_gold, get_reward_funcs, reward_name
 from grpo_core.rollout import Prompt, Summary, load_prompts
 from grpo_core.scoring import gold_answers, unparseable_golds
+from sft_core.model.architectures import shares_beginnings
 from sft_core.model.memory_plan import Plan, dry_run, memory_plan
 from sft_core.model.optim import check_schedule
 from sft_core.model.policy import check_positions, count_parameters, local_copy, planned_dtype
@@ -36,6 +38,8 @@ from sft_core.run.options import require
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,12 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig, h
     )
     mini_batches = config.mini_batches(world_size)
     check_lengths(base.model_info, config)
+    if config.share_prompts and not shares_beginnings(base.model_info, model):
+        config = replace(config, share_prompts=False).frozen()
+        if base.rank == 0:
+            logger.warning(
+                "share_prompts is off: %s sees a prompt that is shared otherwise.", base.model_info.model_type
+            )
     prompts, left_out = prompts_to_use(base, base.rows, data.dataset_name, config, reward_funcs)
     prompts_line = f"{len(prompts)} prompts; left out: {left_out}"
     test_prompts: list[Prompt] = []
@@ -197,6 +207,8 @@ def step_plan(
 ) -> Plan:
     """What the memory of a step depends on, the engine beside it."""
     batch, longest = max_batch(config, gpus), longest_sequence(config)
+    rows = math.ceil(config.completions_a_rank(gpus) / config.mini_batches(gpus))
+    group = math.ceil(config.num_generations / config.mini_batches(gpus))  # what a step has of one
     engine_share, engine_kv_bytes = 0.0, -1  # no engine
     if config.rollouts_from is None:
         if config.engine == "torch":
@@ -211,11 +223,12 @@ def step_plan(
         config,
         count_parameters(info, model.trust_remote_code),
         gpus,
-        rows=math.ceil(config.completions_a_rank(gpus) / config.mini_batches(gpus)),
+        rows=rows,
         longest=longest,
         itemsize=dtype.itemsize,
         device=device,
         reference_itemsize=0 if config.beta == 0 else 4 if config.sync_ref_model else dtype.itemsize,
+        shared=config.share_prompts * config.max_prompt_length * (rows - math.ceil(rows / group)),
         engine_share=engine_share,
         engine_kv_bytes=engine_kv_bytes,
         engine_ranks=config.vllm_tensor_parallel_size,

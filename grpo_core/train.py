@@ -209,7 +209,8 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
                 for samples in deal(rollouts, config.num_generations, run.mini_batches):
                     taken = counted(samples, config.mask_truncated_completions)
                     trained_on, skipped = split_by_signal(taken) if config.skips_groups else (taken, [])
-                    packed = make_micro_batches(trained_on, config.max_tokens_per_micro_batch, device)
+                    budget = config.max_tokens_per_micro_batch
+                    packed = make_micro_batches(trained_on, budget, device, config.share_prompts)
                     mini_batches.append(MiniBatch(samples, packed, skipped))
             # 5 denominators: over all ranks, before the first backward; ranks with fewer micro-batches idle along
             for mini_batch in mini_batches:

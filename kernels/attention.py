@@ -7,12 +7,17 @@ at the right needs no mask under causal attention, for no real token looks right
 sliding windows, both differentiate, and both are one node of a graph that torch.compile makes, whatever the lengths.
 The reference implementation is `kernels.reference.packed_attention`.
 
+A sequence may share its beginning with an earlier one (completions of one prompt): those tokens stand in the row once.
+The queries of its own tokens then see the keys and values of the shared ones, which are gathered for it, and autograd
+sums the gradients that they get. A window reaches into the shared tokens as into any others.
+
 Left out on purpose: dropout, key-value caches, anything bidirectional.
 
     register()                                     # once, before the model is built
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="packed")
     layout = packed_layout([5, 3, 9], device)      # once per micro-batch
     model(input_ids=ids[None], position_ids=layout.position_ids[None], use_cache=False, packed=layout)
+    layout = packed_layout([7, 9, 6], device, shared=[0, 4, 4])  # all begin with the same 4 tokens; 14 are in the row
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from inspect import signature
-from itertools import pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -38,49 +43,81 @@ SHORTEST_IN_BATCH = 0.75  # of the batch's longest: bounds the padded work, cost
 class PackedLayout:
     """Where each sequence of a packed row lies, made once per micro-batch and read by every layer."""
 
-    cu_seqlens: Tensor  # [S + 1] int32: sequence s is the tokens cu_seqlens[s] : cu_seqlens[s + 1]
+    cu_seqlens: Tensor  # [S + 1] int32: sequence s, whole, is the tokens cu_seqlens[s] : cu_seqlens[s + 1]
+    cu_queries: Tensor  # [S + 1] int32: the same of its own tokens, as they lie in the row
     max_seqlen: int
     position_ids: Tensor  # [T] int64, from 0 in each sequence
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...]  # of whole sequences
+    prefixes: tuple[range, ...]  # the tokens of each that lie in the row before its own ones
+    places: Tensor  # [sum of lengths] int64: where the tokens of whole sequences lie in the row
+    shares: bool  # else the same
 
     @cached_property
-    def batches(self) -> tuple[list[Tensor], Tensor]:
+    def batches(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Right-padded batches of sequences of like length, for devices and dtypes without varlen attention.
 
-        Each batch [B, L] int64 holds packed tokens; the second tensor, [T] int64, is each packed token's place in the
-        flattened, concatenated batches. Made when first asked for, once for all layers.
+        Queries [B, L] and keys [B, P + L] int64 of each are packed tokens, P being the length of the prefix that all of
+        them share; the second tensor, [T] int64, is each packed token's place in the flattened, concatenated queries.
+        Made when first asked for, once for all layers.
         """
-        device, sizes = self.position_ids.device, torch.tensor(self.lengths)
+        device = self.position_ids.device
+        own = [length - len(prefix) for length, prefix in zip(self.lengths, self.prefixes, strict=True)]
+        sizes = torch.tensor(own)
         starts = sizes.cumsum(0) - sizes  # [S]
-        batches: list[Tensor] = []
-        unbatch = torch.empty(int(sizes.sum()), dtype=torch.int64)
+        batches: list[tuple[Tensor, Tensor]] = []
+        unbatch = torch.empty(sum(own), dtype=torch.int64)
         offset = 0
-        for members in _by_length(self.lengths):
+        for members in _by_length(own, self.prefixes):
             column = torch.arange(int(sizes[members].max()))
             real = column < sizes[members, None]  # [B, L]
             # A pad repeats a token of its own sequence: finite values, and nothing of another document.
             tokens = starts[members, None] + column * real
             unbatch[tokens[real]] = offset + real.flatten().nonzero()[:, 0]
             offset += tokens.numel()
-            batches.append(tokens.to(device))
+            prefix = torch.tensor(self.prefixes[members[0]], dtype=torch.int64).expand(len(members), -1)
+            batches.append((tokens.to(device), torch.cat([prefix, tokens], 1).to(device)))
         return batches, unbatch.to(device)
 
 
-def packed_layout(lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedLayout:
-    """The layout of sequences of the given lengths (all positive), in the order in which they are packed."""
+def packed_layout(
+    lengths: Sequence[int], device: torch.device | str = "cpu", shared: Sequence[int] | None = None
+) -> PackedLayout:
+    """The layout of sequences of the given lengths (all positive), in the order in which they are packed.
+
+    The first `shared[i]` tokens of sequence i are those of the last sequence before it that shares none (0), and lie in
+    the row only there. At least one token of each is its own.
+    """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"a packed row needs sequences of at least one token, got lengths {list(lengths)}")
-    sizes = torch.tensor(list(lengths))
-    cu_seqlens = F.pad(sizes.cumsum(0), (1, 0)).to(device, torch.int32)
-    positions = torch.cat([torch.arange(length) for length in lengths])  # [T]
-    return PackedLayout(cu_seqlens, max(lengths), positions.to(device), tuple(lengths))
+    skipped = list(shared or [0] * len(lengths))
+    ends = list(accumulate(length - n for length, n in zip(lengths, skipped, strict=True)))
+    prefixes, places = [], []
+    first = nothing = range(0)
+    for start, end, n in zip([0, *ends], ends, skipped, strict=False):
+        first = first if n else range(start, end)
+        assert start < end and n <= len(first), (lengths, shared)
+        prefixes.append(first[:n] if n else nothing)
+        places += [*prefixes[-1], *range(start, end)]
+    positions = [torch.arange(n, length) for length, n in zip(lengths, skipped, strict=True)]
+    return PackedLayout(
+        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device),
+        cu_queries=torch.tensor([0, *ends], dtype=torch.int32).to(device),
+        max_seqlen=max(lengths),
+        position_ids=torch.cat(positions).to(device),
+        lengths=tuple(lengths),
+        prefixes=tuple(prefixes),
+        places=torch.tensor(places).to(device),
+        shares=any(skipped),
+    )
 
 
-def _by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Sequence numbers in groups of like length, each group's shortest at least SHORTEST_IN_BATCH of its longest."""
+def _by_length(lengths: Sequence[int], prefixes: Sequence[range]) -> list[list[int]]:
+    """Sequence numbers in groups of one prefix and like length, each group's shortest at least SHORTEST_IN_BATCH of its
+    longest."""
     groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and lengths[index] >= SHORTEST_IN_BATCH * lengths[groups[-1][0]]:
+    for index in sorted(range(len(lengths)), key=lambda i: (prefixes[i].start, len(prefixes[i]), -lengths[i])):
+        first = groups[-1][0] if groups else -1
+        if groups and prefixes[index] == prefixes[first] and lengths[index] >= SHORTEST_IN_BATCH * lengths[first]:
             groups[-1].append(index)
         else:
             groups.append([index])
@@ -129,7 +166,7 @@ def packed_attention(
     if query.is_cuda and flash_takes(query.dtype, query.shape[-1]) and value.shape[-1] == query.shape[-1]:
         out = _varlen(q, k, v, packed, scaling, sliding_window)
     elif torch.compiler.is_compiling():
-        out = _opaque(q, k, v, packed.cu_seqlens, scaling, sliding_window)
+        out = _opaque(q, k, v, packed.cu_queries, packed.cu_seqlens, scaling, sliding_window)
     else:
         out = _padded(q, k, v, packed, scaling, sliding_window)
     return out[None], None
@@ -142,12 +179,15 @@ def flash_takes(dtype: torch.dtype, head_dim: int) -> bool:
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedLayout, scaling: float | None, window: int | None
 ) -> Tensor:  # [T, H, D], [T, Hkv, D], [T, Hkv, D] -> [T, H, D]
+    if packed.shares:  # through float32, in which the backward sums over the sequences that share a token
+        key, value = (x.float().index_select(0, packed.places).to(x.dtype) for x in (key, value))
     if not GROUPED:
         key, value = _repeat(query, key, value)
     left = -1 if window is None else window - 1  # it counts the tokens to the left, not the token itself
-    cu_seqlens, longest = packed.cu_seqlens, packed.max_seqlen
+    # Where queries are fewer than keys, flash attention aligns both at their ends.
+    cu_queries, cu_keys, longest = packed.cu_queries, packed.cu_seqlens, packed.max_seqlen
     return varlen_attn(
-        query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(left, 0), **GROUPED
+        query, key, value, cu_queries, cu_keys, longest, longest, scale=scaling, window_size=(left, 0), **GROUPED
     )
 
 
@@ -164,16 +204,16 @@ def _padded(
         key, value = _repeat(query, key, value)
     batches, unbatch = packed.batches
     outputs = []
-    for tokens in batches:
+    for tokens, seen in batches:
         q, k, v = (
-            x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2)  # [B, heads, L, D]
-            for x in (query, key, value)
+            x.index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)  # [B, heads, L or P + L, D]
+            for x, rows in ((query, tokens), (key, seen), (value, seen))
         )
-        mask = None
-        if window is not None and window < tokens.shape[1]:
-            position = torch.arange(tokens.shape[1], device=query.device)
-            behind = position[:, None] - position[None, :]
-            mask = (behind >= 0) & (behind < window)
+        mask, prefix = None, seen.shape[1] - tokens.shape[1]
+        if prefix or window is not None and window < tokens.shape[1]:
+            position = torch.arange(seen.shape[1], device=query.device)
+            behind = position[prefix:, None] - position[None, :]  # is_causal=True would align them at the top left
+            mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -185,30 +225,34 @@ def _padded(
 # forward again.
 
 
+LAYOUT = "Tensor cu_queries, Tensor cu_seqlens, float? scaling, int? window"
+
+
 @library.custom_op(
-    "kernels::padded_attention",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, float? scaling, int? window) -> Tensor",
+    "kernels::padded_attention", mutates_args=(), schema=f"(Tensor query, Tensor key, Tensor value, {LAYOUT}) -> Tensor"
 )
-def _opaque(query, key, value, cu_seqlens, scaling, window):
-    return _padded(query, key, value, _layout(tuple(cu_seqlens.tolist()), query.device), scaling, window)
+def _opaque(query, key, value, cu_queries, cu_seqlens, scaling, window):
+    return _padded(query, key, value, _layout_of(cu_queries, cu_seqlens), scaling, window)
 
 
 @library.custom_op(
     "kernels::padded_attention_backward",
     mutates_args=(),
-    schema="(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, float? scaling, int? window) "
-    "-> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor gradient, Tensor query, Tensor key, Tensor value, {LAYOUT}) -> (Tensor, Tensor, Tensor)",
 )
-def _opaque_backward(gradient, query, key, value, cu_seqlens, scaling, window):
-    layout = _layout(tuple(cu_seqlens.tolist()), query.device)
+def _opaque_backward(gradient, query, key, value, cu_queries, cu_seqlens, scaling, window):
+    layout = _layout_of(cu_queries, cu_seqlens)
     _, pull = torch.func.vjp(lambda q, k, v: _padded(q, k, v, layout, scaling, window), query, key, value)
     return tuple(x.contiguous() for x in pull(gradient))
 
 
+def _layout_of(cu_queries: Tensor, cu_seqlens: Tensor) -> PackedLayout:
+    return _layout(tuple(cu_queries.diff().tolist()), tuple(cu_seqlens.diff().tolist()), cu_seqlens.device)
+
+
 @lru_cache(maxsize=2)  # all layers ask for the same
-def _layout(cu_seqlens: tuple[int, ...], device: torch.device) -> PackedLayout:
-    return packed_layout([end - start for start, end in pairwise(cu_seqlens)], device)
+def _layout(own: tuple[int, ...], lengths: tuple[int, ...], device: torch.device) -> PackedLayout:
+    return packed_layout(lengths, device, [length - n for length, n in zip(lengths, own, strict=True)])
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -217,7 +261,7 @@ def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple:
-    return *_opaque_backward(gradient, *ctx.saved_tensors, ctx.scaling, ctx.window), None, None, None
+    return *_opaque_backward(gradient, *ctx.saved_tensors, ctx.scaling, ctx.window), *[None] * 4
 
 
 _opaque.register_fake(lambda query, key, value, *_: query.new_empty(*query.shape[:-1], value.shape[-1]))

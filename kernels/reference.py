@@ -51,22 +51,27 @@ def packed_attention(
     query: Tensor,  # [1, H, T, D]
     key: Tensor,  # [1, Hkv, T, D]
     value: Tensor,  # [1, Hkv, T, D]
-    lengths: Sequence[int],  # sum = T
+    lengths: Sequence[int],  # sum, less that of `shared` = T
+    shared: Sequence[int] | None = None,
     *,
     scaling: float,
     sliding_window: int | None = None,
 ) -> Tensor:  # [1, T, H, D]
-    """Causal softmax attention inside each packed sequence, by one block-diagonal [T, T] mask.
+    """Causal softmax attention inside each packed sequence, by one [T, T] mask.
 
     With a window of W a token sees itself and the W - 1 before it. Query head h reads key head h // (H // Hkv).
+    The first `shared[i]` tokens of sequence i are those of the last one before it that shares none, and stand there.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(query.device)  # [T]
-    position = torch.arange(document.numel(), device=query.device)
-    behind = position[:, None] - position[None, :]  # [T, T] how far the key lies behind the query
-    visible = (document[:, None] == document[None, :]) & (behind >= 0)
-    if sliding_window is not None:
-        visible &= behind < sliding_window
+    visible = torch.zeros(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device)  # [T, T]
+    start, first = 0, torch.arange(0)
+    for length, skipped in zip(lengths, shared or [0] * len(lengths), strict=True):
+        own = torch.arange(start, start + length - skipped)  # its tokens in the row
+        first = first if skipped else own
+        behind = torch.arange(skipped, length)[:, None] - torch.arange(length)  # how far the key lies behind the query
+        seen = behind >= 0 if sliding_window is None else (behind >= 0) & (behind < sliding_window)
+        visible[own[:, None], torch.cat([first[:skipped], own])] = seen.to(query.device)
+        start += length - skipped
     scores = (query @ key.transpose(-1, -2) * scaling).masked_fill(~visible, float("-inf"))
     return (scores.softmax(-1) @ value).transpose(1, 2)

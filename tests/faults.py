@@ -115,8 +115,8 @@ def targets_off_by_one():
 def mask_the_stop_token():
     """Leave the last token of every sequence out of the scored ones."""
     pack = sft_core.data.packing.pack_sequences
-    grpo_core.batch.pack_sequences = lambda sequences, masks, device: pack(
-        sequences, [[*mask[:-1], False] for mask in masks], device
+    grpo_core.batch.pack_sequences = lambda sequences, masks, *more: pack(
+        sequences, [[*mask[:-1], False] for mask in masks], *more
     )
 
 

@@ -93,23 +93,32 @@ class PackedSequences:
     num_sequences: int  # S
 
 
-def pack_sequences(sequences: Sequence, masks: Sequence, device: torch.device) -> PackedSequences:
+def pack_sequences(
+    sequences: Sequence, masks: Sequence, device: torch.device, shared: Sequence[int] | None = None
+) -> PackedSequences:
     """Lay `sequences` (lists or arrays of ids) end to end; `masks[i][t]`: token t of sequence i is scored (t > 0).
 
     A scored token is predicted by the position before it, so the head runs on `rows` alone: what is not scored costs
     nothing there, and no position of one sequence ever predicts a token of the next.
+
+    The first `shared[i]` tokens of sequence i are those of the last one before it that shares none (0): they stand in
+    the row once. Such a sequence may have no token of its own.
     """
-    lengths = [len(sequence) for sequence in sequences]
-    tokens = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
-    flags = torch.from_numpy(np.concatenate(masks).astype(bool))
+    skipped = shared or [0] * len(sequences)
+    used = [i for i, sequence in enumerate(sequences) if not skipped[i] or len(sequence) > skipped[i]]
+    lengths = [len(sequences[i]) for i in used]
+    layout = packed_layout(lengths, device, [skipped[i] for i in used])
+    tokens = torch.from_numpy(np.concatenate([sequences[i][skipped[i] :] for i in used]).astype(np.int64)).to(device)
+    flags = torch.from_numpy(np.concatenate([masks[i] for i in used]).astype(bool))
     flags[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = False
     scored = flags.nonzero().squeeze(1)
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    owner = torch.repeat_interleave(torch.tensor(used), torch.tensor(lengths))
+    rows, places = (layout.places[where.to(device)] for where in (scored - 1, scored))
     return PackedSequences(
-        input_ids=tokens[None].to(device),
-        layout=packed_layout(lengths, device),
-        rows=(scored - 1).to(device),
-        targets=tokens[scored].to(device),
+        input_ids=tokens[None],
+        layout=layout,
+        rows=rows,
+        targets=tokens[places],
         sequence_ids=owner[scored].to(device),
         num_sequences=len(sequences),
     )

@@ -29,6 +29,9 @@ from sft_core.run.options import require
 
 LENGTHS = (7, 1, 24, 13, 20)  # 24 and 20 share a batch of `kernels.attention`
 SEQUENCES = [[2 + (7 * i * i + 3 * length) % 61 for i in range(length)] for length in LENGTHS]
+BEGUN = [SEQUENCES[2] + sequence for sequence in SEQUENCES]  # all begin alike
+SHARED = [0] + [LENGTHS[2]] * (len(BEGUN) - 1)
+CPU = torch.device("cpu")
 LARGEST_COPY = 200_000_000  # parameters
 # Of the log-probs' differences, in standard deviations (root mean square). Rounding in float32 gives 1e-5; in the small
 # copy what is wrong gives 0.03 and more.
@@ -68,6 +71,21 @@ def check_architecture(info: PretrainedConfig, config: ModelConfig) -> None:
 
 
 @torch.no_grad()
+def shares_beginnings(info: PretrainedConfig, config: ModelConfig) -> bool:
+    """Whether sequences that share their beginning are what each is whole, in a copy as above. A collective."""
+
+    def compare() -> bool:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            policy = Policy(_build(shrunken(info), config, "packed"))
+        scored = [[True] * len(sequence) for sequence in BEGUN]
+        expected, logps = (policy(pack_sequences(BEGUN, scored, CPU, shared))[0] for shared in (None, SHARED))
+        return bool((logps - expected).square().mean().sqrt() < TOLERANCE * expected.std())
+
+    return on_first_rank(compare)
+
+
+@torch.no_grad()
 def _check_copy(info: PretrainedConfig, config: ModelConfig) -> None:
     try:
         with torch.random.fork_rng(devices=[]):
@@ -78,7 +96,7 @@ def _check_copy(info: PretrainedConfig, config: ModelConfig) -> None:
             alone, packed = (_build(small, config, attention) for attention in ("eager", "packed"))
             packed.load_state_dict(alone.state_dict())
             policy, expected = Policy(packed), logps_alone(alone)
-            logps = policy(pack_sequences(SEQUENCES, [[True] * n for n in LENGTHS], torch.device("cpu")))[0]
+            logps = policy(pack_sequences(SEQUENCES, [[True] * n for n in LENGTHS], CPU))[0]
             gap = float((logps - expected).square().mean().sqrt() / expected.std())
             require(
                 gap < TOLERANCE, f"packed, tokens have other log-probs than alone, {gap:.2g} standard deviations away"

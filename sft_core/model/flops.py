@@ -86,16 +86,18 @@ def block_weights(s: Shape) -> int:
     return s.layers * sum(a * b for a, b in linear_sizes(s).values())
 
 
-def training_flops(info: PretrainedConfig, lengths: Sequence[int]) -> float:
+def training_flops(info: PretrainedConfig, lengths: Sequence[int], shared: Sequence[int] = ()) -> float:
     """FLOPs of forward and backward over documents of `lengths` tokens: 6 N + 6 L (heads x head size) S a token.
 
     N is the weights of the blocks' linear layers and of the head, which counts once, tied or not; norms, biases and the
     embedding's lookup are not in it. S is the length of the token's document. Every token counts as scored, nothing
     counts twice for being recomputed, a frozen weight counts as if it were trained: the usual numerator of MFU.
+    `shared`: how many tokens those documents share, each with an earlier one, in which they are computed.
     """
     s = shape(info)
-    attention = 2.0 * s.layers * s.query * sum(n * n for n in lengths)  # forward: half of the squares QK' and PV each
-    return 6 * (block_weights(s) + s.vocab * s.hidden) * sum(lengths) + 3 * attention
+    squares = sum(n * n for n in lengths) - sum(n * n for n in shared)
+    attention = 2.0 * s.layers * s.query * squares  # forward: half of the squares QK' and PV each
+    return 6 * (block_weights(s) + s.vocab * s.hidden) * (sum(lengths) - sum(shared)) + 3 * attention
 
 
 def attention_share(info: PretrainedConfig) -> float:

@@ -43,6 +43,7 @@ class Plan:
     rows: int
     longest: int
     itemsize: int = 2  # of the compute dtype
+    shared: int = 0  # tokens of those that are not computed again, being those of another sequence
     device: str = "cuda"
     reference_itemsize: int = 0  # bytes a parameter of the reference model; 0: there is none
     engine_share: float = 0.0  # of the device's whole memory; at 0 the engine's weights and
@@ -53,7 +54,8 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Of a micro-batch: the budget, but no sequence is split and a step has no more than its rows."""
-        return min(max(self.config.max_tokens_per_micro_batch, self.longest), self.rows * self.longest)
+        step = self.rows * self.longest - self.shared
+        return min(max(self.config.max_tokens_per_micro_batch, self.longest), step)
 
     @property
     def checkpointed(self) -> int:
@@ -192,10 +194,8 @@ def memory_plan(plan: Plan, device: torch.device) -> str:
         ValueError: on CUDA, more than is free by more than the count may be off; it names what to change.
     """
     plan = replace(plan, device=device.type)
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-    else:
-        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+    host = psutil.virtual_memory()
+    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (host.available, host.total)
     parts = memory(plan, total)
     line = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     line = f"memory on {device} (GiB): {line}; sum {sum(parts.values()) / GIB:.2f} of {free / GIB:.2f} free"

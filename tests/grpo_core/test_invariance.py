@@ -47,7 +47,11 @@ LOSSES = {
     "a function of one's own, without advantages": {"loss_type": "tests.rewards_for_tests:pull"},
     "grpo, the second of two mini-batches": {"steps_per_generation": 2},
 }
-BUDGETS = {"one": 1, "three": 75, "all": 10_000}  # tokens; sequences are about 25 long
+# Tokens (sequences are about 25 long), and whether prompts are shared: most groups then fit, and some are cut.
+BUDGETS = {"one": (1, False), "three": (75, False), "all": (10_000, False), "shared": (75, True)}
+# Rounding in float32 takes this loss's gradient 6e-6 (plain) and 8e-6 (shared) away from that in float64, where the two
+# are equal to 1e-10 (test_share_prompts.py).
+ROUNDING = {("sapo, unbiased kl", "shared"): 2e-5}
 
 
 def make_rollouts():
@@ -88,7 +92,7 @@ def gradients(model: str) -> dict[str, dict[str, np.ndarray]]:
     result = {}
     for name, options in LOSSES.items():
         config = GRPOConfig(output_dir="unused", **({"beta": 0.0} | options))
-        for budget, tokens in BUDGETS.items():
+        for budget, (tokens, share_prompts) in BUDGETS.items():
             own = [r for r in make_rollouts() if r.group % world_size == rank]
             if config.old_logps == "sampler" or "first update" in name:
                 for rollout in own:
@@ -99,7 +103,7 @@ def gradients(model: str) -> dict[str, dict[str, np.ndarray]]:
             mini_batches = config.mini_batches(world_size)
             own = deal(own, 4, mini_batches)[-1]
             random.Random(budget).shuffle(own)  # packing order too
-            batches = make_micro_batches(own, tokens, device)
+            batches = make_micro_batches(own, tokens, device, share_prompts)
             counts = step_counts([batch.sequences for batch in batches], device)
             idle = counts.micro_batches - len(batches)
             if (budget, rank) == ("one", 1):
@@ -130,7 +134,8 @@ def test_gradient_is_the_same_for_every_split(by_ranks, loss, budget, ranks):
     for name in expected:
         norm = np.linalg.norm(expected[name])
         assert norm > 0, f"{name} has no gradient: nothing is compared"
-        assert np.linalg.norm(expected[name] - found[name]) < 1e-5 * norm, name
+        bound = ROUNDING.get((loss, budget), 1e-5)
+        assert np.linalg.norm(expected[name] - found[name]) < bound * norm, name
 
 
 def test_losses_differ_from_each_other(by_ranks):

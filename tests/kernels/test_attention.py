@@ -10,6 +10,13 @@ from kernels import attention, reference
 from kernels.attention import packed_attention, packed_layout, register
 
 LENGTHS = [5, 1, 17, 3, 9, 16, 2]
+# Lengths, and what each shares: groups of several, of one, of a prompt of one token, of like and unlike lengths, and
+# one whose first is shorter than others.
+LAYOUTS = {
+    "plain": (LENGTHS, None),
+    "shared": ([9, 12, 5, 30, 17, 20, 18, 1, 3, 2, 12], [0, 4, 4, 4, 0, 16, 16, 0, 0, 1, 1]),
+    "shared by none": (LENGTHS, [0] * len(LENGTHS)),
+}
 SMALL = dict(
     vocab_size=61,
     hidden_size=48,
@@ -28,9 +35,10 @@ CONFIGS = {
 }
 
 
-def rows(heads=6, kv_heads=2, lengths=LENGTHS, dim=8, dtype=torch.float32, seed=0, device="cpu"):
+def rows(heads=6, kv_heads=2, layout="plain", dim=8, dtype=torch.float32, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(1, n, sum(lengths), dim) for n in (heads, kv_heads, kv_heads)]
+    lengths, shared = LAYOUTS[layout]
+    shapes = [(1, n, sum(lengths) - sum(shared or []), dim) for n in (heads, kv_heads, kv_heads)]
     return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
 
 
@@ -41,62 +49,89 @@ def value_and_gradients(out, inputs):
 
 @pytest.mark.parametrize("window", [None, 1, 4, 16, 100])
 @pytest.mark.parametrize("kv_heads", [6, 2, 1])
-def test_equals_the_block_diagonal_reference(window, kv_heads):
-    inputs = rows(kv_heads=kv_heads)
-    out, weights = packed_attention(None, *inputs, packed=packed_layout(LENGTHS), scaling=0.3, sliding_window=window)
-    assert weights is None and out.shape == (1, sum(LENGTHS), 6, 8)
-    expected = reference.packed_attention(*inputs, LENGTHS, scaling=0.3, sliding_window=window)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_the_block_diagonal_reference(layout, window, kv_heads):
+    lengths, shared = LAYOUTS[layout]
+    inputs, packed = rows(kv_heads=kv_heads, layout=layout), packed_layout(lengths, shared=shared)
+    out, weights = packed_attention(None, *inputs, packed=packed, scaling=0.3, sliding_window=window)
+    assert weights is None and out.shape == (1, len(packed.position_ids), 6, 8)
+    expected = reference.packed_attention(*inputs, lengths, shared, scaling=0.3, sliding_window=window)
     pairs = zip(value_and_gradients(out, inputs), value_and_gradients(expected, inputs), strict=True)
     for got, want in pairs:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 1, 4, 16, 100])
+def test_sharing_is_the_attention_of_whole_sequences(window):
+    """The reference with shared beginnings against the reference without: each sequence with all its tokens."""
+    lengths, shared = LAYOUTS["shared"]
+    inputs, packed = rows(layout="shared", dtype=torch.float64), packed_layout(lengths, shared=shared)
+    whole = [x[:, :, packed.places] for x in inputs]
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    own = [t for end, length, skip in zip(ends, lengths, shared, strict=True) for t in range(end - length + skip, end)]
+    expected = reference.packed_attention(*whole, lengths, scaling=0.3, sliding_window=window)[:, own]
+    out = reference.packed_attention(*inputs, lengths, shared, scaling=0.3, sliding_window=window)
+    for got, want in zip(value_and_gradients(out, inputs), value_and_gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    assert torch.equal(packed.position_ids[packed.places], positions)
+
+
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """Flash attention's documented contract in plain torch: windows count from the diagonal that ends at the bottom
+    right."""
+    assert key.shape[1:] == query.shape[1:] == value.shape[1:] and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert int(cu_seq_k.diff().max()) == max_k and int(cu_seq_q.diff().max()) <= max_q
+    assert cu_seq_q[-1] == len(query) and cu_seq_k[-1] == len(key) == len(value)
+    left, right = window_size  # query i sees keys i - left .. i + right, both inclusive, -1 without bound
+    out = []
+    for start, end, first, last in zip(cu_seq_q, cu_seq_q[1:], cu_seq_k, cu_seq_k[1:], strict=False):
+        q, k, v = (x.transpose(0, 1) for x in (query[start:end], key[first:last], value[first:last]))
+        at = torch.arange(end - start) + (last - first) - (end - start)
+        ahead = torch.arange(last - first)[None, :] - at[:, None]
+        seen = (ahead <= right) & ((ahead >= -left) | (left < 0))
+        out.append(((q @ k.mT * scale).masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 4])
-def test_varlen_call_means_the_same(monkeypatch, window, grouped):
-    """What the CUDA path asks of varlen_attn: flash attention's documented contract, here in plain torch. torch 2.11
-    has no grouped queries, later ones have a flag."""
+def test_varlen_call_means_the_same(monkeypatch, window, grouped, layout):
+    """What the CUDA path asks of varlen_attn. torch 2.11 has no grouped queries, later ones have a flag."""
 
-    def grouped_attn(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
-    ):
+    def grouped_attn(query, key, value, *arguments, enable_gqa=False, **options):
         assert enable_gqa
-        key, value = key.repeat_interleave(3, 1), value.repeat_interleave(3, 1)
-        return attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+        return varlen_attn(query, key.repeat_interleave(3, 1), value.repeat_interleave(3, 1), *arguments, **options)
 
-    def attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-        assert query.shape == key.shape == value.shape and cu_seq_q.dtype == torch.int32 and max_q == max_k == 17
-        left, right = window_size  # token i sees i - left .. i + right, both inclusive, -1 without bound
-        out = []
-        for start, end in zip(cu_seq_q.tolist(), cu_seq_q.tolist()[1:], strict=False):
-            q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
-            ahead = torch.arange(end - start)[None, :] - torch.arange(end - start)[:, None]
-            seen = (ahead <= right) & ((ahead >= -left) | (left < 0))
-            out.append(((q @ k.mT * scale).masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1))
-        return torch.cat(out)
-
-    monkeypatch.setattr(attention, "varlen_attn", grouped_attn if grouped else attn)
+    monkeypatch.setattr(attention, "varlen_attn", grouped_attn if grouped else varlen_attn)
     monkeypatch.setattr(attention, "GROUPED", {"enable_gqa": True} if grouped else {})
-    inputs = rows()
-    out = attention._varlen(*(x[0].transpose(0, 1) for x in inputs), packed_layout(LENGTHS), 0.3, window)
-    expected = reference.packed_attention(*inputs, LENGTHS, scaling=0.3, sliding_window=window)
-    torch.testing.assert_close(out[None], expected, rtol=1e-5, atol=1e-5)
+    lengths, shared = LAYOUTS[layout]
+    inputs = rows(layout=layout)
+    packed = packed_layout(lengths, shared=shared)
+    out = attention._varlen(*(x[0].transpose(0, 1) for x in inputs), packed, 0.3, window)
+    expected = reference.packed_attention(*inputs, lengths, shared, scaling=0.3, sliding_window=window)
+    for got, want in zip(value_and_gradients(out[None], inputs), value_and_gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize(
     "dim, dtype", [(32, torch.bfloat16), (20, torch.bfloat16), (288, torch.bfloat16), (32, torch.float32)]
 )
-def test_on_a_gpu(window, dim, dtype):
-    """Flash attention, and what it does not take: other head sizes, float32."""
-    inputs = rows(dim=dim, dtype=dtype, device="cuda")
+def test_on_a_gpu(window, dim, dtype, layout):
+    """Flash attention, whose windows must count from the bottom right, and what it does not take: other head sizes,
+    float32."""
+    lengths, shared = LAYOUTS[layout]
+    inputs = rows(dim=dim, dtype=dtype, device="cuda", layout=layout)
     assert attention.flash_takes(dtype, dim) == (dim == 32 and dtype == torch.bfloat16)
     options = {"scaling": 0.3 * (32 / dim) ** 0.5, "sliding_window": window}
-    out, _ = packed_attention(None, *inputs, packed=packed_layout(LENGTHS, "cuda"), **options)
+    out, _ = packed_attention(None, *inputs, packed=packed_layout(lengths, "cuda", shared), **options)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    expected = reference.packed_attention(*exact, LENGTHS, **options)
+    expected = reference.packed_attention(*exact, lengths, shared, **options)
     for got, want in zip(value_and_gradients(out, inputs), value_and_gradients(expected, exact), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-2)
 
@@ -162,14 +197,21 @@ def test_one_document_never_sees_another(name):
 
 
 def test_layout_pads_little_and_places_every_token_once():
-    lengths = torch.randint(1, 500, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 500, (200,), generator=generator).tolist()
     layout = packed_layout(lengths)
-    batches, unbatch = layout.batches
-    padded = torch.cat([batch.flatten() for batch in batches])
-    assert torch.equal(padded[unbatch], torch.arange(sum(lengths)))
-    assert len(padded) <= sum(lengths) / attention.SHORTEST_IN_BATCH
     assert layout.cu_seqlens.tolist() == [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    assert torch.equal(layout.cu_queries, layout.cu_seqlens) and not layout.shares
     assert layout.max_seqlen == max(lengths)
+    own = torch.randint(1, 100, (200,), generator=generator).tolist()
+    shared = [0 if i % 8 == 0 else 300 for i in range(200)]
+    sharing = packed_layout([n + 300 for n in own], shared=shared)
+    for packed, tokens in ((layout, sum(lengths)), (sharing, sum(own) + 25 * 300)):
+        batches, unbatch = packed.batches
+        padded = torch.cat([queries.flatten() for queries, _ in batches])
+        assert torch.equal(padded[unbatch], torch.arange(tokens)) and len(packed.position_ids) == tokens
+        assert len(padded) <= tokens / attention.SHORTEST_IN_BATCH
+    assert sum(keys.numel() for _, keys in batches) <= len(sharing.places) / attention.SHORTEST_IN_BATCH
 
 
 @pytest.mark.parametrize(
@@ -205,14 +247,17 @@ def test_refuses_what_is_not_the_rows_own_causal_attention():
     packed_attention(None, query, key, value, packed=packed_layout(LENGTHS), cache=None, **harmless)
 
 
+@pytest.mark.parametrize("layout", ["plain", "shared"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_values_of_another_size_than_keys(compiled):
+def test_values_of_another_size_than_keys(compiled, layout):
     """As in DeepSeek-V3's latent attention."""
-    (query, key, _), (_, _, value) = rows(), rows(dim=12)
+    lengths, shared = LAYOUTS[layout]
+    (query, key, _), (_, _, value) = rows(layout=layout), rows(dim=12, layout=layout)
     attend = torch.compile(packed_attention, backend="aot_eager") if compiled else packed_attention
-    out, _ = attend(None, query, key, value, packed=packed_layout(LENGTHS), scaling=0.3)
-    assert out.shape == (1, sum(LENGTHS), 6, 12)
-    expected = reference.packed_attention(query, key, value, LENGTHS, scaling=0.3)
+    options = {"scaling": 0.3, "sliding_window": 6}
+    out, _ = attend(None, query, key, value, packed=packed_layout(lengths, shared=shared), **options)
+    assert out.shape == (1, query.shape[2], 6, 12)
+    expected = reference.packed_attention(query, key, value, lengths, shared, **options)
     inputs = [query, key, value]
     for got, want in zip(value_and_gradients(out, inputs), value_and_gradients(expected, inputs), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,15 @@ import kernels.attention
 from kernels.attention import packed_attention, packed_layout
 from sft_core.data.packing import pack_sequences
 from sft_core.model import architectures
-from sft_core.model.architectures import LENGTHS, SEQUENCES, check_architecture, logps_alone, shrunken
+from sft_core.model.architectures import (
+    BEGUN,
+    SEQUENCES,
+    SHARED,
+    check_architecture,
+    logps_alone,
+    shares_beginnings,
+    shrunken,
+)
 from sft_core.model.policy import Policy, check_positions
 from sft_core.run.config import ModelConfig
 
@@ -119,14 +127,14 @@ CASES: dict[str, tuple[dict, str]] = {
 }
 
 
-def gradients(info, packed: bool):
+def gradients(info, packed: bool, sequences=SEQUENCES, shared=None):
     """Of a weighted sum of the log-probs of all tokens, by parameter."""
     torch.manual_seed(0)
     with torch.no_grad():
         model = architectures._build(shrunken(info), MODEL, "packed" if packed else "eager")
     if packed:
-        batch = pack_sequences(SEQUENCES, [[True] * length for length in LENGTHS], torch.device("cpu"))
-        logps = Policy(model)(batch)[0]
+        scored = [[True] * len(sequence) for sequence in sequences]
+        logps = Policy(model)(pack_sequences(sequences, scored, torch.device("cpu"), shared))[0]
     else:
         logps = logps_alone(model)
     (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
@@ -150,6 +158,32 @@ def test_right_or_refused(name):
         assert packed.keys() == alone.keys()
         for key, gradient in alone.items():
             assert (packed[key] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, key
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][1] == RIGHT])
+def test_beginnings_are_shared_exactly(name):
+    """Through sliding windows too, which are shorter than what is shared."""
+    info = AutoConfig.for_model(name, **CASES[name][0])
+    assert shares_beginnings(info, MODEL)
+    sharing, plain = gradients(info, True, BEGUN, SHARED), gradients(info, True, BEGUN)
+    assert sharing.keys() == plain.keys()
+    for key, gradient in plain.items():
+        assert (sharing[key] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, key
+
+
+def test_an_attention_that_shares_no_beginnings_is_seen():
+    """As it would be if it took what stands in the row for the whole sequence."""
+
+    def own_alone(*arguments, packed, **kwargs):
+        return packed_attention(*arguments, packed=packed_layout(packed.cu_queries.diff().tolist()), **kwargs)
+
+    info = AutoConfig.for_model("llama", **FOUR)
+    try:
+        AttentionInterface.register("packed", own_alone)
+        assert not shares_beginnings(info, MODEL)
+    finally:
+        kernels.attention.register()
+    assert shares_beginnings(info, MODEL)
 
 
 def test_the_readme_has_this_table():

@@ -15,6 +15,7 @@ from sft_core.model.parallel import Sharding, check_compile
 from sft_core.run.config import ModelConfig, SFTConfig
 from tests.grpo_core.test_train import TRAIN as GRPO
 from tests.grpo_core.test_train import options, weights
+from tests.kernels.test_attention import varlen_attn
 from tests.launch import metrics, run
 from tests.processes import run_ranks
 from tests.sft_core.test_train import train
@@ -40,9 +41,11 @@ def passes(model: str, options: dict, flags: dict, graphs: int, bf16: bool = Fal
 
     rank, world_size, _, device = distributed.init_distributed(60)
 
-    def batch(lengths):
-        rows = [[(7 * i + n) % 300 + 5 for i in range(n)] for n in lengths[rank::world_size]]
-        return pack_sequences(rows, [[True] * len(row) for row in rows], device) if rows else idle_sequences(device)
+    def batch(lengths, shares):
+        rows = [[9] + [(7 * i + n) % 300 + 5 for i in range(1, n)] for n in lengths[rank::world_size]]
+        shared = [shares * (i > 0) for i in range(len(rows))]  # the first token
+        scored = [[True] * len(row) for row in rows]
+        return pack_sequences(rows, scored, device, shared) if rows else idle_sequences(device)
 
     found = {}
     for backend in (None, flags.get("compile_backend", "aot_eager")):
@@ -54,7 +57,7 @@ def passes(model: str, options: dict, flags: dict, graphs: int, bf16: bool = Fal
         policy = shard(policy, make_mesh(device), Sharding(bf16, **flags | {"compile_backend": backend}))
         values: dict = {"names": list(policy.state_dict())}
         for i, lengths in enumerate(LENGTHS):
-            sequences = batch(lengths)
+            sequences = batch(lengths, shares=i % 2)
             torch.manual_seed(i)
             with dropout(policy):
                 logps, *_ = policy(sequences)
@@ -125,18 +128,21 @@ def test_the_path_of_a_gpu_is_one_graph_a_kind_of_block(monkeypatch):
 
     from sft_core.model.parallel import _compile
 
-    def kernel(cu_seqlens, window_size, scale):
-        window = None if window_size[0] < 0 else window_size[0] + 1
-        layout = packed_layout(cu_seqlens.diff().tolist())
-        return lambda query, key, value: attention._padded(query, key, value, layout, scale, window)
+    def kernel(cu_q, cu_k, max_k, window_size, scale):
+        def attend(query, key, value):
+            key, value = attention._repeat(query, key, value)
+            return varlen_attn(query, key, value, cu_q, cu_k, max_k, max_k, scale=scale, window_size=window_size)
+
+        return attend
 
     def forward(query, key, value, cu_q, cu_k, max_q, max_k, is_causal, scale, window_size, *rest):
-        assert max_q == max_k == int(cu_q.diff().max()) and is_causal == (window_size == [-1, 0])
-        out = kernel(cu_q, window_size, scale)(query, key, value)
+        assert max_q == max_k == int(cu_k.diff().max()) and is_causal == (window_size == [-1, 0])
+        out = kernel(cu_q, cu_k, max_k, window_size, scale)(query, key, value)
         return out, out.new_zeros(out.shape[1], out.shape[0]), torch.zeros(2, dtype=torch.uint64)
 
     def backward(gradient, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, is_causal, rng, scale, window_size):
-        return tuple(x.contiguous() for x in vjp(kernel(cu_q, window_size, scale), query, key, value)[1](gradient))
+        attend = kernel(cu_q, cu_k, max_k, window_size, scale)
+        return tuple(x.contiguous() for x in vjp(attend, query, key, value)[1](gradient))
 
     def attention_of_a_gpu(module, query, key, value, mask, *, packed, scaling, sliding_window=None, **kwargs):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -166,16 +172,19 @@ def test_the_path_of_a_gpu_is_one_graph_a_kind_of_block(monkeypatch):
     for block in compiled.model.layers:
         _compile(block, "aot_eager")
     counters.clear()
-    for i, lengths in enumerate(LENGTHS):
-        ids, layout = torch.arange(sum(lengths))[None] % 61, packed_layout(lengths)
+    sharing = [([60, 31, 90], [0, 20, 20]), ([9, 8], [0, 7]), ([12, 40, 9, 10, 11], [0, 1, 0, 9, 9])]
+    layouts = [(LENGTHS[0], None), *sharing, *((lengths, None) for lengths in LENGTHS[1:])]
+    for i, (lengths, shared) in enumerate(layouts):
+        layout = packed_layout(lengths, shared=shared)
+        ids = torch.arange(len(layout.position_ids))[None] % 61
         for model in (eager, compiled):
             model.zero_grad()
             passed = dict(input_ids=ids, position_ids=layout.position_ids[None], packed=layout, use_cache=False)
             model(**passed).logits[..., 0].sum().backward()
         for (name, got), want in zip(compiled.named_parameters(), eager.parameters(), strict=True):
             assert (got.grad - want.grad).norm() <= 1e-5 * want.grad.norm() + 1e-8, (i, name)
-        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", i > 0)  # the first two are of different kinds
+    assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"]
 
 
 @pytest.mark.slow

@@ -73,6 +73,8 @@ def test_parameters_and_flops():
     assert long - small == 6 * 28 * 1536 * 800 * 700
     untied = Qwen2Config(**QWEN_1_5B | {"tie_word_embeddings": False})
     assert training_flops(untied, [800]) == long
+    pairs = 300**2 / 2 + 7 * (200 * 100 + 200**2 / 2)  # of 8 documents that begin with the same 100 tokens
+    assert training_flops(info, [300] * 8, [100] * 7) == 6 * weights * 1700 + 12 * 28 * 1536 * pairs
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from transformers import LlamaConfig, Qwen2Config
 import grpo_core.train
 import sft_core.model.memory_plan as costs
 import sft_core.train
+from grpo_core.config import GRPOConfig
+from grpo_core.prepare import step_plan
 from sft_core.model.flops import block_weights, saved_per_token, shape, tail_per_token
 from sft_core.model.memory_plan import Plan, dry_run, memory, memory_plan
 from sft_core.model.policy import count_parameters
@@ -191,6 +193,24 @@ def test_tokens_of_a_micro_batch():
     info = Qwen2Config(**QWEN_0_5B)
     for rows, longest, budget, tokens in ((8, 1024, 2048, 2048), (8, 1024, 512, 1024), (2, 1024, 8192, 2048)):
         assert plan(info, rows=rows, longest=longest, max_tokens_per_micro_batch=budget).tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "computed"),
+    [
+        ({}, 4),
+        ({"steps_per_generation": 2}, 8),  # each mini-batch has 4 of each of 8 groups
+        ({"max_tokens_per_micro_batch": 3000}, 4),
+        ({"share_prompts": False}, 32),
+    ],
+)
+def test_shared_prompts(options, computed):
+    """Of 32 sequences on a rank: the prompts that are computed, and so the largest micro-batch."""
+    sizes = {"max_prompt_length": 2000, "max_completion_length": 375, "prompts_per_step": 4, "num_generations": 8}
+    config = GRPOConfig("out", **sizes | {"max_tokens_per_micro_batch": 16384} | options)
+    found = step_plan(ModelConfig("model"), config, Qwen2Config(**QWEN_0_5B), 1, torch.bfloat16)
+    assert (found.rows, found.shared) == (32, 2000 * (32 - computed))
+    assert found.tokens == min(max(config.max_tokens_per_micro_batch, 2375), computed * 2000 + 32 * 375)
 
 
 # --- a real start, and the command line --------------------------------------------------------------------------
