@@ -155,8 +155,9 @@ def run(
             taken.append([end - start for start, end in itertools.pairwise(ends)])
         phases = [statistics.mean(phase) for phase in zip(*taken[WARM_UP:], strict=True)]
         step, peak, flops = sum(phases), peak_flops(device), training_flops(info, [length] * count)
-        of_step = (world_size, count, length, 2 if device.type == "cuda" else 4, device.type)
-        planned = memory(Plan(info, ModelConfig("random"), config, count_parameters(info), *of_step))
+        itemsize, parameters = 2 if device.type == "cuda" else 4, count_parameters(info)
+        of_step = dict(rows=count, longest=length, itemsize=itemsize, device=device.type)
+        planned = memory(Plan(info, ModelConfig("random"), config, parameters, world_size, **of_step))
         cells = [
             f"{step:.3f}",
             " + ".join(f"{phase:.3f}" for phase in phases),

@@ -22,6 +22,8 @@ def left_behind(module, argv, folder):
     faulthandler.dump_traceback_later = lambda seconds, **more: (limits.append(seconds), arm(seconds, **more))
     faulthandler.cancel_dump_traceback_later = lambda: (limits.append(0), disarm())
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in its background jobs
+
     def fail(*arguments):
         limits.append("the step")
         raise RuntimeError("no step today")
