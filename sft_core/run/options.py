@@ -142,7 +142,10 @@ def check_options(config: Any) -> None:
     types = option_types(config.__class__)
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
-        require(value is not None or is_a(None, types[name]), f"{name} must have a value.")
+        require(
+            value is not None or is_a(None, types[name]),
+            f"{name} must have a value, not null: leave it out to take its default.",
+        )
         require(is_a(value, types[name]), f"{name} must be {_words(types[name])}, got {value!r}.")
         if value is None:
             continue
