@@ -21,6 +21,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -52,7 +53,7 @@ WHOLE = "model.whole"  # lies in the folder of a model object when all of it is 
 NEVER_CALLED = ("_compute_loss", "_generate_and_score_completions", "_calculate_rewards")
 
 
-class Trainer(Results):
+class Trainer(Results, ABC):
     """What both trainers do; `algorithm`, `config_type` and `_begin` are theirs."""
 
     algorithm: str
@@ -162,9 +163,9 @@ class Trainer(Results):
             f"{name} has no column `{self.column}`, it has {', '.join(data.column_names)}: rename one.",
         )
 
+    @abstractmethod
     def _begin(self, model: ModelConfig, config: Any, handed: Handed) -> tuple[TrainingRun, Callable[[Any, Any], None]]:
         """What surrounds the loop of a run that has been checked, and the loop."""
-        raise NotImplementedError
 
     # --- training ----------------------------------------------------------------------------------------------------
 
