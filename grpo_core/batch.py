@@ -1,20 +1,22 @@
 """From samples to what the policy is trained on: mini-batches, one per optimizer step, of packed micro-batches.
 
-The next file is `update.py`.
+A rank trains on other samples than it has sampled: those of all ranks are shared out by what they cost. The next file
+is `update.py`.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from grpo_core.config import GRPOConfig
 from grpo_core.loss import TokenBatch
 from grpo_core.rollout import Sample
-from sft_core.data.packing import PackedSequences, StepCounts, idle_sequences, pack, pack_sequences
+from sft_core.data.packing import PackedSequences, StepCounts, balance, idle_sequences, pack, pack_sequences
+from sft_core.run.distributed import exchange
 
 KEYS_PER_TOKEN = 16  # keys and values gathered for a sequence that take as much memory in a block as a token does
 
@@ -69,49 +71,115 @@ def split_by_signal(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sampl
 class MiniBatch:
     """What one optimizer step takes of a rollout batch: this rank's share."""
 
-    samples: Sequence[Sample]  # also those that are left out of the loss
     micro_batches: list[MicroBatch]
     skipped: Sequence[Sample] = ()  # count in the step's tokens and sequences, but get no pass
+    left_out: Sequence[Sample] = ()  # do not count
     counts: StepCounts = field(init=False)  # over all ranks
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [s for batch in self.micro_batches for s in batch.samples] + [*self.skipped, *self.left_out]
 
 
 def deal(samples: Sequence[Sample], num_generations: int, mini_batches: int) -> list[list[Sample]]:
     """The samples of this rank, dealt to as many mini-batches.
 
     Over the ranks mini-batches differ by at most one sample. Each has an equal part of every group (one sample more or
-    less), so that each sees every prompt and every rank has as much to do in each. Which samples it has depends on
-    their places in the rollout batch alone, not on the ranks: with the order of prompts and the seeds of sampling it
-    follows from the run's seed.
+    less), so that each sees every prompt. Which samples it has depends on their places in the rollout batch alone, not
+    on the ranks: with the order of prompts and the seeds of sampling it follows from the run's seed.
     """
     dealt: list[list[Sample]] = [[] for _ in range(mini_batches)]
-    seen: Counter[int] = Counter()
     for sample in samples:
-        dealt[(sample.group * num_generations + seen[sample.group]) % mini_batches].append(sample)
-        seen[sample.group] += 1
+        dealt[(sample.group * num_generations + sample.index) % mini_batches].append(sample)
     return dealt
 
 
-def make_micro_batches(
-    samples: Sequence[Sample], max_tokens: int, device: torch.device, share_prompts: bool = False
-) -> list[MicroBatch]:
-    """Pack `samples` into micro-batches of at most `max_tokens` tokens, prompts included.
+def make_mini_batch(samples: Sequence[Sample], config: GRPOConfig, device: torch.device, quadratic: float) -> MiniBatch:
+    """Of all ranks' `samples`, of each the groups that it sampled, this rank's share. A collective."""
+    taken = counted(samples, config.mask_truncated_completions)
+    cut = [sample for sample in samples if sample.finish_reason != "stop" and config.mask_truncated_completions]
+    trained, skipped = split_by_signal(taken) if config.skips_groups else (taken, [])
+    budget = config.max_tokens_per_micro_batch
+    return MiniBatch(make_micro_batches(trained, budget, device, config.share_prompts, quadratic), skipped, cut)
 
-    Every sampled token is scored, the stop token too; no prompt token is. With `share_prompts` samples of one prompt
-    stay together and the prompt stands once, in each part of a group for which there is room in a micro-batch.
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where a sample is, and how many tokens it has: what all ranks know of it."""
+
+    group: int
+    index: int
+    rank: int
+    position: int  # among that rank's
+    prompt: int
+    completion: int
+
+
+def make_micro_batches(
+    samples: Sequence[Sample],
+    max_tokens: int,
+    device: torch.device,
+    share_prompts: bool = False,
+    quadratic: float = 0.0,
+) -> list[MicroBatch]:
+    """Pack all ranks' samples into micro-batches of at most `max_tokens` tokens, prompts included; returns this rank's.
+    A collective, in which each rank gets the samples that it trains on from those that have them.
+
+    Every sampled token is scored, the stop token too; no prompt token is. With `share_prompts` the prompt of a group
+    stands once in each part of the group. `quadratic` is `sft_core.model.flops.attention_share`.
     """
-    groups: dict[Any, list[Sample]] = {}
-    for i, sample in enumerate(samples):
-        groups.setdefault(tuple(sample.prompt_ids) if share_prompts else i, []).append(sample)
-    parts: list[list[Sample]] = []
-    costs: list[int] = []
-    for members in groups.values():
-        prompt = len(members[0].prompt_ids)
-        gathered = math.ceil(prompt / KEYS_PER_TOKEN) if len(members) > 1 else 0  # for each
-        own = [len(sample.completion_ids) + gathered for sample in members]
-        for part in pack(own, max_tokens - prompt):
-            parts.append([members[i] for i in part])
-            costs.append(prompt + sum(own[i] for i in part))
-    return [_micro_batch([parts[i] for i in chosen], device) for chosen in pack(costs, max_tokens)]
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    places = [
+        Place(sample.group, sample.index, rank, i, len(sample.prompt_ids), len(sample.completion_ids))
+        for i, sample in enumerate(samples)
+    ]
+    every = [places] * ranks
+    if ranks > 1:
+        dist.all_gather_object(every, places)
+    shares = share_out(sorted(place for own in every for place in own), max_tokens, ranks, share_prompts, quadratic)
+    wanted = [[place for parts in share for part in parts for place in part] for share in shares]
+    parcels = [{place.position: samples[place.position] for place in share if place.rank == rank} for share in wanted]
+    found = exchange(parcels)  # by the rank that had it
+    return [
+        _micro_batch([[found[place.rank][place.position] for place in part] for part in parts], device)
+        for parts in shares[rank]
+        if parts
+    ]
+
+
+def share_out(
+    places: Sequence[Place], max_tokens: int, ranks: int, share_prompts: bool, quadratic: float
+) -> list[list[list[list[Place]]]]:
+    """For each rank its micro-batches, as many on every rank, each of parts of groups, by what they cost.
+
+    A group stays whole where ranks then end nearly together. Else the larger ones are cut: a rank more computes the
+    prompt, and none waits.
+    """
+    groups: dict[int, list[Place]] = {}
+    for i, place in enumerate(places):
+        groups.setdefault(place.group if share_prompts else i, []).append(place)
+    best, least = list[list[list[list[Place]]]](), math.inf
+    per_rank = sum(place.completion for place in places) // ranks
+    limits = [max_tokens, per_rank, per_rank // 2, per_rank // 4] if ranks > 1 and share_prompts else [max_tokens]
+    for limit in limits:  # completion tokens of a part
+        parts, tokens, cost = list[list[Place]](), list[int](), list[float]()
+        for members in groups.values():
+            prompt = members[0].prompt
+            gathered = math.ceil(prompt / KEYS_PER_TOKEN) if len(members) > 1 else 0  # for each
+            own = [place.completion + gathered for place in members]
+            for chosen in pack(own, min(max_tokens - prompt, limit)):
+                part = [members[i] for i in chosen]
+                pairs = sum((prompt + p.completion) ** 2 for p in part) - (len(part) - 1) * prompt**2
+                parts.append(part)
+                tokens.append(prompt + sum(own[i] for i in chosen))
+                cost.append(prompt + sum(p.completion for p in part) + quadratic * pairs)
+        shares = balance(tokens, cost, max_tokens, ranks)
+        # Ranks go through their micro-batches in step.
+        slowest = sum(max(sum(cost[i] for i in chosen) for chosen in step) for step in zip(*shares, strict=True))
+        if slowest < 0.98 * least:
+            least = slowest
+            best = [[[parts[i] for i in chosen] for chosen in share] for share in shares]
+    return best
 
 
 def _micro_batch(parts: list[list[Sample]], device: torch.device) -> MicroBatch:

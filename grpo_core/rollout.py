@@ -54,6 +54,7 @@ class Sample:
     reward: float = math.nan  # NaN: not scored
     rewards: list[float] = field(default_factory=list)  # one a reward function; NaN: does not apply
     advantage: float = 0.0
+    index: int = 0  # among the completions of its prompt
     # Kept only between several updates on one rollout batch:
     old_logps: list[float] | None = None  # [L]
     ref_logps: list[float] | None = None  # [L]
@@ -169,8 +170,8 @@ def sample_groups(
     def finished(index: int, completions: list[Completion]) -> None:
         group = groups[index]
         samples[group] = [
-            Sample(group, prompts[group].ids, c.token_ids, c.logps, c.finish_reason, engine.version)
-            for c in completions
+            Sample(group, prompts[group].ids, c.token_ids, c.logps, c.finish_reason, engine.version, index=i)
+            for i, c in enumerate(completions)
         ]
         on_group(samples[group])
 
@@ -284,6 +285,8 @@ def check_version(samples: Sequence[Sample], version: int) -> None:
 
 # Recording and replay: one parquet file a step and rank, a row a completion.
 
+FORMAT = "2"
+
 
 def schema(ranks: int) -> pa.Schema:
     import pyarrow as pa  # not needed where no rows are read
@@ -299,10 +302,11 @@ def schema(ranks: int) -> pa.Schema:
             ("reward", pa.float64()),
             ("rewards", pa.list_(pa.float64())),
             ("advantage", pa.float64()),
+            ("index", pa.int64()),
             ("old_logps", pa.list_(pa.float32())),
             ("ref_logps", pa.list_(pa.float32())),
         ],
-        metadata={"ranks": str(ranks)},
+        metadata={"ranks": str(ranks), "format": FORMAT},
     )
 
 
@@ -320,10 +324,10 @@ def write_rollouts(folder: Path, step: int, samples: Sequence[Sample]) -> None:
 
 
 def read_rollouts(folder: Path, step: int) -> list[Sample]:
-    """This rank's share of the samples that were recorded for `step`: its own, if there were as many ranks.
+    """Of the samples that were recorded for `step`, by any number of ranks, this rank's groups, whole.
 
     Raises:
-        ValueError: this step was not recorded, or not by all ranks.
+        ValueError: this step was not recorded, not by all ranks, or by another version.
     """
     import pyarrow.parquet as pq
 
@@ -331,13 +335,14 @@ def read_rollouts(folder: Path, step: int) -> list[Sample]:
     names = [f"step-{step:06d}-rank-00000.parquet"]
     if names[0] in files:
         # It says how many ranks there were; what more ranks left from an earlier recording is ignored.
-        ranks = int(pq.read_schema(files[names[0]]).metadata[b"ranks"])
-        names = [f"step-{step:06d}-rank-{rank:05d}.parquet" for rank in range(ranks)]
+        about = pq.read_schema(files[names[0]]).metadata
+        require(about.get(b"format") == FORMAT.encode(), f"{files[names[0]]} is of another version: record it again.")
+        names = [f"step-{step:06d}-rank-{rank:05d}.parquet" for rank in range(int(about[b"ranks"]))]
     if missing := [name for name in names if name not in files]:
         raise ValueError(f"{missing[0]} is not in {folder}: record it with --save_rollouts, or lower max_steps.")
-    world_size, rank = dist.get_world_size(), dist.get_rank()
-    if len(names) == world_size:
-        return [Sample(**row) for row in pq.read_table(files[names[rank]]).to_pylist()]
-    rows = [row for name in names for row in pq.read_table(files[name]).to_pylist()]
-    samples = [Sample(**row) for row in rows if row["group"] % world_size == rank]
-    return sorted(samples, key=lambda sample: sample.group)
+    samples: list[Sample] = []
+    for name in names:
+        table = pq.read_table(files[name])
+        here = [group % dist.get_world_size() == dist.get_rank() for group in table["group"].to_pylist()]
+        samples += [Sample(**row) for row in table.filter(here).to_pylist()]
+    return sorted(samples, key=lambda sample: (sample.group, sample.index))

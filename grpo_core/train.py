@@ -8,7 +8,7 @@ It is `sft_core/train.py` with rollouts and advantages in front. One step, as th
     1 sync         the engine gets the policy's weights, and proves it
     2 sample       G completions a prompt, scored by the reward functions; in rounds with dynamic_sampling
     3 advantage    each completion against the others of its group
-    4 pack         prompts and completions into micro-batches without padding
+    4 pack         prompts and completions into micro-batches without padding, as much to do on every rank
     5 denominators the step's tokens and sequences over all ranks, before the first backward
     6 update       log-probs, objective, backward, clip, step
     7 log, evaluate, save
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from eval.workers import WorkerPool
 from gen.engine.base import Sampling
 from gen.engine.weight_sync import probe, sync_weights
-from grpo_core.batch import MiniBatch, counted, deal, idle_micro_batch, keep_logps, make_micro_batches, split_by_signal
+from grpo_core.batch import MiniBatch, deal, idle_micro_batch, keep_logps, make_mini_batch
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.evaluation import evaluate_policy
 from grpo_core.metrics import (
@@ -63,6 +63,7 @@ from sft_core.data.rows import row_order
 from sft_core.lifecycle import TrainingRun
 from sft_core.model.adapters import without_adapters
 from sft_core.model.export import full_weights, reshard, weight_names
+from sft_core.model.flops import attention_share
 from sft_core.model.optim import clip_gradients, guarded_step
 from sft_core.model.parallel import freeze, mix
 from sft_core.model.policy import Policy, load_policy
@@ -112,9 +113,9 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             if run.model.use_peft
             else training.shard(freeze(load_policy(run.local_model, to_shard=True)))
         )
-    progress.entropy_coef = config.entropy_coef
+    progress.entropy_coef, quadratic = config.entropy_coef, attention_share(run.model_info)
     trained = training.resume(policy, following)
-    rollouts: list[Sample] = []  # this rank's share of the rollout batch
+    rollouts: list[Sample] = []  # the groups of the rollout batch that this rank has sampled
     if run.checkpoint is not None and progress.updates:
         rollouts = read_rollouts(run.checkpoint, progress.step)
     engine = start_engine(run)
@@ -132,7 +133,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             sync_weights(engine, full_weights(policy, run.dtype), weight_names(policy), progress.step)
             probe(
                 engine,
-                partial(policy.score, temperature=config.temperature, device=device),
+                partial(policy.score, temperature=config.temperature, device=device, share_prompt=config.share_prompts),
                 run.prompts[0].ids,
                 Sampling(8, max_tokens=min(16, config.max_completion_length), temperature=config.temperature),
                 seed=config.seed,
@@ -153,7 +154,8 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
     def save() -> None:
         if progress.updates:
             keep_logps(mini_batches)
-        kept = rollouts if progress.updates else []
+        used = [sample for batch in mini_batches for sample in batch.samples] or rollouts
+        kept = used if progress.updates else []
         training.save(trained, lambda folder: write_rollouts(folder, progress.step, kept))
 
     sampling = Sampling(config.num_generations, config.max_completion_length, config.temperature, run.sampling_ends)
@@ -203,15 +205,11 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             if config.save_rollouts is not None:
                 write_rollouts(Path(config.save_rollouts), step, rollouts)
         if first_use or not mini_batches:
-            # 4 pack: without padding, for each of the optimizer steps on these rollouts
+            # 4 pack: without padding, for each of the optimizer steps on these rollouts, shared out among the ranks
             with phases("pack"):
                 mini_batches = []
                 for samples in deal(rollouts, config.num_generations, run.mini_batches):
-                    taken = counted(samples, config.mask_truncated_completions)
-                    trained_on, skipped = split_by_signal(taken) if config.skips_groups else (taken, [])
-                    budget = config.max_tokens_per_micro_batch
-                    packed = make_micro_batches(trained_on, budget, device, config.share_prompts)
-                    mini_batches.append(MiniBatch(samples, packed, skipped))
+                    mini_batches.append(make_mini_batch(samples, config, device, quadratic))
             # 5 denominators: over all ranks, before the first backward; ranks with fewer micro-batches idle along
             for mini_batch in mini_batches:
                 packed = mini_batch.micro_batches

@@ -81,7 +81,8 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             with training.bad_input():  # streamed rows are met here for the first time
                 examples = run.source.take(run.sequences_per_step)
             lengths = [len(ids) for ids, _ in examples]
-            shares = balance(lengths, config.max_tokens_per_micro_batch, run.world_size, quadratic)
+            cost = [length + quadratic * length**2 for length in lengths]
+            shares = balance(lengths, cost, config.max_tokens_per_micro_batch, run.world_size)
             batches = [pack_rows([examples[i] for i in members], device) for members in shares[run.rank] if members]
         # 2 denominator: the step's trained tokens over all ranks, before the first backward
         counts = step_counts(batches, device)

@@ -36,18 +36,17 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
     return bins
 
 
-def balance(lengths: Sequence[int], budget: int, ranks: int, quadratic: float = 0.0) -> list[list[list[int]]]:
+def balance(lengths: Sequence[int], cost: Sequence[float], budget: int, ranks: int) -> list[list[list[int]]]:
     """For each rank its micro-batches, as indices of `lengths`: at most `budget` tokens each, as many on every rank.
 
-    A sequence of L tokens costs L + quadratic L^2 (attention's share). Ranks go through their micro-batches in step,
-    so those that meet are made alike: costliest sequence first, each to the cheapest micro-batch with room, and the
-    micro-batches dealt out in order of cost. A sequence is never split; one longer than the budget gets a micro-batch
-    of its own. With fewer sequences than ranks some micro-batches are empty. Deterministic.
+    `cost` of each sequence is in proportion to its FLOPs. Ranks go through their micro-batches in step, so those that
+    meet are made alike: costliest sequence first, each to the cheapest micro-batch with room, and the micro-batches
+    dealt out in order of cost. A sequence is never split; one longer than the budget gets a micro-batch of its own.
+    With fewer sequences than ranks some micro-batches are empty. Deterministic.
 
-    >>> balance([5, 3, 3, 2, 9], budget=8, ranks=2)
+    >>> balance([5, 3, 3, 2, 9], [5, 3, 3, 2, 9], budget=8, ranks=2)
     [[[4], [1, 3]], [[0], [2]]]
     """
-    cost = [length + quadratic * length * length for length in lengths]
     order = sorted(range(len(lengths)), key=lambda i: (-cost[i], i))
     alone = sum(2 * length > budget for length in lengths)  # no two of these fit together
     count = ranks * max(1, math.ceil(max(alone, sum(lengths) / budget) / ranks))
@@ -58,7 +57,7 @@ def balance(lengths: Sequence[int], budget: int, ranks: int, quadratic: float = 
 
 
 def _spread(
-    lengths: Sequence[int], cost: list[float], order: list[int], budget: int, count: int
+    lengths: Sequence[int], cost: Sequence[float], order: list[int], budget: int, count: int
 ) -> list[list[int]] | None:
     """The sequences in exactly `count` bins, or None where they do not fit."""
     bins: list[list[int]] = [[] for _ in range(count)]

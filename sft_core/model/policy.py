@@ -106,13 +106,19 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def score(
-        self, prompt: list[int], completions: list[list[int]], temperature: float, device: torch.device
+        self,
+        prompt: list[int],
+        completions: list[list[int]],
+        temperature: float,
+        device: torch.device,
+        share_prompt: bool = False,
     ) -> Tensor:
-        """Log-probs [N] of the tokens of all `completions`, one after the other, each after the prompt. A collective,
-        like every pass."""
+        """Log-probs [N] of the tokens of all `completions`, one after the other, each after the prompt, which
+        `share_prompt` computes once. A collective, like every pass."""
         sequences = [prompt + completion for completion in completions]
         masks = [[False] * len(prompt) + [True] * len(completion) for completion in completions]
-        return self(pack_sequences(sequences, masks, device), temperature)[0]
+        shared = [len(prompt) * share_prompt * (i > 0) for i in range(len(completions))]
+        return self(pack_sequences(sequences, masks, device, shared), temperature)[0]
 
 
 def check_positions(config: PretrainedConfig, tokens: int, what: str, remedy: str) -> None:

@@ -9,13 +9,14 @@ import ctypes
 import faulthandler
 import fcntl
 import os
+import pickle
 import resource
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
@@ -134,6 +135,22 @@ def on_first_rank(work: Callable[[], T], patient: bool = False) -> T:
     if outcome[1] is not None:
         raise ValueError(outcome[1])
     return outcome[0]
+
+
+def exchange(parcels: Sequence[T]) -> list[T]:
+    """`parcels[i]`, picklable, goes to rank i; returns what the ranks sent to this one. A collective.
+
+    A rank receives what is for it alone, where `all_gather_object` would bring it all of it.
+    """
+    if len(parcels) == 1:
+        return [*parcels]
+    sent = [torch.frombuffer(bytearray(pickle.dumps(parcel)), dtype=torch.uint8) for parcel in parcels]
+    sizes = torch.tensor([len(data) for data in sent])
+    coming = torch.empty_like(sizes)
+    dist.all_to_all_single(coming, sizes)
+    found = torch.empty(int(coming.sum()), dtype=torch.uint8)
+    dist.all_to_all_single(found, torch.cat(sent), coming.tolist(), sizes.tolist())
+    return [pickle.loads(data.numpy().tobytes()) for data in found.split(coming.tolist())]
 
 
 @contextmanager

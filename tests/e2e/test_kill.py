@@ -120,7 +120,8 @@ def test_sigterm_saves_and_exits(uninterrupted, tiny_model, problems, tmp_path):
 
 
 def test_resume_with_another_number_of_ranks(uninterrupted, tiny_model, problems, tmp_path):
-    """Not bitwise, since sums are taken in another order, but the same run to float32 rounding."""
+    """Not bitwise, since sums are taken in another order, but the same run to float32 rounding. The fifth step samples
+    after the resume, where rounding may flip a token."""
     argv = options(tiny_model, problems, tmp_path / "out", **SETTINGS)
     processes = start(TRAIN, argv, tmp_path / "log", ranks=2)
     wait_for_step(tmp_path / "out", 3)
@@ -130,7 +131,8 @@ def test_resume_with_another_number_of_ranks(uninterrupted, tiny_model, problems
     code, output = run(TRAIN, argv, tmp_path / "log", ranks=1)
     assert code == 0, output
     losses, expected = ([row["loss"] for row in metrics(folder)] for folder in (tmp_path / "out", uninterrupted))
-    assert len(losses) == STEPS and losses == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert len(losses) == STEPS and losses[:4] == pytest.approx(expected[:4], rel=1e-3, abs=1e-5)
+    assert losses[4:] == pytest.approx(expected[4:], abs=2e-3)
 
 
 def test_a_finished_run_goes_on_from_within_a_rollout(uninterrupted, tiny_model, problems, tmp_path):

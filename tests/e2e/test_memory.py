@@ -78,6 +78,7 @@ def record(folder):
             "reward": float(i % 2),
             "rewards": [float(i % 2)],
             "advantage": 0.0,
+            "index": i,
             "old_logps": None,
         }
         for group in range(4)

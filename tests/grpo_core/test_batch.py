@@ -12,8 +12,9 @@ from grpo_core.rollout import Sample
 CPU = torch.device("cpu")
 
 
-def rollout(group, prompt, answer, reason="stop"):
-    return Sample(group, prompt, answer, [-float(token) for token in answer], reason, version=0, advantage=float(group))
+def rollout(group, prompt, answer, reason="stop", index=0):
+    logps, advantage = [-float(token) for token in answer], float(group)
+    return Sample(group, prompt, answer, logps, reason, version=0, advantage=advantage, index=index)
 
 
 def test_the_sampled_stop_token_is_scored_and_no_prompt_token_is():
@@ -55,7 +56,7 @@ def test_old_and_reference_logps_survive_a_checkpoint():
     batches = make_micro_batches(rollouts, 8, CPU)
     for batch in batches:
         batch.old_logps, batch.ref_logps = batch.sampler_logps * 0.5, batch.sampler_logps * 0.25
-    keep_logps([MiniBatch(rollouts, batches[:1]), MiniBatch(rollouts, batches[1:])])
+    keep_logps([MiniBatch(batches[:1]), MiniBatch(batches[1:])])
     [batch] = make_micro_batches(rollouts, 1000, CPU)
     assert torch.equal(batch.old_logps, batch.sampler_logps * 0.5)
     assert torch.equal(batch.ref_logps, batch.sampler_logps * 0.25)
@@ -75,7 +76,7 @@ def test_of_recorded_log_probs_no_rank_makes_a_pass():
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize(("groups", "size", "mini_batches"), [(6, 4, 1), (6, 4, 2), (3, 4, 4), (5, 7, 3), (1, 8, 4)])
 def test_mini_batches_are_equal_parts_of_every_group_whatever_the_ranks(groups, size, mini_batches, ranks):
-    rollouts = [rollout(group, [1], [group, k]) for group in range(groups) for k in range(size)]
+    rollouts = [rollout(group, [1], [group, k], index=k) for group in range(groups) for k in range(size)]
     shares = [deal([r for r in rollouts if r.group % ranks == rank], size, mini_batches) for rank in range(ranks)]
     found = [[r for share in shares for r in share[i]] for i in range(mini_batches)]
     alone = deal(rollouts, size, mini_batches)

@@ -62,11 +62,12 @@ def make_rollouts():
     rollouts = []
     for group in range(5):
         prompt = [rng.randrange(5, 200) for _ in range(rng.randint(5, 15))]
-        for _ in range(4):
+        for i in range(4):
             answer = [rng.randrange(5, 200) for _ in range(rng.randint(1, 20))]
             logps = [rng.uniform(-9, -6) for _ in answer]
             old = [logp + rng.gauss(0, 0.1) for logp in logps]
-            rollouts.append(Sample(group, prompt, answer, logps, "stop", 0, advantage=rng.gauss(0, 1), old_logps=old))
+            advantage = rng.gauss(0, 1)
+            rollouts.append(Sample(group, prompt, answer, logps, "stop", 0, 0, [], advantage, i, old_logps=old))
     return rollouts
 
 
@@ -100,15 +101,15 @@ def gradients(model: str) -> dict[str, dict[str, np.ndarray]]:
             if "without advantages" in name:
                 for rollout in own:
                     rollout.advantage = 0.0
-            mini_batches = config.mini_batches(world_size)
-            own = deal(own, 4, mini_batches)[-1]
+            own = deal(own, 4, config.mini_batches(world_size))[-1]
             random.Random(budget).shuffle(own)  # packing order too
             batches = make_micro_batches(own, tokens, device, share_prompts)
             counts = step_counts([batch.sequences for batch in batches], device)
             idle = counts.micro_batches - len(batches)
-            if (budget, rank) == ("one", 1):
-                assert idle == 4 / mini_batches, "the second rank has a group less, and makes as many passes"
-            batches += [idle_micro_batch(device) for _ in range(idle)]
+            assert idle <= 1, "there is as much to do on each rank"
+            batches += [idle_micro_batch(device)] * idle
+            if budget == "one":  # beside one of the other rank's
+                batches.insert(rank * len(batches), idle_micro_batch(device))
             figures = update(policy, reference if config.beta else None, batches, counts, config, first_use=True)
             loss = figures["loss"].clone()
             dist.all_reduce(loss)

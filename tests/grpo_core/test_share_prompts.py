@@ -12,7 +12,7 @@ from tests.processes import run_ranks
 
 CPU = torch.device("cpu")
 # Length of the prompt, lengths of the completions. Empty ones first, last and alone; a prompt of one token; one
-# completion; two groups of the same prompt.
+# completion.
 GROUPS = [(12, [5, 0, 9, 3]), (1, [0, 7, 2, 2]), (9, [0, 0]), (6, [4]), (12, [3, 8, 8, 1]), (20, [1, 2, 1, 30, 1, 1])]
 BUDGETS = {"all": 10_000, "parts": 45}  # tokens of a micro-batch: one for all; parts of groups, mixed with other groups
 KINDS = ["eager", "checkpointing", "adapters"]
@@ -20,16 +20,15 @@ KINDS = ["eager", "checkpointing", "adapters"]
 
 def make_rollouts() -> list[Sample]:
     rng = random.Random(0)
-    prompts: dict[int, list[int]] = {}
     rollouts = []
     for group, (size, lengths) in enumerate(GROUPS):
-        prompt = prompts.setdefault(size, [rng.randrange(5, 200) for _ in range(size)])
-        for length in lengths:
+        prompt = [rng.randrange(5, 200) for _ in range(size)]
+        for i, length in enumerate(lengths):
             answer = [rng.randrange(5, 200) for _ in range(length)]
             logps = [rng.uniform(-9, -6) for _ in answer]
             old = [logp + rng.gauss(0, 0.1) for logp in logps]
-            sample = Sample(group, list(prompt), answer, logps, "stop", 0, advantage=rng.gauss(0, 1), old_logps=old)
-            rollouts.append(sample)
+            advantage = rng.gauss(0, 1)
+            rollouts.append(Sample(group, list(prompt), answer, logps, "stop", 0, 0, [], advantage, i, old_logps=old))
     return rollouts
 
 
@@ -147,10 +146,10 @@ def test_compiled_blocks_too(tiny_model):
 def test_a_prompt_stands_once_in_each_part_of_a_group():
     rollouts = make_rollouts()
     assert prompts_computed(rollouts, 1) == [len(lengths) for _, lengths in GROUPS]
-    assert prompts_computed(rollouts, BUDGETS["all"]) == [1, 1, 1, 1, 0, 1]  # the first and the fifth are one group
-    assert prompts_computed(rollouts, BUDGETS["parts"]) == [2, 1, 1, 1, 0, 2]
+    assert prompts_computed(rollouts, BUDGETS["all"]) == [1] * len(GROUPS)
+    assert prompts_computed(rollouts, BUDGETS["parts"]) == [1, 1, 1, 1, 1, 2]
     [batch] = make_micro_batches(rollouts, BUDGETS["all"], CPU, share_prompts=True)
-    prompts, completions = 12 + 1 + 9 + 6 + 20, sum(sum(lengths) for _, lengths in GROUPS)
+    prompts, completions = sum(size for size, _ in GROUPS), sum(sum(lengths) for _, lengths in GROUPS)
     assert batch.sequences.input_ids.shape[1] == prompts + completions
     assert batch.sequences.num_sequences == len(rollouts) == len(batch.advantages)
 

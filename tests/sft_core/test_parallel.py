@@ -116,8 +116,8 @@ def gathered(model: str, flags: dict) -> tuple[list[bool], float]:
     def look() -> None:
         found.append(not isinstance(next(policy.blocks[0].parameters()), DTensor))
 
-    def score(scored) -> torch.Tensor:
-        return scored.score(SEQUENCES[0][:20], [SEQUENCES[0][20:], SEQUENCES[1]], 1.0, device)
+    def score(scored, share_prompt=True) -> torch.Tensor:
+        return scored.score(SEQUENCES[0][:20], [SEQUENCES[0][20:], SEQUENCES[1]], 1.0, device, share_prompt)
 
     before = score(policy)
     look()
@@ -135,7 +135,7 @@ def gathered(model: str, flags: dict) -> tuple[list[bool], float]:
     fresh.model.load_state_dict(weights, strict=False)
     assert (after - before).abs().max() > 0.1
     distributed.shutdown()
-    return found, (after - score(fresh)).abs().max().item()
+    return found, (after - score(fresh, share_prompt=False)).abs().max().item()
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_packing_takes_every_sequence_once_and_keeps_the_budget(lengths, budget)
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 50), st.integers(1, 5))
 def test_micro_batches_are_balanced_over_the_ranks(lengths, budget, ranks):
-    shares = balance(lengths, budget, ranks, quadratic=0.05)
+    shares = balance(lengths, [length + 0.05 * length**2 for length in lengths], budget, ranks)
     assert len({len(own) for own in shares}) == 1 and len(shares) == ranks
     everything = [members for own in shares for members in own]
     assert sorted(i for members in everything for i in members) == list(range(len(lengths)))
@@ -51,7 +51,7 @@ def test_micro_batches_are_balanced_over_the_ranks(lengths, budget, ranks):
 
 def test_rows_just_over_half_the_budget_are_told_at_once():
     """No two fit together: as many micro-batches as rows, found without trying every number below."""
-    shares = balance([5000] * 2048, 8192, 8)
+    shares = balance([5000] * 2048, [1.0] * 2048, 8192, 8)
     assert [len(own) for own in shares] == [256] * 8
 
 
@@ -59,7 +59,7 @@ def test_ranks_that_go_in_step_wait_little_for_each_other():
     """Lengths as reasoning data has them: the time of the slowest rank of each step, beyond an even share."""
     generator = torch.Generator().manual_seed(0)
     lengths = (torch.randn(2000, generator=generator) + 7).exp().clamp(20, 32768).int().tolist()
-    shares = balance(lengths, 32768, 8, quadratic=1e-4)
+    shares = balance(lengths, [length + 1e-4 * length**2 for length in lengths], 32768, 8)
 
     def waited(shares):
         cost = [[sum(lengths[i] + 1e-4 * lengths[i] ** 2 for i in members) for members in own] for own in shares]
