@@ -40,6 +40,7 @@ from sft_core.run import distributed
 from sft_core.run.cli import parse
 from sft_core.run.files import write_atomically
 from sft_core.run.options import require
+from sft_core.run.parent import die_with_parent
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,7 +60,7 @@ def run(
     with `argv`, for the processes of further GPUs."""
     with distributed.usage_errors():
         if config.shard:
-            distributed.die_with_parent()
+            die_with_parent()
         else:  # a trainer that starts this is a rank of torchrun, this process is not
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
                 os.environ.pop(name, None)

@@ -39,6 +39,7 @@ from sft_core.run import distributed
 from sft_core.run.cli import parse
 from sft_core.run.hub import check_dataset_push, push_dataset
 from sft_core.run.options import require
+from sft_core.run.parent import die_with_parent
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.usage_errors():
         (config,) = parse((GenerateConfig,), argv)
         if config.shard:
-            distributed.die_with_parent()
+            die_with_parent()
         run = Run(config, open_rows(config))
     stop = distributed.StopSignal("stopping when what is in flight is answered")
     lost = ""
