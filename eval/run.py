@@ -38,7 +38,7 @@ from gen.shards import ShardsFailed, of_shard, start_shards
 from kernels.tables import table
 from sft_core.run import distributed
 from sft_core.run.cli import parse
-from sft_core.run.files import write_atomically
+from sft_core.run.files import disk_errors, write_atomically
 from sft_core.run.options import require
 from sft_core.run.parent import die_with_parent
 
@@ -48,9 +48,10 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with distributed.usage_errors():
         (config,) = parse((EvalConfig,), argv)
-    works = run(config, argv)
-    if not config.shard:
-        finish(config, works)
+    with disk_errors():
+        works = run(config, argv)
+        if not config.shard:
+            finish(config, works)
 
 
 def run(

@@ -13,7 +13,6 @@ Left out on purpose: pipelines of several steps, structured output, tools. Start
 """
 
 import asyncio
-import errno
 import json
 import sys
 import tempfile
@@ -37,11 +36,10 @@ from gen.shards import ShardsFailed, of_shard, start_shards
 from gen.store import Store, open_rows
 from sft_core.run import distributed
 from sft_core.run.cli import parse
+from sft_core.run.files import disk_errors
 from sft_core.run.hub import check_dataset_push, push_dataset
 from sft_core.run.options import require
 from sft_core.run.parent import die_with_parent
-
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,22 +57,19 @@ def main(argv: list[str] | None = None) -> None:
     stop = distributed.StopSignal("stopping when what is in flight is answered")
     lost = ""
     try:
-        try:
-            run.work(stop, argv)
-        except (ServerError, ShardsFailed) as error:
-            lost = str(error)
+        with disk_errors():
+            try:
+                run.work(stop, argv)
+            except (ServerError, ShardsFailed) as error:
+                lost = str(error)
         if config.shard:
             raise SystemExit(130 if stop.requested else 0)
-        numbers = run.finish()
+        with disk_errors():
+            numbers = run.finish()
         if lost:
             raise SystemExit(f"error: {lost}. What is done is kept; the same command goes on from there.")
         if not stop.requested:
             push_dataset(run.store.folder / "train.parquet", config.hf_output_dataset, config.private)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        where = f"{run.store.folder} ({error.strerror or error})"
-        raise SystemExit(f"error: cannot write to {where}: make room; the same command goes on from there.") from None
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last whole file.", file=sys.stderr)
         raise SystemExit(130) from None

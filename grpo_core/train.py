@@ -69,6 +69,7 @@ from sft_core.model.policy import Policy, load_policy
 from sft_core.run import distributed
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig
+from sft_core.run.files import disk_errors
 from sft_core.run.logging import merge_metrics, start_logging
 
 OPTIONS = (ModelConfig, GRPOScriptArguments, GRPOConfig)
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     start_logging()
     with distributed.usage_errors():
         run = prepare(*parse(OPTIONS, sys.argv[1:] if argv is None else argv))
-    with TrainingRun(run, Progress(), CONSOLE, len(run.prompts)) as training:
+    with disk_errors(), TrainingRun(run, Progress(), CONSOLE, len(run.prompts)) as training:
         train(run, training)
         training.finish()
 

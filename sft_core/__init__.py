@@ -33,8 +33,8 @@ def refuse_foreign_kernels() -> None:
     except importlib.metadata.PackageNotFoundError:
         return
     refuse(
-        f"the package `kernels` {version} is installed, which owns the folder kernels/ as this project does, and breaks "
-        "transformers: run `pip uninstall kernels` in this environment, then install this project again."
+        f"the package `kernels` {version} is installed, which owns the folder kernels/ as this project does "
+        "and breaks transformers: run `pip uninstall kernels` in this environment, then install this project again."
     )
 
 

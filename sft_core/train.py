@@ -34,6 +34,7 @@ from sft_core.prepare import EVAL_METRICS, Run, prepare
 from sft_core.run import distributed
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig
+from sft_core.run.files import disk_errors
 from sft_core.run.logging import reduce_metrics, start_logging
 
 OPTIONS = (ModelConfig, ScriptArguments, SFTConfig)
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     start_logging()
     with distributed.usage_errors():
         run = prepare(*parse(OPTIONS, sys.argv[1:] if argv is None else argv))
-    with TrainingRun(run, Progress(), CONSOLE, run.samples) as training:
+    with disk_errors(), TrainingRun(run, Progress(), CONSOLE, run.samples) as training:
         train(run, training)
         training.finish()
 

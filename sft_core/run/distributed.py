@@ -147,7 +147,8 @@ def is_first_rank() -> bool:
 
 
 def on_first_rank(work: Callable[[], T], patient: bool = False) -> T:
-    """Run `work` on rank 0 only; every rank returns its (picklable) result or raises its ValueError. A collective.
+    """Run `work` on rank 0 only; every rank returns its (picklable) result or raises its ValueError
+    or OSError. A collective.
 
     `patient`: the others wait for a day, whatever the process group's time-out is.
     """
@@ -158,13 +159,13 @@ def on_first_rank(work: Callable[[], T], patient: bool = False) -> T:
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
-        except ValueError as error:  # the user's mistake: all ranks leave the same way, none waits for the time-out
-            outcome[1] = str(error)
+        except (ValueError, OSError) as error:  # all ranks leave the same way, none waits for the time-out
+            outcome[1] = error if isinstance(error, OSError) else ValueError(str(error))
     dist.broadcast_object_list(outcome, src=0, group=group)
     if group is not None:
         dist.destroy_process_group(group)
     if outcome[1] is not None:
-        raise ValueError(outcome[1])
+        raise outcome[1]
     return outcome[0]
 
 
@@ -229,9 +230,10 @@ def unlock_output_dir(output_dir: str | Path) -> None:
 class StopSignal:
     """SIGTERM, SIGHUP and the first Ctrl-C set `requested`; the loop reads it at a step's end, saves and leaves.
 
-    A SIGHUP that is ignored (nohup) stays so; after one, what can no longer be printed is dropped. A second Ctrl-C raises KeyboardInterrupt. Make it in the main thread, after the engine, which may set handlers of
-    its own. Ranks are signalled at different moments: reduce the flag over all ranks before acting on it. In another
-    thread, where Python sets no handlers, signals do what they did.
+    A SIGHUP that is ignored (nohup) stays so; after one, what can no longer be printed is dropped. A second Ctrl-C
+    raises KeyboardInterrupt. Make it in the main thread, after the engine, which may set handlers of its own. Ranks are
+    signalled at different moments: reduce the flag over all ranks before acting on it. In another thread, where Python
+    sets no handlers, signals do what they did.
     """
 
     _before: dict[int, Any] = {}  # handlers that were there before a run
