@@ -32,7 +32,7 @@ from sft_core.run.watchdog import watchdog
 T = TypeVar("T")
 GIB = 2**30
 PATIENCE = 5.0  # seconds that ranks may be apart without a word
-LEFT_OVER = "If this is to be one process, unset RANK and WORLD_SIZE, which an earlier launcher has left."
+LEFT_OVER = "If no launcher started this process, unset RANK and WORLD_SIZE."
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NOHUP = (signal.SIGHUP, signal.SIG_IGN)
 _as_torchrun: dict[str, str] = {}  # environment variables that a single process has set for itself

@@ -33,17 +33,15 @@ def room_for(what: str, unfinished: Path, needed: int) -> Iterator[None]:
     `unfinished`, which was written to, is removed."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # as that of torch.distributed.checkpoint is
         free = shutil.disk_usage(unfinished.parent).free
         full = isinstance(error, OSError) and error.errno in FULL or "No space left" in str(error)
         if not full and (free >= needed or "inline_container" not in str(error)):  # torch's writer keeps no reason
             raise
         shutil.rmtree(unfinished, ignore_errors=True)
         free = shutil.disk_usage(unfinished.parent).free
-        says = (
-            f"no space left in {unfinished.parent}: {what} takes about {needed / 1e6:.1f} MB, {free / 1e6:.1f} are free"
-        )
-        raise OSError(errno.ENOSPC, says) from error
+        says = f"{what} takes about {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+        raise OSError(errno.ENOSPC, f"no space left in {unfinished.parent}: {says}") from error
 
 
 @contextmanager
