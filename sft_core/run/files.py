@@ -35,7 +35,7 @@ def room_for(what: str, unfinished: Path, needed: int) -> Iterator[None]:
         yield
     except BaseException as error:  # as that of torch.distributed.checkpoint is
         free = shutil.disk_usage(unfinished.parent).free
-        full = isinstance(error, OSError) and error.errno in FULL or "No space left" in str(error)
+        full = getattr(error, "errno", None) in FULL or any(os.strerror(number) in str(error) for number in FULL)
         if not full and (free >= needed or "inline_container" not in str(error)):  # torch's writer keeps no reason
             raise
         shutil.rmtree(unfinished, ignore_errors=True)
