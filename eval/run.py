@@ -43,15 +43,15 @@ from sft_core.run.options import require
 from sft_core.run.parent import die_with_parent
 
 
+@disk_errors()
 def main(argv: list[str] | None = None) -> None:
     """Evaluate by the options in `argv` (default: the command line). Exit code 2 for bad input, 1 for a failure."""
     argv = sys.argv[1:] if argv is None else argv
     with distributed.usage_errors():
         (config,) = parse((EvalConfig,), argv)
-    with disk_errors():
-        works = run(config, argv)
-        if not config.shard:
-            finish(config, works)
+    works = run(config, argv)
+    if not config.shard:
+        finish(config, works)
 
 
 def run(

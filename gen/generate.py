@@ -42,6 +42,7 @@ from sft_core.run.options import require
 from sft_core.run.parent import die_with_parent
 
 
+@disk_errors()
 def main(argv: list[str] | None = None) -> None:
     """Generate by the options in `argv` (default: the command line).
 
@@ -57,15 +58,13 @@ def main(argv: list[str] | None = None) -> None:
     stop = distributed.StopSignal("stopping when what is in flight is answered")
     lost = ""
     try:
-        with disk_errors():
-            try:
-                run.work(stop, argv)
-            except (ServerError, ShardsFailed) as error:
-                lost = str(error)
+        try:
+            run.work(stop, argv)
+        except (ServerError, ShardsFailed) as error:
+            lost = str(error)
         if config.shard:
             raise SystemExit(130 if stop.requested else 0)
-        with disk_errors():
-            numbers = run.finish()
+        numbers = run.finish()
         if lost:
             raise SystemExit(f"error: {lost}. What is done is kept; the same command goes on from there.")
         if not stop.requested:

@@ -86,12 +86,13 @@ class Progress(lifecycle.Progress):
     applied_entropy_coef: float = 0.0  # in the next step
 
 
+@disk_errors()
 def main(argv: list[str] | None = None) -> None:
     """Train as `argv` says (default: the command line); exit code 2 for bad input, before weights are loaded."""
     start_logging()
     with distributed.usage_errors():
         run = prepare(*parse(OPTIONS, sys.argv[1:] if argv is None else argv))
-    with disk_errors(), TrainingRun(run, Progress(), CONSOLE, len(run.prompts)) as training:
+    with TrainingRun(run, Progress(), CONSOLE, len(run.prompts)) as training:
         train(run, training)
         training.finish()
 

@@ -46,12 +46,13 @@ class Progress(lifecycle.Progress):
     order: dict[str, Any] = field(default_factory=dict)  # which rows come next: the state of `run.source`
 
 
+@disk_errors()
 def main(argv: list[str] | None = None) -> None:
     """Train as `argv` says (default: the command line); exit code 2 for bad input, before weights are loaded."""
     start_logging()
     with distributed.usage_errors():
         run = prepare(*parse(OPTIONS, sys.argv[1:] if argv is None else argv))
-    with disk_errors(), TrainingRun(run, Progress(), CONSOLE, run.samples) as training:
+    with TrainingRun(run, Progress(), CONSOLE, run.samples) as training:
         train(run, training)
         training.finish()
 
