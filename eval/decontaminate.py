@@ -37,7 +37,7 @@ from gen.folder import Batch, batches_by_content, digest, open_folder
 from kernels.tables import table
 from sft_core.run.cli import parse
 from sft_core.run.distributed import usage_errors
-from sft_core.run.files import whole_file, write_atomically
+from sft_core.run.files import disk_errors, whole_file, write_atomically
 from sft_core.run.hub import check_dataset_push, push_dataset
 
 CHUNK = 1000  # rows
@@ -117,6 +117,7 @@ class Index:
         ]
 
 
+@disk_errors()
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with usage_errors():

@@ -45,7 +45,7 @@ from gen.folder import Batch, batches_by_content, open_folder, write_tables
 from kernels.tables import table
 from sft_core.run.cli import parse
 from sft_core.run.distributed import usage_errors
-from sft_core.run.files import write_atomically
+from sft_core.run.files import disk_errors, write_atomically
 from sft_core.run.hub import check_dataset_push, push_dataset
 from sft_core.run.options import require
 
@@ -53,6 +53,7 @@ NAME = "pass_rate"  # of the task
 CHUNK = 256  # rows checked between two files
 
 
+@disk_errors()
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with usage_errors():

@@ -38,10 +38,12 @@ from gen.shards import ShardsFailed, of_shard, start_shards
 from kernels.tables import table
 from sft_core.run import distributed
 from sft_core.run.cli import parse
-from sft_core.run.files import write_atomically
+from sft_core.run.files import disk_errors, write_atomically
 from sft_core.run.options import require
+from sft_core.run.parent import die_with_parent
 
 
+@disk_errors()
 def main(argv: list[str] | None = None) -> None:
     """Evaluate by the options in `argv` (default: the command line). Exit code 2 for bad input, 1 for a failure."""
     argv = sys.argv[1:] if argv is None else argv
@@ -59,7 +61,7 @@ def run(
     with `argv`, for the processes of further GPUs."""
     with distributed.usage_errors():
         if config.shard:
-            distributed.die_with_parent()
+            die_with_parent()
         else:  # a trainer that starts this is a rank of torchrun, this process is not
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
                 os.environ.pop(name, None)

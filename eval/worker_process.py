@@ -5,7 +5,6 @@ for each chunk (function, items) "started" and for each item "value" with the re
 "unloadable" with a line where the chunk cannot be unpickled.
 """
 
-import ctypes
 import os
 import pickle
 import resource
@@ -16,15 +15,13 @@ import traceback
 from multiprocessing.connection import Connection
 
 from eval.verify import check_answer
+from sft_core.run.parent import die_with_parent
 
 
 def main() -> None:
     """Arguments: descriptor of the socket, the parent's process id, memory limit in bytes (0: none)."""
     descriptor, parent, memory_limit = map(int, sys.argv[1:])
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a fork of the parent may hold the socket open
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with_parent(parent)  # a fork of it may hold the socket open
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

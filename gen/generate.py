@@ -13,7 +13,6 @@ Left out on purpose: pipelines of several steps, structured output, tools. Start
 """
 
 import asyncio
-import errno
 import json
 import sys
 import tempfile
@@ -37,12 +36,13 @@ from gen.shards import ShardsFailed, of_shard, start_shards
 from gen.store import Store, open_rows
 from sft_core.run import distributed
 from sft_core.run.cli import parse
+from sft_core.run.files import disk_errors
 from sft_core.run.hub import check_dataset_push, push_dataset
 from sft_core.run.options import require
+from sft_core.run.parent import die_with_parent
 
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
-
+@disk_errors()
 def main(argv: list[str] | None = None) -> None:
     """Generate by the options in `argv` (default: the command line).
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.usage_errors():
         (config,) = parse((GenerateConfig,), argv)
         if config.shard:
-            distributed.die_with_parent()
+            die_with_parent()
         run = Run(config, open_rows(config))
     stop = distributed.StopSignal("stopping when what is in flight is answered")
     lost = ""
@@ -69,11 +69,6 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f"error: {lost}. What is done is kept; the same command goes on from there.")
         if not stop.requested:
             push_dataset(run.store.folder / "train.parquet", config.hf_output_dataset, config.private)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        where = f"{run.store.folder} ({error.strerror or error})"
-        raise SystemExit(f"error: cannot write to {where}: make room; the same command goes on from there.") from None
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last whole file.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,11 +1,13 @@
 """GRPO: group sampling, rewards, advantages, the objective, the loop.
 
 What users of TRL import from `trl`, and open-r1's scripts from their helpers, is here; it is imported when it is asked
-for (PEP 562), so that `import grpo_core` costs nothing.
+for (PEP 562), so that `import grpo_core` costs little.
 """
 
 import importlib
 from typing import Any
+
+import sft_core  # noqa: F401 (what it refuses is said before anything else is imported)
 
 _EXPORTS = {
     "GRPOTrainer": "grpo_core.trainer",

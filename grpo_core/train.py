@@ -70,6 +70,7 @@ from sft_core.model.policy import Policy, load_policy
 from sft_core.run import distributed
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig
+from sft_core.run.files import disk_errors
 from sft_core.run.logging import merge_metrics, start_logging
 
 OPTIONS = (ModelConfig, GRPOScriptArguments, GRPOConfig)
@@ -86,6 +87,7 @@ class Progress(lifecycle.Progress):
     applied_entropy_coef: float = 0.0  # in the next step
 
 
+@disk_errors()
 def main(argv: list[str] | None = None) -> None:
     """Train as `argv` says (default: the command line); exit code 2 for bad input, before weights are loaded."""
     start_logging()

@@ -33,7 +33,7 @@ from sft_core.model.policy import Policy, load_policy
 from sft_core.run import distributed
 from sft_core.run.benchmarks import get_callbacks
 from sft_core.run.callbacks import Callbacks
-from sft_core.run.files import write_atomically
+from sft_core.run.files import FULL, write_atomically
 from sft_core.run.logging import MetricsLogger, announce
 from sft_core.run.output_dir import read_state, step_of
 from sft_core.run.watchdog import Phases, watchdog
@@ -88,7 +88,9 @@ class TrainingRun(Generic[P]):
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception):  # said first: what is closed may hang after it
+        if (
+            isinstance(error, Exception) and getattr(error, "errno", None) not in FULL
+        ):  # said first: what is closed may hang after it
             print(f"stopping: {error!r}", file=sys.stderr, flush=True)
             distributed.StopSignal.restore()
             watchdog(CLOSING_LIMIT)

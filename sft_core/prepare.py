@@ -45,7 +45,7 @@ from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, Trainin
 from sft_core.run.hub import check_hub
 from sft_core.run.logging import check_report_to, set_log_level
 from sft_core.run.options import require
-from sft_core.run.output_dir import differences, prepare_output_dir, read_state
+from sft_core.run.output_dir import differences, finished_as, prepare_output_dir, read_state
 from sft_core.sampler import Shuffled, Streamed
 
 if TYPE_CHECKING:
@@ -191,6 +191,15 @@ def open_output_dir(base: Base, config: TrainingConfig, **more: Any) -> tuple[di
         **describe(base.model),
     }
     distributed.on_first_rank(lambda: distributed.lock_output_dir(config.output_dir))
+    step = base.handed is None and distributed.on_first_rank(lambda: finished_as(Path(config.output_dir), identity))
+    if step:
+        if base.rank == 0:
+            print(
+                f"this run is finished, after step {step}: its model is in {config.output_dir}. To train on raise "
+                "--max_steps or --num_train_epochs; to train anew give another --output_dir."
+            )
+        distributed.shutdown()
+        raise SystemExit(0)
     checkpoint = prepare_output_dir(
         config.output_dir,
         identity,

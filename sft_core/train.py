@@ -34,6 +34,7 @@ from sft_core.prepare import EVAL_METRICS, Run, prepare
 from sft_core.run import distributed
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig
+from sft_core.run.files import disk_errors
 from sft_core.run.logging import reduce_metrics, start_logging
 
 OPTIONS = (ModelConfig, ScriptArguments, SFTConfig)
@@ -45,6 +46,7 @@ class Progress(lifecycle.Progress):
     order: dict[str, Any] = field(default_factory=dict)  # which rows come next: the state of `run.source`
 
 
+@disk_errors()
 def main(argv: list[str] | None = None) -> None:
     """Train as `argv` says (default: the command line); exit code 2 for bad input, before weights are loaded."""
     start_logging()

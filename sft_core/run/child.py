@@ -6,7 +6,7 @@ python -m sft_core.run.child PARENT_PID MODULE ARGUMENTS...
 import runpy
 import sys
 
-from sft_core.run.distributed import die_with_parent
+from sft_core.run.parent import die_with_parent
 
 if __name__ == "__main__":
     parent, module, *_ = sys.argv[1:]

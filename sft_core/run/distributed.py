@@ -5,7 +5,6 @@ and any agreement between ranks about signals (the loop reduces `StopSignal.requ
 watchdog over what hangs is in `watchdog.py`.
 """
 
-import ctypes
 import faulthandler
 import fcntl
 import os
@@ -27,10 +26,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from sft_core.run.options import require
+from sft_core.run.parent import end_with_launcher
 from sft_core.run.watchdog import watchdog
 
 T = TypeVar("T")
 GIB = 2**30
+PATIENCE = 5.0  # seconds that ranks may be apart without a word
+LEFT_OVER = "If no launcher started this process, unset RANK and WORLD_SIZE."
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+NOHUP = (signal.SIGHUP, signal.SIG_IGN)
 _as_torchrun: dict[str, str] = {}  # environment variables that a single process has set for itself
 _stores: list[dist.Store] = []  # the launcher's, where there is one
 _groups = count()
@@ -38,22 +43,6 @@ _locks: dict[Path, int] = {}  # folder -> the open file whose lock this process 
 
 
 # --- processes ---------------------------------------------------------------------------------------------------
-
-
-def die_with_parent(parent_pid: int | None = None) -> None:
-    """Have the kernel SIGKILL this process when its parent dies, so that no orphan goes on writing (Linux).
-
-    Give `parent_pid` (the parent's `os.getpid()`, passed along) to close the race of a parent that died before this
-    call. A rank of torchrun does not know it and needs not: its rendezvous fails when the launcher is gone. The kernel
-    watches the *thread* that started this process: start children from a thread that lasts.
-    """
-    parent = os.getppid() if parent_pid is None else parent_pid
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        if ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def init_distributed(timeout_s: float = 600.0) -> tuple[int, int, int, torch.device]:
@@ -66,8 +55,8 @@ def init_distributed(timeout_s: float = 600.0) -> tuple[int, int, int, torch.dev
     faulthandler.enable(file=2, all_threads=True)
     store: dist.Store | None = None
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            die_with_parent()
+        end_with_launcher()
+        _check_launched()
     else:
         store = dist.HashStore()
         with socket.socket() as free:
@@ -96,10 +85,53 @@ def init_distributed(timeout_s: float = 600.0) -> tuple[int, int, int, torch.dev
     timeout = timedelta(seconds=timeout_s)
     if store is None:  # the launcher's, once: a process may join group after group, each under keys of its own
         if not _stores:
-            _stores.append(next(iter(rendezvous("env://", timeout=timeout)))[0])
+            _stores.append(_meet(timeout))
         store = dist.PrefixStore(f"group-{next(_groups)}", _stores[0])
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return rank, world_size, local_rank, device
+
+
+def _check_launched() -> None:
+    """Raise ValueError where the launcher's variables are not those of a rank."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        require(os.environ.get(name, "0").isdecimal(), f"{name}={os.environ.get(name)} is no number. {LEFT_OVER}")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    require(not missing, f"{_said()} are there without {' and '.join(missing)}. {LEFT_OVER}")
+    require(int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]), f"{_said()}: there is no such rank. {LEFT_OVER}")
+
+
+def _said() -> str:
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+
+
+def _meet(timeout: timedelta) -> dist.Store:
+    """The store at which the ranks meet, when all are there.
+
+    Raises ValueError where they cannot: an unknown host, a port in use, a rank that does not come within `timeout`.
+    """
+    outcome: list[Any] = []
+
+    def meet() -> None:
+        try:
+            outcome.append(next(iter(rendezvous("env://", timeout=timeout)))[0])
+        except (ValueError, dist.DistError) as error:
+            outcome.append(error)
+
+    waiting = threading.Thread(target=meet, daemon=True)  # what waits in C++ would not notice a Ctrl-C
+    waiting.start()
+    waiting.join(PATIENCE)
+    if waiting.is_alive():
+        try:
+            socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+        except OSError as error:
+            raise ValueError(f"{_said()}: there is no such host ({error.strerror}). {LEFT_OVER}") from error
+        print(f"waiting for the other ranks: {_said()}. {LEFT_OVER}", file=sys.stderr, flush=True)
+        waiting.join()
+    if isinstance(outcome[0], Exception):
+        why = str(outcome[0]).split("\n")[0].rstrip(".")
+        raise ValueError(f"the ranks cannot meet: {_said()}: {why}. {LEFT_OVER}") from outcome[0]
+    return outcome[0]
 
 
 def shutdown() -> None:
@@ -116,7 +148,8 @@ def is_first_rank() -> bool:
 
 
 def on_first_rank(work: Callable[[], T], patient: bool = False) -> T:
-    """Run `work` on rank 0 only; every rank returns its (picklable) result or raises its ValueError. A collective.
+    """Run `work` on rank 0 only; every rank returns its (picklable) result or raises its ValueError
+    or OSError. A collective.
 
     `patient`: the others wait for a day, whatever the process group's time-out is.
     """
@@ -127,13 +160,13 @@ def on_first_rank(work: Callable[[], T], patient: bool = False) -> T:
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
-        except ValueError as error:  # the user's mistake: all ranks leave the same way, none waits for the time-out
-            outcome[1] = str(error)
+        except (ValueError, OSError) as error:  # all ranks leave the same way, none waits for the time-out
+            outcome[1] = error if isinstance(error, OSError) else ValueError(str(error))
     dist.broadcast_object_list(outcome, src=0, group=group)
     if group is not None:
         dist.destroy_process_group(group)
     if outcome[1] is not None:
-        raise ValueError(outcome[1])
+        raise outcome[1]
     return outcome[0]
 
 
@@ -162,7 +195,7 @@ def usage_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if int(os.environ.get("RANK", "0")) != 0:
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # an error of all ranks is printed by the first, whose exit ends this one; else it is ours
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         shutdown()
@@ -212,11 +245,12 @@ def unlock_output_dir(output_dir: str | Path) -> None:
 
 
 class StopSignal:
-    """SIGTERM and the first Ctrl-C set `requested`; the loop reads it at a step's end, saves and leaves.
+    """SIGTERM, SIGHUP and the first Ctrl-C set `requested`; the loop reads it at a step's end, saves and leaves.
 
-    A second Ctrl-C raises KeyboardInterrupt. Make it in the main thread, after the engine, which may set handlers of
-    its own. Ranks are signalled at different moments: reduce the flag over all ranks before acting on it. In another
-    thread, where Python sets no handlers, signals do what they did.
+    A SIGHUP that is ignored (nohup) stays so; after one, what can no longer be printed is dropped. A second Ctrl-C
+    raises KeyboardInterrupt. Make it in the main thread, after the engine, which may set handlers of its own. Ranks are
+    signalled at different moments: reduce the flag over all ranks before acting on it. In another thread, where Python
+    sets no handlers, signals do what they did.
     """
 
     _before: dict[int, Any] = {}  # handlers that were there before a run
@@ -225,7 +259,8 @@ class StopSignal:
         self.requested = False
         self._says = says
         self._interrupts = 0
-        self._set({signal.SIGTERM: self._handle, signal.SIGINT: self._handle})
+        numbers = [number for number in SIGNALS if (number, signal.getsignal(number)) != NOHUP]
+        self._set(dict.fromkeys(numbers, self._handle))
 
     @staticmethod
     def _set(handlers: dict[int, Any]) -> None:
@@ -235,18 +270,23 @@ class StopSignal:
 
     @classmethod
     def remember(cls) -> None:
-        """What both signals do now, before an engine is there, is what `restore` restores."""
-        cls._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        """What the signals do now, before an engine is there, is what `restore` restores."""
+        cls._before = {number: signal.getsignal(number) for number in SIGNALS}
 
     @classmethod
     def restore(cls) -> None:
-        """From here on both signals do what they did before the run."""
+        """From here on the signals do what they did before the run."""
         cls._set(cls._before)
 
     def _handle(self, number: int, frame: Any) -> None:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
+        for output in (1, 2) if number == signal.SIGHUP else ():
+            try:
+                os.write(output, b"\n")
+            except OSError:  # the terminal is gone
+                os.dup2(os.open(os.devnull, os.O_WRONLY), output)
         if not self.requested:
             os.write(2, f"{self._says}; Ctrl-C again stops at once\n".encode())
         self.requested = True

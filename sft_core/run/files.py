@@ -1,7 +1,9 @@
 """Files that survive kill -9: written whole, flushed to the disk, and known by size and checksum."""
 
+import errno
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +12,36 @@ from pathlib import Path
 from typing import Any
 
 from sft_core.run.options import require
+
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn what is raised inside for want of space on the disk into one line and exit code 1."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise SystemExit(f"error: {error.strerror}. Make room; the same command goes on from there.") from None
+
+
+@contextmanager
+def room_for(what: str, unfinished: Path, needed: int) -> Iterator[None]:
+    """What fails inside for want of space becomes an OSError that says how many bytes are needed; the folder
+    `unfinished`, which was written to, is removed."""
+    try:
+        yield
+    except BaseException as error:  # as that of torch.distributed.checkpoint is
+        free = shutil.disk_usage(unfinished.parent).free
+        full = getattr(error, "errno", None) in FULL or any(os.strerror(number) in str(error) for number in FULL)
+        if not full and (free >= needed or "inline_container" not in str(error)):  # torch's writer keeps no reason
+            raise
+        shutil.rmtree(unfinished, ignore_errors=True)
+        free = shutil.disk_usage(unfinished.parent).free
+        says = f"{what} takes about {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+        raise OSError(errno.ENOSPC, f"no space left in {unfinished.parent}: {says}") from error
 
 
 @contextmanager
@@ -21,6 +53,12 @@ def whole_file(path: Path) -> Iterator[Path]:
         flush_to_disk(temporary)
         os.replace(temporary, path)
         flush_to_disk(path.parent)
+    except OSError as error:
+        if error.errno not in FULL or not temporary.exists():
+            raise
+        size = temporary.stat().st_size / 1e6
+        says = f"no space left in {path.parent}: {path.name} takes more than the {size:.1f} MB that were free"
+        raise OSError(errno.ENOSPC, says) from error
     finally:
         temporary.unlink(missing_ok=True)
 

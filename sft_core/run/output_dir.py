@@ -106,6 +106,19 @@ def prepare_output_dir(
     return on_first_rank(prepare)
 
 
+def finished_as(folder: Path, identity: dict[str, Any]) -> int | None:
+    """The step at which a run of this identity, its options included, has finished here; None: it has not."""
+    record = json.loads((folder / RUN).read_text()) if (folder / RUN).is_file() else {}
+    step = record.pop("finished", None)
+    return step if record == json.loads(json.dumps(identity)) and any(folder.glob("*.safetensors")) else None
+
+
+def record_finish(folder: Path, step: int) -> None:
+    """Write down that nothing of the run is left to do, until it is opened again."""
+    record = json.loads((folder / RUN).read_text()) | {"finished": step}
+    write_atomically(folder / RUN, json.dumps(record, indent=2) + "\n")
+
+
 def look_into(folder: Path, identity: dict[str, Any]) -> Found:
     record, log = folder / RUN, folder / "metrics.jsonl"
     difference = differences(json.loads(record.read_text()), identity) if record.is_file() else None
@@ -121,7 +134,8 @@ def look_into(folder: Path, identity: dict[str, Any]) -> Found:
 
 def differences(recorded: dict[str, Any], identity: dict[str, Any]) -> str | None:
     """What tells the recorded identity from this one, or None."""
-    different = [key for key in {**identity, **recorded} if identity.get(key) != recorded.get(key) and key != "options"]
+    different = [key for key in {**identity, **recorded} if identity.get(key) != recorded.get(key)]
+    different = [key for key in different if key not in ("options", "finished")]
     if "algorithm" in different:
         different = ["algorithm"]
     says = []

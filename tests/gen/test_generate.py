@@ -174,7 +174,13 @@ def test_a_full_disk_stops_it_cleanly(server, data, tmp_path):
     server.say = lambda request: words(request) + long.get(request["messages"][0]["content"], "")
     code, log = generate(server.url, data, tmp_path / "out", fault=limit_file_size, max_concurrent=2)
     errors = [line for line in log.splitlines() if line.startswith("error: ")]
-    assert code == 1 and len(errors) == 1 and "make room" in errors[0] and "Traceback" not in log, log
+    assert (
+        code == 1
+        and len(errors) == 1
+        and "no space left" in errors[0]
+        and "Make room" in errors[0]
+        and "Traceback" not in log
+    ), log
     files = sorted((tmp_path / "out" / "batches").iterdir())
     assert 5 <= len(files) < 13 and not any(file.name.startswith(("000005", ".")) for file in files)
     done, before = sum(len(pq.read_table(file)) for file in files), len(server.requests)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sft_core.run import distributed, watchdog
+from sft_core.run import distributed, parent, watchdog
 from tests.processes import run_ranks, start
 
 
@@ -70,9 +70,9 @@ def test_phases_rearm_and_collect(monkeypatch):
 
 
 def be_orphaned(folder):
-    parent = os.getpid()
+    pid = os.getpid()
     if os.fork() == 0:
-        distributed.die_with_parent(parent)
+        parent.die_with_parent(pid)
         (folder / "child").write_text(str(os.getpid()))
         time.sleep(600)
     time.sleep(600)
@@ -84,16 +84,16 @@ def alive(pid):
 
 
 def test_children_die_with_their_parent(tmp_path):
-    parent = start(be_orphaned, tmp_path)
+    mother = start(be_orphaned, tmp_path)
     wait_for(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text())
     child = int((tmp_path / "child").read_text())
     assert alive(child)
-    os.kill(parent.pid, signal.SIGKILL)
+    os.kill(mother.pid, signal.SIGKILL)
     wait_for(lambda: not alive(child))
 
 
 def come_too_late():
-    distributed.die_with_parent(parent_pid=2**22 + 1)  # no such parent any more
+    parent.die_with_parent(parent_pid=2**22 + 1)  # no such parent any more
     os._exit(0)
 
 

@@ -1,0 +1,42 @@
+"""Processes that end with the one that started them, so that no orphan goes on writing. Nothing heavy is imported."""
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def die_with_parent(parent_pid: int | None = None) -> None:
+    """Have the kernel SIGKILL this process when its parent dies (Linux).
+
+    Give `parent_pid` (the parent's `os.getpid()`, passed along) to close the race of a parent that died before this
+    call. The kernel watches the *thread* that started this process: start children from a thread that lasts.
+    """
+    parent = os.getppid() if parent_pid is None else parent_pid
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        if ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_launcher() -> None:
+    """A rank of torchrun ends with torchrun, also with one that is gone already: process 1 has adopted it then.
+
+    In a container the launcher may be process 1 itself, a Python program. Exit code 1.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    die_with_parent()
+    if os.getppid() == 1 and not _is_python(1):
+        raise SystemExit("error: torchrun, which started this rank, is gone; without one, unset TORCHELASTIC_RUN_ID.")
+
+
+def _is_python(pid: int) -> bool:
+    try:
+        program = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+    except OSError:  # of another user, who is not the launcher, or no Linux
+        return False
+    return os.path.basename(program).startswith((b"python", b"torchrun", b"accelerate"))
