@@ -10,7 +10,9 @@ from sft_core.run.options import Options, option, require
 @dataclass
 class EvalConfig(Options):
     model: str = option("", "Model to score: a Hub id or a folder.", alias="model_name_or_path")
-    tasks: str = option("", "Tasks, with commas between: names, LightEval's `custom|math_500|0|0`, or all.", commas=True)
+    tasks: str = option(
+        "", "Tasks, with commas between: names, LightEval's `custom|math_500|0|0`, or all.", commas=True
+    )
     output_dir: str = option("", "Folder for results and details; the same command again goes on there.")
     model_revision: str = option("main", "Branch, tag or commit of a Hub model.")
     dataset: list[str] = option([], "Data of a task from elsewhere, as task=file or task=Hub id.")
@@ -95,7 +97,9 @@ class DecontaminateConfig(Options):
     split: str = option("train", "Its split.")
     problem_column: str = option("problem", "Column of the problems.")
     ngram_size: int = option(8, "Words that a row must share with a problem, one after another.", ge=1)
-    tasks: str = option("aime24,aime25,math_500,gpqa:diamond", "Evaluation sets, with commas between, or all.", commas=True)
+    tasks: str = option(
+        "aime24,aime25,math_500,gpqa:diamond", "Evaluation sets, with commas between, or all.", commas=True
+    )
     eval_dataset: list[str] = option([], "Rows of an evaluation set from elsewhere, as task=file or task=Hub id.")
     custom_tasks: str | None = option(None, "Python file with a TASKS_TABLE of your own tasks.")
     cleanup: bool = option(False, "Leave the flagged rows out; else they get columns contaminated_<task>.")

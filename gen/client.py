@@ -278,9 +278,7 @@ class Client:
         found = await asyncio.gather(*map(self._models, self.servers))
         reasons = [text for text in found if isinstance(text, str)]
         if len(reasons) == len(self.servers):
-            raise ValueError(
-                f"{self.servers[0].url} {reasons[0]}: start it (vllm serve {model}), or check {option}."
-            )
+            raise ValueError(f"{self.servers[0].url} {reasons[0]}: start it (vllm serve {model}), or check {option}.")
         for server, served in zip(self.servers, found, strict=True):
             server.down = isinstance(served, str)
             if isinstance(served, list) and served and model not in served:
