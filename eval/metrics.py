@@ -282,7 +282,8 @@ def gold_is_read(item: tuple[Any, Any]) -> bool:
 
 
 def judge(item: tuple[Any, Any, str]) -> dict[str, Any]:
-    """{"score": float, "extracted": str, "" for none, and perhaps "parsed_gold"} of (metric, doc, text); a metric needs `compute` alone."""
+    """{"score": float, "extracted": str, "" for none} of (metric, doc, text), and "parsed_gold" where the metric tells;
+    it needs `compute` alone."""
     metric, doc, text = item
     if not hasattr(metric, "reads_thoughts"):
         text = without_thoughts(text)

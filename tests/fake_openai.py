@@ -5,7 +5,8 @@
 
 What it says depends on question and seed alone, so runs can be compared. `behave` gets the number of the request (from
 1) and its body, and returns "ok", a status, one of "hang", "cut" (no answer), "cut body", "garbage", or a dict of
-what differs from a good answer (`content` and other fields of the message, `finish_reason`, `usage`). As a process: `python -m tests.fake_openai PORT [LATENCY]`.
+what differs from a good answer (`content` and other fields of the message, `finish_reason`, `usage`). As a process:
+`python -m tests.fake_openai PORT [LATENCY]`.
 """
 
 import asyncio
