@@ -3,14 +3,16 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from gen.config import TextSampling
+from gen.config import TextSampling, check_urls, split_urls
 from sft_core.run.options import Options, option, require
 
 
 @dataclass
 class EvalConfig(Options):
     model: str = option("", "Model to score: a Hub id or a folder.", alias="model_name_or_path")
-    tasks: str = option("", "Tasks, with commas between: names, LightEval's `custom|math_500|0|0`, or all.")
+    tasks: str = option(
+        "", "Tasks, with commas between: names, LightEval's `custom|math_500|0|0`, or all.", commas=True
+    )
     output_dir: str = option("", "Folder for results and details; the same command again goes on there.")
     model_revision: str = option("main", "Branch, tag or commit of a Hub model.")
     dataset: list[str] = option([], "Data of a task from elsewhere, as task=file or task=Hub id.")
@@ -26,7 +28,9 @@ class EvalConfig(Options):
     limit: int | None = option(None, "Only the first so many problems of each task.", ge=1)
     seed: int = option(0, "Seed of the sampling.")
     engine: str = option("vllm", "What samples: vllm or torch.")
-    base_url: str | None = option(None, "OpenAI-compatible server that samples instead, as http://host:8000/v1.")
+    base_url: str | None = option(
+        None, "OpenAI-compatible server that samples instead, as http://host:8000/v1.", commas=True
+    )
     dtype: str = option(
         "auto",
         "bfloat16, float16 or float32; auto: bfloat16 on a GPU, else float32.",
@@ -47,6 +51,8 @@ class EvalConfig(Options):
         for name in self.REQUIRED:
             require(getattr(self, name) != "", f"--{name} is required.")
         super().check()
+        if self.base_url is not None:
+            check_urls(split_urls(self.base_url), "--base_url")
         self.sampling(task_tokens=1)  # its values are checked when it is made
 
     def sampling(self, task_tokens: int) -> TextSampling:
@@ -91,7 +97,9 @@ class DecontaminateConfig(Options):
     split: str = option("train", "Its split.")
     problem_column: str = option("problem", "Column of the problems.")
     ngram_size: int = option(8, "Words that a row must share with a problem, one after another.", ge=1)
-    tasks: str = option("aime24,aime25,math_500,gpqa:diamond", "Evaluation sets, with commas between, or all.")
+    tasks: str = option(
+        "aime24,aime25,math_500,gpqa:diamond", "Evaluation sets, with commas between, or all.", commas=True
+    )
     eval_dataset: list[str] = option([], "Rows of an evaluation set from elsewhere, as task=file or task=Hub id.")
     custom_tasks: str | None = option(None, "Python file with a TASKS_TABLE of your own tasks.")
     cleanup: bool = option(False, "Leave the flagged rows out; else they get columns contaminated_<task>.")

@@ -53,7 +53,7 @@ _NAMES = {ord("α") + i: f" {name} " for i, name in enumerate(_GREEK)} | {ord("�
 _FUNCTIONS = "sin cos tan cot sec csc log ln exp lim max min gcd lcm det dim deg arcsin arccos arctan sqrt".split()
 _KEPT = {*_GREEK, *_FUNCTIONS}  # commands that are words of their own in plain text; all others are notation
 
-_RAISED = re.compile(r"[²³¹¼-¾⁰-ₜ⅐-⅞]+")  # NFKC would join x10² to x102
+_RAISED = re.compile(r"[²³¹⁰-ⁿ]+|[₀-ₜ]+|[¼-¾⅐-⅞]")  # NFKC would join x10² to x102, and ₀¹ to 01
 _PICTURE = re.compile(r"\[asy\](?:(?!\[asy\]).)*?\[/asy\]|\\(?:begin|end)\s*\{[^{}]*\}(?:\{[lcr|\s]*\})?", re.DOTALL)
 _BARE_FRACTION = re.compile(r"\\[dtc]?frac\s*([0-9a-z])\s*([0-9a-z])")
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,|,)(?=\d{3}(?!\d))")

@@ -138,6 +138,22 @@ def old_samples(work: Work, batch: Batch) -> list[Sample]:
     return [Sample(work.docs[row["problem"]], row["completion"], row) for row in rows]
 
 
+def unanswered(paths: list[Path]) -> list[dict[str, Any]]:
+    """Of the samples in these files, those that no server has answered: they have no finish reason."""
+    rows = report.read_rows(paths, ["task", "problem", "sample", "finish_reason", "error"])
+    return [row for row in rows if row["finish_reason"] is None]
+
+
+def all_answered(works: list[Work]) -> None:
+    """End with exit code 1 where samples have no answer; the good ones of their batches are kept."""
+    if lost := unanswered([path for work in works for path in work.paths]):
+        first = "{task}, problem {problem}, sample {sample}: {error}".format(**lost[0])
+        raise SystemExit(
+            f"error: {len(lost)} samples got no answer and count as wrong; the same command asks for them alone. The "
+            f"first is {first}."
+        )
+
+
 def fill(
     config: EvalConfig,
     batches: list[tuple[Work, Batch]],
@@ -166,7 +182,7 @@ def check(task: LightevalTaskConfig, samples: list[Sample], pool: WorkerPool) ->
     there = [sample for sample in samples if sample.text is not None]
     verdicts = pool.map(judge, [(task.metric[0], sample.doc, sample.text) for sample in there])
     for sample in samples:
-        sample.row.update({"score": None, "extracted": None, "error": MISSING})
+        sample.row.update({"score": None, "extracted": None, "error": sample.row.get("error") or MISSING})
     for sample, verdict in zip(there, verdicts, strict=True):
         if isinstance(verdict, Unscored):
             sample.row["error"] = f"{verdict.reason}: {verdict.error}"

@@ -5,17 +5,18 @@ written; the button "as written" shows the answers word for word. Of a long answ
 opens with that filter on. The samples as data are in details/.
 
 What a model writes must not run in the reader's browser: a formula is let through only if it is MathML and nothing
-else. Left out on purpose: more than `LIMIT` samples, where a browser gives up; wrong ones come first.
+else. Left out on purpose: more than `LIMIT` samples, where a browser gives up; each verdict has its share of them.
 """
 
 import html
 import re
+from collections import Counter
 from typing import Any
 from xml.etree import ElementTree
 
 from latex2mathml.converter import convert
 
-from eval.report import table
+from eval.report import table, verdicts
 
 LIMIT, LONGEST = 1000, 4000  # samples shown; characters of an answer
 _MATH = re.compile(
@@ -37,13 +38,14 @@ _ATTRIBUTES = set(
 ElementTree.register_namespace("", _NAMESPACE)
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-nav { position: sticky; top: 0; background: #fff; padding: .6rem 0; border-bottom: 1px solid #ccc }
+nav { position: sticky; top: 0; z-index: 1; background: #fff; padding: .6rem 0; border-bottom: 1px solid #ccc }
 button { font: inherit; padding: .2rem .8rem } button.on { background: #234; color: #fff }
 article { border-left: .3rem solid #b33; margin: 1.5rem 0; padding: .1rem 1rem; content-visibility: auto;
   contain-intrinsic-size: auto 20rem } article.right { border-color: #2a7 }
 pre, .said { background: #f5f5f2; padding: .8rem; margin: .8rem 0; max-height: 30rem; overflow: auto }
 pre { white-space: pre-wrap; font-size: 14px } body.written .said, body:not(.written) pre { display: none }
 td, th { text-align: right; padding: .1rem .8rem } td:first-child, th:first-child { text-align: left }
+.wide { overflow-x: auto } article { overflow-wrap: break-word } article > div { overflow-x: auto }
 menclose { border: 1px solid #555; padding: .1rem .3rem }
 .is { color: #555 } code { background: #f5f5f2; padding: 0 .3rem }
 """
@@ -63,38 +65,39 @@ document.querySelector(`[data-show=${location.hash.slice(1) || 'all'}]`).click()
 """
 
 
-def page(title: str, results: dict[str, dict[str, float]], rows: list[dict[str, Any]], total: int) -> str:
-    """The page of a run: its table, and these of its `total` samples."""
+def page(title: str, results: dict[str, dict[str, Any]], rows: list[dict[str, Any]], counts: Counter[str]) -> str:
+    """The page of a run: its table, and these of its samples; `counts`: of all there are, by verdict and all."""
     rows = sorted(rows, key=lambda row: (row["task"], row["problem"], row["sample"]))
     names, lines = table(results)
     head = "".join(f"<th>{name}</th>" for name in names)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>" for line in lines)
     buttons = "".join(
-        f'<button data-show="{name}">{name}</button> ' for name in ("all", "right", "wrong", "cut", "unparsed")
+        f'<button data-show="{name}">{name} {counts[name]}</button> '
+        for name in ("all", "right", "wrong", "cut", "unparsed")
     )
-    left_out = f" of {total}; the rest is in details/" if total > len(rows) else ""
+    left_out = f" of {counts['all']}; the rest is in details/" if counts["all"] > len(rows) else ""
     return (
-        f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-        f"<h1>{html.escape(title)}</h1><table><tr>{head}</tr>{body}</table>"
+        f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+        f"<h1>{html.escape(title)}</h1><div class=wide><table><tr>{head}</tr>{body}</table></div>"
         f'<nav>{buttons}<button id="written">as written</button> <span id="shown"></span>{left_out}</nav>'
         f"{''.join(map(_article, rows))}<script>{_SCRIPT}</script>"
     )
 
 
 def _article(row: dict[str, Any]) -> str:
-    right = row["score"] == 1.0
-    cut, unparsed = row["finish_reason"] == "length", row["extracted"] == ""
-    classes = ["right" if right else "wrong"] + ["cut"] * cut + ["unparsed"] * unparsed
-    said, gold = row["completion"], row["gold"]
+    classes, said, gold = verdicts(row), row["completion"] or "", row["gold"]
     said = "[...] " + said[-LONGEST:] if len(said) > LONGEST else said
-    facts = [f"{row['length']} tokens", *(["cut off"] * cut), *([row["error"]] if row["error"] else [])]
-    extracted = "nothing" if unparsed else row["extracted"] or "not known"
+    tokens = [] if row["length"] is None else [f"{row['length']} tokens"]
+    facts = [*tokens, *(["cut off"] * ("cut" in classes)), *([row["error"]] if row["error"] else [])]
+    extracted = "nothing" if "unparsed" in classes else row["extracted"] or "not known"
+    parsed = html.escape((row.get("parsed_gold") or "not known")[:500])
     gold = with_math(gold) if len(gold) <= 80 else f"<details><summary>solution</summary>{with_math(gold)}</details>"
     return (
         f'<article class="{" ".join(classes)}"><h3>{html.escape(row["task"])} {row["problem"]}, '
-        f"sample {row['sample']}: {'right' if right else 'wrong'}</h3><div>{with_math(row['query'])}</div>"
+        f"sample {row['sample']}: {classes[0]}</h3><div>{with_math(row['query'])}</div>"
         f"<div class=said>{with_math(said)}</div><pre>{html.escape(said)}</pre>"
-        f"<div>extracted <code>{html.escape(extracted[:500])}</code>, gold {gold}"
+        f"<div>extracted <code>{html.escape(extracted[:500])}</code>, gold <code>{parsed}</code>, from {gold}"
         f" <span class=is>{html.escape(', '.join(facts))}</span></div></article>"
     )
 

@@ -36,7 +36,7 @@ from datasets import Dataset, Features, List, Value
 
 from eval.config import PassRateConfig
 from eval.data import TEXT, TEXTS, load
-from eval.folder import MISSING, Sample, Work, fill, has_verdicts, task_folder
+from eval.folder import MISSING, Sample, Work, all_answered, fill, has_verdicts, task_folder
 from eval.report import read_rows
 from eval.run import run
 from eval.tasks import Doc, LightevalTaskConfig
@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     write_tables(folder / "scored.parquet", *scored(rows, batches, bool(config.model), counts))
     write_tables(folder / "filtered.parquet", *filtered(folder / "scored.parquet", config))
     report(config, counts)
+    if config.model:
+        all_answered([work])
     push_dataset(folder / "scored.parquet", config.output_dataset_name, config.private, "gen")
     between = f"filt-{config.pass_rate_min}-{config.pass_rate_max}"
     push_dataset(folder / "filtered.parquet", config.output_dataset_name, config.private, between)

@@ -8,7 +8,7 @@ A task's metrics, all plain numbers:
     pass@k                    share of problems solved within k tries, unbiased (Chen et al., arXiv:2107.03374, eq. 1)
     maj@n                     score of the most frequent answer (all right ones are one; others equal as printed; ties
                               shared); not there where the metric does not say what it found
-    mean_length, cut_off      tokens a sample; share ended by the length limit
+    mean_length, cut_off      tokens a sample (null: no server said); share ended by the length limit
     unparsed, unscored        share with no answer to be found; share whose check was given up (both count as wrong)
     problems, samples         how many
 
@@ -16,14 +16,14 @@ Left out on purpose: an average over tasks.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-_STRINGS = ("task", "query", "prompt", "gold", "completion", "finish_reason", "extracted", "error")
+_STRINGS = ("task", "query", "prompt", "gold", "completion", "finish_reason", "extracted", "parsed_gold", "error")
 SCHEMA = pa.schema(
     [(name, pa.int64()) for name in ("problem", "sample", "seed", "length")]
     + [("score", pa.float64())]
@@ -37,22 +37,30 @@ def read_rows(paths: list[Path], columns: list[str] | None = None) -> list[dict[
     return [row for path in paths for row in pq.read_table(path, columns=columns).to_pylist()]
 
 
-def pick(paths: list[Path], limit: int) -> tuple[list[dict[str, Any]], int]:
-    """At most `limit` of the samples in these files, those that are not right before the others; and how many there
-    are. What is not picked is not held."""
-    places = [
-        (score == 1.0, file, i)
-        for file, path in enumerate(paths)
-        for i, score in enumerate(pq.read_table(path, columns=["score"])["score"].to_pylist())
-    ]
+def verdicts(row: dict[str, Any]) -> list[str]:
+    """What is to be said of a sample: right or wrong, cut, unparsed."""
+    cut, unparsed = row["finish_reason"] == "length", row["extracted"] == ""
+    return ["right" if row["score"] == 1.0 else "wrong"] + ["cut"] * cut + ["unparsed"] * unparsed
+
+
+def pick(paths: list[Path], limit: int) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """At most `limit` of the samples in these files, every kind of verdict having as many places while it can fill
+    them; and how many samples there are of each, and of all. What is not picked is not held."""
+    places, counts, kinds = [], Counter[str](), Counter[tuple[str, ...]]()
+    for file, path in enumerate(paths):
+        for i, row in enumerate(read_rows([path], ["score", "finish_reason", "extracted"])):
+            kind = tuple(verdicts(row))
+            kinds[kind] += 1
+            counts.update(("all", *kind))
+            places.append((kinds[kind], file, i))
     chosen = defaultdict(list)
     for _, file, i in sorted(places)[:limit]:
         chosen[file].append(i)
     tables = [pq.read_table(paths[file]).take(sorted(rows)) for file, rows in sorted(chosen.items())]
-    return [row for table in tables for row in table.to_pylist()], len(places)
+    return [row for table in tables for row in table.to_pylist()], counts
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The metrics of one task's samples; every problem has equally many."""
     groups: dict[int, list[dict]] = defaultdict(list)
     for row in rows:
@@ -60,13 +68,14 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
     scores = [[row["score"] or 0.0 for row in group] for group in groups.values()]
     n = len(scores[0])
     mean, error, low, high = interval([sum(group) / n for group in scores])
-    result = {"pass@1": mean, "pass@1_stderr": error, "pass@1_ci95_low": low, "pass@1_ci95_high": high}
+    lengths = [row["length"] for row in rows if row["length"] is not None]
+    result: dict[str, Any] = {"pass@1": mean, "pass@1_stderr": error, "pass@1_ci95_low": low, "pass@1_ci95_high": high}
     for k in sorted({2**i for i in range(1, n.bit_length())} | ({n} if n > 1 else set())):
         result[f"pass@{k}"] = _mean([pass_at_k(n, sum(score > 0 for score in group), k) for group in scores])
     if n > 1 and any(row["extracted"] is not None for row in rows):
         result[f"maj@{n}"] = _mean([majority(group) for group in groups.values()])
     return result | {
-        "mean_length": _mean([row["length"] for row in rows]),
+        "mean_length": _mean(lengths) if lengths else None,
         "cut_off": _mean([row["finish_reason"] == "length" for row in rows]),
         "unparsed": _mean([row["extracted"] == "" for row in rows]),
         "unscored": _mean([row["score"] is None for row in rows]),
@@ -124,29 +133,31 @@ def majority(group: list[dict[str, Any]]) -> float:
 
 
 def _canonical(answer: str) -> str:
-    """18.0000 and Eq(x, 18) as 18."""
+    """18.0000 and Eq(x, 18) as 18, 1/2 as 0.5."""
     answer = answer.removesuffix(")").rpartition(", ")[2] if answer.startswith("Eq(") else answer
+    above, _, below = answer.partition("/")
     try:
-        return f"{float(answer):.12g}"
-    except ValueError:
+        value = float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
         return answer
+    return f"{value:.12g}" if abs(value) < 1e12 else answer
 
 
-def shown_metrics(result: dict[str, float]) -> dict[str, str]:
+def shown_metrics(result: dict[str, Any]) -> dict[str, str]:
     """What a task's line in a table says: column -> text. pass@k and maj@n are those of the largest k."""
-    percent = {name: f"{100 * value:.1f} %" for name, value in result.items()}
+    percent = {name: f"{100 * value:.1f} %" for name, value in result.items() if value is not None}
     more = [name for name in result if name.startswith(("pass@", "maj@")) and "_" not in name and name != "pass@1"]
     interval = f"{100 * result['pass@1_ci95_low']:.1f} to {100 * result['pass@1_ci95_high']:.1f}"
     return (
         {"pass@1": percent["pass@1"], "95 % interval": interval}
         | {name: percent[name] for name in more[-2:]}
         | {name: percent[name.replace(" ", "_")] for name in ("cut off", "unparsed", "unscored")}
-        | {"mean length": f"{result['mean_length']:.0f}"}
+        | {"mean length": "" if result["mean_length"] is None else f"{result['mean_length']:.0f}"}
         | {name: str(result[name]) for name in ("problems", "samples")}
     )
 
 
-def table(results: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
+def table(results: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Names of the columns and a row for each task. What a task does not have (maj@n) is left empty."""
     lines = [{"task": task} | shown_metrics(result) for task, result in results.items()]
     names = list(dict.fromkeys(name for line in lines for name in line))

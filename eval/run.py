@@ -27,10 +27,22 @@ import torch
 from eval import report
 from eval.config import EvalConfig
 from eval.data import load_docs, places_of
-from eval.folder import CHECKERS, Sample, Work, check_golds, fill, refresh, remember, task_folder
+from eval.folder import (
+    CHECKERS,
+    Sample,
+    Work,
+    all_answered,
+    check_golds,
+    fill,
+    refresh,
+    remember,
+    task_folder,
+    unanswered,
+)
 from eval.page import LIMIT, page
 from eval.tasks import LightevalTaskConfig, check_task, find_tasks, load_custom_tasks
-from gen.client import RequestError, ServerError
+from gen.client import Answer, RequestError, ServerError
+from gen.config import split_urls
 from gen.engine.base import EngineConfig
 from gen.folder import Batch, ranges
 from gen.sampler import EngineSampler, ServerSampler, TextSampler
@@ -52,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     works = run(config, argv)
     if not config.shard:
         finish(config, works)
+        all_answered(works)
 
 
 def run(
@@ -72,7 +85,11 @@ def run(
             remember(config, works)
             refresh(config, works)
     every = [(work, batch) for work in works for batch in work.batches]
-    missing = [(work, batch) for work, batch in of_shard(every, config.shard) if not batch.path.exists()]
+    missing = [
+        (work, batch)
+        for work, batch in of_shard(every, config.shard)
+        if not batch.path.exists() or (config.base_url and unanswered([batch.path]))
+    ]
     copies = config.data_parallel_size or max(1, torch.cuda.device_count() // config.tensor_parallel_size)
     copies = min(copies, len(missing))
     alone = config.shard or config.base_url or (copies == 1 and config.tensor_parallel_size == 1)
@@ -97,7 +114,7 @@ def prepare(config: EvalConfig, custom: tuple[LightevalTaskConfig, ...] = ()) ->
     places = places_of(tasks, config.dataset, "--dataset")
     sampler: TextSampler
     if config.base_url:
-        sampler = ServerSampler(config.base_url.split(","), config.model)
+        sampler = ServerSampler(split_urls(config.base_url), config.model)
     else:
         sampler = EngineSampler(config.engine, config.model, config.model_revision)
     system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
@@ -119,6 +136,8 @@ def prepare(config: EvalConfig, custom: tuple[LightevalTaskConfig, ...] = ()) ->
         problems = ranges(len(docs), max(1, config.batch_size // config.num_samples))
         batches = [Batch(folder / f"{part.start:05}.parquet", part) for part in problems]
         works.append(Work(task, docs, prompts, sampling, context, batches))
+    if isinstance(sampler, ServerSampler) and any(not path.exists() for work in works for path in work.paths):
+        sampler.check("--base_url")
     return sampler, works
 
 
@@ -141,42 +160,76 @@ def sample_missing(
             )
         )
 
+    trouble: list[ServerError] = []  # of the last batch, whose answers are kept
+
     def samples_of(work: Work, batch: Batch) -> list[Sample] | None:
+        if trouble:
+            raise trouble[0]
+        if isinstance(sampler, ServerSampler):
+            samples, errors = ask(work, batch, sampler)
+            trouble.extend(error for error in errors if isinstance(error, ServerError))
+            return samples
         # Ranks that share a model call together; the first asks and gets all of the answers.
-        samples = sample(work, batch.rows if rank == 0 else range(0), sampler)
+        problems = batch.rows if rank == 0 else range(0)
+        groups = sampler.sample([work.prompts[p] for p in problems], problems, work.sampling)
+        samples = [
+            sample(work, sampler, p, i, answer)
+            for p, group in zip(problems, groups, strict=True)
+            for i, answer in enumerate(group)
+        ]
         return samples if rank == 0 else None
 
     first = not config.shard or config.shard.startswith("0/")
     fill(config, missing, samples_of, shown=first and rank == 0)
+    if trouble:
+        raise trouble[0]
     sampler.close()
     if together:
         distributed.shutdown()
 
 
-def sample(work: Work, problems: range, sampler: TextSampler) -> list[Sample]:
-    """Answers to these problems of the task."""
-    groups = sampler.sample([work.prompts[p] for p in problems], problems, work.sampling)
-    samples = []
-    for p, group in zip(problems, groups, strict=True):
-        prompt, doc = sampler.decode(work.prompts[p]), work.docs[p]
-        for i, answer in enumerate(group):
-            text = answer.text
-            for stop in work.task.stop_sequence or []:
-                text = text.partition(stop)[0]
-            row = {
-                "task": work.task.name,
-                "problem": p,
-                "sample": i,
-                "seed": work.sampling.seed_of(p) + i,
-                "query": doc.query,
-                "prompt": prompt,
-                "gold": doc.get_golds()[0],
-                "completion": text,
-                "length": answer.tokens,
-                "finish_reason": answer.finish_reason,
-            }
-            samples.append(Sample(doc, text, row))
-    return samples
+def ask(work: Work, batch: Batch, sampler: ServerSampler) -> tuple[list[Sample], list[Exception]]:
+    """The samples of a batch, those that its file has as they are, and why others have no answer.
+
+    Raises what `Client.ask` does where none of several problems is answered.
+    """
+    rows = report.read_rows([batch.path]) if batch.path.exists() else []
+    samples = {
+        (row["problem"], row["sample"]): Sample(work.docs[row["problem"]], row["completion"], row) for row in rows
+    }
+    start, prompts = batch.rows.start, [work.prompts[p] for p in batch.rows]
+    every = [(p, i) for p in batch.rows for i in range(work.sampling.n)]
+    kept = {place for place in every if place in samples and samples[place].row["finish_reason"] is not None}
+    wanted = [(p - start, i) for p, i in every if (p, i) not in kept]
+    answers, errors = sampler.ask(prompts, batch.rows, work.sampling, wanted)
+    if not answers and not kept and (len(batch.rows) > 1 or any(isinstance(e, ServerError) for e in errors.values())):
+        (p, i), error = next(iter(errors.items()))
+        raise type(error)(f"{work.task.name}, problem {start + p}, sample {i}: {error}") from error
+    for p, i in wanted:
+        samples[start + p, i] = sample(work, sampler, start + p, i, answers.get((p, i)))
+        if (p, i) not in answers:
+            samples[start + p, i].row["error"] = str(errors.get((p, i), "not asked: the servers had failed"))
+    return [samples[place] for place in every], [*errors.values()]
+
+
+def sample(work: Work, sampler: TextSampler, p: int, i: int, answer: Answer | None) -> Sample:
+    """Sample `i` of problem `p` with its answer; None: there is none."""
+    doc, text = work.docs[p], answer.text if answer else None
+    for stop in work.task.stop_sequence or []:
+        text = text and text.partition(stop)[0]
+    row = {
+        "task": work.task.name,
+        "problem": p,
+        "sample": i,
+        "seed": work.sampling.seed_of(p) + i,
+        "query": doc.query,
+        "prompt": sampler.decode(work.prompts[p]),
+        "gold": doc.get_golds()[0],
+        "completion": text,
+        "length": answer and answer.tokens,
+        "finish_reason": answer and answer.finish_reason,
+    }
+    return Sample(doc, text, row)
 
 
 def finish(config: EvalConfig, works: list[Work]) -> None:
@@ -192,7 +245,7 @@ def finish(config: EvalConfig, works: list[Work]) -> None:
     for work in works:
         rows = report.read_rows(work.paths, report.NEEDED)  # without their texts, which may be long
         results[work.task.name] = report.summarise(rows)
-        errors = Counter(row["error"] for row in rows if row["error"])
+        errors = Counter(row["error"] for row in rows if row["error"] and row["finish_reason"] is not None)
         for error, count in errors.most_common(3):
             print(f"{work.task.name}: {count} checks were given up: {error}", file=sys.stderr)
     content["results"] |= results
@@ -202,9 +255,10 @@ def finish(config: EvalConfig, works: list[Work]) -> None:
     versions = {name: importlib.metadata.version(name) for name in names if name in found}
     versions["python"] = sys.version.split()[0]
     write_atomically(file, json.dumps(content | {"versions": versions}, indent=1))
-    samples, total = report.pick([path for work in works for path in work.paths], LIMIT)
-    write_atomically(file.with_name("report.html"), page(config.model, results, samples, total))
+    samples, counts = report.pick([path for work in works for path in work.paths], LIMIT)
+    write_atomically(file.with_name("report.html"), page(config.model, results, samples, counts))
     print(table(*report.table(results)))
+    print(f"results: {file}\nto read: {file.with_name('report.html')}")
     if all(result["unscored"] == 1 for result in results.values()):
         raise SystemExit("error: no answer could be checked (see above).")
 

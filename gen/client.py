@@ -26,12 +26,15 @@ import json
 import math
 import os
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import aiohttp
+
+from sft_core.run.options import require
 
 T = TypeVar("T")
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
@@ -55,8 +58,8 @@ class Stopped(RuntimeError):
 @dataclass(frozen=True, slots=True)
 class Answer:
     text: str
-    tokens: int
-    prompt_tokens: int
+    tokens: int | None  # None: the server does not say
+    prompt_tokens: int | None
     finish_reason: str
     thought: str = ""  # what a server's reasoning parser has taken out of the text
     token_ids: Sequence[int] = ()  # of the completion; a server does not say
@@ -235,6 +238,8 @@ class Client:
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 return _Trouble(f"answers what is no chat completion: {_text(content)}", costs=True)
         what = f"answers {status}: {location or _text(content)}"
+        if status == 400 and re.search("context|max_tokens", what):
+            what += " (lower --max_new_tokens)"
         if status in (401, 403, 404, 405) or 300 <= status < 400:
             server.trouble = what + (": set OPENAI_API_KEY" if status in (401, 403) else "")
             server.rest_until = math.inf
@@ -263,14 +268,17 @@ class Client:
             server.rest()
         return well
 
-    async def check_model(self, model: str) -> None:
-        """Raise ValueError unless a server is there, and those that are serve `model`. Takes a few seconds at most."""
+    async def check_model(self, model: str, option: str) -> None:
+        """Raise ValueError unless a server is there, and those that are serve `model`. Takes a few seconds at most.
+
+        option: what the servers were named by, for the message.
+        """
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        require(key.isprintable(), "OPENAI_API_KEY holds a line end or another control character: set it without.")
         found = await asyncio.gather(*map(self._models, self.servers))
         reasons = [text for text in found if isinstance(text, str)]
         if len(reasons) == len(self.servers):
-            raise ValueError(
-                f"{self.servers[0].url} {reasons[0]}: start it (vllm serve {model}), or check --vllm-server-url."
-            )
+            raise ValueError(f"{self.servers[0].url} {reasons[0]}: start it (vllm serve {model}), or check {option}.")
         for server, served in zip(self.servers, found, strict=True):
             server.down = isinstance(served, str)
             if isinstance(served, list) and served and model not in served:
@@ -284,7 +292,7 @@ class Client:
                     return f"answers {reply.status}, so OPENAI_API_KEY must hold its key"
                 if reply.status == 404:
                     return "has no list of models (404), so its address may lack /v1 at the end"
-                return [entry["id"] for entry in (await reply.json())["data"]]
+                return [str(entry["id"]) for entry in (await reply.json())["data"]]
         except TimeoutError:
             return f"does not answer within {PROBE_TIMEOUT:g} s"
         except (aiohttp.ClientConnectionError, OSError, aiohttp.InvalidURL) as error:
@@ -296,15 +304,19 @@ class Client:
 def read_answer(content: bytes) -> Answer:
     """The answer in a chat completion; raises ValueError, LookupError, TypeError and others for what is none."""
     found = json.loads(content)
-    choice, usage = found["choices"][0], found.get("usage") or {}
-    message, counts = choice["message"], [usage.get(name) for name in ("completion_tokens", "prompt_tokens")]
-    text = message.get("content")
+    choice, usage = found["choices"][0], found.get("usage")
+    message = choice["message"]
     thought = message.get("reasoning") or message.get("reasoning_content") or ""  # of vLLM now, and before
-    if text is None and not thought:
-        raise ValueError("no text")
-    tokens, prompt_tokens = (count if isinstance(count, int) else 0 for count in counts)
+    text = message.get("content") if thought else message["content"]  # null: nothing was said
+    tokens, prompt_tokens = (_count(usage, name) for name in ("completion_tokens", "prompt_tokens"))
     reason = choice.get("finish_reason")
     return Answer(_sound(text or ""), tokens, prompt_tokens, _sound(reason or ""), _sound(thought))
+
+
+def _count(usage: Any, name: str) -> int | None:
+    """A number of tokens, where the server gives one."""
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if type(count) is int and 0 <= count < 1 << 40 else None
 
 
 def _sound(text: str) -> str:

@@ -50,6 +50,20 @@ class TextSampling:
         return {"model": model, "messages": messages, "max_tokens": self.max_tokens} | set_options
 
 
+def split_urls(text: str) -> list[str]:
+    return [url.strip() for url in text.split(",") if url.strip()]
+
+
+def check_urls(urls: list[str], option: str) -> None:
+    """Raise ValueError unless these, given with `option`, can be addresses of servers."""
+    require(bool(urls), f"{option} is empty: write it as http://host:8000/v1.")
+    for url in urls:
+        host = re.match(r"https?://([^/]+)", url)
+        require(host is not None, f"{option} {url!r} is no address: write it as http://host:8000/v1.")
+        secret = host is not None and "@" in host[1]
+        require(not secret, f"{option} holds a user name or password before @: set OPENAI_API_KEY instead.")
+
+
 @dataclass
 class GenerateConfig(Options):
     hf_dataset: str = option("", "Prompts: a Hub id, a .json/.jsonl/.parquet file, or a saved data set.")
@@ -99,12 +113,7 @@ class GenerateConfig(Options):
             "--executor ray asks servers: start them (vllm serve), or use --executor local, which has an engine "
             "on every GPU of this machine.",
         )
-        require(bool(self.urls), "--vllm-server-url is empty: write it as http://host:8000/v1.")
-        for url in self.urls:
-            require(
-                re.match(r"https?://[^/]", url) is not None,
-                f"--vllm-server-url {url!r} is no address: write it as http://host:8000/v1.",
-            )
+        check_urls(self.urls, "--vllm-server-url")
         self.sampling()  # it is checked when it is made
 
     def sampling(self) -> TextSampling:
@@ -112,24 +121,8 @@ class GenerateConfig(Options):
 
     @property
     def urls(self) -> list[str]:
-        return [url.strip() for text in self.vllm_server_url for url in text.split(",") if url.strip()]
+        return split_urls(",".join(self.vllm_server_url))
 
     @property
     def at_once(self) -> int:
         return self.max_concurrent or self.client_replicas * self.input_batch_size * self.num_generations
-
-
-def join_urls(argv: list[str]) -> list[str]:
-    """The command line with what stands behind every --vllm-server-url behind the last one, for argparse keeps that."""
-    urls, rest, taking = [], [], False
-    for text in argv:
-        name, _, value = text.partition("=")
-        if name.replace("_", "-") == "--vllm-server-url":
-            taking = not value
-            urls += [value] if value else []
-        elif taking and not text.startswith("--"):
-            urls.append(text)
-        else:
-            taking = False
-            rest.append(text)
-    return [*rest, "--vllm-server-url", *urls] if urls else rest

@@ -29,7 +29,7 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from gen.client import Client, ServerError
-from gen.config import GenerateConfig, join_urls
+from gen.config import GenerateConfig
 from gen.requests import Work, longest_prompt
 from gen.sampler import EngineSampler
 from gen.shards import ShardsFailed, of_shard, start_shards
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     Exit code 2 for bad input, 1 for a failure, 130 when stopped by Ctrl-C or SIGTERM. Failed prompts are no failure,
     unless there is nothing else.
     """
-    argv = join_urls(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
     with distributed.usage_errors():
         (config,) = parse((GenerateConfig,), argv)
         if config.shard:
@@ -98,7 +98,7 @@ class Run:
 
     async def _check_servers(self) -> None:
         async with Client(self.config.urls, timeout=self.config.timeout, retries=0) as client:
-            await client.check_model(self.config.model)
+            await client.check_model(self.config.model, "--vllm-server-url")
 
     def work(self, stop: Any, argv: list[str]) -> None:
         """Generate what is missing, until `stop.requested`."""

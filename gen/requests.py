@@ -51,7 +51,7 @@ class Work:
 
     def count(self, batch: Batch) -> None:
         answers = [answer for row in batch.done for answer in batch.answers[row] if answer]
-        tokens = sum(answer.tokens for answer in answers)
+        tokens = sum(answer.tokens or 0 for answer in answers)
         self.add(dict(zip(COUNTS, (len(batch.done), len(answers), tokens, len(batch.failed)), strict=True)))
 
     def add(self, counts: dict[str, int]) -> None:

@@ -16,11 +16,12 @@ so asks them itself (`gen/requests.py`), with the requests that are made here.
 import asyncio
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gen.client import Answer, Client, in_parallel
+from gen.client import Answer, Client, RequestError, ServerError, in_parallel
 from gen.config import TextSampling
 from gen.engine.base import Engine, EngineConfig, Sampling, check_engine_available, make_engine
 from sft_core.data.chat_template import set_up
@@ -30,6 +31,7 @@ from sft_core.run.config import ModelConfig
 from sft_core.run.distributed import usage_errors
 
 Messages = list[dict[str, str]]
+Place = tuple[int, int]  # of a sample: prompt, number
 NO_LIMIT = 1 << 30  # tokens
 TRIES, AT_ONCE = 5, 256  # of a request; requests
 TIMEOUT, PATIENCE = 3600.0, 10.0  # seconds: a long answer takes long, a server that is not there does not come soon
@@ -99,15 +101,21 @@ class EngineSampler:
 
 
 class ServerSampler:
-    """Servers at `urls` (".../v1") that know `model`; they keep tokenizer and context to themselves.
-
-    Every answer is needed: a request that fails TRIES times ends the call, with what `Client.ask` raises.
-    """
+    """Servers at `urls` (".../v1") that know `model`; they keep tokenizer and context to themselves."""
 
     positions = NO_LIMIT
 
     def __init__(self, urls: list[str], model: str) -> None:
         self.urls, self.model = urls, model
+
+    def check(self, option: str) -> None:
+        """Raise ValueError unless a server, as `option` names it, is there and serves the model."""
+
+        async def check() -> None:
+            async with Client(self.urls, timeout=TIMEOUT, retries=0) as client:
+                await client.check_model(self.model, option)
+
+        asyncio.run(check())
 
     def encode(self, messages: Messages) -> Messages:
         return messages
@@ -118,20 +126,37 @@ class ServerSampler:
     def sample(
         self, prompts: Sequence[Messages], positions: Sequence[int], sampling: TextSampling
     ) -> list[list[Answer]]:
-        answers: dict[tuple[int, int], Answer] = {}
+        """`sampling.n` answers to each prompt. Raises what `Client.ask` does: every answer is needed."""
         wanted = [(p, i) for p in range(len(prompts)) for i in range(sampling.n)]
+        answers, errors = self.ask(prompts, positions, sampling, wanted)
+        for error in errors.values():
+            raise error
+        return [[answers[p, i] for i in range(sampling.n)] for p in range(len(prompts))]
+
+    def ask(
+        self, prompts: Sequence[Messages], positions: Sequence[int], sampling: TextSampling, wanted: list[Place]
+    ) -> tuple[dict[Place, Answer], dict[Place, RequestError | ServerError]]:
+        """Answers to the `wanted` samples of prompts, and why there is none; of a server that failed all that came."""
+        answers: dict[Place, Answer] = {}
+        errors: dict[Place, RequestError | ServerError] = {}
 
         async def ask_all() -> None:
             async with Client(self.urls, timeout=TIMEOUT, retries=TRIES - 1, patience=PATIENCE) as client:
 
-                async def ask(place: tuple[int, int]) -> None:
+                async def ask(place: Place) -> None:
                     p, i = place
-                    answers[place] = await client.ask(sampling.request(self.model, prompts[p], positions[p], i))
+                    try:
+                        answers[place] = await client.ask(sampling.request(self.model, prompts[p], positions[p], i))
+                    except (RequestError, ServerError) as error:
+                        errors[place] = error
+                        if isinstance(error, ServerError):
+                            raise
 
                 await in_parallel(ask, wanted, AT_ONCE)
 
-        asyncio.run(ask_all())
-        return [[answers[p, i] for i in range(sampling.n)] for p in range(len(prompts))]
+        with suppress(ServerError):  # it is among the errors
+            asyncio.run(ask_all())
+        return answers, errors
 
     def close(self) -> None:
         pass

@@ -201,14 +201,20 @@ def _schema(rows: Dataset) -> pa.Schema:
     kept = [field for field in columns if field.name not in ADDED]
     schema = pa.schema([*kept, *(pa.field(*item) for item in ADDED.items())])
     try:
-        pq.write_table(schema.empty_table(), pa.BufferOutputStream())
+        pq.ParquetWriter(pa.BufferOutputStream(), schema).close()
     except pa.ArrowNotImplementedError as error:
         raise ValueError(f"a column cannot be kept in a parquet file: {error}. Leave it out.") from error
     return schema
 
 
 def full_text(answer: Answer) -> str:
-    return f"<think>\n{answer.thought}\n</think>\n\n{answer.text}" if answer.thought else answer.text
+    """What the model said: the thought, which stays open where it was cut, before the text, unless that has it too."""
+    thought, text = answer.thought.strip(), answer.text.strip()
+    if not thought or (thought in text and "</think>" in text):
+        return answer.text
+    if text in ("", thought) and answer.finish_reason != "stop":
+        return f"<think>\n{answer.thought}"
+    return answer.text if text == thought else f"<think>\n{answer.thought}\n</think>\n\n{answer.text}"
 
 
 def _renderer(config: GenerateConfig, schema: pa.Schema) -> Callable[[pa.Table], list[list[dict[str, str]] | str]]:

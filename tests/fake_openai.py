@@ -4,8 +4,9 @@
         server.behave = lambda number, request: 503 if number % 3 == 1 else "ok"
 
 What it says depends on question and seed alone, so runs can be compared. `behave` gets the number of the request (from
-1) and its body, and returns "ok", a status, or one of "hang", "cut" (no answer), "cut body", "garbage". As a
-process: `python -m tests.fake_openai PORT [LATENCY]`.
+1) and its body, and returns "ok", a status, one of "hang", "cut" (no answer), "cut body", "garbage", or a dict of
+what differs from a good answer (`content` and other fields of the message, `finish_reason`, `usage`). As a process:
+`python -m tests.fake_openai PORT [LATENCY]`.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ def words(request: dict[str, Any]) -> str:
 class FakeServer:
     def __init__(self, port: int = 0, latency: float = 0.0, models: tuple[str, ...] = ("served",)) -> None:
         self.port, self.latency, self.models = port, latency, models
-        self.behave: Callable[[int, dict[str, Any]], str | int] = lambda number, request: "ok"
+        self.behave: Callable[[int, dict[str, Any]], str | int | dict[str, Any]] = lambda number, request: "ok"
         self.say: Callable[[dict[str, Any]], str] = words
         self.stalled_until = 0.0  # until this time.monotonic() nothing is answered, /v1/models neither
         self.requests: list[dict[str, Any]] = []
@@ -82,7 +83,7 @@ class FakeServer:
         finally:
             self.at_once -= 1
 
-    async def _answer(self, request: web.Request, asked: dict[str, Any], how: str | int) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, asked: dict[str, Any], how: Any) -> web.StreamResponse:
         await self._stall()
         await asyncio.sleep(self.latency)
         if how == "hang":
@@ -96,9 +97,12 @@ class FakeServer:
             return web.json_response({"error": "no such model" if how == 404 else "on purpose"}, status=how)
         message, n = {"role": "assistant", "content": self.say(asked)}, asked.get("n") or 1
         usage = {"prompt_tokens": 5, "completion_tokens": 7 * n, "total_tokens": 5 + 7 * n}
-        choices = [{"index": i, "message": message, "finish_reason": "stop"} for i in range(n)]
+        other = dict(how) if isinstance(how, dict) else {}
+        top = {"usage": other.pop("usage", usage)}
+        reason = other.pop("finish_reason", "stop")
+        choices = [{"index": i, "message": message | other, "finish_reason": reason} for i in range(n)]
         body = {"id": "x", "object": "chat.completion", "created": 1, "model": asked["model"]}
-        content = json.dumps(body | {"choices": choices, "usage": usage}).encode()
+        content = json.dumps(body | {"choices": choices} | top).encode()
         if how == "cut body":
             reply = web.StreamResponse(headers={"Content-Length": str(len(content))})
             await reply.prepare(request)

@@ -21,6 +21,14 @@ REQUIRED = {
     AuditConfig: {},
 }
 OUTSIDE = {"ge": lambda limit: limit - 1, "gt": lambda limit: limit, "le": lambda limit: limit + 1, "lt": lambda x: x}
+OF_A_LIST = {
+    "callbacks": ["push_to_hub_revision", "push_to_hub_revision"],
+    "base_url": ["http://a/v1", "http://b/v1"],
+    "vllm_server_url": ["http://a/v1", "http://b/v1"],
+    "report_to": ["tensorboard", "none"],
+    "reward_weights": ["1.0", "2.0"],
+    "tasks": ["math_500", "aime24"],
+}
 BEST = {"load_best_model_at_end": True, "eval_strategy": "steps"}
 BOUNDS = [
     (kind, field.name, bound, limit)
@@ -117,3 +125,19 @@ def test_a_value_that_must_be_there_and_a_recipe_given_twice(tmp_path):
     recipe.write_text("beta: 0.1\n")
     with pytest.raises(ValueError, match="--config is given 2 times"):
         parse((GRPOConfig,), ["--config", str(recipe), "--config", str(recipe)])
+
+
+def repeats(field) -> bool:
+    return "commas" in field.metadata or "list[" in str(field.type)
+
+
+@pytest.mark.parametrize(
+    "kind, name", [(k, f.name) for k in REQUIRED for f in dataclasses.fields(k) if f.init and repeats(f)]
+)
+def test_an_option_given_again_adds_to_its_list(kind, name):
+    """Of those with several values: all are kept, and the default is none of them."""
+    values = OF_A_LIST.get(name, ["a=1", "b=2"])
+    flags = [text for key, value in REQUIRED[kind].items() if key != name for text in (f"--{key}", str(value))]
+    (config,) = parse((kind,), [*flags, f"--{name}", values[0], f"--{name}={values[1]}"])
+    found = getattr(config, name)
+    assert (found.split(",") if isinstance(found, str) else [str(value) for value in found]) == values

@@ -9,6 +9,7 @@ YAML, after it as comments the defaults that are not TRL's, and ends. Types, `--
 transformers' HfArgumentParser.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -24,6 +25,16 @@ from sft_core.run.open_r1_keys import FOREIGN_KEYS, REFUSED_KEYS, defaults_there
 from sft_core.run.options import Options, check_once, default_of, known_names, nearest, require
 
 
+class _Repeated(argparse.Action):
+    """An option that is given again adds to its list (of one text with commas between: to that); a default goes."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        if before is not self.default:
+            values = f"{before},{values}" if isinstance(values, str) else [*before, *values]
+        setattr(namespace, self.dest, values)
+
+
 class Parser(HfArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -33,7 +44,10 @@ class Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:  # argparse would print its whole usage first
         raise ValueError(f"{message} (see --help)")
 
-    def add_argument(self, *names: Any, bounds: Any = None, **options: Any) -> Any:  # the dataclass checks the bounds
+    def add_argument(self, *names: Any, bounds: Any = None, commas: bool = False, **options: Any) -> Any:
+        # the dataclass checks the bounds
+        if commas or options.get("nargs") == "+":
+            options["action"] = _Repeated
         return super().add_argument(*names, **options)
 
 

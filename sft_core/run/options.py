@@ -84,16 +84,23 @@ class Options(metaclass=_OptionsType):
 
 
 def option(
-    default: Any, help: str, alias: str | None = None, choices: tuple[str, ...] | None = None, **bounds: float
+    default: Any,
+    help: str,
+    alias: str | None = None,
+    choices: tuple[str, ...] | None = None,
+    commas: bool = False,
+    **bounds: float,
 ) -> Any:
     """A dataclass field with its one-line documentation (also the source of README's option tables).
 
     `alias`: another name under which recipes know it; `choices`: of a text, or of each in a list; `bounds`: ge, gt, le,
-    lt as in pydantic. `check_options` holds a value to both; None, where an option may be None, is always allowed.
+    lt as in pydantic; `check_options` holds a value to both; None, where an option may be None, is always allowed.
+    `commas`: a text of several with commas between, to which the option given again adds.
     """
     metadata: dict[str, Any] = {"help": help, "bounds": bounds}
     metadata |= {"aliases": [f"--{alias}"]} if alias else {}
     metadata |= {"choices": choices} if choices else {}
+    metadata |= {"commas": True} if commas else {}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -5,17 +5,19 @@ import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 
 import pytest
 
 from eval.compare import compare, main
 from eval.folder import write_rows
 from eval.page import page, with_math
-from eval.report import summarise
+from eval.report import pick, summarise, verdicts
 
 
 def row(problem: int, score: float | None, said: str = "5", **other) -> dict:
     empty = {"sample": 0, "seed": 0, "prompt": "", "gold": "5", "length": 3, "finish_reason": "stop", "error": None}
+    empty |= {"parsed_gold": "5"}
     return (
         empty
         | {
@@ -41,10 +43,18 @@ def test_paired_difference(tmp_path, capsys):
     a, b = write_run(tmp_path / "a", 1, 0, 0, 1), write_run(tmp_path / "b", 1, 1, 0, 1, 1)
     result = compare(a, b)["aime24"]
     assert (result["problems"], result["difference"], result["stderr"]) == (4, 0.25, 0.25)
-    assert result["flipped"] == [("problem 1", 0.0, 1.0)]
+    assert result["flipped"] == [("problem 1", 0.0, 1.0, 1)]
     assert compare(b, a)["aime24"]["difference"] == -0.25 and compare(a, a)["aime24"]["ci95_high"] is None
     main([str(a), str(b), "--json"])
     assert json.loads(capsys.readouterr().out)["aime24"]["ci95_low"] == pytest.approx(0.25 - 3.182 * 0.25, rel=1e-2)
+    for folder, seed in ((a, 0), (b, 7)):
+        content = {"config": {"aime24": {"model": f"model {folder.name}", "seed": seed, "top_p": 1.0}}}
+        (folder / "results.json").write_text(json.dumps(content))
+    main([str(a), str(b)])
+    printed = capsys.readouterr().out
+    assert "A (model a) 50.0 %, B (model b) 75.0 %" in printed and "n = 4 problems in common, of 4 and 5" in printed
+    assert "95 % interval" in printed and "solved  problem 1: 0.00 -> 1.00" in printed
+    assert "settings that differ: seed (0, 7)\n" in printed
     with pytest.raises(SystemExit) as stopped:
         main([str(a), str(tmp_path)])
     assert stopped.value.code == 2 and "no results in" in capsys.readouterr().err
@@ -59,11 +69,21 @@ ROWS = [
 
 
 def test_page_shows_every_sample_and_runs_none_of_it():
-    text = page("a model", {"aime24": summarise(ROWS)}, ROWS, 4)
+    text = page("a model", {"aime24": summarise(ROWS)}, ROWS, Counter(all=4, right=1))
     classes = re.findall(r'<article class="([a-z ]+)">', text)
     assert classes == ["right", "wrong cut", "wrong unparsed", "wrong"]
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text and "&lt;b&gt;ten" in text
     assert "timeout: took too long" in text and "25.0 %" in text
+    assert ">right 1</button>" in text and "gold <code>5</code>, from 5" in text and 'name="viewport"' in text
+
+
+def test_every_verdict_has_places_in_a_long_run(tmp_path):
+    rows = [row(i, float(i % 10 == 0), extracted="" if i % 10 == 1 else "5") for i in range(100)]
+    write_rows(tmp_path / "a.parquet", rows)
+    shown, counts = pick([tmp_path / "a.parquet"], 30)
+    assert Counter(map(tuple, map(verdicts, shown))) == {("right",): 10, ("wrong",): 10, ("wrong", "unparsed"): 10}
+    assert counts == {"all": 100, "right": 10, "wrong": 90, "unparsed": 10}
+    assert len(pick([tmp_path / "a.parquet"], 95)[0]) == 95  # what one kind leaves free others take
 
 
 def test_mathematics_of_pages():
@@ -96,7 +116,7 @@ def test_in_a_browser(tmp_path):
     """Filters hide the others, a fraction is set over two lines, answers as written on demand, nothing is executed."""
     hostile = row(4, 0.0, r"$\text{<img src=x onerror=document.title='broken'>}$ and <img src=x onerror=alert(1)>")
     rows = [*ROWS, hostile]
-    text = page("a model", {"aime24": summarise(rows)}, rows, 5)
+    text = page("a model", {"aime24": summarise(rows)}, rows, Counter(all=5))
     probe = (
         "<script>const height = element => element.getBoundingClientRect().height;"
         "const fraction = document.querySelector('mfrac');"

@@ -24,6 +24,7 @@ from tests.hub_server import HubServer
         (r"2\tfrac{1}{2}", "2½"),
         (r"\[x^{2}+y_{1}\]", "x² + y₁"),
         (r"10^{2}", "10²"),
+        (r"\int_{0}^{1} x_1^2", "∫₀¹ x₁²"),
         (r"$1,\!000{,}000$", "1000000"),
         (r"\left(\pi r^2\right)", "(π r^2)"),
         (r"\sqrt{2}\cdot\sin\theta", "sqrt(2) * sin Θ"),

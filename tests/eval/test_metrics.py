@@ -176,6 +176,7 @@ def test_figures_by_hand():
     assert majority(rows([("5", 1.0), ("6", 0.0)])) == 0.5 and majority(rows([("", 0.0)])) == 0.0
     money = [("18", 1.0), ("18.0000", 1.0), ("Eq(x, 18)", 1.0), ("20", 0.0), ("20.00", 0.0), ("Eq(y, 21)", 0.0)]
     assert majority(rows(money)) == 1.0 and majority(rows([*money, ("20", 0.0), ("20.0", 0.0)])) == 0.0
+    assert majority(rows([("1/2", 0.0), ("0.5", 0.0), ("7", 1.0), ("1/0", 0.0), ("1/3", 0.0)])) == 0.0
     unknown = rows([("5", 1.0), ("5", 1.0)])
     assert "maj@2" not in summarise([row | {"extracted": None} for row in unknown])
     assert pass_at_k(10, 0, 3) == 0.0 and pass_at_k(10, 8, 3) == 1.0

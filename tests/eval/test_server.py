@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from eval.run import main
 from gen import client, sampler
 from tests import launch
-from tests.eval.helpers import samples, write
+from tests.eval.helpers import refused, samples, write
 from tests.fake_openai import FakeServer
 from tests.servers import vllm_serve
 
@@ -80,10 +81,45 @@ def test_a_server_that_is_down_or_does_not_know_the_model(server, data, tmp_path
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         code, log = evaluate(f"http://127.0.0.1:{free.getsockname()[1]}/v1", data, tmp_path / "out", tmp_path / "log")
-    assert code == 1 and "cannot be reached" in log and "--base_url" in log and "Traceback" not in log
+    assert code == 2 and "cannot be reached" in log and "--base_url" in log and "Traceback" not in log
     server.behave = lambda count, _: 404
     code, log = evaluate(server.url, data, tmp_path / "out", tmp_path / "log", batch_size=2)
     assert code == 1 and "no such model" in log and len(server.requests) == 2  # no retries
+
+
+@pytest.mark.parametrize(
+    "url, key, says",
+    [
+        ("localhost:8000", "k", "is no address"),
+        ("{bare}", "k", "its address may lack /v1"),
+        ("http://me:secret@host/v1", "k", "set OPENAI_API_KEY instead"),
+        ("{url}", "a\nb", "OPENAI_API_KEY holds a line end"),
+        ("{url}", "k", "does not serve 'gone': it serves served; give --model"),
+    ],
+)
+def test_a_server_that_cannot_be_asked_is_one_sentence(url, key, says, server, data, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    options = {"model": "gone", "tasks": "aime24", "dataset": f"aime24={data}", "output_dir": tmp_path / "out"}
+    url = url.format(url=server.url, bare=server.url.removesuffix("/v1"))
+    refused(main, launch.flags(base_url=url, **options), capfd, says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_answer_that_is_not_there_costs_itself_alone(server, data, tmp_path):
+    """A null answer is an empty one; a request that fails is named, and asked again alone."""
+    said = {"What is 1?": {"content": None, "reasoning": None, "usage": None}, "What is 2?": 400}
+    server.behave = lambda count, request: said.get(request["messages"][0]["content"], "ok")
+    for asked in (12, 1):
+        before = len(server.requests)
+        code, log = evaluate(server.url, data, tmp_path / "out", tmp_path / "log", num_samples=1, batch_size=12)
+        assert code == 1 and "1 samples got no answer" in log and "aime24, problem 2, sample 0: http" in log, log
+        assert len(server.requests) - before == asked
+    result = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["aime24"]
+    assert (result["pass@1"], result["unparsed"], result["unscored"]) == (7 / 12, 1 / 12, 1 / 12)
+    said.clear()
+    code, log = evaluate(server.url, data, tmp_path / "out", tmp_path / "log2", num_samples=1, batch_size=12)
+    assert code == 0 and str(tmp_path / "out" / "report.html") in log, log
+    assert [row["score"] for row in samples(tmp_path / "out")] == [float(i % 4 > 0 and i != 1) for i in range(12)]
 
 
 @pytest.mark.slow

@@ -49,17 +49,41 @@ def reply(**changes) -> bytes:
 
 def test_answers_are_read_or_refused():
     """What a server may say; what is wrong in kind must not get into a file, nor end the run."""
-    assert read_answer(reply()) == Answer("so", 3, 0, "stop")
-    assert read_answer(reply(usage={"completion_tokens": None})).tokens == 0 == read_answer(reply(usage=None)).tokens
+    assert read_answer(reply()) == Answer("so", 3, None, "stop")
+    for usage in (
+        {"completion_tokens": None},
+        None,
+        "many",
+        [1],
+        {"completion_tokens": 1 << 70},
+        {"completion_tokens": True},
+    ):
+        assert read_answer(reply(usage=usage)) == Answer("so", None, None, "stop")
+    assert read_answer(reply(message={"content": None, "reasoning": None})) == Answer("", 3, None, "stop")
     assert read_answer(reply(finish_reason=None)).finish_reason == ""
     assert read_answer(reply(message={"content": "half \ud83d"})).text == "half ?"
     for name in ("reasoning", "reasoning_content"):
-        assert read_answer(reply(message={"content": None, name: "hm"})) == Answer("", 3, 0, "stop", "hm")
-    assert full_text(Answer("so", 3, 0, "stop", "hm")) == "<think>\nhm\n</think>\n\nso"
-    bad = [reply(message={"content": None}), reply(message={"content": ["a"]}), reply(finish_reason=3), b"[]", b"{}"]
+        assert read_answer(reply(message={"content": None, name: "hm"})) == Answer("", 3, None, "stop", "hm")
+    bad = [reply(message={"content": ["a"]}), reply(finish_reason=3), b"[]", b"{}"]
     for content in (*bad, b"[" * 200_000, b'{"error": "busy"}', b'{"choices": []}'):
         with pytest.raises((ValueError, LookupError, TypeError, AttributeError, RecursionError)):
             read_answer(content)
+
+
+@pytest.mark.parametrize(
+    "text, reason, said",
+    [
+        ("so", "stop", "<think>\nhm\n</think>\n\nso"),
+        ("so", "length", "<think>\nhm\n</think>\n\nso"),
+        ("", "stop", "<think>\nhm\n</think>\n\n"),
+        ("", "length", "<think>\nhm"),
+        ("hm", "length", "<think>\nhm"),
+        ("hm", "stop", "hm"),
+        ("<think>hm</think>so", "stop", "<think>hm</think>so"),
+    ],
+)
+def test_a_thought_is_there_once_and_open_where_it_was_cut(text, reason, said):
+    assert full_text(Answer(text, 3, 5, reason, "hm")) == said
 
 
 def test_what_cannot_get_better_is_not_asked_twice(server):

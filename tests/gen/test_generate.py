@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import gen.client
-from gen.config import GenerateConfig, join_urls
+from gen.config import GenerateConfig
 from gen.engine.base import EngineConfig, Sampling, make_engine
 from gen.generate import build_distilabel_pipeline, main
+from sft_core.data.rows import load_rows
 from sft_core.run.cli import parse
 from tests import launch
 from tests.fake_openai import FakeServer, words
@@ -197,6 +198,7 @@ def test_bad_input_is_one_sentence(server, data, tmp_path, capsys):
         "not valid Jinja": {"prompt_template": "{{ instruction"},
         "(or --num_generations) to 1, or use a temperature above 0": {"temperature": 0},
         "write it as http://host:8000/v1": {"vllm_server_url": "localhost:8000"},
+        "set OPENAI_API_KEY instead": {"vllm_server_url": "http://me:secret@host/v1"},
         "--vllm-server-url is empty": {"vllm_server_url": ","},
         "its address may lack /v1": {"vllm_server_url": server.url.removesuffix("/v1")},
         "holds int64: choose a column of texts": {"prompt_column": "n"},
@@ -241,6 +243,18 @@ def test_rows_that_change_where_the_prompt_does_not(server, tmp_path):
         assert rows(tmp_path / "out")[1]["old"] == 1 and len(rows(tmp_path / "out")) == 1500
     assert len(server.requests) == 1500  # nothing is asked again
     assert [r["messages"][0]["content"] for r in server.requests[:2]] == ["x! Say 0.", "x Say 1."]
+
+
+def test_columns_of_any_type_come_out_as_they_went_in(server, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    columns = {"mixed": [1, "a"], "ragged": [{"a": 1}, {"b": 2}], "tools": [[{"f": 1}], [{"g": "x"}]]}
+    columns |= {"deep": [{"a": [{"x": 1}, {"y": [2]}]}, {"a": []}], "list": [[1, "a"], [2]], "none": [None, {"a": 1}]}
+    given = [{"prompt": f"Say {i}."} | {column: cells[i] for column, cells in columns.items()} for i in range(2)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in given))
+    code, log = generate(server.url, file, tmp_path / "out", input_batch_size=1)
+    assert code == 0, log
+    found = load_rows(str(tmp_path / "out" / "train.parquet"))
+    assert [{column: row[column] for column in given[0]} for row in found] == given
 
 
 def test_an_engine_in_process_needs_no_server(tiny_model, data, tmp_path):
@@ -303,9 +317,9 @@ def test_the_pipeline_has_the_face_of_distilabels(server, data, tmp_path, monkey
 def test_flags_are_open_r1s(tmp_path):
     argv = "--hf-dataset D --model M --vllm-server-url http://a/v1,http://b/v1 --private --prompt-column p"
     argv += " --vllm_server_url=http://c/v1 --input_batch_size 5 --client-replicas 2 --hf-output-dataset me/x"
-    (config,) = parse((GenerateConfig,), join_urls(argv.split()))
+    (config,) = parse((GenerateConfig,), argv.split())
     assert config.urls == ["http://a/v1", "http://b/v1", "http://c/v1"] and config.private and config.at_once == 10
-    (config,) = parse((GenerateConfig,), join_urls(["--hf-dataset", "D", "--model", "M"]))
+    (config,) = parse((GenerateConfig,), ["--hf-dataset", "D", "--model", "M"])
     assert (config.hf_dataset_split, config.prompt_column, config.prompt_template) == (
         "train",
         "prompt",
