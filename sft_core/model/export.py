@@ -26,7 +26,7 @@ from sft_core.model.adapters import (
     write_adapter,
 )
 from sft_core.run.distributed import is_first_rank, on_first_rank
-from sft_core.run.files import flush_to_disk
+from sft_core.run.files import flush_to_disk, open_to_readers
 
 CONFIGS = ("config.json", "adapter_config.json")
 
@@ -151,6 +151,7 @@ def _replace(target: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
     write(temporary)
+    open_to_readers(temporary)
     for path in temporary.iterdir():
         flush_to_disk(path)
     for name in CONFIGS:
