@@ -211,8 +211,8 @@ def _damaged_text(path: Path) -> str | None:
 
 
 def _changed_type(path: Path, rows: Dataset) -> str | None:
-    """The first row with a value of another type than above it, of which `datasets` would make text: beyond its first
-    10 MB, for within these it keeps every value."""
+    """The first row with a value of another type than above it, of which `datasets` would make text: of what follows
+    the first 20 MiB, within which it keeps every value."""
     if damaged_line(path) is not None:  # one array, say
         return None
     seen = dict.fromkeys(name for name, kind in rows.features.items() if "Json" not in repr(kind))
