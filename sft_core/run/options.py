@@ -159,11 +159,12 @@ def check_options(config: Any) -> None:
         require(is_a(value, types[name]), f"{name} must be {_words(types[name])}, got {value!r}.")
         if value is None:
             continue
-        for number in _floats(value):
-            require(math.isfinite(number), f"{name} must be a finite number, got {number}.")
+        require(value == value, f"{name} must be a number, got nan.")
         for bound, limit in field.metadata.get("bounds", {}).items():
             holds, words = BOUNDS[bound]
             require(holds(value, limit), f"{name} must be {words} {limit}, got {value}.")
+        for number in _floats(value):
+            require(math.isfinite(number), f"{name} must be a finite number, got {number}.")
         if choices := field.metadata.get("choices"):
             for text in value if isinstance(value, list) else [value]:
                 require(text in choices, f"{name} must be one of {', '.join(choices)}, got {text!r}.")
