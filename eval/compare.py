@@ -85,8 +85,8 @@ def compare(a: Path, b: Path) -> dict[str, dict]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("a", type=Path)
-    parser.add_argument("b", type=Path)
+    parser.add_argument("a", type=lambda text: Path(text).expanduser())
+    parser.add_argument("b", type=lambda text: Path(text).expanduser())
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     arguments = parser.parse_args(argv)
     with usage_errors():

@@ -6,7 +6,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from eval.tasks import Doc, LightevalTaskConfig, find_tasks
-from sft_core.data.rows import FILES, load_rows
+from sft_core.data.rows import file_kind, load_rows
 from sft_core.run.options import require
 
 TEXT = re.compile(r"(large_)?string")
@@ -39,7 +39,7 @@ def places_of(tasks: list[LightevalTaskConfig], entries: list[str], option: str)
 
 def load_docs(task: LightevalTaskConfig, place: str, limit: int | None) -> list[Doc]:
     """The questions of a task from `place`, a Hub id or a local file."""
-    found = Path(place).suffix not in FILES or Path(place).is_file()
+    found = file_kind(place) is None or Path(place).expanduser().is_file()
     require(found, f"{task.name}: there is no file at {place}: check --dataset.")
     subset = None if task.hf_subset == "default" else task.hf_subset
     rows = load_rows(place, subset, task.evaluation_splits[0], option=f"--dataset {task.name}=file")

@@ -423,7 +423,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             config = Config(**vars(parser.parse_args(argv)))
-            folder = Path(config.model or write_model(scratch, config.seed))
+            folder = Path(config.model or write_model(scratch, config.seed)).expanduser()
             tokenizer = load_tokenizer(folder)
             splits = make_splits(config.seed, NUM_PROBLEMS)
             problems = [render(tokenizer, problem) for problem in splits["train"]]

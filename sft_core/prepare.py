@@ -42,6 +42,7 @@ from sft_core.run.benchmarks import check_benchmarks
 from sft_core.run.callbacks import Handed
 from sft_core.run.cli import as_yaml
 from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig
+from sft_core.run.files import check_writable
 from sft_core.run.hub import check_hub
 from sft_core.run.logging import check_report_to, set_log_level
 from sft_core.run.options import require
@@ -102,6 +103,7 @@ def prepare_base(
         distributed.on_first_rank(handed.write_model, patient=True)
     check_compile(config, device)
     bf16 = compute_in_bf16(config.bf16, model.dtype, device)
+    distributed.on_first_rank(lambda: check_writable(config.output_dir))
     distributed.on_first_rank(lambda: check_hub(config))
     distributed.on_first_rank(lambda: check_benchmarks(config))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes that tokenise are forks

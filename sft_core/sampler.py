@@ -233,7 +233,7 @@ class Streamed:
                     break
                 window.append((number + len(window), row))
                 size += len(repr(row))
-        except (DatasetGenerationError, ValueError) as error:
+        except (DatasetGenerationError, ValueError, EOFError, OSError) as error:
             cause = damaged_line(Path(self.name)) or f"after row {number + len(window)}: {' '.join(str(error).split())}"
             return [(f"{self.name} cannot be read: {cause}.", 0, {})] * ranks
         following = self._start

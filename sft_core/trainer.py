@@ -43,6 +43,7 @@ from sft_core.model.trl_names import changed, quantised_options, with_init_kwarg
 from sft_core.run import distributed
 from sft_core.run.callbacks import Callbacks, Handed
 from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig
+from sft_core.run.files import open_to_readers
 from sft_core.run.options import require
 from sft_core.run.output_dir import GIVEN, checkpoints
 from sft_core.trained import Results
@@ -298,6 +299,7 @@ class Trainer(Results, ABC):
         """The model object into its folder, where it is not there yet."""
         if not (folder / WHOLE).is_file():
             self._object.save_pretrained(folder)
+            open_to_readers(folder)
             (folder / WHOLE).touch()
             print(f"the model object is written to {folder}, from where it is loaded", flush=True)
 

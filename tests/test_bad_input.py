@@ -89,7 +89,7 @@ BEST = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strate
         ({"load_in_4bit": "true"}, "a quantised model cannot be trained whole: give --use_peft true"),
         ({"reward_funcs": ["cf_code"]}, "sandbox"),
         ({"optim": "adafactor"}, "invalid choice: 'adafactor'"),
-        ({"resume_from_checkpoint": "./nowhere"}, "cannot resume from ./nowhere: manifest.json is missing"),
+        ({"resume_from_checkpoint": "./nowhere"}, "cannot resume from ./nowhere: there is no such folder"),
         ({"resume_from_checkpoint": "false"}, "to start anew give another --output_dir"),
     ],
 )

@@ -63,9 +63,9 @@ def main() -> None:
     parser.add_argument("--engine", default="vllm", help="what samples: vllm or torch")
     parser.add_argument("--evaluate", nargs="*", metavar="MODEL", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    folder = Path(arguments.folder)
+    folder = Path(arguments.folder).expanduser()
     if arguments.evaluate:
-        return evaluate(folder, arguments.engine, [Path(model) for model in arguments.evaluate])
+        return evaluate(folder, arguments.engine, [Path(model).expanduser() for model in arguments.evaluate])
     started = time.time()
     build(folder, arguments.seed)
     train_sft(folder / "sft", folder / "base", folder, SFT)

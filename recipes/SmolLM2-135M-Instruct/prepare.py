@@ -105,7 +105,7 @@ def prepare(names: list[str], folder: Path) -> Counter[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_name", nargs="+", default=["openai/gsm8k"], help="Hub ids or .jsonl files")
-    parser.add_argument("--output_dir", type=Path, default=Path("data/think"))
+    parser.add_argument("--output_dir", type=lambda text: Path(text).expanduser(), default=Path("data/think"))
     arguments = parser.parse_args()
     with distributed.usage_errors():
         counts = prepare(arguments.dataset_name, arguments.output_dir)

@@ -6,21 +6,31 @@ What is made of a row: `sft_core/dataset.py`, `grpo_core/rollout.py`. Left out o
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import logging
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
+from sft_core.run.files import check_writable
 from sft_core.run.model_config import DatasetMixtureConfig, ScriptArguments
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 logger = logging.getLogger(__name__)
-FILES = (".json", ".jsonl", ".parquet")
+FILES = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".json.gz": "json",
+    ".jsonl.gz": "json",
+    ".parquet": "parquet",
+}  # the ends of their names, in small or capital letters
 logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it cannot read is said below, better
 
 
@@ -40,23 +50,29 @@ def load_splits(
     name, config, test_split = arguments.dataset_name, arguments.dataset_config, arguments.dataset_test_split
     if is_undivided(name):
         _warn_of_unused(arguments, name, "dataset_config", "dataset_train_split")
-    train = load_rows(name, config, arguments.dataset_train_split, streaming=streaming)
+    split = arguments.dataset_train_split
+    train = load_rows(name, config, split, streaming=streaming, split_option="--dataset_train_split")
     if not test:
         return train, None
-    if Path(test_split).suffix in FILES:
+    if file_kind(test_split) is not None:
         return train, load_rows(test_split, option="--dataset_test_split")
     if is_undivided(name):
         raise ValueError(
             f"evaluation needs a test split, and {name} is one file or undivided set: name another file with "
             "--dataset_test_split FILE, or leave out do_eval and eval_strategy."
         )
-    return train, load_rows(name, config, test_split)
+    return train, load_rows(name, config, test_split, split_option="--dataset_test_split")
+
+
+def file_kind(name: str | Path) -> str | None:
+    """What reads a data file of this name: json, parquet, or None if it is no name of one."""
+    return next((kind for end, kind in FILES.items() if Path(name).name.lower().endswith(end)), None)
 
 
 def is_undivided(name: str) -> bool:
     """Whether the data is one file, or a saved set without splits."""
     path = Path(name).expanduser()
-    return path.suffix in FILES or (path / "state.json").exists()
+    return file_kind(path) is not None or (path / "state.json").exists()
 
 
 def _warn_of_unused(arguments: ScriptArguments, data: str, *options: str) -> None:
@@ -72,14 +88,16 @@ def _mix(mixture: DatasetMixtureConfig, test: bool) -> tuple[Dataset, Dataset | 
     parts: list[Dataset] = []
     for entry in mixture.sets():
         name, columns, weight = entry.id, entry.columns, entry.weight
-        rows = load_rows(name, entry.config, entry.split)
+        rows = load_rows(name, entry.config, entry.split, split_option="`split` in dataset_mixture")
         if columns:
             if missing := set(columns) - set(rows.column_names):
                 raise ValueError(f"{name} has no columns {sorted(missing)}; it has {rows.column_names}.")
             rows = rows.select_columns(columns)
         count = int(len(rows) * weight)
         if count == 0:
-            raise ValueError(f"weight {weight} of {name}, a share of its {len(rows)} rows, must leave a row.")
+            raise ValueError(
+                f"dataset_mixture: weight {weight} of {name}, a share of its {len(rows)} rows, must leave a row."
+            )
         parts.append(rows.shuffle(seed=mixture.seed).select(range(count)))
         if set(rows.column_names) != set(parts[0].column_names):
             raise ValueError(
@@ -99,26 +117,36 @@ def _mix(mixture: DatasetMixtureConfig, test: bool) -> tuple[Dataset, Dataset | 
 
 
 def load_rows(
-    name: str, config: str | None = None, split: str = "train", option: str = "--dataset_name", streaming: bool = False
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    option: str = "--dataset_name",
+    streaming: bool = False,
+    split_option: str = "",
 ) -> Any:
     """The rows of `split`, a Dataset; streamed an IterableDataset, read as it is needed in the order of the files. An
     undivided set is one split, whatever its name.
 
-    option: what the user named it by, for the message.
+    option, split_option: what the user named it by, for the message.
 
     Raises:
         ValueError: nothing is there, or no such split; the message says what there is.
     """
+    from datasets import config as library
     from datasets import load_dataset, load_from_disk
 
     path = Path(name).expanduser()
-    if path.suffix in FILES:
+    check_writable(library.HF_DATASETS_CACHE, "It is the cache of `datasets`: set HF_HOME to a folder of yours.")
+    if file_kind(path) is not None:
         data = _read_file(name, streaming, option)
     elif is_undivided(name) or (path / "dataset_dict.json").exists():
         try:
             data = load_from_disk(str(path)).with_format(None)  # which may hide columns, and turns values into arrays
         except IndexError as error:  # it looks into the first of no tables
             raise ValueError(f"{name} has no rows.") from error
+    elif path.is_file():
+        known = ", ".join(FILES)
+        raise ValueError(f"{name} is none of {known}: save it as one of these, and name that with {option}.")
     elif name.startswith((".", "/", "~")) and not path.is_dir():
         raise ValueError(f"there is no data set at {name}: check {option}.")
     else:
@@ -126,12 +154,13 @@ def load_rows(
             data = load_dataset(name, config, streaming=streaming)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"no data set {name!r} to be had: it is neither a .json, .jsonl or .parquet file, a saved set, nor "
+                f"no data set {name!r} to be had: it is neither a file ({', '.join(FILES)}), a saved set, nor "
                 f"a Hub id that can be reached from here (check {option}). Cause: {str(error).splitlines()[0]}"
             ) from error
     if isinstance(data, dict):
         if split not in data:
-            raise ValueError(f"{name} has no split {split!r}: it has {', '.join(data)}.")
+            check = f"; check {split_option}" if split_option else ""
+            raise ValueError(f"{name} has no split {split!r}: it has {', '.join(data)}{check}.")
         data = data[split]
     if streaming:
         return data.to_iterable_dataset() if hasattr(data, "to_iterable_dataset") else data
@@ -148,38 +177,82 @@ def _read_file(name: str, streaming: bool, option: str) -> Any:
     path = Path(name).expanduser()
     if not path.is_file():
         raise ValueError(f"there is no data file at {name}: check {option}.")
-    kind = path.suffix[1:].replace("jsonl", "json")
+    kind = file_kind(path)
+    assert kind is not None
     try:
         rows = load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
         first_row(rows)  # a stream is not read before
-        return rows
-    except (DatasetGenerationError, StopIteration, ValueError) as error:
-        cause = damaged_line(path) or " ".join(str(error.__cause__ or error).split())[:200]
-        raise ValueError(f"{name} cannot be read as {path.suffix}: {cause or 'no rows'} (one row a line).") from error
+    except (DatasetGenerationError, StopIteration, ValueError, OSError, EOFError, zlib.error) as error:
+        why = damaged_line(path) or " ".join(str(error.__cause__ or error).split())[:200] or "no rows"
+        raise ValueError(f"{name} cannot be read as {''.join(path.suffixes[-2:])}: {why} (one row a line).") from error
+    if not streaming and kind == "json" and (cause := _damaged_text(path) or _changed_type(path, rows)):
+        raise ValueError(f"{name} cannot be read: {cause}.")
+    return rows
+
+
+def _lines(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")  # type: ignore[return-value]
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with _lines(path) as file:
+        yield from (json.loads(line) for line in file if line.strip())
+
+
+def _damaged_text(path: Path) -> str | None:
+    """The first line that is no UTF-8, which `datasets` keeps as it is."""
+    with _lines(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f"line {number} is not UTF-8 ({error.reason} {line[error.start]:#x})"
+    return None
+
+
+def _changed_type(path: Path, rows: Dataset) -> str | None:
+    """The first row with a value of another type than above it, of which `datasets` would make text: of what follows
+    the first 20 MiB, within which it keeps every value."""
+    if damaged_line(path) is not None:  # one array, say
+        return None
+    seen = dict.fromkeys(name for name, kind in rows.features.items() if "Json" not in repr(kind))
+    for number, row in enumerate(_rows(path), 1):
+        for name in seen.keys() & row.keys():
+            kind = "number" if type(row[name]) in (int, float) else type(row[name]).__name__
+            if kind != "NoneType" and seen[name] not in (None, kind):
+                return (
+                    f"row {number}: `{name}` is {row[name]!r:.80}, but {seen[name]} above: write one type in all rows"
+                )
+            seen[name] = seen[name] if kind == "NoneType" else kind
+    return None
 
 
 def damaged_line(path: Path) -> str | None:
     """What is wrong with the first line of a JSON-lines file that is no JSON object, and which line it is."""
-    if path.suffix not in (".json", ".jsonl"):
+    path = path.expanduser()
+    if file_kind(path) != "json":
         return None
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except ValueError as error:
-                end = "the file ends in the middle of it" if not line.endswith("\n") else str(error)
-                return f"line {number} is not complete JSON: {end}"
-            if not isinstance(row, dict):
-                return f"line {number} is no JSON object"
+    try:
+        if (cause := _damaged_text(path)) is not None:
+            return cause
+        with _lines(path) as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line) if line.strip() else {}
+                except ValueError as error:
+                    end = "the file ends in the middle of it" if not line.endswith(b"\n") else str(error)
+                    return f"line {number} is not complete JSON: {end}"
+                if not isinstance(row, dict):
+                    return f"line {number} is no JSON object"
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        return f"it is no whole gzip file: {error}"
     return None
 
 
 def json_lines(name: str) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file as they are written; none of a file in another form."""
     path = Path(name).expanduser()
-    if path.suffix not in (".json", ".jsonl") or damaged_line(path) is not None:
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    return [] if file_kind(path) != "json" or damaged_line(path) is not None else list(_rows(path))
 
 
 def first_row(rows: Dataset | IterableDataset) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from sft_core.model.adapters import (
     write_adapter,
 )
 from sft_core.run.distributed import is_first_rank, on_first_rank
-from sft_core.run.files import flush_to_disk, room_for
+from sft_core.run.files import flush_to_disk, open_to_readers, room_for
 
 CONFIGS = ("config.json", "adapter_config.json")
 
@@ -154,6 +154,7 @@ def _replace(target: Path, tensors: dict[str, Tensor], write: Callable[[Path], N
     temporary.mkdir(parents=True)
     with room_for("the model", temporary, sum(tensor.nbytes for tensor in tensors.values())):
         write(temporary)
+        open_to_readers(temporary)
         for path in temporary.iterdir():
             flush_to_disk(path)
     for name in CONFIGS:

@@ -13,16 +13,20 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from sft_core.run.distributed import usage_errors
 from sft_core.run.open_r1_keys import FOREIGN_KEYS, REFUSED_KEYS, defaults_there, pass_over
 from sft_core.run.options import Options, check_once, default_of, known_names, nearest, require
+
+ON_OFF = {"on": "true", "off": "false"}
 
 
 class _Repeated(argparse.Action):
@@ -38,14 +42,19 @@ class _Repeated(argparse.Action):
 class Parser(HfArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self._negative_number_matcher = re.compile(
+            r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE
+        )  # argparse: no -1e-3
+        self.register("type", string_to_bool, lambda text: string_to_bool(ON_OFF.get(text.lower(), text)))
         for kind in (int, float):
             self.register("type", kind, lambda text, kind=kind: None if text in ("null", "none") else kind(text))
 
     def error(self, message: str) -> NoReturn:  # argparse would print its whole usage first
         raise ValueError(f"{message} (see --help)")
 
-    def add_argument(self, *names: Any, bounds: Any = None, commas: bool = False, **options: Any) -> Any:
-        # the dataclass checks the bounds
+    def add_argument(
+        self, *names: Any, bounds: Any = None, path: Any = None, commas: bool = False, **options: Any
+    ) -> Any:  # the dataclass checks bounds and paths
         if commas or options.get("nargs") == "+":
             options["action"] = _Repeated
         return super().add_argument(*names, **options)
@@ -63,7 +72,9 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     known = known_names(*config_types)
     others = [name for name in (*FOREIGN_KEYS, *REFUSED_KEYS) if name not in known]
     for name in others:
-        first.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, nargs="*", type=_load)
+        first.add_argument(
+            *{f"--{name}", f"--{name.replace('_', '-')}"}, nargs="*", type=lambda text: _boolean(_load(text))
+        )
     ours, argv = first.parse_known_args(argv)
     if len(ours.config) > 1:
         raise ValueError(f"--config is given {len(ours.config)} times: put all into one file.")
@@ -71,13 +82,14 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     given: dict[str, Any] = {}
     for key, value in (_read_yaml(path) if path else {}).items():
         if key == "env":
-            require(isinstance(value or {}, dict), f"`env` in {path} must hold `NAME: value` lines, got {value!r}.")
-            os.environ.update({name: str(text) for name, text in (value or {}).items()})
+            sound = isinstance(value or {}, dict) and all(isinstance(text, str) for text in (value or {}).values())
+            require(sound, f"`env` in {path} must hold `NAME: value` lines, got {value!r}.")
+            os.environ.update(value or {})
         elif key in known:
             check_once([*given, known[key].name])
-            given[known[key].name] = value
+            given[known[key].name] = _text(value, f"`{key}` in {path}")
         elif key in others:
-            pass_over(key, value)
+            pass_over(key, _boolean(value))
         else:
             raise ValueError(f"unknown key `{key}` in {path}{nearest(key, known)}")
     parser = Parser(config_types, allow_abbrev=False)
@@ -136,27 +148,62 @@ def _differences(config_type: type) -> str:
     return "".join(lines)
 
 
+class _Word(str):
+    """An unquoted yes, no, on or off: where a text is meant that text, where a boolean a boolean."""
+
+
 class _Loader(yaml.SafeLoader):
-    """One key twice is an error, where YAML would take the last."""
+    """1e-7 is a number, as in YAML 1.2. One key twice is an error, where YAML would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
         for key in keys:
             require(keys.count(key) == 1, f"`{key}` is there twice: give it once.")
-        return super().construct_mapping(node, deep)
+        mapping = super().construct_mapping(node, deep)
+        for name in mapping:
+            require(isinstance(name, str), f"the key {name!r} must be text: put it in quotes.")
+        return mapping
 
 
-def _load(text: str, what: str = "it") -> Any:
+def _construct_bool(loader: Any, node: yaml.ScalarNode) -> bool | _Word:
+    return {"true": True, "false": False}.get(node.value.lower(), _Word(node.value))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:bool", _construct_bool)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _text(value: Any, what: str, nested: bool = False) -> Any:
+    """The words as plain texts; within a mapping, where nothing says what is meant, they are refused."""
+    if isinstance(value, _Word):
+        require(not nested, f"{what} holds {value}, a text or a boolean: write true or false, or put it in quotes.")
+        return str(value)
+    if isinstance(value, dict):
+        return {name: _text(item, what, nested=True) for name, item in value.items()}
+    return [_text(item, what, nested) for item in value] if isinstance(value, list) else value
+
+
+def _boolean(value: Any) -> Any:
+    """The word as YAML 1.1 has it, for the keys of others, which are compared with their defaults."""
+    return value.lower() in ("yes", "on") if isinstance(value, _Word) else value
+
+
+def _load(text: str | bytes, what: str = "it", loader: Any = _Loader) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
+    file = Path(path).expanduser()
+    if not file.is_file():
         raise ValueError(f"there is no recipe at {path}: check --config.")
-    content = _load(Path(path).read_text(), path)
+    content = _load(file.read_bytes(), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `key: value` lines.")
+    if content.get("env"):
+        content["env"] = _load(file.read_bytes(), path, yaml.BaseLoader)["env"]  # as it is written: all are texts
     return content

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from sft_core.run.files import check_writable
 from sft_core.run.options import require
 from sft_core.run.parent import end_with_launcher
 from sft_core.run.watchdog import watchdog
@@ -211,11 +212,11 @@ def lock_output_dir(output_dir: str | Path, wait_s: float = 10.0) -> None:
     lets go when the process ends, however it ends: there is no stale lock to remove.
     """
     folder = Path(output_dir)
+    check_writable(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {folder}: {error.strerror}. Choose another --output_dir.") from error
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:  # another user's, say
+        raise ValueError(f"cannot open {folder / '.lock'}: {error.strerror}. Choose another --output_dir.") from error
     deadline = time.monotonic() + wait_s
     while True:
         try:

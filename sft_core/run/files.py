@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +86,24 @@ def keep_settings(folder: Path, settings: dict[str, Any], used: bool, option: st
         require(not changed, f"{folder} holds results of other settings: {changed}. {remedy}")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(settings, indent=1))
+
+
+def check_writable(folder: str | Path, remedy: str = "Choose another --output_dir.") -> None:
+    """Make `folder`. Raises ValueError where that cannot be done, or no file be made in it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {folder}: {error.strerror}. {remedy}") from error
+
+
+def open_to_readers(folder: Path) -> None:
+    """Give the weights in `folder` the mode that the umask gives a new file: safetensors writes 0600."""
+    new = folder / f".{os.getpid()}.mode"
+    new.touch()
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(new.stat().st_mode & 0o777)
+    new.unlink()
 
 
 def flush_to_disk(path: Path) -> None:

@@ -8,7 +8,7 @@ from sft_core.run.options import JsonDict, Options, option, require
 
 @dataclass
 class ModelConfig(Options):
-    model_name_or_path: str = option("", "Model to start from: a Hub id or a folder.")
+    model_name_or_path: str = option("", "Model to start from: a Hub id or a folder.", path=True)
     model_revision: str = option("main", "Branch, tag or commit of a Hub model.")
     dtype: str | None = option(
         None,
@@ -63,7 +63,7 @@ class ModelConfig(Options):
 class DatasetConfig(Options):
     """One set of a mixture."""
 
-    id: str = option("", "A Hub id or a data file.")
+    id: str = option("", "A Hub id or a data file.", path=True)
     config: str | None = option(None, "Configuration (subset) of a Hub data set.")
     split: str = option("train", "Its split.")
     columns: list[str] | None = option(None, "Columns to keep; default: all.")
@@ -91,10 +91,12 @@ class DatasetMixtureConfig(Options):
 
 @dataclass
 class ScriptArguments(Options):
-    dataset_name: str = option("", "Data: a Hub id, a .json/.jsonl/.parquet file, or a folder of either kind.")
+    dataset_name: str = option(
+        "", "Data: a Hub id, a .json/.jsonl/.parquet file, or a folder of either kind.", path=True
+    )
     dataset_config: str | None = option(None, "Configuration (subset) of a Hub data set.")
     dataset_train_split: str = option("train", "Split to train on.")
-    dataset_test_split: str = option("test", "Split to evaluate on; beside a data file, another data file.")
+    dataset_test_split: str = option("test", "Split to evaluate on; beside a data file, another data file.", path=True)
     dataset_mixture: JsonDict | None = option(
         None,
         "Instead of dataset_name: {datasets: [{id, config, split, columns, weight}], seed, test_split_size}; weight is "
@@ -114,4 +116,7 @@ class ScriptArguments(Options):
         self.mixture()
 
     def mixture(self) -> DatasetMixtureConfig | None:
-        return DatasetMixtureConfig(**self.dataset_mixture) if self.dataset_mixture else None
+        try:
+            return DatasetMixtureConfig(**self.dataset_mixture) if self.dataset_mixture else None
+        except ValueError as error:
+            raise ValueError(f"dataset_mixture: {error}") from error

@@ -9,8 +9,10 @@ import copy
 import dataclasses
 import difflib
 import json
+import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -80,7 +82,9 @@ class Options(metaclass=_OptionsType):
         types = option_types(type(self))
         known = name if name in types else option_name(type(self), name, value)
         if known is not None:
-            vars(self)[known] = _converted(value, types[known])
+            value = _converted(value, types[known])
+            is_path = isinstance(value, str) and known in path_options(type(self))
+            vars(self)[known] = as_path(value) if is_path else value
 
 
 def option(
@@ -88,16 +92,18 @@ def option(
     help: str,
     alias: str | None = None,
     choices: tuple[str, ...] | None = None,
+    path: bool = False,
     commas: bool = False,
     **bounds: float,
 ) -> Any:
     """A dataclass field with its one-line documentation (also the source of README's option tables).
 
-    `alias`: another name under which recipes know it; `choices`: of a text, or of each in a list; `bounds`: ge, gt, le,
-    lt as in pydantic; `check_options` holds a value to both; None, where an option may be None, is always allowed.
-    `commas`: a text of several with commas between, to which the option given again adds.
+    `alias`: another name under which recipes know it; `choices`: of a text, or of each in a list; `path`: it may be a
+    file or folder (`as_path`); `commas`: a text of several with commas between, to which the option given again adds;
+    `bounds`: ge, gt, le, lt as in pydantic. `check_options` holds a value to choices and bounds; None, where an option
+    may be None, is always allowed.
     """
-    metadata: dict[str, Any] = {"help": help, "bounds": bounds}
+    metadata: dict[str, Any] = {"help": help, "bounds": bounds, "path": path}
     metadata |= {"aliases": [f"--{alias}"]} if alias else {}
     metadata |= {"choices": choices} if choices else {}
     metadata |= {"commas": True} if commas else {}
@@ -160,9 +166,30 @@ def check_options(config: Any) -> None:
         for bound, limit in field.metadata.get("bounds", {}).items():
             holds, words = BOUNDS[bound]
             require(holds(value, limit), f"{name} must be {words} {limit}, got {value}.")
+        for number in _floats(value):
+            require(math.isfinite(number), f"{name} must be a finite number, got {number}.")
         if choices := field.metadata.get("choices"):
             for text in value if isinstance(value, list) else [value]:
                 require(text in choices, f"{name} must be one of {', '.join(choices)}, got {text!r}.")
+
+
+def _floats(value: Any) -> Iterator[float]:
+    """The numbers that may not be finite, nested ones too."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, list | tuple | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _floats(item)
+
+
+def as_path(text: str) -> str:
+    """As a shell has it: ~ is the user's folder, and a slash at the end says nothing."""
+    return os.path.expanduser(text).rstrip("/") or text
+
+
+@cache
+def path_options(kind: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind) if field.metadata.get("path")}
 
 
 @cache

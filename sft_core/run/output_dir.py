@@ -198,6 +198,8 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, str | None]:
 
 def unreadable_reason(checkpoint: Path) -> str | None:
     """Why this checkpoint cannot be used, or None when every file is as it was written."""
+    if not checkpoint.is_dir():
+        return "there is no such folder"
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
     except FileNotFoundError:
