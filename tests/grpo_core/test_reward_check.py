@@ -265,10 +265,18 @@ def test_a_column_that_would_hide_behind_what_rewards_are_given(tiny_model, tmp_
     assert f"rename the data's column {name!r}" in refusal(grpo_core.train.main, argv, capsys)
 
 
-@pytest.mark.parametrize("weights", [[0, 0], ["nan", 1], ["inf", 1], [1]])
-def test_weights_that_would_teach_nothing(tiny_model, problems, tmp_path, capsys, weights):
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ([0, 0], "give one weight each, finite and not all 0"),
+        ([1], "give one weight each, finite and not all 0"),
+        (["nan", 1], "reward_weights must be a finite number"),
+        (["inf", 1], "reward_weights must be a finite number"),
+    ],
+)
+def test_weights_that_would_teach_nothing(tiny_model, problems, tmp_path, capsys, weights, says):
     argv = options(tiny_model, problems, tmp_path / "out", reward_funcs=["accuracy", "format"], reward_weights=weights)
-    assert "give one weight each, finite and not all 0" in refusal(grpo_core.train.main, argv, capsys)
+    assert says in refusal(grpo_core.train.main, argv, capsys)
 
 
 def test_what_a_run_says_of_its_rewards(own, tiny_model, problems, tmp_path):

@@ -31,7 +31,7 @@ def config(folder, **more):
 
 
 def test_importing_the_package_imports_nothing_large():
-    large = "'torch', 'transformers', 'vllm', 'datasets', 'sft_core'"
+    large = "'torch', 'transformers', 'vllm', 'datasets', 'sft_core.run.config'"
     code = f"import sys, grpo_core; found = [n for n in ({large}) if n in sys.modules]; assert not found, found"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
     assert all(getattr(grpo_core, name) is not None for name in grpo_core.__all__) and len(grpo_core.__all__) == 12
