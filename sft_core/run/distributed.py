@@ -213,6 +213,7 @@ def lock_output_dir(output_dir: str | Path, wait_s: float = 10.0) -> None:
     """
     folder = Path(output_dir)
     check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:  # another user's, say

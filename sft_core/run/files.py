@@ -89,10 +89,10 @@ def keep_settings(folder: Path, settings: dict[str, Any], used: bool, option: st
 
 
 def check_writable(folder: str | Path, remedy: str = "Choose another --output_dir.") -> None:
-    """Make `folder`. Raises ValueError where that cannot be done, or no file be made in it."""
+    """Raises ValueError where `folder` cannot be made, or no file be made in it; leaves nothing."""
+    path = Path(folder).absolute()
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=next(there for there in (path, *path.parents) if there.exists())).close()
     except OSError as error:
         raise ValueError(f"cannot write to the folder {folder}: {error.strerror}. {remedy}") from error
 
