@@ -120,6 +120,18 @@ def test_stop_signal_asks_first_and_interrupts_at_the_second_ctrl_c():
     assert run_ranks(1, stop_signals) == [(False, True, "interrupted")]
 
 
+def hang_up(before):
+    signal.signal(signal.SIGHUP, before)
+    stop = distributed.StopSignal()
+    os.kill(os.getpid(), signal.SIGHUP)
+    return stop.requested
+
+
+@pytest.mark.parametrize(("before", "stops"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_hang_up_stops_a_run_unless_nohup_started_it(before, stops):
+    assert run_ranks(1, hang_up, before) == [stops]
+
+
 def misuse(error):
     distributed.init_distributed(timeout_s=30)
     with distributed.usage_errors():
