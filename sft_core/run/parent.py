@@ -15,8 +15,8 @@ def die_with_parent(parent_pid: int | None = None) -> None:
     parent = os.getppid() if parent_pid is None else parent_pid
     if sys.platform == "linux":
         set_parent_death_signal = 1
-        if ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+        failed = ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+        assert not failed, "prctl(PR_SET_PDEATHSIG) failed"
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -132,6 +132,21 @@ def test_a_hang_up_stops_a_run_unless_nohup_started_it(before, stops):
     assert run_ranks(1, hang_up, before) == [stops]
 
 
+def write_to_a_full_disk():
+    distributed.init_distributed(timeout_s=30)
+
+    def work():
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left on device"):
+        distributed.on_first_rank(work)
+    distributed.shutdown()
+
+
+def test_a_full_disk_of_the_first_rank_ends_all():
+    run_ranks(2, write_to_a_full_disk)
+
+
 def misuse(error):
     distributed.init_distributed(timeout_s=30)
     with distributed.usage_errors():
