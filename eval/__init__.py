@@ -1,3 +1,3 @@
-"""Evaluation: answer checking, tasks, metrics, the runner. Imports nothing, so that a checking worker stays light."""
+"""Evaluation: answer checking, tasks, metrics, the runner. Imports next to nothing: a checking worker stays light."""
 
 import sft_core  # noqa: F401 (what it refuses is said before anything else is imported)

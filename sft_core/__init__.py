@@ -42,9 +42,9 @@ def refuse_hidden_packages() -> None:
     """Exit with code 2 where another module of the same name hides one of the project's packages."""
     root = Path(__file__).parents[1]
     for name in ("kernels", "gen", "eval", "grpo_core"):
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.origin is not None and Path(spec.origin).parent != root / name:
-            refuse(f"{spec.origin} hides this project's package `{name}`: rename it, or start from another folder.")
+        origin = getattr(importlib.util.find_spec(name), "origin", None)
+        if origin is not None and Path(origin).parent != root / name:
+            refuse(f"{origin} hides this project's package `{name}`: rename it, or start from another folder.")
 
 
 def report_interrupt(kind: Any, error: Any, trace: Any) -> None:

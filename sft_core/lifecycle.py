@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 from transformers import TrainerState
 
@@ -33,7 +34,7 @@ from sft_core.model.policy import Policy, load_policy
 from sft_core.run import distributed
 from sft_core.run.benchmarks import get_callbacks
 from sft_core.run.callbacks import Callbacks
-from sft_core.run.files import FULL, write_atomically
+from sft_core.run.files import room_for, write_atomically
 from sft_core.run.logging import MetricsLogger, announce
 from sft_core.run.output_dir import read_state, step_of
 from sft_core.run.watchdog import Phases, watchdog
@@ -88,9 +89,7 @@ class TrainingRun(Generic[P]):
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if (
-            isinstance(error, Exception) and getattr(error, "errno", None) not in FULL
-        ):  # said first: what is closed may hang after it
+        if isinstance(error, Exception):  # said first: what is closed may hang after it
             print(f"stopping: {error!r}", file=sys.stderr, flush=True)
             distributed.StopSignal.restore()
             watchdog(CLOSING_LIMIT)
@@ -240,7 +239,9 @@ class TrainingRun(Generic[P]):
                 self.write_state(folder)
 
         only_model = config.save_only_model and not self.stopping
-        with self.phases("save"):
+        # Bytes of a trained parameter: the model for others, then the masters and the optimizer's two moments.
+        needed = (run.dtype.itemsize + 12) * _parameters(trained.model)
+        with self.phases("save"), room_for("a checkpoint", config.output_dir, needed):
             folder = save_checkpoint(
                 Path(config.output_dir),
                 Record(progress.step, asdict(progress), run.identity),
@@ -271,7 +272,8 @@ class TrainingRun(Generic[P]):
             save()
         if config.load_best_model_at_end:
             load_best(progress, config, self.trained)
-        with self.phases("export"):
+        needed = run.dtype.itemsize * _parameters(policy, config.merge_adapter)
+        with self.phases("export"), room_for("the model", config.output_dir, needed):
             export_model(policy, run.tokenizer, config.output_dir, run.dtype, run.stop_ids, config.merge_adapter)
         if (config.do_eval or config.eval_strategy != "no") and progress.eval_step != progress.step:
             self._log_evaluation(evaluate())
@@ -342,3 +344,7 @@ class TrainingRun(Generic[P]):
             "train_samples_per_second": progress.samples / seconds,
             "train_steps_per_second": progress.step / seconds,
         }
+
+
+def _parameters(model: nn.Module, frozen: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or frozen)

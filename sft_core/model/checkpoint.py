@@ -26,7 +26,6 @@ import random
 import re
 import zlib
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from sft_core.model.export import hf_name, reshard
 from sft_core.run.distributed import on_first_rank
-from sft_core.run.files import describe, flush_to_disk, room_for, write_atomically
+from sft_core.run.files import describe, flush_to_disk, write_atomically
 from sft_core.run.output_dir import FORMAT, MANIFEST, POINTER, STATE, checkpoints, clean_up, read_state, step_of
 
 
@@ -89,27 +88,24 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
 
     on_first_rank(start)
-    with room_for(f"checkpoint-{record.step}", temporary, _size(trained)) if trained else nullcontext():
-        if write_model is not None:
-            write_model(temporary)
-        if trained is not None:
-            dcp.save(_trained_state(trained), checkpoint_id=temporary / "state")
-            mine = rank_folder(temporary, rank)
-            mine.mkdir()
-            torch.save(_rng_state(), mine / "rng.pt")
-            if write_more is not None:
-                write_more(mine)
-            if rank == 0:
-                torch.save(trained.scheduler.state_dict(), temporary / "scheduler.pt")
+    if write_model is not None:
+        write_model(temporary)
+    if trained is not None:
+        dcp.save(_trained_state(trained), checkpoint_id=temporary / "state")
+        mine = rank_folder(temporary, rank)
+        mine.mkdir()
+        torch.save(_rng_state(), mine / "rng.pt")
+        if write_more is not None:
+            write_more(mine)
         if rank == 0:
-            (temporary / STATE).write_text(
-                json.dumps({"world_size": dist.get_world_size(), **vars(record)}, indent=2) + "\n"
-            )
-        written = [
-            path for path in temporary.rglob("*") if path.is_file() and _writer(path.relative_to(temporary)) == rank
-        ]
-        for path in {*written, *(path.parent for path in written)}:
-            flush_to_disk(path)
+            torch.save(trained.scheduler.state_dict(), temporary / "scheduler.pt")
+    if rank == 0:
+        (temporary / STATE).write_text(
+            json.dumps({"world_size": dist.get_world_size(), **vars(record)}, indent=2) + "\n"
+        )
+    written = [path for path in temporary.rglob("*") if path.is_file() and _writer(path.relative_to(temporary)) == rank]
+    for path in {*written, *(path.parent for path in written)}:
+        flush_to_disk(path)
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, describe(temporary, written))
     files = {name: description for part in parts for name, description in part.items()}
@@ -127,14 +123,6 @@ def save_checkpoint(
         return final
 
     return on_first_rank(complete)
-
-
-def _size(trained: Trained) -> int:
-    """Bytes of a checkpoint, about: the weights twice, for training and for others, and the optimizer's state."""
-    weights = [p for p in trained.model.parameters() if p.requires_grad]
-    moments = [t for state in trained.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-    reference = [] if trained.reference is None else list(trained.reference.parameters())
-    return sum(tensor.numel() * tensor.element_size() for tensor in [*weights, *weights, *moments, *reference])
 
 
 def _writer(file: Path) -> int:

@@ -26,7 +26,7 @@ from sft_core.model.adapters import (
     write_adapter,
 )
 from sft_core.run.distributed import is_first_rank, on_first_rank
-from sft_core.run.files import flush_to_disk, open_to_readers, room_for
+from sft_core.run.files import flush_to_disk, open_to_readers
 
 CONFIGS = ("config.json", "adapter_config.json")
 
@@ -106,14 +106,12 @@ def export_model(
     if has_adapters(model):
         trained = {hf_name(name): full(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
         trained = {name: tensor.cpu() for name, tensor in trained.items()} if first else {}
-        on_first_rank(lambda: _replace(Path(folder), trained, lambda to: _write_adapter(model, trained, tokenizer, to)))
+        on_first_rank(lambda: _replace(Path(folder), lambda to: _write_adapter(model, trained, tokenizer, to)))
         if not merge_adapter:
             return
         folder, model = Path(folder) / "merged", model.get_base_model()
     state = {name: tensor.cpu() for name, tensor in full_weights(policy, dtype) if first}
-    on_first_rank(
-        lambda: _replace(Path(folder), state, lambda to: _write(model, state, tokenizer, to, dtype, stop_ids))
-    )
+    on_first_rank(lambda: _replace(Path(folder), lambda to: _write(model, state, tokenizer, to, dtype, stop_ids)))
 
 
 def _write_adapter(model: Any, trained: dict[str, Tensor], tokenizer: Any, folder: Path) -> None:
@@ -146,17 +144,16 @@ def _write(
     tokenizer.save_pretrained(folder)
 
 
-def _replace(target: Path, tensors: dict[str, Tensor], write: Callable[[Path], None]) -> None:
-    """What `write` puts into the folder it is given, with these tensors, takes the place of the model in `target`."""
+def _replace(target: Path, write: Callable[[Path], None]) -> None:
+    """What `write` puts into the folder it is given takes the place of the model in `target`."""
     temporary = target / ".export.tmp"
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
-    with room_for("the model", temporary, sum(tensor.nbytes for tensor in tensors.values())):
-        write(temporary)
-        open_to_readers(temporary)
-        for path in temporary.iterdir():
-            flush_to_disk(path)
+    write(temporary)
+    open_to_readers(temporary)
+    for path in temporary.iterdir():
+        flush_to_disk(path)
     for name in CONFIGS:
         (target / name).unlink(missing_ok=True)  # from here until the end the folder does not load
     new = {path.name for path in temporary.iterdir()}

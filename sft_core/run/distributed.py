@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from sft_core.run.files import check_writable
-from sft_core.run.options import require
+from sft_core.run.files import is_full
 from sft_core.run.parent import end_with_launcher
 from sft_core.run.watchdog import watchdog
 
@@ -36,7 +36,6 @@ GIB = 2**30
 PATIENCE = 5.0  # seconds that ranks may be apart without a word
 LEFT_OVER = "If no launcher started this process, unset RANK and WORLD_SIZE."
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-NOHUP = (signal.SIGHUP, signal.SIG_IGN)
 _as_torchrun: dict[str, str] = {}  # environment variables that a single process has set for itself
 _stores: list[dist.Store] = []  # the launcher's, where there is one
 _groups = count()
@@ -54,10 +53,12 @@ def init_distributed(timeout_s: float = 600.0) -> tuple[int, int, int, torch.dev
     would have set, with a free port, because vLLM's `external_launcher` reads them.
     """
     faulthandler.enable(file=2, all_threads=True)
-    store: dist.Store | None = None
+    timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         end_with_launcher()
-        _check_launched()
+        if not _stores:  # the launcher's, once: a process may join group after group, each under keys of its own
+            _stores.append(_meet(timeout))
+        store: dist.Store = dist.PrefixStore(f"group-{next(_groups)}", _stores[0])
     else:
         store = dist.HashStore()
         with socket.socket() as free:
@@ -83,27 +84,8 @@ def init_distributed(timeout_s: float = 600.0) -> tuple[int, int, int, torch.dev
         # torchrun gives each of several ranks one thread unless told otherwise; share the cores among them instead.
         if local_world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
-    timeout = timedelta(seconds=timeout_s)
-    if store is None:  # the launcher's, once: a process may join group after group, each under keys of its own
-        if not _stores:
-            _stores.append(_meet(timeout))
-        store = dist.PrefixStore(f"group-{next(_groups)}", _stores[0])
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return rank, world_size, local_rank, device
-
-
-def _check_launched() -> None:
-    """Raise ValueError where the launcher's variables are not those of a rank."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
-        require(os.environ.get(name, "0").isdecimal(), f"{name}={os.environ.get(name)} is no number. {LEFT_OVER}")
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    require(not missing, f"{_said()} are there without {' and '.join(missing)}. {LEFT_OVER}")
-    require(int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]), f"{_said()}: there is no such rank. {LEFT_OVER}")
-
-
-def _said() -> str:
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
 
 
 def _meet(timeout: timedelta) -> dist.Store:
@@ -111,28 +93,20 @@ def _meet(timeout: timedelta) -> dist.Store:
 
     Raises ValueError where they cannot: an unknown host, a port in use, a rank that does not come within `timeout`.
     """
-    outcome: list[Any] = []
-
-    def meet() -> None:
-        try:
-            outcome.append(next(iter(rendezvous("env://", timeout=timeout)))[0])
-        except (ValueError, dist.DistError) as error:
-            outcome.append(error)
-
-    waiting = threading.Thread(target=meet, daemon=True)  # what waits in C++ would not notice a Ctrl-C
-    waiting.start()
-    waiting.join(PATIENCE)
-    if waiting.is_alive():
-        try:
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    variables = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+    thread = ThreadPool(1)  # what waits in C++ would not notice a Ctrl-C
+    meeting = thread.apply_async(lambda: next(iter(rendezvous("env://", timeout=timeout)))[0])
+    thread.close()
+    meeting.wait(PATIENCE)
+    try:
+        if not meeting.ready():
             socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
-        except OSError as error:
-            raise ValueError(f"{_said()}: there is no such host ({error.strerror}). {LEFT_OVER}") from error
-        print(f"waiting for the other ranks: {_said()}. {LEFT_OVER}", file=sys.stderr, flush=True)
-        waiting.join()
-    if isinstance(outcome[0], Exception):
-        why = str(outcome[0]).split("\n")[0].rstrip(".")
-        raise ValueError(f"the ranks cannot meet: {_said()}: {why}. {LEFT_OVER}") from outcome[0]
-    return outcome[0]
+            print(f"waiting for the other ranks: {variables}. {LEFT_OVER}", file=sys.stderr, flush=True)
+        return meeting.get()
+    except (ValueError, OSError, dist.DistError) as error:
+        why = str(error).split("\n")[0].rstrip(".")
+        raise ValueError(f"the ranks cannot meet: {variables}: {why}. {LEFT_OVER}") from error
 
 
 def shutdown() -> None:
@@ -149,8 +123,9 @@ def is_first_rank() -> bool:
 
 
 def on_first_rank(work: Callable[[], T], patient: bool = False) -> T:
-    """Run `work` on rank 0 only; every rank returns its (picklable) result or raises its ValueError
-    or OSError. A collective.
+    """Run `work` on rank 0 only; every rank returns its (picklable) result. A collective.
+
+    Every rank raises its ValueError, and an OSError if the disk is full: all leave the same way, none waits.
 
     `patient`: the others wait for a day, whatever the process group's time-out is.
     """
@@ -161,8 +136,10 @@ def on_first_rank(work: Callable[[], T], patient: bool = False) -> T:
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
-        except (ValueError, OSError) as error:  # all ranks leave the same way, none waits for the time-out
-            outcome[1] = error if isinstance(error, OSError) else ValueError(str(error))
+        except Exception as error:
+            if not isinstance(error, ValueError) and not is_full(error):
+                raise
+            outcome[1] = (ValueError if isinstance(error, ValueError) else OSError)(str(error))
     dist.broadcast_object_list(outcome, src=0, group=group)
     if group is not None:
         dist.destroy_process_group(group)
@@ -212,12 +189,12 @@ def lock_output_dir(output_dir: str | Path, wait_s: float = 10.0) -> None:
     lets go when the process ends, however it ends: there is no stale lock to remove.
     """
     folder = Path(output_dir)
-    check_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:  # another user's, say
-        raise ValueError(f"cannot open {folder / '.lock'}: {error.strerror}. Choose another --output_dir.") from error
+    except OSError as error:
+        says = f"cannot write to the folder {folder}: {error.strerror}. Choose another --output_dir."
+        raise ValueError(says) from error
     deadline = time.monotonic() + wait_s
     while True:
         try:
@@ -261,8 +238,10 @@ class StopSignal:
         self.requested = False
         self._says = says
         self._interrupts = 0
-        numbers = [number for number in SIGNALS if (number, signal.getsignal(number)) != NOHUP]
-        self._set(dict.fromkeys(numbers, self._handle))
+        handlers: dict[int, Any] = dict.fromkeys(SIGNALS, self._handle)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
+            del handlers[signal.SIGHUP]
+        self._set(handlers)
 
     @staticmethod
     def _set(handlers: dict[int, Any]) -> None:

@@ -14,35 +14,35 @@ from typing import Any
 
 from sft_core.run.options import require
 
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)]
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it was raised for want of space on the disk. An error that is no OSError may say so in its text."""
+    return any(reason in str(error) for reason in FULL)
 
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turn what is raised inside for want of space on the disk into one line and exit code 1."""
+    """Turn an OSError that is raised inside for want of space on the disk into one line and exit code 1."""
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if not is_full(error):
             raise
-        raise SystemExit(f"error: {error.strerror}. Make room; the same command goes on from there.") from None
+        raise SystemExit(f"error: {error}. Make room; the same command goes on from there.") from None
 
 
 @contextmanager
-def room_for(what: str, unfinished: Path, needed: int) -> Iterator[None]:
-    """What fails inside for want of space becomes an OSError that says how many bytes are needed; the folder
-    `unfinished`, which was written to, is removed."""
+def room_for(what: str, folder: str, needed: int) -> Iterator[None]:
+    """What fails inside for want of space on the disk becomes an OSError that says how many bytes are needed, about."""
     try:
         yield
     except BaseException as error:  # as that of torch.distributed.checkpoint is
-        free = shutil.disk_usage(unfinished.parent).free
-        full = getattr(error, "errno", None) in FULL or any(os.strerror(number) in str(error) for number in FULL)
-        if not full and (free >= needed or "inline_container" not in str(error)):  # torch's writer keeps no reason
+        no_reason = "inline_container" in str(error)  # torch's writer gives none
+        if not is_full(error) and not (no_reason and shutil.disk_usage(folder).free < needed):
             raise
-        shutil.rmtree(unfinished, ignore_errors=True)
-        free = shutil.disk_usage(unfinished.parent).free
-        says = f"{what} takes about {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
-        raise OSError(errno.ENOSPC, f"no space left in {unfinished.parent}: {says}") from error
+        raise OSError(f"{FULL[0]}: {what} in {folder} takes about {needed / 1e6:.1f} MB") from error
 
 
 @contextmanager
@@ -55,11 +55,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         flush_to_disk(path.parent)
     except OSError as error:
-        if error.errno not in FULL or not temporary.exists():
-            raise
-        size = temporary.stat().st_size / 1e6
-        says = f"no space left in {path.parent}: {path.name} takes more than the {size:.1f} MB that were free"
-        raise OSError(errno.ENOSPC, says) from error
+        error.filename = error.filename or str(path)  # an error of a write names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -102,7 +99,7 @@ def open_to_readers(folder: Path) -> None:
     new = folder / f".{os.getpid()}.mode"
     new.touch()
     for weights in folder.glob("*.safetensors"):
-        weights.chmod(new.stat().st_mode & 0o777)
+        shutil.copymode(new, weights)
     new.unlink()
 
 

@@ -4,7 +4,6 @@ import ctypes
 import os
 import signal
 import sys
-from pathlib import Path
 
 
 def die_with_parent(parent_pid: int | None = None) -> None:
@@ -16,8 +15,8 @@ def die_with_parent(parent_pid: int | None = None) -> None:
     parent = os.getppid() if parent_pid is None else parent_pid
     if sys.platform == "linux":
         set_parent_death_signal = 1
-        if ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+        failed = ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+        assert not failed, "prctl(PR_SET_PDEATHSIG) failed"
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -25,18 +24,11 @@ def die_with_parent(parent_pid: int | None = None) -> None:
 def end_with_launcher() -> None:
     """A rank of torchrun ends with torchrun, also with one that is gone already: process 1 has adopted it then.
 
-    In a container the launcher may be process 1 itself, a Python program. Exit code 1.
+    In a container the launcher may be process 1 itself: it runs the same interpreter then. Exit code 1.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     die_with_parent()
-    if os.getppid() == 1 and not _is_python(1):
+    first = "/proc/1/exe"  # not to be seen where it is another user's
+    if os.getppid() == 1 and not (os.path.exists(first) and os.path.samefile(first, sys.executable)):
         raise SystemExit("error: torchrun, which started this rank, is gone; without one, unset TORCHELASTIC_RUN_ID.")
-
-
-def _is_python(pid: int) -> bool:
-    try:
-        program = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
-    except OSError:  # of another user, who is not the launcher, or no Linux
-        return False
-    return os.path.basename(program).startswith((b"python", b"torchrun", b"accelerate"))

@@ -178,7 +178,7 @@ def test_a_full_disk_stops_it_cleanly(server, data, tmp_path):
     assert (
         code == 1
         and len(errors) == 1
-        and "no space left" in errors[0]
+        and "File too large" in errors[0]
         and "Make room" in errors[0]
         and "Traceback" not in log
     ), log

@@ -120,6 +120,33 @@ def test_stop_signal_asks_first_and_interrupts_at_the_second_ctrl_c():
     assert run_ranks(1, stop_signals) == [(False, True, "interrupted")]
 
 
+def hang_up(before):
+    signal.signal(signal.SIGHUP, before)
+    stop = distributed.StopSignal()
+    os.kill(os.getpid(), signal.SIGHUP)
+    return stop.requested
+
+
+@pytest.mark.parametrize(("before", "stops"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_hang_up_stops_a_run_unless_nohup_started_it(before, stops):
+    assert run_ranks(1, hang_up, before) == [stops]
+
+
+def write_to_a_full_disk():
+    distributed.init_distributed(timeout_s=30)
+
+    def work():
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left on device"):
+        distributed.on_first_rank(work)
+    distributed.shutdown()
+
+
+def test_a_full_disk_of_the_first_rank_ends_all():
+    run_ranks(2, write_to_a_full_disk)
+
+
 def misuse(error):
     distributed.init_distributed(timeout_s=30)
     with distributed.usage_errors():
