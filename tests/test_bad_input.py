@@ -66,7 +66,7 @@ BEST = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strate
         ({"fp16": "true"}, "use --bf16 true"),
         ({"lr_scheduler_type": "sawtooth"}, "invalid choice: 'sawtooth'"),
         ({"lr_scheduler_kwargs": '{"min_lr": 1}'}, "got an unexpected keyword argument 'min_lr'"),
-        ({"report_to": ["mlfow"]}, "report_to mlfow: mlfow is not supported, only azure_ml, "),
+        ({"report_to": ["mlfow"]}, "mlfow is not supported, only azure_ml, "),
         ({"report_to": ["comet_ml"]}, "Run `pip install comet-ml>="),
         ({"generation_batch_size": 10}, "must be a multiple of num_generations 4 and of the 12 completions"),
         ({"sync_ref_model": "true", "use_peft": "true"}, "which never changes: leave out --sync_ref_model"),
