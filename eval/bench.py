@@ -128,15 +128,8 @@ def judge(checker: str, pairs: list[Pair], pool: WorkerPool) -> tuple[list[int],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="How well and how fast answers are checked.")
-    parser.add_argument("files", nargs="*", type=lambda text: Path(text).expanduser(), metavar="FILE")
-    parser.add_argument(
-        "--pairs",
-        nargs="*",
-        type=lambda text: Path(text).expanduser(),
-        default=[],
-        metavar="FILE",
-        help="labelled pairs, see above",
-    )
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
+    parser.add_argument("--pairs", nargs="*", type=Path, default=[], metavar="FILE", help="labelled pairs, see above")
     args = parser.parse_args()
     if missing := [str(path) for path in args.files + args.pairs if not path.is_file()]:
         parser.error(f"no file {', '.join(missing)}")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from gen.config import TextSampling, check_urls, split_urls
-from sft_core.run.options import Options, as_path, option, require
+from sft_core.run.options import Options, option, require
 
 
 @dataclass
@@ -13,10 +13,10 @@ class EvalConfig(Options):
     tasks: str = option(
         "", "Tasks, with commas between: names, LightEval's `custom|math_500|0|0`, or all.", commas=True
     )
-    output_dir: str = option("", "Folder for results and details; the same command again goes on there.", path=True)
+    output_dir: str = option("", "Folder for results and details; the same command again goes on there.")
     model_revision: str = option("main", "Branch, tag or commit of a Hub model.")
     dataset: list[str] = option([], "Data of a task from elsewhere, as task=file or task=Hub id.")
-    custom_tasks: str | None = option(None, "Python file with a TASKS_TABLE of your own tasks.", path=True)
+    custom_tasks: str | None = option(None, "Python file with a TASKS_TABLE of your own tasks.")
     num_samples: int = option(1, "Answers sampled to each problem; pass@1 is their mean.", ge=1)
     temperature: float = option(0.6, "Sampling temperature; 0 takes the most likely token.", ge=0)
     top_p: float = option(0.95, "Sample from the most likely tokens that reach this probability together.", gt=0, le=1)
@@ -51,9 +51,7 @@ class EvalConfig(Options):
         for name in self.REQUIRED:
             require(getattr(self, name) != "", f"--{name} is required.")
         super().check()
-        if self.base_url is None:
-            self.model = as_path(self.model)
-        else:  # which has names, not paths
+        if self.base_url is not None:
             check_urls(split_urls(self.base_url), "--base_url")
         self.sampling(task_tokens=1)  # its values are checked when it is made
 
@@ -67,9 +65,7 @@ class EvalConfig(Options):
 class PassRateConfig(EvalConfig):
     """Of eval.pass_rate: the sampling is eval.run's, with a data set for the task."""
 
-    dataset_name: str = option(
-        "", "Problems to score: a Hub id, a file, or a saved data set.", alias="dataset", path=True
-    )
+    dataset_name: str = option("", "Problems to score: a Hub id, a file, or a saved data set.", alias="dataset")
     dataset_config: str | None = option(None, "Configuration of a Hub data set.")
     dataset_split: str = option("train", "Its split.")
     prompt_column: str = option("problem", "Column of the problems.", alias="dataset_prompt_column")
@@ -96,9 +92,7 @@ class PassRateConfig(EvalConfig):
 
 @dataclass
 class DecontaminateConfig(Options):
-    dataset: str = option(
-        "", "Data set to search: a Hub id, a file, or a saved data set.", alias="dataset_name", path=True
-    )
+    dataset: str = option("", "Data set to search: a Hub id, a file, or a saved data set.", alias="dataset_name")
     dataset_config: str | None = option(None, "Configuration of a Hub data set (--config, as in open-r1).")
     split: str = option("train", "Its split.")
     problem_column: str = option("problem", "Column of the problems.")
@@ -107,9 +101,9 @@ class DecontaminateConfig(Options):
         "aime24,aime25,math_500,gpqa:diamond", "Evaluation sets, with commas between, or all.", commas=True
     )
     eval_dataset: list[str] = option([], "Rows of an evaluation set from elsewhere, as task=file or task=Hub id.")
-    custom_tasks: str | None = option(None, "Python file with a TASKS_TABLE of your own tasks.", path=True)
+    custom_tasks: str | None = option(None, "Python file with a TASKS_TABLE of your own tasks.")
     cleanup: bool = option(False, "Leave the flagged rows out; else they get columns contaminated_<task>.")
-    output_dir: str = option("", "Folder for report and rows; the same command again goes on there.", path=True)
+    output_dir: str = option("", "Folder for report and rows; the same command again goes on there.")
     new_dataset_name: str | None = option(None, "Hub data set to push the rows to.")
     private: bool = option(False, "Push to a private one.")
 

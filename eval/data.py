@@ -1,12 +1,11 @@
 """Rows of data sets: the questions of a benchmark, and the columns of texts that the data tools read."""
 
 import re
-from pathlib import Path
 
 from datasets import Dataset
 
 from eval.tasks import Doc, LightevalTaskConfig, find_tasks
-from sft_core.data.rows import file_kind, load_rows
+from sft_core.data.rows import load_rows
 from sft_core.run.options import require
 
 TEXT = re.compile(r"(large_)?string")
@@ -39,8 +38,6 @@ def places_of(tasks: list[LightevalTaskConfig], entries: list[str], option: str)
 
 def load_docs(task: LightevalTaskConfig, place: str, limit: int | None) -> list[Doc]:
     """The questions of a task from `place`, a Hub id or a local file."""
-    found = file_kind(place) is None or Path(place).expanduser().is_file()
-    require(found, f"{task.name}: there is no file at {place}: check --dataset.")
     subset = None if task.hf_subset == "default" else task.hf_subset
     rows = load_rows(place, subset, task.evaluation_splits[0], option=f"--dataset {task.name}=file")
     rows = rows.select(range(min(len(rows), limit or len(rows))))

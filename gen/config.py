@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sft_core.run.options import Options, as_path, option, require
+from sft_core.run.options import Options, option, require
 
 # What a generation depends on, besides the rows and the model's weights: may not differ when a run is continued.
 IDENTITY = (
@@ -66,7 +66,9 @@ def check_urls(urls: list[str], option: str) -> None:
 
 @dataclass
 class GenerateConfig(Options):
-    hf_dataset: str = option("", "Prompts: a Hub id, a .json/.jsonl/.parquet file, or a saved data set.", path=True)
+    hf_dataset: str = option(
+        "", "Prompts: a Hub id, a .json/.jsonl/.parquet file (JSON also as .gz), or a saved data set."
+    )
     model: str = option("", "Model by the name that the server knows; in process a Hub id or a folder.")
     hf_dataset_config: str | None = option(None, "Configuration (subset) of a Hub data set.")
     hf_dataset_split: str = option("train", "Split of the data set.")
@@ -85,9 +87,7 @@ class GenerateConfig(Options):
     )
     limit: int | None = option(None, "Only the first so many rows.", ge=1)
     output_dir: str | None = option(
-        None,
-        "Folder for what is generated; the same command goes on there. Default: data/generated/ and a hash.",
-        path=True,
+        None, "Folder for what is generated; the same command goes on there. Default: data/generated/ and a hash."
     )
     hf_output_dataset: str | None = option(None, "Hub data set to push to at the end.")
     private: bool = option(False, "Make it private where it is new.")
@@ -116,8 +116,6 @@ class GenerateConfig(Options):
             "on every GPU of this machine.",
         )
         check_urls(self.urls, "--vllm-server-url")
-        if self.engine != "server":  # which has names, not paths
-            self.model = as_path(self.model)
         self.sampling()  # it is checked when it is made
 
     def sampling(self) -> TextSampling:

@@ -156,10 +156,8 @@ class GRPOConfig(ObjectiveOptions, TrainingConfig):
     share_prompts: bool = option(
         True, "Compute a prompt once for the completions of its group in a micro-batch; the gradient is the same."
     )
-    save_rollouts: str | None = option(None, "Folder to record every rollout in (parquet).", path=True)
-    rollouts_from: str | None = option(
-        None, "Train from the rollouts recorded in this folder, without an engine.", path=True
-    )
+    save_rollouts: str | None = option(None, "Folder to record every rollout in (parquet).")
+    rollouts_from: str | None = option(None, "Train from the rollouts recorded in this folder, without an engine.")
     log_completions: bool = option(True, "Log samples to completions.jsonl and, as text, to TensorBoard.")
     num_completions_to_print: int | None = option(
         2, "Completions shown as text in each log entry; null: all of the rank's."

@@ -37,14 +37,13 @@ class ObjectiveOptions(Options):
         "0 get no forward and backward pass: they have no gradient, and count in its denominators (but not where "
         "entropy_coef, use_adaptive_entropy, top_entropy_quantile or a loss_type of your own needs them).",
         ge=0,
-        lt=inf,
     )
-    epsilon: float = option(0.2, "The ratio is clipped below at 1 - epsilon.", ge=0, lt=inf)
+    epsilon: float = option(0.2, "The ratio is clipped below at 1 - epsilon.", ge=0)
     epsilon_high: float | None = option(
-        None, "... and above at 1 + epsilon_high (default epsilon); cispo's cap itself.", ge=0, lt=inf
+        None, "... and above at 1 + epsilon_high (default epsilon); cispo's cap itself.", ge=0
     )
     delta: float | None = option(
-        None, "Upper bound of the unclipped ratio (two-sided clipping); best above 1 + epsilon_high.", gt=1, lt=inf
+        None, "Upper bound of the unclipped ratio (two-sided clipping); best above 1 + epsilon_high.", gt=1
     )
     importance_sampling_level: Literal["token", "sequence"] = option(
         "token", "Ratio per token, or per sequence (GSPO)."
@@ -53,10 +52,7 @@ class ObjectiveOptions(Options):
         False, "Multiply the KL by the ratio, through which its gradient is unbiased too (TRL's default is true)."
     )
     off_policy_mask_threshold: float | None = option(
-        None,
-        "Leave out sequences with A < 0 whose mean log(sampler / policy) is above this (DeepSeek-V3.2).",
-        gt=0,
-        lt=inf,
+        None, "Leave out sequences with A < 0 whose mean log(sampler / policy) is above this (DeepSeek-V3.2).", gt=0
     )
     top_entropy_quantile: float = option(
         1.0,
@@ -65,25 +61,23 @@ class ObjectiveOptions(Options):
         ge=0,
         le=1,
     )
-    sapo_temperature_pos: float = option(1.0, "sapo's temperature where A > 0.", gt=0, lt=inf)
-    sapo_temperature_neg: float = option(1.05, "... where A <= 0.", gt=0, lt=inf)
-    vespo_k_pos: float = option(2.0, "vespo's exponent where A >= 0: how much ratios below 1 count less.", ge=0, lt=inf)
-    vespo_lambda_pos: float = option(3.0, "... and its decay: how much ratios above 1 do.", ge=1e-4, lt=inf)
-    vespo_k_neg: float = option(3.0, "vespo's exponent where A < 0.", ge=0, lt=inf)
-    vespo_lambda_neg: float = option(2.0, "... and its decay.", ge=1e-4, lt=inf)
+    sapo_temperature_pos: float = option(1.0, "sapo's temperature where A > 0.", gt=0)
+    sapo_temperature_neg: float = option(1.05, "... where A <= 0.", gt=0)
+    vespo_k_pos: float = option(2.0, "vespo's exponent where A >= 0: how much ratios below 1 count less.", ge=0)
+    vespo_lambda_pos: float = option(3.0, "... and its decay: how much ratios above 1 do.", ge=1e-4)
+    vespo_k_neg: float = option(3.0, "vespo's exponent where A < 0.", ge=0)
+    vespo_lambda_neg: float = option(2.0, "... and its decay.", ge=1e-4)
     vllm_importance_sampling_mode: str | None = option(
         "token_truncate",
         "The ratio policy / sampler of a token or of the whole sequence, truncated at the bounds, or 0 beyond (mask).",
         choices=CORRECTIONS,
     )
-    vllm_importance_sampling_clip_min: float | None = option(None, "Its lower bound.", ge=0, lt=inf)
+    vllm_importance_sampling_clip_min: float | None = option(None, "Its lower bound.", ge=0)
     vllm_importance_sampling_clip_max: float | None = option(
-        2.0, "Its upper bound (also named sampler_ratio_cap); inf: none.", alias="sampler_ratio_cap"
+        2.0, "Its upper bound (also named sampler_ratio_cap); inf: none.", alias="sampler_ratio_cap", le=inf
     )
     entropy_coef: float = option(
-        0.0,
-        "Weight of an entropy bonus, the mean over the tokens kept; with use_adaptive_entropy its first value.",
-        lt=inf,
+        0.0, "Weight of an entropy bonus, the mean over the tokens kept; with use_adaptive_entropy its first value."
     )
 
 
@@ -101,7 +95,7 @@ class Objective(ObjectiveOptions):
     Masks, the correction of the sampler's mismatch and the KL come on top, and the mean is over the step's tokens.
     """
 
-    beta: float = option(0.0, "Weight of the KL to the reference log-probs.", ge=0, lt=inf)
+    beta: float = option(0.0, "Weight of the KL to the reference log-probs.", ge=0)
     max_completion_length: int | None = option(None, "dr_grpo divides by it.", ge=1)
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.rewards import compares_with_gold, is_ours, reward_name
 from grpo_core.rollout import Prompt, Sample, Scorer, prompt_column
 from grpo_core.scoring import accepted, gold_answers
-from sft_core.data.rows import json_lines
+from sft_core.data.rows import json_lines, kind_of
 from sft_core.prepare import Base
 from sft_core.run.options import require
 
@@ -37,7 +37,7 @@ def check_columns(rows: Dataset, file: str, data: GRPOScriptArguments, functions
     written = json_lines(file)
     for name in seen.intersection(rows.column_names) - {prompt_column(rows, data)}:
         values = [row.get(name) for row in written] or rows.with_format(None)[name][:]
-        kinds = ["number" if type(value) in (int, float) else type(value).__name__ for value in values]
+        kinds = [kind_of(value) for value in values]
         first = next((kind for kind in kinds if kind != "NoneType"), "dict")
         wrong = [i for i, kind in enumerate(kinds) if kind not in (first, "NoneType")]
         if not written and "Json" in repr(rows.features[name]) and first not in ("dict", "list"):

@@ -16,7 +16,7 @@ from sft_core.run.benchmarks import FAILURES, run_benchmarks
 from sft_core.run.files import write_atomically
 from sft_core.run.hub import push_final
 from sft_core.run.model_card import write_model_card
-from sft_core.run.output_dir import record_finish
+from sft_core.run.output_dir import FINISHED
 
 
 def finish(training: Any, push: bool) -> None:
@@ -48,7 +48,7 @@ def finish(training: Any, push: bool) -> None:
     if config.push_to_hub and push or config.push_to_hub_revision:
         training.failures += push_final(config if push else replace(config, push_to_hub=False), folder)
     if not training.failures:
-        record_finish(folder, progress.step)
+        write_atomically(folder / FINISHED, json.dumps(training.run.identity))
     for failure in training.failures:
         print(f"failed: {failure}", file=sys.stderr)
 

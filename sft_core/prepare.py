@@ -42,11 +42,10 @@ from sft_core.run.benchmarks import check_benchmarks
 from sft_core.run.callbacks import Handed
 from sft_core.run.cli import as_yaml
 from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig, TrainingConfig
-from sft_core.run.files import check_writable
 from sft_core.run.hub import check_hub
 from sft_core.run.logging import check_report_to, set_log_level
 from sft_core.run.options import require
-from sft_core.run.output_dir import differences, finished_as, prepare_output_dir, read_state
+from sft_core.run.output_dir import differences, is_finished, prepare_output_dir, read_state
 from sft_core.sampler import Shuffled, Streamed
 
 if TYPE_CHECKING:
@@ -103,7 +102,6 @@ def prepare_base(
         distributed.on_first_rank(handed.write_model, patient=True)
     check_compile(config, device)
     bf16 = compute_in_bf16(config.bf16, model.dtype, device)
-    distributed.on_first_rank(lambda: check_writable(config.output_dir))
     distributed.on_first_rank(lambda: check_hub(config))
     distributed.on_first_rank(lambda: check_benchmarks(config))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes that tokenise are forks
@@ -193,12 +191,11 @@ def open_output_dir(base: Base, config: TrainingConfig, **more: Any) -> tuple[di
         **describe(base.model),
     }
     distributed.on_first_rank(lambda: distributed.lock_output_dir(config.output_dir))
-    step = base.handed is None and distributed.on_first_rank(lambda: finished_as(Path(config.output_dir), identity))
-    if step:
+    if base.handed is None and distributed.on_first_rank(lambda: is_finished(Path(config.output_dir), identity)):
         if base.rank == 0:
             print(
-                f"this run is finished, after step {step}: its model is in {config.output_dir}. To train on raise "
-                "--max_steps or --num_train_epochs; to train anew give another --output_dir."
+                f"this run is finished, its model is in {config.output_dir}: to train on raise --max_steps or "
+                "--num_train_epochs, to train anew give another --output_dir."
             )
         distributed.shutdown()
         raise SystemExit(0)

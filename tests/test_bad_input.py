@@ -66,7 +66,7 @@ BEST = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strate
         ({"fp16": "true"}, "use --bf16 true"),
         ({"lr_scheduler_type": "sawtooth"}, "invalid choice: 'sawtooth'"),
         ({"lr_scheduler_kwargs": '{"min_lr": 1}'}, "got an unexpected keyword argument 'min_lr'"),
-        ({"report_to": ["mlfow"]}, "report_to none mlfow: mlfow is not supported, only azure_ml, "),
+        ({"report_to": ["mlfow"]}, "mlfow is not supported, only azure_ml, "),
         ({"report_to": ["comet_ml"]}, "Run `pip install comet-ml>="),
         ({"generation_batch_size": 10}, "must be a multiple of num_generations 4 and of the 12 completions"),
         ({"sync_ref_model": "true", "use_peft": "true"}, "which never changes: leave out --sync_ref_model"),
@@ -89,7 +89,7 @@ BEST = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strate
         ({"load_in_4bit": "true"}, "a quantised model cannot be trained whole: give --use_peft true"),
         ({"reward_funcs": ["cf_code"]}, "sandbox"),
         ({"optim": "adafactor"}, "invalid choice: 'adafactor'"),
-        ({"resume_from_checkpoint": "./nowhere"}, "cannot resume from ./nowhere: there is no such folder"),
+        ({"resume_from_checkpoint": "./nowhere"}, "cannot resume from ./nowhere: manifest.json is missing"),
         ({"resume_from_checkpoint": "false"}, "to start anew give another --output_dir"),
     ],
 )
@@ -113,7 +113,7 @@ def test_data_without_an_answer_names_its_columns(tiny_model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{oops\n", "cannot be read as .jsonl"),
+        ("{oops\n", "cannot be read as json"),
         ("", "rows.jsonl"),
         (
             '{"prompt": null, "solution": "1"}\n',
@@ -162,7 +162,7 @@ CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
         (CHAT * 3 + CHAT[:40], {"dataset_streaming": "true", "max_steps": 2}, "line 4 is not complete JSON: the file"),
         (CHAT, {"gradient_checkpointing_every": 2}, "give --gradient_checkpointing true too"),
         (CHAT, {"chat_template": "{% for"}, "the chat template is not valid Jinja"),
-        ("", {"dataset_streaming": "true", "max_steps": 2}, "rows.jsonl cannot be read as .jsonl: no rows"),
+        ("", {"dataset_streaming": "true", "max_steps": 2}, "rows.jsonl cannot be read as json: no rows"),
         (CHAT, {"dataset_streaming": "true", "max_steps": 2, "save_strategy": "epoch"}, "has no epochs: use steps"),
         ('{"text": "a", "completion": "b"}\n', {"max_length": 1}, "max_length must be at least 2"),
         (CHAT, {"dry_run": "true"}, "a row may take 1024 tokens, the model has 256 positions"),

@@ -139,7 +139,7 @@ def test_on_the_command_line(flags, says):
         ("lr_scheduler_kwargs: {min_lr: 1, min_lr: 2}", "`min_lr` is there twice"),
         ("max_length: 4\nmax_seq_length: 8", "max_length is given twice, under two of its names"),
         ("env: [A]", "must hold `NAME: value` lines"),
-        ("learning_rate: .nan", "learning_rate must be a number, got nan"),
+        ("learning_rate: .nan", "learning_rate must be finite, got nan"),
         ("dataset_mixture: {datasets: {id: a}}", "datasets must be a list of a JSON object"),
         ("dataset_mixture: {datasets: [{path: a}]}", "DatasetConfig has no option `path`"),
         ("dataset_mixture: {datasets: [{id: a, weight: half}]}", "weight must be a number, got 'half'"),

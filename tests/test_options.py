@@ -1,6 +1,7 @@
 """Every bound and every choice that an option's field names is kept, in Python as on the command line."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -35,6 +36,7 @@ BOUNDS = [
     for kind in REQUIRED
     for field in dataclasses.fields(kind)
     for bound, limit in field.metadata["bounds"].items()
+    if limit != math.inf
 ]
 CHOICES = [(kind, field) for kind in REQUIRED for field in dataclasses.fields(kind) if "choices" in field.metadata]
 

@@ -65,7 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(arguments.folder).expanduser()
     if arguments.evaluate:
-        return evaluate(folder, arguments.engine, [Path(model).expanduser() for model in arguments.evaluate])
+        return evaluate(folder, arguments.engine, [Path(model) for model in arguments.evaluate])
     started = time.time()
     build(folder, arguments.seed)
     train_sft(folder / "sft", folder / "base", folder, SFT)

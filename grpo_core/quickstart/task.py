@@ -17,8 +17,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft_core.run.files import open_to_readers
-
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo")
 OBJECTS = ("pens", "books", "coins", "cards", "shells", "stamps", "apples", "stones")
 TEMPLATES = {
@@ -197,7 +195,6 @@ def write_model(folder: str | Path, seed: int = 0) -> Path:
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
     model.save_pretrained(folder)
-    open_to_readers(Path(folder))
     tokenizer.save_pretrained(folder)
     return Path(folder)
 

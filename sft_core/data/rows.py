@@ -10,27 +10,22 @@ import gzip
 import hashlib
 import json
 import logging
-import zlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sft_core.run.distributed import on_first_rank
 from sft_core.run.files import check_writable
 from sft_core.run.model_config import DatasetMixtureConfig, ScriptArguments
+from sft_core.run.options import require
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 logger = logging.getLogger(__name__)
-FILES = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".json.gz": "json",
-    ".jsonl.gz": "json",
-    ".parquet": "parquet",
-}  # the ends of their names, in small or capital letters
+FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")  # the ends of their names, also in capital letters
 logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it cannot read is said below, better
 
 
@@ -50,29 +45,27 @@ def load_splits(
     name, config, test_split = arguments.dataset_name, arguments.dataset_config, arguments.dataset_test_split
     if is_undivided(name):
         _warn_of_unused(arguments, name, "dataset_config", "dataset_train_split")
-    split = arguments.dataset_train_split
-    train = load_rows(name, config, split, streaming=streaming, split_option="--dataset_train_split")
+    train = load_rows(name, config, arguments.dataset_train_split, streaming=streaming)
     if not test:
         return train, None
-    if file_kind(test_split) is not None:
+    if is_data_file(test_split):
         return train, load_rows(test_split, option="--dataset_test_split")
     if is_undivided(name):
         raise ValueError(
             f"evaluation needs a test split, and {name} is one file or undivided set: name another file with "
             "--dataset_test_split FILE, or leave out do_eval and eval_strategy."
         )
-    return train, load_rows(name, config, test_split, split_option="--dataset_test_split")
+    return train, load_rows(name, config, test_split, option="--dataset_test_split")
 
 
-def file_kind(name: str | Path) -> str | None:
-    """What reads a data file of this name: json, parquet, or None if it is no name of one."""
-    return next((kind for end, kind in FILES.items() if Path(name).name.lower().endswith(end)), None)
+def is_data_file(name: str) -> bool:
+    """Whether this is the name of a data file."""
+    return name.lower().endswith(FILES)
 
 
 def is_undivided(name: str) -> bool:
     """Whether the data is one file, or a saved set without splits."""
-    path = Path(name).expanduser()
-    return file_kind(path) is not None or (path / "state.json").exists()
+    return is_data_file(name) or (Path(name).expanduser() / "state.json").exists()
 
 
 def _warn_of_unused(arguments: ScriptArguments, data: str, *options: str) -> None:
@@ -88,16 +81,14 @@ def _mix(mixture: DatasetMixtureConfig, test: bool) -> tuple[Dataset, Dataset | 
     parts: list[Dataset] = []
     for entry in mixture.sets():
         name, columns, weight = entry.id, entry.columns, entry.weight
-        rows = load_rows(name, entry.config, entry.split, split_option="`split` in dataset_mixture")
+        rows = load_rows(name, entry.config, entry.split, option="dataset_mixture")
         if columns:
             if missing := set(columns) - set(rows.column_names):
                 raise ValueError(f"{name} has no columns {sorted(missing)}; it has {rows.column_names}.")
             rows = rows.select_columns(columns)
         count = int(len(rows) * weight)
         if count == 0:
-            raise ValueError(
-                f"dataset_mixture: weight {weight} of {name}, a share of its {len(rows)} rows, must leave a row."
-            )
+            raise ValueError(f"weight {weight} of {name}, a share of its {len(rows)} rows, must leave a row.")
         parts.append(rows.shuffle(seed=mixture.seed).select(range(count)))
         if set(rows.column_names) != set(parts[0].column_names):
             raise ValueError(
@@ -117,17 +108,12 @@ def _mix(mixture: DatasetMixtureConfig, test: bool) -> tuple[Dataset, Dataset | 
 
 
 def load_rows(
-    name: str,
-    config: str | None = None,
-    split: str = "train",
-    option: str = "--dataset_name",
-    streaming: bool = False,
-    split_option: str = "",
+    name: str, config: str | None = None, split: str = "train", option: str = "--dataset_name", streaming: bool = False
 ) -> Any:
     """The rows of `split`, a Dataset; streamed an IterableDataset, read as it is needed in the order of the files. An
     undivided set is one split, whatever its name.
 
-    option, split_option: what the user named it by, for the message.
+    option: what the user named it by, for the message.
 
     Raises:
         ValueError: nothing is there, or no such split; the message says what there is.
@@ -136,19 +122,18 @@ def load_rows(
     from datasets import load_dataset, load_from_disk
 
     path = Path(name).expanduser()
-    check_writable(library.HF_DATASETS_CACHE, "It is the cache of `datasets`: set HF_HOME to a folder of yours.")
-    if file_kind(path) is not None:
+    saved = any((path / file).exists() for file in ("state.json", "dataset_dict.json"))
+    if not saved:
+        check_writable(library.HF_DATASETS_CACHE, "It is the cache of `datasets`: set HF_HOME to a folder of yours.")
+    if is_data_file(name):
         data = _read_file(name, streaming, option)
-    elif is_undivided(name) or (path / "dataset_dict.json").exists():
+    elif saved:
         try:
             data = load_from_disk(str(path)).with_format(None)  # which may hide columns, and turns values into arrays
         except IndexError as error:  # it looks into the first of no tables
             raise ValueError(f"{name} has no rows.") from error
-    elif path.is_file():
-        known = ", ".join(FILES)
-        raise ValueError(f"{name} is none of {known}: save it as one of these, and name that with {option}.")
-    elif name.startswith((".", "/", "~")) and not path.is_dir():
-        raise ValueError(f"there is no data set at {name}: check {option}.")
+    elif path.is_file() or name.startswith((".", "/", "~")) and not path.is_dir():
+        raise ValueError(f"there is no data set at {name} (a folder, or one of {', '.join(FILES)}): check {option}.")
     else:
         try:
             data = load_dataset(name, config, streaming=streaming)
@@ -159,8 +144,7 @@ def load_rows(
             ) from error
     if isinstance(data, dict):
         if split not in data:
-            check = f"; check {split_option}" if split_option else ""
-            raise ValueError(f"{name} has no split {split!r}: it has {', '.join(data)}{check}.")
+            raise ValueError(f"{name} has no split {split!r}: it has {', '.join(data)}. Name one, or check {option}.")
         data = data[split]
     if streaming:
         return data.to_iterable_dataset() if hasattr(data, "to_iterable_dataset") else data
@@ -170,89 +154,77 @@ def load_rows(
 
 
 def _read_file(name: str, streaming: bool, option: str) -> Any:
-    """The rows of a data file; where it cannot be read, ValueError says which line is damaged."""
+    """The rows of a data file; where it cannot be read as it is written, ValueError says which line is wrong."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     path = Path(name).expanduser()
     if not path.is_file():
         raise ValueError(f"there is no data file at {name}: check {option}.")
-    kind = file_kind(path)
-    assert kind is not None
+    kind = "json" if _is_json(path) else "parquet"
     try:
         rows = load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
         first_row(rows)  # a stream is not read before
-    except (DatasetGenerationError, StopIteration, ValueError, OSError, EOFError, zlib.error) as error:
-        why = damaged_line(path) or " ".join(str(error.__cause__ or error).split())[:200] or "no rows"
-        raise ValueError(f"{name} cannot be read as {''.join(path.suffixes[-2:])}: {why} (one row a line).") from error
-    if not streaming and kind == "json" and (cause := _damaged_text(path) or _changed_type(path, rows)):
-        raise ValueError(f"{name} cannot be read: {cause}.")
+    except (DatasetGenerationError, StopIteration, ValueError, EOFError, OSError) as error:
+        cause = damaged_line(path) or " ".join(str(error.__cause__ or error).split())[:200] or "no rows"
+        raise ValueError(f"{name} cannot be read as {kind}: {cause} (one row a line).") from error
+    if not streaming:
+        columns = [column for column, feature in rows.features.items() if "Json" not in repr(feature)]
+        fault = on_first_rank(lambda: damaged_line(path, columns), patient=True)
+        require(fault is None, f"{name} cannot be read: {fault}.")
     return rows
 
 
-def _lines(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")  # type: ignore[return-value]
+def _is_json(path: Path) -> bool:
+    return path.name.lower().endswith(FILES[:4])
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with _lines(path) as file:
-        yield from (json.loads(line) for line in file if line.strip())
+def _open(path: Path) -> Any:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
 
 
-def _damaged_text(path: Path) -> str | None:
-    """The first line that is no UTF-8, which `datasets` keeps as it is."""
-    with _lines(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                return f"line {number} is not UTF-8 ({error.reason} {line[error.start]:#x})"
-    return None
+def damaged_line(path: Path, columns: Sequence[str] | None = None) -> str | None:
+    """What is wrong with the first line of a JSON-lines file that is no JSON object in UTF-8, and which line it is.
 
-
-def _changed_type(path: Path, rows: Dataset) -> str | None:
-    """The first row with a value of another type than above it, of which `datasets` would make text: of what follows
-    the first 20 MiB, within which it keeps every value."""
-    if damaged_line(path) is not None:  # one array, say
+    columns: those of one type, of a file that `datasets` has read, in whatever form. A line with a value of another
+    type there is damaged too, for `datasets` fits to the first 10 MiB what comes after them: text is made of a number,
+    a number of text.
+    """
+    if not _is_json(path):
         return None
-    seen = dict.fromkeys(name for name, kind in rows.features.items() if "Json" not in repr(kind))
-    for number, row in enumerate(_rows(path), 1):
-        for name in seen.keys() & row.keys():
-            kind = "number" if type(row[name]) in (int, float) else type(row[name]).__name__
-            if kind != "NoneType" and seen[name] not in (None, kind):
-                return (
-                    f"row {number}: `{name}` is {row[name]!r:.80}, but {seen[name]} above: write one type in all rows"
-                )
-            seen[name] = seen[name] if kind == "NoneType" else kind
-    return None
-
-
-def damaged_line(path: Path) -> str | None:
-    """What is wrong with the first line of a JSON-lines file that is no JSON object, and which line it is."""
-    path = path.expanduser()
-    if file_kind(path) != "json":
-        return None
+    kinds: dict[str, str] = {}
     try:
-        if (cause := _damaged_text(path)) is not None:
-            return cause
-        with _lines(path) as file:
+        with _open(path) as file:
             for number, line in enumerate(file, 1):
                 try:
                     row = json.loads(line) if line.strip() else {}
+                    if not isinstance(row, dict):
+                        raise ValueError("it is no object")
                 except ValueError as error:
-                    end = "the file ends in the middle of it" if not line.endswith(b"\n") else str(error)
+                    if columns is not None and not isinstance(error, UnicodeDecodeError):
+                        return None
+                    end = str(error) if line.endswith(b"\n") else "the file ends in the middle of it"
                     return f"line {number} is not complete JSON: {end}"
-                if not isinstance(row, dict):
-                    return f"line {number} is no JSON object"
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        return f"it is no whole gzip file: {error}"
+                for name in columns or ():
+                    kind = kind_of(row.get(name))
+                    if kind != "NoneType" and kinds.setdefault(name, kind) != kind:
+                        return f"in line {number} `{name}` is {row[name]!r:.80}, above a {kinds[name]}: write one type"
+    except (EOFError, OSError) as error:  # of a gzip file
+        return str(error)
     return None
+
+
+def kind_of(value: Any) -> str:
+    return "number" if type(value) in (int, float) else type(value).__name__
 
 
 def json_lines(name: str) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file as they are written; none of a file in another form."""
     path = Path(name).expanduser()
-    return [] if file_kind(path) != "json" or damaged_line(path) is not None else list(_rows(path))
+    if not _is_json(path) or damaged_line(path) is not None:
+        return []
+    with _open(path) as file:
+        return [json.loads(line) for line in file if line.strip()]
 
 
 def first_row(rows: Dataset | IterableDataset) -> dict[str, Any]:

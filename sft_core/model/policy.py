@@ -187,7 +187,7 @@ def load_tokenizer(
     if chat_template is not None:
         text = chat_template
         if len(text) < 1000 and "{" not in text:  # no Jinja, which has braces
-            file = Path(text).expanduser()
+            file = Path(text)
             if file.is_dir() or (text.count("/") == 1 and file.suffix not in (".jinja", ".j2") and not file.is_file()):
                 source = dataclasses.replace(config, model_name_or_path=text, model_revision="main")
                 other = _from_files(AutoTokenizer, source, "chat_template")

@@ -26,8 +26,6 @@ from sft_core.run.distributed import usage_errors
 from sft_core.run.open_r1_keys import FOREIGN_KEYS, REFUSED_KEYS, defaults_there, pass_over
 from sft_core.run.options import Options, check_once, default_of, known_names, nearest, require
 
-ON_OFF = {"on": "true", "off": "false"}
-
 
 class _Repeated(argparse.Action):
     """An option that is given again adds to its list (of one text with commas between: to that); a default goes."""
@@ -42,19 +40,15 @@ class _Repeated(argparse.Action):
 class Parser(HfArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._negative_number_matcher = re.compile(
-            r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE
-        )  # argparse: no -1e-3
-        self.register("type", string_to_bool, lambda text: string_to_bool(ON_OFF.get(text.lower(), text)))
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's takes -1e-3 for a flag
         for kind in (int, float):
             self.register("type", kind, lambda text, kind=kind: None if text in ("null", "none") else kind(text))
 
     def error(self, message: str) -> NoReturn:  # argparse would print its whole usage first
         raise ValueError(f"{message} (see --help)")
 
-    def add_argument(
-        self, *names: Any, bounds: Any = None, path: Any = None, commas: bool = False, **options: Any
-    ) -> Any:  # the dataclass checks bounds and paths
+    def add_argument(self, *names: Any, bounds: Any = None, commas: bool = False, **options: Any) -> Any:
+        """`bounds`: the dataclass checks them."""
         if commas or options.get("nargs") == "+":
             options["action"] = _Repeated
         return super().add_argument(*names, **options)
@@ -72,30 +66,32 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     known = known_names(*config_types)
     others = [name for name in (*FOREIGN_KEYS, *REFUSED_KEYS) if name not in known]
     for name in others:
-        first.add_argument(
-            *{f"--{name}", f"--{name.replace('_', '-')}"}, nargs="*", type=lambda text: _boolean(_load(text))
-        )
+        first.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, nargs="*", type=_load)
     ours, argv = first.parse_known_args(argv)
     if len(ours.config) > 1:
         raise ValueError(f"--config is given {len(ours.config)} times: put all into one file.")
     path = ours.config[0] if ours.config else None
     given: dict[str, Any] = {}
-    for key, value in (_read_yaml(path) if path else {}).items():
+    recipe, texts = _read_yaml(path) if path else ({}, {})
+    for key, value in recipe.items():
         if key == "env":
-            sound = isinstance(value or {}, dict) and all(isinstance(text, str) for text in (value or {}).values())
+            env = texts[key] or {}
+            sound = isinstance(env, dict) and all(isinstance(text, str) for text in env.values())
             require(sound, f"`env` in {path} must hold `NAME: value` lines, got {value!r}.")
-            os.environ.update(value or {})
+            os.environ.update(env)
         elif key in known:
             check_once([*given, known[key].name])
-            given[known[key].name] = _text(value, f"`{key}` in {path}")
+            given[known[key].name] = value, texts.get(key, value)
         elif key in others:
-            pass_over(key, _boolean(value))
+            pass_over(key, value)
         else:
-            raise ValueError(f"unknown key `{key}` in {path}{nearest(key, known)}")
+            raise ValueError(f"unknown key `{key}` in {path}{nearest(str(key), known)}")
     parser = Parser(config_types, allow_abbrev=False)
     for action in parser._actions:
         if action.dest in given:
-            action.default, action.required = given[action.dest], False
+            value, text = given[action.dest]  # `no` and `1e-3` are texts where one is meant
+            meant = isinstance(value, bool | float) and action.type not in (None, string_to_bool, int, float)
+            action.default, action.required = text if meant else value, False
     *configs, remaining = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
@@ -148,10 +144,6 @@ def _differences(config_type: type) -> str:
     return "".join(lines)
 
 
-class _Word(str):
-    """An unquoted yes, no, on or off: where a text is meant that text, where a boolean a boolean."""
-
-
 class _Loader(yaml.SafeLoader):
     """1e-7 is a number, as in YAML 1.2. One key twice is an error, where YAML would take the last."""
 
@@ -159,35 +151,12 @@ class _Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value]
         for key in keys:
             require(keys.count(key) == 1, f"`{key}` is there twice: give it once.")
-        mapping = super().construct_mapping(node, deep)
-        for name in mapping:
-            require(isinstance(name, str), f"the key {name!r} must be text: put it in quotes.")
-        return mapping
+        return super().construct_mapping(node, deep)
 
 
-def _construct_bool(loader: Any, node: yaml.ScalarNode) -> bool | _Word:
-    return {"true": True, "false": False}.get(node.value.lower(), _Word(node.value))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:bool", _construct_bool)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
-
-
-def _text(value: Any, what: str, nested: bool = False) -> Any:
-    """The words as plain texts; within a mapping, where nothing says what is meant, they are refused."""
-    if isinstance(value, _Word):
-        require(not nested, f"{what} holds {value}, a text or a boolean: write true or false, or put it in quotes.")
-        return str(value)
-    if isinstance(value, dict):
-        return {name: _text(item, what, nested=True) for name, item in value.items()}
-    return [_text(item, what, nested) for item in value] if isinstance(value, list) else value
-
-
-def _boolean(value: Any) -> Any:
-    """The word as YAML 1.1 has it, for the keys of others, which are compared with their defaults."""
-    return value.lower() in ("yes", "on") if isinstance(value, _Word) else value
 
 
 def _load(text: str | bytes, what: str = "it", loader: Any = _Loader) -> Any:
@@ -197,13 +166,12 @@ def _load(text: str | bytes, what: str = "it", loader: Any = _Loader) -> Any:
         raise ValueError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the recipe holds, and the same with all values as they are written there."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"there is no recipe at {path}: check --config.")
-    content = _load(file.read_bytes(), path)
+    content, texts = (_load(file.read_bytes(), path, loader) for loader in (_Loader, yaml.BaseLoader))
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `key: value` lines.")
-    if content.get("env"):
-        content["env"] = _load(file.read_bytes(), path, yaml.BaseLoader)["env"]  # as it is written: all are texts
-    return content
+    return content, texts

@@ -37,7 +37,7 @@ SCHEDULES = (
 
 @dataclass
 class TrainingConfig(OfTheProcess, Options):
-    output_dir: str = option("", "Folder for checkpoints, logs and the final model.", path=True)
+    output_dir: str = option("", "Folder for checkpoints, logs and the final model.")
     overwrite_output_dir: bool = option(
         False, "Move what another run left in output_dir aside instead of refusing (nothing is ever deleted)."
     )
@@ -146,7 +146,7 @@ class TrainingConfig(OfTheProcess, Options):
     )
     greater_is_better: bool | None = option(None, "... where it is greatest; default: unless its name ends with loss.")
     resume_from_checkpoint: str | None = option(
-        None, "Checkpoint folder to go on from; default: the last one in output_dir.", path=True
+        None, "Checkpoint folder to go on from; default: the last one in output_dir."
     )
     callbacks: list[str] = option(
         [],

@@ -8,7 +8,7 @@ from sft_core.run.options import JsonDict, Options, option, require
 
 @dataclass
 class ModelConfig(Options):
-    model_name_or_path: str = option("", "Model to start from: a Hub id or a folder.", path=True)
+    model_name_or_path: str = option("", "Model to start from: a Hub id or a folder.")
     model_revision: str = option("main", "Branch, tag or commit of a Hub model.")
     dtype: str | None = option(
         None,
@@ -63,7 +63,7 @@ class ModelConfig(Options):
 class DatasetConfig(Options):
     """One set of a mixture."""
 
-    id: str = option("", "A Hub id or a data file.", path=True)
+    id: str = option("", "A Hub id or a data file.")
     config: str | None = option(None, "Configuration (subset) of a Hub data set.")
     split: str = option("train", "Its split.")
     columns: list[str] | None = option(None, "Columns to keep; default: all.")
@@ -92,11 +92,11 @@ class DatasetMixtureConfig(Options):
 @dataclass
 class ScriptArguments(Options):
     dataset_name: str = option(
-        "", "Data: a Hub id, a .json/.jsonl/.parquet file, or a folder of either kind.", path=True
+        "", "Data: a Hub id, a .json/.jsonl/.parquet file (JSON also as .gz), or a folder of either kind."
     )
     dataset_config: str | None = option(None, "Configuration (subset) of a Hub data set.")
     dataset_train_split: str = option("train", "Split to train on.")
-    dataset_test_split: str = option("test", "Split to evaluate on; beside a data file, another data file.", path=True)
+    dataset_test_split: str = option("test", "Split to evaluate on; beside a data file, another data file.")
     dataset_mixture: JsonDict | None = option(
         None,
         "Instead of dataset_name: {datasets: [{id, config, split, columns, weight}], seed, test_split_size}; weight is "
@@ -116,7 +116,4 @@ class ScriptArguments(Options):
         self.mixture()
 
     def mixture(self) -> DatasetMixtureConfig | None:
-        try:
-            return DatasetMixtureConfig(**self.dataset_mixture) if self.dataset_mixture else None
-        except ValueError as error:
-            raise ValueError(f"dataset_mixture: {error}") from error
+        return DatasetMixtureConfig(**self.dataset_mixture) if self.dataset_mixture else None

@@ -12,7 +12,7 @@ import json
 import math
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -82,9 +82,7 @@ class Options(metaclass=_OptionsType):
         types = option_types(type(self))
         known = name if name in types else option_name(type(self), name, value)
         if known is not None:
-            value = _converted(value, types[known])
-            is_path = isinstance(value, str) and known in path_options(type(self))
-            vars(self)[known] = as_path(value) if is_path else value
+            vars(self)[known] = _converted(value, types[known])
 
 
 def option(
@@ -92,18 +90,17 @@ def option(
     help: str,
     alias: str | None = None,
     choices: tuple[str, ...] | None = None,
-    path: bool = False,
     commas: bool = False,
     **bounds: float,
 ) -> Any:
     """A dataclass field with its one-line documentation (also the source of README's option tables).
 
-    `alias`: another name under which recipes know it; `choices`: of a text, or of each in a list; `path`: it may be a
-    file or folder (`as_path`); `commas`: a text of several with commas between, to which the option given again adds;
-    `bounds`: ge, gt, le, lt as in pydantic. `check_options` holds a value to choices and bounds; None, where an option
-    may be None, is always allowed.
+    `alias`: another name under which recipes know it; `choices`: of a text, or of each in a list; `commas`: a text
+    of several with commas between, to which the option given again adds; `bounds`: ge, gt, le, lt as in pydantic, and
+    le=inf where it may be infinite. `check_options` holds a value to choices and bounds; None, where an option may be
+    None, is always allowed.
     """
-    metadata: dict[str, Any] = {"help": help, "bounds": bounds, "path": path}
+    metadata: dict[str, Any] = {"help": help, "bounds": bounds}
     metadata |= {"aliases": [f"--{alias}"]} if alias else {}
     metadata |= {"choices": choices} if choices else {}
     metadata |= {"commas": True} if commas else {}
@@ -162,34 +159,21 @@ def check_options(config: Any) -> None:
         require(is_a(value, types[name]), f"{name} must be {_words(types[name])}, got {value!r}.")
         if value is None:
             continue
-        require(value == value, f"{name} must be a number, got nan.")
-        for bound, limit in field.metadata.get("bounds", {}).items():
+        bounds = field.metadata.get("bounds", {})
+        require(bounds.get("le") == math.inf or _is_finite(value), f"{name} must be finite, got {value}.")
+        for bound, limit in bounds.items():
             holds, words = BOUNDS[bound]
             require(holds(value, limit), f"{name} must be {words} {limit}, got {value}.")
-        for number in _floats(value):
-            require(math.isfinite(number), f"{name} must be a finite number, got {number}.")
         if choices := field.metadata.get("choices"):
             for text in value if isinstance(value, list) else [value]:
                 require(text in choices, f"{name} must be one of {', '.join(choices)}, got {text!r}.")
 
 
-def _floats(value: Any) -> Iterator[float]:
-    """The numbers that may not be finite, nested ones too."""
-    if isinstance(value, float):
-        yield value
-    elif isinstance(value, list | tuple | Mapping):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _floats(item)
-
-
-def as_path(text: str) -> str:
-    """As a shell has it: ~ is the user's folder, and a slash at the end says nothing."""
-    return os.path.expanduser(text).rstrip("/") or text
-
-
-@cache
-def path_options(kind: Any) -> set[str]:
-    return {field.name for field in dataclasses.fields(kind) if field.metadata.get("path")}
+def _is_finite(value: Any) -> bool:
+    """Whether each number in it is."""
+    if isinstance(value, Mapping | list):
+        return all(map(_is_finite, value.values() if isinstance(value, Mapping) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 @cache
@@ -198,8 +182,11 @@ def option_types(kind: Any) -> dict[str, Any]:
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    """As on the command line: one value is a list of one, true and false are texts too where an option is a text."""
+    """As on the command line: one value is a list of one, true and false are texts too where an option is a text. `~/`
+    is the user's folder, and the folder x/ is the folder x."""
     kinds = alternatives(kind)
+    if isinstance(value, str) and (value.startswith("~/") or os.path.isdir(value)):
+        return os.path.expanduser(value).rstrip("/") or value
     if isinstance(value, bool) and str in kinds and bool not in kinds:
         return str(value).lower()
     if isinstance(value, str) and JsonDict in kinds:

@@ -21,6 +21,7 @@ from sft_core.run.files import describe, flush_to_disk, write_atomically
 
 STATE, MANIFEST, POINTER, RUN = "progress.json", "manifest.json", "latest", "run.json"
 FORMAT = 2  # of a checkpoint
+FINISHED = ".finished"  # holds the identity of the run that has left nothing to do
 GIVEN = ".given-"  # and a digest: a model that a trainer class was handed, which several runs may need
 
 
@@ -106,17 +107,10 @@ def prepare_output_dir(
     return on_first_rank(prepare)
 
 
-def finished_as(folder: Path, identity: dict[str, Any]) -> int | None:
-    """The step at which a run of this identity, its options included, has finished here; None: it has not."""
-    record = json.loads((folder / RUN).read_text()) if (folder / RUN).is_file() else {}
-    step = record.pop("finished", None)
-    return step if record == json.loads(json.dumps(identity)) and any(folder.glob("*.safetensors")) else None
-
-
-def record_finish(folder: Path, step: int) -> None:
-    """Write down that nothing of the run is left to do, until it is opened again."""
-    record = json.loads((folder / RUN).read_text()) | {"finished": step}
-    write_atomically(folder / RUN, json.dumps(record, indent=2) + "\n")
+def is_finished(folder: Path, identity: dict[str, Any]) -> bool:
+    """Whether a run of this identity, its options included, has finished here and left nothing to do."""
+    said = folder / FINISHED
+    return said.is_file() and said.read_text() == json.dumps(identity) and any(folder.glob("*.safetensors"))
 
 
 def look_into(folder: Path, identity: dict[str, Any]) -> Found:
@@ -134,8 +128,7 @@ def look_into(folder: Path, identity: dict[str, Any]) -> Found:
 
 def differences(recorded: dict[str, Any], identity: dict[str, Any]) -> str | None:
     """What tells the recorded identity from this one, or None."""
-    different = [key for key in {**identity, **recorded} if identity.get(key) != recorded.get(key)]
-    different = [key for key in different if key not in ("options", "finished")]
+    different = [key for key in {**identity, **recorded} if identity.get(key) != recorded.get(key) and key != "options"]
     if "algorithm" in different:
         different = ["algorithm"]
     says = []
@@ -198,8 +191,6 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, str | None]:
 
 def unreadable_reason(checkpoint: Path) -> str | None:
     """Why this checkpoint cannot be used, or None when every file is as it was written."""
-    if not checkpoint.is_dir():
-        return "there is no such folder"
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
     except FileNotFoundError:

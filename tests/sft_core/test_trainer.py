@@ -261,7 +261,7 @@ def test_what_is_said_at_training(tiny_model, tmp_path, monkeypatch):
     trainer = SFTTrainer(tiny_model, config(tmp_path / "out"), train_dataset=ROWS)
     with pytest.raises(ValueError, match="no checkpoint in .* to resume from"):
         trainer.train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="cannot resume from nowhere: there is no such folder"):
+    with pytest.raises(ValueError, match="cannot resume from nowhere: manifest.json is missing"):
         trainer.train(resume_from_checkpoint="nowhere")
     with pytest.raises(ValueError, match=r"call train\(\) first"):
         trainer.save_model()
