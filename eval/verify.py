@@ -254,12 +254,13 @@ def _equal(gold: Answer, answer: Answer) -> bool:
 def check_answer(gold: str, completion: str) -> float | None:
     """1.0 if the completion's answer equals the gold one, 0.0 if it does not or there is none; None for a gold that
     cannot be parsed. May take for ever on hostile input: run it in a `WorkerPool`."""
-    expected, given = parse_gold(gold), parse_answer(completion)
+    return _verdict(parse_gold(gold), parse_answer(completion))
+
+
+def _verdict(expected: Answer | None, given: Answer | None) -> float | None:
     if not expected:
         return None
-    if not given:
-        return 0.0
-    return float(_comparable(expected, given) and _equal(expected, given))
+    return float(given is not None and _comparable(expected, given) and _equal(expected, given))
 
 
 class AnswerMetric:
@@ -270,9 +271,9 @@ class AnswerMetric:
     def compute(self, doc: Any, predictions: list[str]) -> float:
         return max(self.judge(doc, text)[0] or 0.0 for text in predictions)
 
-    def parsed_gold(self, doc: Any) -> str:
-        found = parse_gold(doc.get_golds()[0])
-        return str(found[0]) if found else ""
+    def reads(self, doc: Any) -> bool:
+        return gold_is_parseable(doc.get_golds()[0])
 
-    def judge(self, doc: Any, prediction: str) -> tuple[float | None, Any]:
-        return check_answer(doc.get_golds()[0], prediction), parse_answer(prediction)
+    def judge(self, doc: Any, prediction: str) -> tuple[float | None, Answer | None, list[Answer | None]]:
+        gold, answer = parse_gold(doc.get_golds()[0]), parse_answer(prediction)
+        return _verdict(gold, answer), answer, [gold]

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, DatasetDict
 
-from gen.client import Client, ServerError
+from gen.client import ServerError, check_servers
 from gen.config import GenerateConfig
 from gen.requests import Work, longest_prompt
 from gen.sampler import EngineSampler
@@ -91,16 +91,12 @@ class Run:
             "--executor ray needs Ray: run pip install 'grpo_core[ray]'.",
         )
         if self.sampler is None:
-            asyncio.run(self._check_servers())
+            check_servers(config.urls, config.model, "--vllm-server-url")
         else:
             self.longest = longest_prompt(self.store, self.sampler, self.indices)
         if not config.shard:
             check_dataset_push(config.hf_output_dataset, config.private)
             self.store.open()
-
-    async def _check_servers(self) -> None:
-        async with Client(self.config.urls, timeout=self.config.timeout, retries=0) as client:
-            await client.check_model(self.config.model, "--vllm-server-url")
 
     def work(self, stop: Any, argv: list[str]) -> None:
         """Generate what is missing, until `stop.requested`."""
