@@ -41,7 +41,7 @@ from gen.shards import ShardsFailed, of_shard, start_shards
 from kernels.tables import table
 from sft_core.run import distributed
 from sft_core.run.cli import parse
-from sft_core.run.files import check_writable, disk_errors, write_atomically
+from sft_core.run.files import disk_errors, write_atomically
 from sft_core.run.options import require
 from sft_core.run.parent import die_with_parent
 
@@ -69,7 +69,6 @@ def run(
         else:  # a trainer that starts this is a rank of torchrun, this process is not
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
                 os.environ.pop(name, None)
-        check_writable(config.output_dir)
         sampler, works = prepare(config, custom)
         if not config.shard:
             distributed.lock_output_dir(config.output_dir)

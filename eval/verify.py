@@ -254,13 +254,12 @@ def _equal(gold: Answer, answer: Answer) -> bool:
 def check_answer(gold: str, completion: str) -> float | None:
     """1.0 if the completion's answer equals the gold one, 0.0 if it does not or there is none; None for a gold that
     cannot be parsed. May take for ever on hostile input: run it in a `WorkerPool`."""
-    return _verdict(parse_gold(gold), parse_answer(completion))
-
-
-def _verdict(expected: Answer | None, given: Answer | None) -> float | None:
+    expected, given = parse_gold(gold), parse_answer(completion)
     if not expected:
         return None
-    return float(given is not None and _comparable(expected, given) and _equal(expected, given))
+    if not given:
+        return 0.0
+    return float(_comparable(expected, given) and _equal(expected, given))
 
 
 class AnswerMetric:
@@ -275,5 +274,5 @@ class AnswerMetric:
         return gold_is_parseable(doc.get_golds()[0])
 
     def judge(self, doc: Any, prediction: str) -> tuple[float | None, Answer | None, list[Answer | None]]:
-        gold, answer = parse_gold(doc.get_golds()[0]), parse_answer(prediction)
-        return _verdict(gold, answer), answer, [gold]
+        gold = doc.get_golds()[0]
+        return check_answer(gold, prediction), parse_answer(prediction), [parse_gold(gold)]

