@@ -149,8 +149,7 @@ def all_answered(works: list[Work]) -> None:
     if lost := unanswered([path for work in works for path in work.paths]):
         first = "{task}, problem {problem}, sample {sample}: {error}".format(**lost[0])
         raise SystemExit(
-            f"error: {len(lost)} samples got no answer and count as wrong; the same command asks for them alone. The "
-            f"first is {first}."
+            f"error: {len(lost)} samples got no answer; the same command asks for them alone. The first is {first}"
         )
 
 

@@ -169,18 +169,20 @@ class ExtractiveMatch:
             values = extract_target_from_pred(text, found, self.fallback_mode, self.extraction_mode)
         return [value if isinstance(value, str) else _as_lighteval(value) for value in values]
 
-    def judge(self, doc: Any, prediction: str) -> tuple[float, list]:
-        """(1.0 or 0.0, what was extracted from the prediction)."""
-        golds = [self.extract(gold, self.gold_extraction_target, len(doc.choices)) for gold in doc.get_golds()]
+    def judge(self, doc: Any, prediction: str) -> tuple[float, list, list[list]]:
+        """(1.0 or 0.0, what was extracted from the prediction, what from each gold answer)."""
+        golds = self._golds(doc)
         if not all(golds):
             golds = [[gold] for gold in doc.get_golds()]
         answer = self.extract(prediction, self.pred_extraction_target, len(doc.choices))
-        return float(any(self._equal(gold, answer) for gold in golds)), answer
+        return float(any(self._equal(gold, answer) for gold in golds)), answer, golds
 
-    def parsed_gold(self, doc: Any) -> str:
-        """What is found in the right answers; "" unless something is in every one."""
-        golds = [self.extract(gold, self.gold_extraction_target, len(doc.choices)) for gold in doc.get_golds()]
-        return " or ".join(str(gold[0]) for gold in golds) if all(golds) else ""
+    def reads(self, doc: Any) -> bool:
+        """Whether something is found in every right answer."""
+        return all(self._golds(doc))
+
+    def _golds(self, doc: Any) -> list[list]:
+        return [self.extract(gold, self.gold_extraction_target, len(doc.choices)) for gold in doc.get_golds()]
 
     def _equal(self, gold: list, answer: list) -> bool:
         if _differ_in_case(gold, answer):
@@ -278,19 +280,19 @@ def without_thoughts(text: str) -> str:
 def gold_is_read(item: tuple[Any, Any]) -> bool:
     """Whether the metric finds something to compare with, of (metric, doc); True for one that does not tell."""
     metric, doc = item
-    return bool(metric.parsed_gold(doc)) if hasattr(metric, "parsed_gold") else True
+    return metric.reads(doc) if hasattr(metric, "reads") else True
 
 
 def judge(item: tuple[Any, Any, str]) -> dict[str, Any]:
-    """{"score": float, "extracted": str, "" for none} of (metric, doc, text), and "parsed_gold" where the metric tells;
-    it needs `compute` alone."""
+    """{"score", "extracted": str, "" for none, "parsed_gold": str} of (metric, doc, text); a metric needs `compute`
+    alone, and then no more than the score is known."""
     metric, doc, text = item
     if not hasattr(metric, "reads_thoughts"):
         text = without_thoughts(text)
     if hasattr(metric, "judge"):
-        score, extracted = metric.judge(doc, text)
-        gold = metric.parsed_gold(doc) if hasattr(metric, "parsed_gold") else None
-        return {"score": score, "extracted": str(extracted[0]) if extracted else "", "parsed_gold": gold}
+        score, extracted, golds = metric.judge(doc, text)
+        parsed = " or ".join(str(gold[0]) for gold in golds if gold)
+        return {"score": score, "extracted": str(extracted[0]) if extracted else "", "parsed_gold": parsed}
     score = float(metric.compute(doc, [text]))
     if not 0 <= score <= 1:
         raise ValueError(f"a score lies between 0 and 1, the metric gave {score}")

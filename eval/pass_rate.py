@@ -163,7 +163,7 @@ def scored(
 
     def count(group: list[dict], sound: list[float]) -> None:
         errors = [sample["error"] for sample in group if sample["error"] is not None]
-        missing = errors.count(MISSING)
+        missing = sum(error.startswith(MISSING) for error in errors)
         counts.update(
             rows=1,
             generations=len(group),

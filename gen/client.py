@@ -268,23 +268,7 @@ class Client:
             server.rest()
         return well
 
-    async def check_model(self, model: str, option: str) -> None:
-        """Raise ValueError unless a server is there, and those that are serve `model`. Takes a few seconds at most.
-
-        option: what the servers were named by, for the message.
-        """
-        key = os.environ.get("OPENAI_API_KEY", "none")
-        require(key.isprintable(), "OPENAI_API_KEY holds a line end or another control character: set it without.")
-        found = await asyncio.gather(*map(self._models, self.servers))
-        reasons = [text for text in found if isinstance(text, str)]
-        if len(reasons) == len(self.servers):
-            raise ValueError(f"{self.servers[0].url} {reasons[0]}: start it (vllm serve {model}), or check {option}.")
-        for server, served in zip(self.servers, found, strict=True):
-            server.down = isinstance(served, str)
-            if isinstance(served, list) and served and model not in served:
-                raise ValueError(f"{server.url} does not serve {model!r}: it serves {', '.join(served)}; give --model.")
-
-    async def _models(self, server: _Server) -> list[str] | str:
+    async def models(self, server: _Server) -> list[str] | str:
         """What a server says it serves (nothing, if it has no such list), or why it cannot be used."""
         try:
             async with self.session.get(f"{server.url}/models", timeout=aiohttp.ClientTimeout(PROBE_TIMEOUT)) as reply:
@@ -299,6 +283,27 @@ class Client:
             return f"cannot be reached ({error})"
         except (aiohttp.ClientError, ValueError, LookupError, TypeError):
             return []
+
+
+def check_servers(urls: list[str], model: str, option: str) -> None:
+    """Raise ValueError unless a server is there, and those that are serve `model`. Takes a few seconds at most.
+
+    option: what the servers were named by, for the message.
+    """
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    require(key.isprintable(), "OPENAI_API_KEY holds a line end or another control character: set it without.")
+
+    async def ask() -> list[list[str] | str]:
+        async with Client(urls, timeout=PROBE_TIMEOUT, retries=0) as client:
+            return await asyncio.gather(*map(client.models, client.servers))
+
+    found = asyncio.run(ask())
+    reasons = [text for text in found if isinstance(text, str)]
+    if len(reasons) == len(urls):
+        raise ValueError(f"{urls[0]} {reasons[0]}: start it (vllm serve {model}), or check {option}.")
+    for url, served in zip(urls, found, strict=True):
+        if isinstance(served, list) and served and model not in served:
+            raise ValueError(f"{url} does not serve {model!r}: it serves {', '.join(served)}; give --model.")
 
 
 def read_answer(content: bytes) -> Answer:

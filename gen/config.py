@@ -58,10 +58,10 @@ def check_urls(urls: list[str], option: str) -> None:
     """Raise ValueError unless these, given with `option`, can be addresses of servers."""
     require(bool(urls), f"{option} is empty: write it as http://host:8000/v1.")
     for url in urls:
-        host = re.match(r"https?://([^/]+)", url)
-        require(host is not None, f"{option} {url!r} is no address: write it as http://host:8000/v1.")
-        secret = host is not None and "@" in host[1]
-        require(not secret, f"{option} holds a user name or password before @: set OPENAI_API_KEY instead.")
+        secret = re.match(r"https?://[^/]*@", url)
+        require(secret is None, f"{option} holds a user name or password before @: set OPENAI_API_KEY instead.")
+        address = re.match(r"https?://[^/]", url)
+        require(address is not None, f"{option} {url!r} is no address: write it as http://host:8000/v1.")
 
 
 @dataclass

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, DatasetDict
 
-from gen.client import Client, ServerError
+from gen.client import ServerError, check_servers
 from gen.config import GenerateConfig
 from gen.requests import Work, longest_prompt
 from gen.sampler import EngineSampler
@@ -36,7 +36,7 @@ from gen.shards import ShardsFailed, of_shard, start_shards
 from gen.store import Store, open_rows
 from sft_core.run import distributed
 from sft_core.run.cli import parse
-from sft_core.run.files import check_writable, disk_errors
+from sft_core.run.files import disk_errors
 from sft_core.run.hub import check_dataset_push, push_dataset
 from sft_core.run.options import require
 from sft_core.run.parent import die_with_parent
@@ -54,8 +54,6 @@ def main(argv: list[str] | None = None) -> None:
         (config,) = parse((GenerateConfig,), argv)
         if config.shard:
             die_with_parent()
-        if config.output_dir:
-            check_writable(config.output_dir, "Choose another --output-dir.")
         run = Run(config, open_rows(config))
     stop = distributed.StopSignal("stopping when what is in flight is answered")
     lost = ""
@@ -91,16 +89,12 @@ class Run:
             "--executor ray needs Ray: run pip install 'grpo_core[ray]'.",
         )
         if self.sampler is None:
-            asyncio.run(self._check_servers())
+            check_servers(config.urls, config.model, "--vllm-server-url")
         else:
             self.longest = longest_prompt(self.store, self.sampler, self.indices)
         if not config.shard:
             check_dataset_push(config.hf_output_dataset, config.private)
             self.store.open()
-
-    async def _check_servers(self) -> None:
-        async with Client(self.config.urls, timeout=self.config.timeout, retries=0) as client:
-            await client.check_model(self.config.model, "--vllm-server-url")
 
     def work(self, stop: Any, argv: list[str]) -> None:
         """Generate what is missing, until `stop.requested`."""

@@ -16,7 +16,6 @@ so asks them itself (`gen/requests.py`), with the requests that are made here.
 import asyncio
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from sft_core.run.config import ModelConfig
 from sft_core.run.distributed import usage_errors
 
 Messages = list[dict[str, str]]
-Place = tuple[int, int]  # of a sample: prompt, number
 NO_LIMIT = 1 << 30  # tokens
 TRIES, AT_ONCE = 5, 256  # of a request; requests
 TIMEOUT, PATIENCE = 3600.0, 10.0  # seconds: a long answer takes long, a server that is not there does not come soon
@@ -107,15 +105,7 @@ class ServerSampler:
 
     def __init__(self, urls: list[str], model: str) -> None:
         self.urls, self.model = urls, model
-
-    def check(self, option: str) -> None:
-        """Raise ValueError unless a server, as `option` names it, is there and serves the model."""
-
-        async def check() -> None:
-            async with Client(self.urls, timeout=TIMEOUT, retries=0) as client:
-                await client.check_model(self.model, option)
-
-        asyncio.run(check())
+        self.failed: ServerError | None = None
 
     def encode(self, messages: Messages) -> Messages:
         return messages
@@ -124,39 +114,49 @@ class ServerSampler:
         return json.dumps(prompt, ensure_ascii=False)
 
     def sample(
-        self, prompts: Sequence[Messages], positions: Sequence[int], sampling: TextSampling
-    ) -> list[list[Answer]]:
-        """`sampling.n` answers to each prompt. Raises what `Client.ask` does: every answer is needed."""
-        wanted = [(p, i) for p in range(len(prompts)) for i in range(sampling.n)]
-        answers, errors = self.ask(prompts, positions, sampling, wanted)
-        for error in errors.values():
-            raise error
-        return [[answers[p, i] for i in range(sampling.n)] for p in range(len(prompts))]
+        self,
+        prompts: Sequence[Messages],
+        positions: Sequence[int],
+        sampling: TextSampling,
+        kept: dict[tuple[int, int], Answer] | None = None,
+    ) -> list[list[Answer | str]]:
+        """`sampling.n` answers to each prompt; in place of one that cannot be had a text that says why.
 
-    def ask(
-        self, prompts: Sequence[Messages], positions: Sequence[int], sampling: TextSampling, wanted: list[Place]
-    ) -> tuple[dict[Place, Answer], dict[Place, RequestError | ServerError]]:
-        """Answers to the `wanted` samples of prompts, and why there is none; of a server that failed all that came."""
-        answers: dict[Place, Answer] = {}
-        errors: dict[Place, RequestError | ServerError] = {}
+        kept: answers that are there already, by their prompts' positions and their numbers.
+
+        Raises ServerError where an earlier call has met one, and where none of several prompts has an answer.
+        """
+        if self.failed:
+            raise self.failed
+        answers: dict[tuple[int, int], Answer | str] = {**(kept or {})}
+        missing = [
+            (p, prompt, i)
+            for p, prompt in zip(positions, prompts, strict=True)
+            for i in range(sampling.n)
+            if (p, i) not in answers
+        ]
 
         async def ask_all() -> None:
             async with Client(self.urls, timeout=TIMEOUT, retries=TRIES - 1, patience=PATIENCE) as client:
 
-                async def ask(place: Place) -> None:
-                    p, i = place
+                async def ask(sample: tuple[int, Messages, int]) -> None:
+                    p, prompt, i = sample
                     try:
-                        answers[place] = await client.ask(sampling.request(self.model, prompts[p], positions[p], i))
-                    except (RequestError, ServerError) as error:
-                        errors[place] = error
-                        if isinstance(error, ServerError):
-                            raise
+                        answers[p, i] = await client.ask(sampling.request(self.model, prompt, p, i))
+                    except RequestError as error:
+                        answers[p, i] = str(error)
 
-                await in_parallel(ask, wanted, AT_ONCE)
+                await in_parallel(ask, missing, AT_ONCE)
 
-        with suppress(ServerError):  # it is among the errors
+        try:
             asyncio.run(ask_all())
-        return answers, errors
+        except ServerError as error:
+            self.failed = error
+        groups = [[answers.get((p, i), str(self.failed)) for i in range(sampling.n)] for p in positions]
+        none = not any(isinstance(answer, Answer) for answer in answers.values())
+        if none and (self.failed or len(prompts) > 1):
+            raise self.failed or ServerError(groups[0][0])
+        return groups
 
     def close(self) -> None:
         pass

@@ -1,8 +1,10 @@
 """What the tests of eval's commands share: rows written and read, a refusal, a kill after the first file."""
 
+import io
 import json
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,18 @@ def stones(answers: list[str], column: str = "answer") -> list[dict]:
 def samples(output: Path, task: str = "aime24") -> list[dict]:
     """The rows of a task that a run leaves behind."""
     return [row for file in sorted(output.glob(f"details/{task}/*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def called(main: Callable[[list[str]], Any], argv: list[str]) -> tuple[int, str]:
+    """Exit code of `main`, called here, and what it prints."""
+    code, said = 0, io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said), launch.locks_released():
+        try:
+            main(argv)
+        except SystemExit as stopped:
+            code = 1 if isinstance(stopped.code, str) else stopped.code
+            print(stopped.code)
+    return code, said.getvalue()
 
 
 def refused(main: Callable[[list[str]], Any], argv: list[str], capfd: pytest.CaptureFixture[str], says: str) -> None:

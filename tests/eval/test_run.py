@@ -160,7 +160,10 @@ def test_another_metric_judges_the_answers_again(tiny_model, data, tmp_path):
         completions.append([row["completion"] for row in rows])
         assert (code, "checked again" in log) == ((0, False), (0, True), (1, True))[number], log
     assert scores == [[0.25] * 6, [float(len(text) % 2) for text in completions[0]], [None] * 6]
-    assert "6 checks were given up: exception: IndexError" in log and "no answer could be checked" in log
+    assert (
+        "6 samples are unscored and count as wrong: exception: IndexError" in log
+        and "no answer could be checked" in log
+    )
     assert completions[0] == completions[1] == completions[2]
 
     file = folder / "details" / "mine" / "00003.parquet"
