@@ -140,8 +140,8 @@ MANY = json.dumps({"prompt": "p" * 2**20, "solution": "1"}).encode() + b"\n"  # 
     ("name", "content", "says"),
     [
         ("rows.JSONL", TEXT, None),
-        ("rows.jsonl.gz", gzip.compress(TEXT), None),
-        ("Rows.JSON.GZ", gzip.compress(TEXT), None),
+        ("rows.jsonl.gz", gzip.compress(TEXT, mtime=0), None),
+        ("Rows.JSON.GZ", gzip.compress(TEXT, mtime=0), None),
         ("rows.json", b"\xef\xbb\xbf" + TEXT, None),
         (
             "rows.csv",
@@ -156,7 +156,7 @@ MANY = json.dumps({"prompt": "p" * 2**20, "solution": "1"}).encode() + b"\n"  # 
         ),
         (
             "rows.jsonl.gz",
-            gzip.compress(TEXT)[:-9],
+            gzip.compress(TEXT, mtime=0)[:-9],
             "rows.jsonl.gz cannot be read as json: Compressed file ended before",
         ),
         (
