@@ -26,7 +26,7 @@ TRAINING = (GRPOScriptArguments, GRPOConfig, ModelConfig)
 def test_what_is_written_has_the_mode_that_the_umask_says(umask, tmp_path):
     before = os.umask(umask)
     try:
-        _replace(tmp_path / "out", {}, lambda folder: save_file({"w": ones(1)}, folder / "model.safetensors"))
+        _replace(tmp_path / "out", lambda folder: save_file({"w": ones(1)}, folder / "model.safetensors"))
         lock_output_dir(tmp_path / "out")
     finally:
         os.umask(before)

@@ -141,7 +141,8 @@ def test_what_stops_a_run_loses_nothing_and_a_finished_run_says_so(options, tmp_
 
 
 def test_ctrl_c_while_a_command_imports():
-    command = [sys.executable, "-X", "importtime", "-m", "sft_core.train"]
+    # A shell ignores the signal in its background jobs.
+    command = ["env", "--default-signal=INT", sys.executable, "-X", "importtime", "-m", "sft_core.train"]
     with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if line.endswith(" sft_core\n"):  # what is imported first is there, torch is not

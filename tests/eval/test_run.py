@@ -114,7 +114,7 @@ def test_a_folder_holds_one_setting_and_several_tasks(tiny_model, data, tmp_path
         ({"tasks": "math_501"}, "did you mean math_500?"),
         ({"tasks": "custom|aime24|5|0"}, "examples in the prompt"),
         ({"tasks": "math_500", "dataset": "math_500={data}"}, "no column 'solution'"),
-        ({"dataset": "aime24=/nowhere.jsonl"}, "no file at /nowhere.jsonl: check --dataset."),
+        ({"dataset": "aime24=/nowhere.jsonl"}, "no data file at /nowhere.jsonl: check --dataset"),
         ({"model": "/no/such/folder"}, "no model folder at /no/such/folder"),
         ({"max_new_tokens": 250}, "--fit_context"),
         ({"temperature": 0}, "--num_samples (or"),
