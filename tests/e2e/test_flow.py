@@ -42,7 +42,8 @@ def data(tmp_path):
     return train, test, bench
 
 
-@pytest.mark.parametrize("algorithm", [pytest.param("sft", marks=pytest.mark.slow), "grpo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
 def test_every_step_of_the_flow(algorithm, tiny_model, data, tmp_path):
     train, test, bench = data
     out = tmp_path / "out"

@@ -57,6 +57,7 @@ def test_scores_are_of_the_models_answers(tiny_model, data, tmp_path):
     assert {"torch", "math-verify"} <= set(content["versions"]) and content["config"]["aime24"]["temperature"] == 0
 
 
+@pytest.mark.slow
 def test_seeds_and_processes(tiny_model, data, tmp_path):
     one, rows = evaluate(tmp_path, tiny_model, data, tmp_path / "one")
     two, parallel = evaluate(tmp_path, tiny_model, data, tmp_path / "two", data_parallel_size=2)

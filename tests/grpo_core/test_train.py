@@ -264,6 +264,7 @@ def test_a_step_on_eight_ranks(tiny_model, problems, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_evaluation_repeats_itself_on_any_number_of_ranks(tiny_model, problems, tmp_path):
     """At a learning rate of 0 the same prompts and seeds give the same figures, and training is none the wiser."""
     more = dict(max_steps=2, learning_rate=0, prompts_per_step=2)
