@@ -2,12 +2,14 @@
 
 import math
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from grpo_core.batch import MiniBatch, counted, deal, idle_micro_batch, keep_logps, make_micro_batches
 from grpo_core.config import GRPOConfig
-from grpo_core.rollout import Sample
+from grpo_core.rollout import Sample, read_rollouts
 
 CPU = torch.device("cpu")
 
@@ -120,3 +122,10 @@ def test_prompts_and_optimizer_steps_of_a_rollout(options, expected):
     else:
         config = GRPOConfig("unused", **options)
         assert (config.prompts_a_rollout(2), config.mini_batches(2)) == expected
+
+
+def test_a_recording_of_another_version_is_refused(tmp_path):
+    table = pa.table({"group": [0]}).replace_schema_metadata({"ranks": "1"})
+    pq.write_table(table, tmp_path / "step-000001-rank-00000.parquet")
+    with pytest.raises(ValueError, match="step-000001-rank-00000.parquet is of another version: record it again"):
+        read_rollouts(tmp_path, 1)
