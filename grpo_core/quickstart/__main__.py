@@ -11,7 +11,6 @@ run uses; only the sizes are small. A finished part is not done again: delete th
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -19,10 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
+from grpo_core.heldout import evaluate, interval, read, result_file
 from kernels.tables import table
 from sft_core.run.files import write_atomically
 
@@ -65,7 +63,9 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(arguments.folder).expanduser()
     if arguments.evaluate:
-        return evaluate(folder, arguments.engine, [Path(model) for model in arguments.evaluate])
+        rows = [json.loads(line) for line in (folder / "data" / "heldout.jsonl").read_text().splitlines()]
+        models_to_score = [Path(model) for model in arguments.evaluate]
+        return evaluate(models_to_score, rows, GRPO["max_completion_length"], arguments.engine, SAMPLES, "float32")
     started = time.time()
     build(folder, arguments.seed)
     train_sft(folder / "sft", folder / "base", folder, SFT)
@@ -73,7 +73,7 @@ def main() -> None:
     models = {"before SFT": folder / "base", "after SFT": folder / "sft", "after GRPO": folder / "grpo"}
     if arguments.control:
         models["more SFT instead"] = train_control(folder)
-    missing = [model for model in models.values() if not (model / "heldout.json").exists()]
+    missing = [model for model in models.values() if not result_file(model).exists()]
     if missing:
         run(["-m", "grpo_core.quickstart", "--folder", folder, "--engine", arguments.engine, "--evaluate", *missing])
     print_table(models)
@@ -129,58 +129,14 @@ def run(command: list) -> None:
         raise SystemExit(code)
 
 
-def evaluate(folder: Path, engine_name: str, models: list[Path]) -> None:
-    """Greedy and pass@1 of each model on the held-out problems, into its heldout.json; one engine for all of them."""
-    from safetensors.torch import load_file
-
-    from eval.workers import WorkerPool
-    from gen.config import TextSampling
-    from gen.engine.base import EngineConfig
-    from gen.sampler import EngineSampler
-    from grpo_core.rewards import accuracy_reward
-    from grpo_core.scoring import ToScore, start_scoring
-
-    rows = [json.loads(line) for line in (folder / "data" / "heldout.jsonl").read_text().splitlines()]
-    sampler = EngineSampler(engine_name, str(models[0]))
-    prompts = [sampler.encode([{"role": "user", "content": row["prompt"]}]) for row in rows]
-    length = GRPO["max_completion_length"]
-    context = max(map(len, prompts)) + length
-    sampler.start(EngineConfig(str(models[0]), max_model_len=context, max_batch=512, dtype="float32"))
-    assert sampler.engine is not None
-    pool = WorkerPool(2)
-    for version, model in enumerate(tqdm(models, desc="evaluate", disable=None)):
-        sampler.engine.load_weights(load_file(model / "model.safetensors").items(), version)
-        result: dict[str, Any] = {}
-        for name, n, temperature in (("greedy", 1, 0.0), ("pass@1", SAMPLES, 1.0)):
-            sampling = TextSampling(n, length, temperature, seed=0)
-            to_score = []
-            for group, answers in enumerate(sampler.sample(prompts, range(len(prompts)), sampling)):
-                row = rows[group]
-                columns = {"solution": row["solution"]}
-                to_score += [ToScore(a.text, list(a.token_ids), group, row["prompt"], "", columns) for a in answers]
-            scores = start_scoring([accuracy_reward], None, to_score, pool)().rewards
-            result[name] = interval(np.nan_to_num(scores).reshape(len(rows), n).mean(axis=1).tolist())
-        result["problems"] = len(rows)
-        write_atomically(model / "heldout.json", json.dumps(result))
-    pool.close()
-    sampler.close()
-
-
-def interval(shares: list[float]) -> tuple[float, float]:
-    """Mean in percent and half the width of its 95 % interval (normal, over problems)."""
-    mean = sum(shares) / len(shares)
-    variance = sum((share - mean) ** 2 for share in shares) / (len(shares) - 1)
-    return 100 * mean, 100 * 1.96 * math.sqrt(variance / len(shares))
-
-
 def print_table(models: dict[str, Path]) -> None:
-    problems = json.loads((models["before SFT"] / "heldout.json").read_text())["problems"]
+    problems = len(read(models["before SFT"])["greedy"])
     rows = []
     for name, model in models.items():
-        result = json.loads((model / "heldout.json").read_text())
+        result = {mode: interval(shares) for mode, shares in read(model).items()}
         record = model / "quickstart.json"
         minutes = f"{json.loads(record.read_text())['seconds'] / 60:.1f}" if record.exists() else "-"
-        cells = [f"{result[key][0]:.1f} % +- {result[key][1]:.1f}" for key in ("greedy", "pass@1")]
+        cells = [f"{mean:.1f} % +- {half:.1f}" for mean, half in result.values()]
         rows.append([name, *cells, minutes])
     print("\n" + table([f"{problems} held-out problems", "greedy", "pass@1 at temperature 1", "minutes"], rows))
 
