@@ -1,5 +1,6 @@
 # make setup        a virtual environment in .venv with everything, for this machine's GPU or CPU
 # make quickstart   watch GRPO teach arithmetic to a small model (10 minutes on 2 CPU cores)
+# make score        an hour of a real model: warm start, GRPO and more SFT instead (MODEL=folder PROBLEMS=file.jsonl)
 # make test         linter, types and the quick tests; make test-all: every test that needs no GPU
 # make gpu-check    the tests that need a GPU, then the benches, one table of aims and figures last: build/gpu-check.md
 #                   (without a GPU: a rehearsal in tiny shapes)
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH_CPU := torch==2.13.0+cpu
 
-.PHONY: setup quickstart quickstart-control evaluate lint test test-all gpu-check clean
+.PHONY: setup quickstart quickstart-control score evaluate lint test test-all gpu-check clean
 
 setup: $(VENV)/.ready
 
@@ -36,6 +37,14 @@ quickstart: setup
 
 quickstart-control: setup
 	$(BIN)/python -m grpo_core.quickstart --control
+
+# make score MODEL=folder PROBLEMS=file.jsonl [MINUTES=60]     (rows with `problem` and `answer`, or GSM8K's)
+MINUTES ?= 60
+RECIPES := recipes/SmolLM2-135M-Instruct
+score: setup
+	@test -n "$(MODEL)" -a -n "$(PROBLEMS)" || { echo "error: say make score MODEL=folder PROBLEMS=file.jsonl [MINUTES=60]"; exit 2; }
+	$(BIN)/python $(RECIPES)/prepare.py --short --held_out 0.22 --dataset_name '$(PROBLEMS)' --output_dir data/words
+	$(BIN)/python -m grpo_core.score --model '$(MODEL)' --data data/words --minutes $(MINUTES) --scores $(RECIPES)/scores.jsonl
 
 # make evaluate MODEL=org/name TASK=math_500 [PARALLEL=data|tensor NUM_GPUS=8]
 NUM_GPUS ?= 1

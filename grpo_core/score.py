@@ -23,11 +23,13 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gen.engine.base import check_engine_available
 from grpo_core.heldout import MODES, difference, evaluate, interval, read
 from grpo_core.quickstart.__main__ import run
 from kernels.bench import machine
@@ -72,6 +74,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Raises ValueError: what cannot be scored, before anything is trained."""
+    require(find_spec("matplotlib") is not None, "the picture needs matplotlib: pip install matplotlib.")
+    check_engine_available(options.engine)
     for name in ("model", "sft", "grpo"):
         path = Path(getattr(options, name)).expanduser()
         require(path.exists(), f"--{name} {path} does not exist.")

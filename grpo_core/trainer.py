@@ -32,14 +32,23 @@ class GRPOTrainer(Trainer):
     config_type = GRPOConfig
     column = "prompt"
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: GRPOConfig | None = None, **more: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **more: Any,
+    ) -> None:
         """`reward_funcs`: a function, the name of one of `grpo_core.rewards`, or a list of these; else as the base's.
 
         Raises:
             ValueError: what is handed over cannot be trained so.
         """
         self.reward_funcs = reward_funcs
-        super().__init__(model, args, **more)
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, **more)
 
     def _check(self) -> None:
         given = self.reward_funcs

@@ -49,7 +49,8 @@ def check_pay(folder):
     count = everything = 0
     for split in ("train", "heldout"):
         shown, asked = read(folder, f"sft_{split}"), read(folder, f"grpo_{split}")
-        pairs = {(row["problem"], row["solution"]) for row in asked}  # some problems come twice, with two answers
+        pairs = {(row["problem"], row["solution"]) for row in asked}
+        assert len({problem for problem, _ in pairs}) == len(asked)
         assert all([m["role"] for m in row["messages"]] == ["system", "user", "assistant"] for row in shown)
         assert all(row["messages"][0]["content"] == SYSTEM_PROMPT for row in shown)
         completions = [row["messages"][2:] for row in shown]
@@ -84,8 +85,25 @@ def test_all_rows_of_the_real_sets(script, shared, tmp_path):
     names = [str(shared / "data" / f"{name}.jsonl") for name in ("gsm8k_train", "arith_word_problems")]
     script.prepare(names, tmp_path / "out")
     shown, everything = check_pay(tmp_path / "out")
-    assert everything == 7473 + 4149 and shown == everything - 2348  # no working is known, and none made up
-    assert 0.04 < len(read(tmp_path / "out", "grpo_heldout")) / (7473 + 4149) < 0.06
+    assert everything == 7473 + 3868 and shown == everything - 2256  # no working is known, and none made up
+    assert 0.04 < len(read(tmp_path / "out", "grpo_heldout")) / everything < 0.06
+
+
+def test_short_demonstrations_are_the_working_with_a_boxed_end(script, tmp_path):
+    rows = [*ARITHMETIC, ARITHMETIC[0] | {"answer": "10"}, {"problem": "8 rows of 7 seats. How many?", "answer": "56"}]
+    names = [write(tmp_path / "gsm8k.jsonl", GSM8K), write(tmp_path / "arithmetic.jsonl", rows)]
+    counts = script.prepare(names, tmp_path / "out", short=True, held_out=0.5)
+    shown = read(tmp_path / "out", "sft_train") + read(tmp_path / "out", "sft_heldout")
+    asked = read(tmp_path / "out", "grpo_train") + read(tmp_path / "out", "grpo_heldout")
+    answers = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in shown}
+    assert len(asked) == 9 and counts["left out"] == 1 and len(answers) == len(shown) == 7
+    assert answers[ARITHMETIC[3]["problem"]] == "1,000 / 8 = \\boxed{125}"
+    assert answers[rows[-1]["problem"]] == "8 x 7 = \\boxed{56}"
+    assert answers[GSM8K[0]["question"]] == "She buys 48/2 = 24 pens.\nThat makes 48+24 = 72.\n\\boxed{72}"
+    golds = {row["problem"]: row["solution"] for row in asked}
+    completions = [[{"role": "assistant", "content": text}] for text in answers.values()]
+    assert set(accuracy_reward(completions, [golds[problem] for problem in answers])) == {1.0}
+    assert len(read(tmp_path / "out", "grpo_heldout")) > 1
 
 
 def test_a_problem_stays_on_its_side_whatever_else_there_is(script, tmp_path):

@@ -2,6 +2,7 @@
 
     python recipes/SmolLM2-135M-Instruct/prepare.py                       # GSM8K from the Hub, into data/think
     python recipes/SmolLM2-135M-Instruct/prepare.py --dataset_name gsm8k_train.jsonl problems.jsonl --output_dir D
+    python recipes/SmolLM2-135M-Instruct/prepare.py --short --held_out 0.22 --dataset_name problems.jsonl --output_dir D
 
 A data set (Hub id or .jsonl) is either GSM8K, or like it: `question`, and `answer` with worked steps, then `#### N`; or
 `problem` and `answer`, a bare number. Written are
@@ -9,11 +10,12 @@ A data set (Hub id or .jsonl) is either GSM8K, or like it: `question`, and `answ
     sft_train.jsonl, sft_heldout.jsonl      `messages`: GRPO's system prompt, the problem, <think> and <answer>
     grpo_train.jsonl, grpo_heldout.jsonl    all problems as `problem` and `solution`
 
-A hash of a problem's text says whether it is held out, so it stays where it is whatever else there is. A problem whose
-answer cannot be parsed, or whose demonstration `format` and `accuracy` would not pay in full, is left out and counted.
-GSM8K's calculator marks (`<<48/2=24>>`) go. A bare number comes without working, and none is made up beyond the one
-operation on the problem's only two numbers that gives it; the other problems are left to GRPO alone, for an answer out
-of nowhere would teach guessing.
+With --short there is no system prompt, and a demonstration is the working alone, which ends in \\boxed{answer}: cheap to
+sample on a CPU. A hash of a problem's text decides whether it is held out, so it stays there whatever else is in the
+data. Left out and counted are problems that occur again, and those whose answer cannot be parsed or whose demonstration
+the rewards (`accuracy`, without --short `format` too) would not pay in full. GSM8K's calculator marks (`<<48/2=24>>`)
+are removed. A bare number comes without working, and none is made up beyond the one operation on the problem's only two
+numbers that gives it; the other problems are left to GRPO alone, for an answer out of nowhere would teach guessing.
 """
 
 import argparse
@@ -29,8 +31,7 @@ from grpo_core.config import SYSTEM_PROMPT
 from grpo_core.rewards import format_reward
 from sft_core.data.rows import load_rows
 from sft_core.run import distributed
-
-HELD_OUT = 0.05  # share of the problems
+from sft_core.run.options import require
 
 
 def read_problem(row: dict[str, Any]) -> tuple[str, str | None, str]:
@@ -70,30 +71,34 @@ def operation(problem: str, answer: str) -> str | None:
     return f"{found[0]} = {answer}" if len(found) == 1 else None
 
 
-def demonstration(thought: str, answer: str) -> str:
+def demonstration(thought: str, answer: str, short: bool) -> str:
+    if short:
+        start = thought.removesuffix(answer) if thought.endswith(f"= {answer}") else f"{thought}\n"
+        return f"{start}\\boxed{{{answer}}}"
     return f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"
 
 
-def is_paid(text: str, answer: str) -> bool:
-    return format_reward([[{"content": text}]]) == [1.0] and check_answer(answer, text) == 1.0
+def is_paid(text: str, answer: str, short: bool) -> bool:
+    return (short or format_reward([[{"content": text}]]) == [1.0]) and check_answer(answer, text) == 1.0
 
 
-def prepare(names: list[str], folder: Path) -> Counter[str]:
+def prepare(names: list[str], folder: Path, short: bool = False, held_out: float = 0.05) -> Counter[str]:
     """Write the four files; returns how many rows went where. ValueError: the input, in one sentence."""
     files: dict[str, list[dict[str, Any]]] = {f"{a}_{b}": [] for a in ("sft", "grpo") for b in ("train", "heldout")}
-    left_out = 0
+    left_out, seen = 0, set[str]()
     for name in names:
         for row in load_rows(name, "main" if name == "openai/gsm8k" else None):
             problem, thought, answer = read_problem(row)
-            text = demonstration(thought or "?", answer)
-            if not is_paid(text, answer):
+            text = demonstration(thought or "?", answer, short)
+            if problem in seen or not is_paid(text, answer, short):
                 left_out += 1
                 continue
+            seen.add(problem)
             part = int.from_bytes(hashlib.sha256(problem.encode()).digest()[:4], "big") / 2**32
-            split = "heldout" if part < HELD_OUT else "train"
+            split = "heldout" if part < held_out else "train"
             turns = [("system", SYSTEM_PROMPT), ("user", problem), ("assistant", text)]
             if thought is not None:
-                messages = [{"role": role, "content": content} for role, content in turns]
+                messages = [{"role": role, "content": content} for role, content in turns[short:]]
                 files[f"sft_{split}"].append({"messages": messages})
             files[f"grpo_{split}"].append({"problem": problem, "solution": answer})
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,9 +111,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_name", nargs="+", default=["openai/gsm8k"], help="Hub ids or .jsonl files")
     parser.add_argument("--output_dir", type=lambda text: Path(text).expanduser(), default=Path("data/think"))
+    parser.add_argument("--short", action="store_true", help="demonstrations without tags and system prompt")
+    parser.add_argument("--held_out", type=float, default=0.05, help="share of the problems")
     arguments = parser.parse_args()
     with distributed.usage_errors():
-        counts = prepare(arguments.dataset_name, arguments.output_dir)
+        require(0 < arguments.held_out < 1, f"--held_out is a share between 0 and 1, got {arguments.held_out}.")
+        counts = prepare(arguments.dataset_name, arguments.output_dir, arguments.short, arguments.held_out)
     print(f"{arguments.output_dir}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 

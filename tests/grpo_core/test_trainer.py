@@ -105,7 +105,7 @@ def test_the_loop_is_that_of_the_command_line(tiny_model, problems, tmp_path):
     same = config(
         tmp_path / "out", max_prompt_length=100, learning_rate=1e-3, max_tokens_per_micro_batch=150, **adaptive
     )
-    trainer = GRPOTrainer(tiny_model, digits, same, train_dataset=Dataset.from_list(rows))
+    trainer = GRPOTrainer(tiny_model, digits, same, Dataset.from_list(rows))  # by position, as TRL's takes them
     trainer.train()
     keys = ("loss", "grad_norm", "rewards/digits/mean", "kl", "entropy_coef")
     there, here = ([[row[key] for key in keys] for row in metrics(tmp_path / f)] for f in ("command", "out"))
