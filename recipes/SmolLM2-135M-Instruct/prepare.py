@@ -10,8 +10,8 @@ A data set (Hub id or .jsonl) is either GSM8K, or like it: `question`, and `answ
     sft_train.jsonl, sft_heldout.jsonl      `messages`: GRPO's system prompt, the problem, <think> and <answer>
     grpo_train.jsonl, grpo_heldout.jsonl    all problems as `problem` and `solution`
 
-With --short there is no system prompt, and a demonstration is the working alone, which ends in \\boxed{answer}: cheap to
-sample on a CPU. A hash of a problem's text decides whether it is held out, so it stays there whatever else is in the
+With --short there is no system prompt, and a demonstration is the working alone, which ends in \\boxed{answer}: cheap
+to sample on a CPU. A hash of a problem's text decides whether it is held out, so it stays there whatever else is in the
 data. Left out and counted are problems that occur again, and those whose answer cannot be parsed or whose demonstration
 the rewards (`accuracy`, without --short `format` too) would not pay in full. GSM8K's calculator marks (`<<48/2=24>>`)
 are removed. A bare number comes without working, and none is made up beyond the one operation on the problem's only two
