@@ -18,7 +18,7 @@ from sft_core.run.open_r1_keys import FOREIGN_KEYS, REFUSED_KEYS, defaults_there
 from sft_core.run.options import default_of, known_names, option_table
 
 TRAINERS = {"GRPO": (ModelConfig, GRPOScriptArguments, GRPOConfig), "SFT": (ModelConfig, ScriptArguments, SFTConfig)}
-BEGIN, END = "<!-- by python -m grpo_core.option_guide -->\n\n", "\n\n<!-- end of tables -->"
+BEGIN, END = "<!-- by python -m grpo_core.option_guide -->\n", "\n<!-- end of tables -->"
 INTRODUCTION = """\
 This page says what every option of TRL 1.16.0 (GRPOConfig, SFTConfig, ModelConfig, ScriptArguments) is here, and
 every option that open-r1 or an earlier TRL (0.15 to 0.18, with the transformers of that time) adds. There are three
@@ -57,8 +57,9 @@ def option_tables() -> dict[str, str]:
 
 def with_tables(text: str, tables: str) -> str:
     """The text of a guide, with these tables between the marks."""
-    before, _, rest = text.partition(BEGIN)
-    return before + BEGIN + tables + END + rest.partition(END)[2]
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
 
 
 def guide() -> str:
