@@ -22,7 +22,7 @@ BEGIN, END = "<!-- by python -m grpo_core.option_guide -->\n", "\n<!-- end of ta
 INTRODUCTION = """\
 This page says what every option of TRL 1.16.0 (GRPOConfig, SFTConfig, ModelConfig, ScriptArguments) is here, and
 every option that open-r1 or an earlier TRL (0.15 to 0.18, with the transformers of that time) adds. There are three
-cases. It is an option here. Or it is passed over with one line on the console, because it cannot change what is
+cases. It is an option here. Or it is ignored with one line on the console, because it cannot change what is
 trained. Or it is refused with the reason, unless its value asks for what is done anyway.
 
 `python -m grpo_core.option_guide` writes this page.
@@ -77,7 +77,7 @@ def what_becomes(name: str, options: dict[str, Field]) -> str:
     if name in options:
         return f"option `{options[name].name}`, default {json.dumps(default_of(options[name]))}"
     if name in FOREIGN_KEYS:
-        return f"passed over: {FOREIGN_KEYS[name]}"
+        return f"ignored: {FOREIGN_KEYS[name]}"
     return f"refused unless it has that default: {REFUSED_KEYS[name]}"
 
 
