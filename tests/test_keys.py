@@ -39,7 +39,7 @@ def test_each_is_in_exactly_one_class():
 
 def test_the_guide_is_that_of_the_classes():
     text = (Path(option_guide.__file__).parent / "OPTIONS.md").read_text()
-    assert option_guide.guide() == text, "run `python -m grpo_core.option_guide --trl > grpo_core/OPTIONS.md`"
+    assert option_guide.guide() == text, "run `python -m grpo_core.option_guide`"
 
 
 @pytest.mark.parametrize("library", TRL_DEFAULTS)

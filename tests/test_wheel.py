@@ -1,4 +1,4 @@
-"""The wheel holds every module, template and table of the packages."""
+"""The wheel holds every module, template, table and guide of the packages."""
 
 import shutil
 import subprocess
@@ -20,7 +20,7 @@ def test_the_wheel_is_complete(tmp_path):
     subprocess.run(build, check=True)
     [wheel] = tmp_path.glob("*.whl")
     there = set(zipfile.ZipFile(wheel).namelist())
-    kinds = (".py", ".jinja", ".json", ".yaml")
+    kinds = (".py", ".jinja", ".json", ".md", ".yaml")
     sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.suffix in kinds]
     assert len(sources) > 90
     assert {str(path.relative_to(ROOT)) for path in sources} <= there

@@ -2,12 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_core.quickstart import task
+from grpo_core.quickstart import draw, task
 
 ADDS = ("finds", "got", "adds", "together", "more than")
 
@@ -137,3 +138,13 @@ def test_model_loads_as_any_other_and_depends_on_its_seed_only(folder, tokenizer
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
     assert not torch.equal(model.model.embed_tokens.weight, other.model.embed_tokens.weight)
     assert AutoTokenizer.from_pretrained(tmp_path / "again").get_vocab() == tokenizer.get_vocab()
+
+
+def test_the_picture_is_drawn_from_the_metrics(tmp_path):
+    (tmp_path / "grpo").mkdir()
+    rows = [{"step": step, "reward": step / 40, "other": None} for step in (10, 20, 30)]
+    (tmp_path / "grpo" / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    draw.draw(tmp_path, tmp_path / "reward.png")
+    committed = Path(draw.__file__).with_name("reward.png")
+    for image in (tmp_path / "reward.png", committed):
+        assert image.read_bytes().startswith(b"\x89PNG") and 2_000 < image.stat().st_size < 60_000

@@ -23,9 +23,9 @@ from sft_core.model.architectures import (
 from sft_core.model.policy import Policy, check_positions
 from sft_core.run.config import ModelConfig
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+GUIDE = (Path(__file__).parents[2] / "sft_core" / "README.md").read_text()
 MODEL = ModelConfig("some/model")
-# What the README says of an architecture, and what its refusal says.
+# What the guide says of an architecture, and what its refusal says.
 RIGHT = "trained"
 MIXES = "mixes tokens by convolutions, state spaces or linear attention"
 ASKS = "attention with a cap, sinks, biases or a mask of its own"
@@ -186,8 +186,8 @@ def test_an_attention_that_shares_no_beginnings_is_seen():
     assert shares_beginnings(info, MODEL)
 
 
-def test_the_readme_has_this_table():
-    found = {kind: names.split(", ") for kind, names in re.findall(r"^\| (.+?) \| ([\w, -]+) \|$", README, re.M)}
+def test_the_guide_has_this_table():
+    found = {kind: names.split(", ") for kind, names in re.findall(r"^\| (.+?) \| ([\w, -]+) \|$", GUIDE, re.M)}
     for kind in (RIGHT, *SENTENCES):
         assert found[kind] == [name for name in CASES if CASES[name][1] == kind], kind
 
