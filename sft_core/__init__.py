@@ -17,8 +17,13 @@ from typing import Any
 
 from sft_core.run.parent import end_with_launcher
 
-# bitsandbytes looks for that package too and goes on without it; its warning would only puzzle.
+# Lines of libraries that would only puzzle: bitsandbytes looks for the Hub's `kernels` and goes on without it, vLLM on
+# the CPU needs no Triton and warns that memory is bound to a NUMA node. Progress bars appear after ten seconds.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
+os.environ.setdefault("TQDM_DELAY", "10")
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def refuse(says: str) -> None:

@@ -51,6 +51,8 @@ def finish(training: Any, push: bool) -> None:
         write_atomically(folder / FINISHED, json.dumps(training.run.identity))
     for failure in training.failures:
         print(f"failed: {failure}", file=sys.stderr)
+    curves = f"tensorboard --logdir {folder}" if "tensorboard" in config.report_to else folder / "metrics.jsonl"
+    print(f"finished: the model is in {folder}, its card is {folder / 'README.md'}; curves: {curves}")
 
 
 def save_results(folder: Path, split: str, results: dict[str, float], combined: bool = True) -> None:

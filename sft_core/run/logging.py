@@ -65,20 +65,16 @@ def init_wandb_training(training_args: TrainingConfig) -> None:
 
 
 def announce(run: Any) -> None:
-    """A warning line per process, the parameters once, what is done otherwise than the recipe may expect, the plan.
+    """The parameters, what is done otherwise than the recipe may expect, the plan.
 
     `run`: `sft_core.prepare.Base` with `config` and `summary`.
     """
-    logger.warning(
-        "Process rank: %d of %d, device: %s, computing in %s, masters in float32",
-        run.rank,
-        run.world_size,
-        run.device,
-        "bfloat16" if run.bf16 else "float32",
-    )
+    logger.info("Process rank: %d of %d, device: %s", run.rank, run.world_size, run.device)
     if run.rank != 0:
         return
     model, config = run.model, run.config
+    dtype, ranks = "bfloat16" if run.bf16 else "float32", "rank" if run.world_size == 1 else "ranks"
+    print(f"{run.world_size} {ranks} on {run.device.type}, computing in {dtype}, master weights in float32")
     logger.info("Model parameters %s", model)
     logger.info("Script parameters %s", run.data)
     logger.info("Training parameters %s", config)
