@@ -162,8 +162,8 @@ def test_templates_of_well_known_families(tokenizer, template, messages, learnt)
 @pytest.mark.parametrize(
     ("template", "messages", "says"),
     [
-        (QWEN3, THINKING, "leaves out a part of what the assistant says \\('hm'\\)"),
-        (R1_FIRST, THINKING[:2], "leaves out a part of what the assistant says \\('hm'\\)"),
+        (QWEN3, THINKING, "leaves out a part of the assistant's message \\('hm'\\)"),
+        (R1_FIRST, THINKING[:2], "leaves out a part of the assistant's message \\('hm'\\)"),
         (R1_NOW, MESSAGES[:2], "a finished turn does not begin as the generation prompt does"),
         (turns(), MESSAGES[1:], "begins with the assistant"),
     ],
@@ -211,9 +211,9 @@ def test_text_is_tokenised_in_one_piece(tiny_model):
     [
         (
             "{% for m in messages %}{{ loop.length }}{{ m['content'] + eos_token }}{% endfor %}",
-            "rendered otherwise once later",
+            "rendered differently once later",
         ),
-        ("{% for m in messages %}{{ m['role'] + m['content'] + eos_token }}{% endfor %}", "cannot be told from"),
+        ("{% for m in messages %}{{ m['role'] + m['content'] + eos_token }}{% endfor %}", "cannot be separated from"),
         (PLAIN.replace("+ eos_token", ""), "does not end the assistant's turn with a stop token"),
         (PLAIN + "{% generation %}{% endgeneration %}", "marks 0 assistant turns of 2"),
         (
