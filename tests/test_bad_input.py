@@ -70,7 +70,7 @@ BEST = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strate
         ({"report_to": ["comet_ml"]}, "Run `pip install comet-ml>="),
         ({"generation_batch_size": 10}, "must be a multiple of num_generations 4 and of the 12 completions"),
         ({"sync_ref_model": "true", "use_peft": "true"}, "which never changes: leave out --sync_ref_model"),
-        (BEST, "metric_for_best_model loss is no metric of the evaluation: give one of reward, reward_std"),
+        (BEST, "metric_for_best_model loss is not a metric of the evaluation: give one of reward, reward_std"),
         (BEST | {"metric_for_best_model": "eval_rewards/digit/mean"}, "of reward, reward_std, frac_reward_zero_std"),
         ({"save_steps": 0}, "save_steps must be above 0"),
         ({"engine": "vllm", "vllm_tensor_parallel_size": 3}, "does not divide 1 ranks"),
@@ -146,8 +146,8 @@ CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
         ("[1]\n", {}, "row 1 of the data: `text` must be text and is int"),
         (CHAT.replace("assistant", "bot"), {}, "row 1 of the data: unknown role 'bot' in `messages`"),
         (CHAT + CHAT.replace('"ho"', "null"), {}, "row 2 of the data: a message of the assistant in `messages` is not"),
-        (CHAT.replace("assistant", "user"), {}, "none of the 1 rows has anything to learn within max_length 1024"),
-        (CHAT, {"max_length": 3}, "none of the 1 rows has anything to learn within max_length 3"),
+        (CHAT.replace("assistant", "user"), {}, "none of the 1 rows has a trained token within max_length 1024"),
+        (CHAT, {"max_length": 3}, "none of the 1 rows has a trained token within max_length 3"),
         (CHAT.replace('"ho"', '"' + "ho " * 300 + '"'), {}, "has 256 positions: lower --max_length to 256"),
         (
             CHAT,
@@ -229,9 +229,9 @@ def test_the_folder_of_another_run(tiny_model, problems, tmp_path):
     code, output = run(TRAIN, argv + flags(dataset_name=tmp_path / "other.jsonl"), tmp_path / "log0")
     assert code == 2 and "(data is '" in output, output
     code, output = run(TRAIN, argv + flags(max_steps=2, beta=0.5, system_prompt="Add."), tmp_path / "log2")
-    warning = [line for line in output.splitlines() if line.startswith("warning: options are not those")]
+    warning = [line for line in output.splitlines() if line.startswith("warning: options differ")]
     assert code == 0 and warning == [
-        "warning: options are not those of the interrupted run: max_steps is 1 there, 2 here; "
+        "warning: options differ from those of the interrupted run: max_steps is 1 there, 2 here; "
         "system_prompt is '' there, 'Add.' here; beta is 0.04 there, 0.5 here"
     ], output
     before = weights(out)

@@ -134,7 +134,7 @@ def test_what_stops_a_run_loses_nothing_and_a_finished_run_says_so(options, tmp_
     assert [row["step"] for row in metrics(out)] == [1, 2, 3]
     with pytest.raises(SystemExit) as stopped:
         sft_core.train.main(options)
-    assert stopped.value.code == 0 and f"this run is finished, its model is in {out}" in capsys.readouterr().out
+    assert stopped.value.code == 0 and f"this run is finished and its model is in {out}" in capsys.readouterr().out
     distributed.unlock_output_dir(out)
     code, output = run("sft_core.train", options + flags(max_steps=4), tmp_path / "log2")
     assert code == 0 and "goes on from" in output

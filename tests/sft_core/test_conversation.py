@@ -301,6 +301,6 @@ def test_what_is_not_used_or_left_out_is_said_before_the_run(tiny_model, tmp_pat
         with locks_released():
             said.append(prepare(*parse(OPTIONS, flags(model_name_or_path=tiny_model, **files, **more))).summary)
         distributed.shutdown()
-    counts = "0 cut, 1 too long, 0 nothing to learn"
+    counts = "0 cut, 1 too long, 0 without trained tokens"
     assert f"3 rows to train on; {counts}; columns not used: system, id; 1 rows to evaluate on; {counts}" in said[0]
     assert "rows are streamed in the order of their files; columns not used: system, id; 1 rows to evaluate" in said[1]

@@ -215,7 +215,7 @@ def test_text_is_tokenised_in_one_piece(tiny_model):
         ),
         ("{% for m in messages %}{{ m['role'] + m['content'] + eos_token }}{% endfor %}", "cannot be separated from"),
         (PLAIN.replace("+ eos_token", ""), "does not end the assistant's turn with a stop token"),
-        (PLAIN + "{% generation %}{% endgeneration %}", "marks 0 assistant turns of 2"),
+        (PLAIN + "{% generation %}{% endgeneration %}", "marks 0 of 2 assistant turns"),
         (
             "{{ raise_exception('only users') }}",
             "refuses a conversation of the roles user, assistant, user, assistant: only",
@@ -266,7 +266,7 @@ def test_rows_are_tokenised_once_and_what_is_left_out_is_counted(tokenizer, tmp_
     stop_ids = frozenset([tokenizer.eos_token_id])
     config = options(max_length=20, truncation_mode="drop")
     examples = supervised_examples(data, tokenizer, stop_ids, config)
-    assert len(examples.rows) == 5 and examples.counts == {"cut": 0, "too long": 5, "nothing to learn": 5}
+    assert len(examples.rows) == 5 and examples.counts == {"cut": 0, "too long": 5, "without trained tokens": 5}
     assert tokenizer.decode(examples.rows[0]["input_ids"]) == tokenizer.apply_chat_template(
         MESSAGES[:2], tokenize=False
     )
@@ -283,7 +283,7 @@ def test_rows_are_tokenised_once_and_what_is_left_out_is_counted(tokenizer, tmp_
         calls.clear()
         supervised_examples(data, tokenizer, stop_ids, config)
         assert calls, change  # another template or token, another result
-    with pytest.raises(ValueError, match="none of the 15 rows has anything to learn within max_length 2"):
+    with pytest.raises(ValueError, match="none of the 15 rows has a trained token within max_length 2"):
         supervised_examples(data, tokenizer, stop_ids, options(max_length=2))
 
 

@@ -138,7 +138,7 @@ def test_a_model_and_a_tokenizer_that_are_handed_over(tiny_model, tmp_path, caps
     thread.join()
     assert done[0].metrics["train_loss"] == one
     printed = capsys.readouterr().out
-    assert printed.count("is written to") == 1 and printed.count("moved what was in") == 1
+    assert printed.count("was written to") == 1 and printed.count("moved what was in") == 1
     with torch.no_grad():  # weights that the caller changes are those that the next call begins with
         model.get_input_embeddings().weight.mul_(0.5)
     trainer.args.do_eval = True
@@ -232,11 +232,11 @@ def test_ranks_stop_together_and_join_again(tiny_model, tmp_path):
     [
         ({"train_dataset": None}, "train_dataset must be a datasets.Dataset .*, got NoneType"),
         ({"train_dataset": [{"text": "a"}]}, "must be a datasets.Dataset .*, got list"),
-        ({"train_dataset": {"train": ROWS}}, "of a DatasetDict one split, .*, got dict"),
+        ({"train_dataset": {"train": ROWS}}, "one split of a DatasetDict, .*, got dict"),
         ({"train_dataset": ROWS.select([])}, "train_dataset has no rows"),
         ({"eval_dataset": ROWS.to_iterable_dataset()}, "eval_dataset must be .*, got IterableDataset"),
         ({"args": {"eval_strategy": "steps"}}, "there is no eval_dataset"),
-        ({"model": 3}, "model must be a name, a folder or a model"),
+        ({"model": 3}, "model must be a Hub id, a folder or a model"),
         ({"data_collator": print}, "SFTTrainer does not take data_collator"),
         ({"callbacks": [print]}, "must be transformers' TrainerCallbacks"),
         ({"peft_config": {"r": 3}}, "peft_config must be a LoraConfig, got dict"),

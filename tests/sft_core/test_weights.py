@@ -205,5 +205,5 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding(tiny_model, problems, t
     tokenizer.save_pretrained(folder)
     with pytest.raises(SystemExit) as stopped:
         grpo_core.train.main(options(folder, problems, tmp_path / "out"))
-    says = f"has {len(tokenizer)} tokens, more than the model's embedding: train with sft_core.train first"
+    says = f"has {len(tokenizer)} tokens, more than the model's embedding: train the model with sft_core.train first"
     assert stopped.value.code == 2 and says in capsys.readouterr().err
