@@ -48,7 +48,7 @@ class Progress(lifecycle.Progress):
 
 @disk_errors()
 def main(argv: list[str] | None = None) -> None:
-    """Train with the options in `argv` (default: the command line); exits with 2 on bad input, before loading weights."""
+    """Train with the options in `argv` (default: the command line); bad input exits with 2 before weights are read."""
     start_logging()
     with distributed.usage_errors():
         run = prepare(*parse(OPTIONS, sys.argv[1:] if argv is None else argv))

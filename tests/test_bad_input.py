@@ -58,7 +58,10 @@ BEST = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strate
         ({"top_k": 50}, "leave them out in training"),
         ({"min_p": 0.1}, "leave them out in training"),
         ({"generation_kwargs": '{"stop_token_ids": [1, 9999]}'}, "stop_token_ids [9999] are no tokens"),
-        ({"chat_template_kwargs": '{"thinking": true}'}, "row 1 of the data: the chat template knows no thinking"),
+        (
+            {"chat_template_kwargs": '{"thinking": true}'},
+            "row 1 of the data: the chat template does not use `thinking`",
+        ),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "missing 1 required positional argument: 'num_decay_steps'"),
         ({"repetition_penalty": 1.1}, "leave them out in training"),
         ({"max_completion_length": 200}, "the model has 256 positions: lower --max_prompt_length"),
@@ -83,7 +86,7 @@ BEST = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strate
         ({"callbacks": ["early_stopping"]}, "--callbacks: invalid choice: 'early_stopping'"),
         ({"chat_template": "chat.jinja"}, "'chat.jinja' is neither Jinja text nor a file"),
         ({"torch_dtype": "float16"}, "invalid choice: 'float16'"),
-        ({"do_eval": "true"}, "is one file or undivided set: name another file with --dataset_test_split FILE"),
+        ({"do_eval": "true"}, "has no splits: name another file with --dataset_test_split FILE"),
         ({"num_generations_eval": 0}, "num_generations_eval must be at least 1"),
         ({"scale_rewards": "maybe"}, "unknown scale_rewards 'maybe': group, batch or none"),
         ({"load_in_4bit": "true"}, "a quantised model cannot be trained whole: give --use_peft true"),
@@ -125,7 +128,7 @@ def test_data_without_an_answer_names_its_columns(tiny_model, tmp_path, capsys):
         ),
         (
             '{"prompt": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}\n',
-            "row 1 of the data: `prompt` ends with what the assistant says",
+            "row 1 of the data: `prompt` ends with an assistant message",
         ),
     ],
 )
@@ -155,7 +158,7 @@ CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
             "neither {% generation %} markers nor a generation prompt",
         ),
         (CHAT, {"eos_token": "<nothing>"}, "eos_token '<nothing>' is not in the tokenizer's vocabulary"),
-        ('{"story": "x"}\n', {}, "or `text` (--dataset_text_field); it has story"),
+        ('{"story": "x"}\n', {}, "or `text`, and it has story: rename its columns"),
         (CHAT, {"dataset_streaming": "true"}, "say how long to train with --max_steps"),
         (CHAT, {"dataset_streaming": "true", "max_steps": 2}, "take 1024 tokens, the model has 256 positions"),
         (CHAT.replace("assistant", "bot"), {"dataset_streaming": "true", "max_steps": 2}, "row 1 of the data: unknown"),

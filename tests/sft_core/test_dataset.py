@@ -67,7 +67,7 @@ def test_text_begins_and_ends_as_the_model_knows_it(tokenizer):
     tokenizer.chat_template = None
     chat.set_up(tokenizer, None, conversations=True, chatml_default=True)
     assert trained(tokenizer, {"messages": MESSAGES[:2]})[0].startswith("<|bos|><|im_start|>")
-    assert "all is well (one <|bos|>" in chat.check_template(tokenizer, {tokenizer.eos_token_id}, supervised=True)
+    assert "OK (one <|bos|>" in chat.check_template(tokenizer, {tokenizer.eos_token_id}, supervised=True)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no EOS token, so the model would never learn to stop: give --eos_token"):
         trained(tokenizer, {"text": "1+1=2"})
@@ -100,10 +100,10 @@ def test_tools_reach_the_template(tokenizer):
     called = {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
     row = {"messages": [MESSAGES[0], called], "tools": tools}
     assert trained(tokenizer, row)[1] == '{"name": "add", "arguments": {"a": 1}}<|end|>'
-    with pytest.raises(ValueError, match="`tools` is neither a list nor one as JSON"):
+    with pytest.raises(ValueError, match="`tools` must be a list, or a list as JSON text"):
         trained(tokenizer, row | {"tools": "add"})
     tokenizer.chat_template = plain
-    with pytest.raises(ValueError, match="knows no tools and would leave them out"):
+    with pytest.raises(ValueError, match="does not use `tools` and would leave it out"):
         trained(tokenizer, row)
     with pytest.raises(ValueError, match="leaves out `tool_calls` of message 2"):
         trained(tokenizer, row | {"tools": None})
@@ -164,7 +164,7 @@ def test_templates_of_well_known_families(tokenizer, template, messages, learnt)
     [
         (QWEN3, THINKING, "leaves out a part of the assistant's message \\('hm'\\)"),
         (R1_FIRST, THINKING[:2], "leaves out a part of the assistant's message \\('hm'\\)"),
-        (R1_NOW, MESSAGES[:2], "a finished turn does not begin as the generation prompt does"),
+        (R1_NOW, MESSAGES[:2], "a finished turn does not begin with the generation prompt"),
         (turns(), MESSAGES[1:], "begins with the assistant"),
     ],
 )
@@ -234,8 +234,8 @@ def test_templates_that_hide_what_is_trained_are_refused(tokenizer, template, sa
     [
         ({"messages": []}, "`messages` must be a list of messages, and is empty"),
         ({"messages": "hello"}, "must be a list of messages"),
-        ({"messages": ["hello"]}, "must hold messages with role and content"),
-        ({"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot' in `messages`: a message has"),
+        ({"messages": ["hello"]}, "must hold messages with `role` and `content`"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot' in `messages`: a message needs"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "is not text but list"),
         ({"messages": [{"role": "user", "content": None}]}, "a message of the user in `messages` is not text but None"),
         ({"prompt": "x", "completion": None}, "`completion` must be text and is NoneType"),
@@ -292,8 +292,8 @@ def test_chat_templates_are_checked_and_end_of_turn_is_eos(tokenizer):
         return chat.check_template(tokenizer, stop_ids or {tokenizer.eos_token_id}, supervised)
 
     well = check(tokenizer)
-    assert "all is well (one <|bos|>; turns end with <|end|>" in well and "<think> left to the model" in well
-    assert "<|end|>, which is no stop token: give it as --eos_token" in check(tokenizer, {3})
+    assert "OK (one <|bos|>; turns end with <|end|>" in well and "<think> left to the model" in well
+    assert "<|end|>, which is not a stop token: give it as --eos_token" in check(tokenizer, {3})
     original = tokenizer.chat_template
     tokenizer.chat_template = "{{ bos_token }}" + original
     assert "begins with <|bos|> twice" in check(tokenizer)
@@ -301,14 +301,14 @@ def test_chat_templates_are_checked_and_end_of_turn_is_eos(tokenizer):
     assert "<think> opened by the template" in check(tokenizer)
     tokenizer.chat_template = R1_NOW
     assert "<think> opened by the template" in check(tokenizer)
-    assert "a finished turn does not begin as the generation prompt does" in check(tokenizer, supervised=True)
+    assert "a finished turn does not begin with the generation prompt" in check(tokenizer, supervised=True)
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + original
     assert "today's date" in check(tokenizer)
     tokenizer.chat_template = original.replace("eos_token", "'.'")
     assert "does not end with a special token" in check(tokenizer)
     tokenizer.chat_template, tokenizer.eos_token = original.replace("eos_token", "'<|end|>'"), "<|pad|>"
     chat.set_up(tokenizer, None, conversations=True, chatml_default=True)  # the template's own end of turn
-    assert tokenizer.eos_token == "<|end|>" and "all is well" in check(tokenizer)
+    assert tokenizer.eos_token == "<|end|>" and "OK" in check(tokenizer)
     chat.set_up(tokenizer, "<|user|>", conversations=True, chatml_default=True)
     assert tokenizer.eos_token == "<|user|>"
     with pytest.raises(ValueError, match="eos_token 'nothing' is not in the tokenizer's vocabulary"):
