@@ -72,7 +72,9 @@ def supervised_example(
         trained_from = 0 if config.completion_only_loss is False else len(prompt)
         return _conversation(tokenizer, prompt + answer, trained_from, options, stop_ids, config)
     if options:
-        raise ValueError(f"plain text has no place for `{next(iter(options))}`: write `messages`, or remove it.")
+        raise ValueError(
+            f"plain text has no place for `{next(iter(options))}`, used by chat templates: give `messages`, or drop it."
+        )
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is None:
         raise ValueError("the tokenizer has no EOS token, so the model would never learn to stop: give --eos_token.")

@@ -239,7 +239,7 @@ class Trainer(Results, ABC):
     @contextmanager
     def _running(self, model: ModelConfig, config: Any, handed: Handed) -> Iterator[tuple[TrainingRun, Callable]]:
         """Check and open a run. However it ends, this process can start another one."""
-        require(not config.dry_run, "dry_run works only on the command line: python -m grpo_core.train, sft_core.train")
+        require(not config.dry_run, "dry_run works on the command line only: leave it out, or use the command line.")
         require(
             not dist.is_initialized(),
             "this process has a process group already, and training makes its own: end the other run, or destroy the "

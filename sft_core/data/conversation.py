@@ -157,7 +157,9 @@ def options_of(row: dict[str, Any], of_all: dict[str, Any] | None) -> dict[str, 
         del found["chat_template_kwargs"]
         found = (of_all or {}) | without_none(found) | without_none(own)
     if ours := RESERVED.intersection(found):
-        raise ValueError(f"chat_template_kwargs may not hold {', '.join(sorted(ours))}, set here already: remove it.")
+        raise ValueError(
+            f"chat_template_kwargs may not hold {', '.join(sorted(ours))}, which the program sets itself: remove them."
+        )
     return _filled(without_none(found))
 
 

@@ -84,7 +84,9 @@ def _mix(mixture: DatasetMixtureConfig, test: bool) -> tuple[Dataset, Dataset | 
         rows = load_rows(name, entry.config, entry.split, option="dataset_mixture")
         if columns:
             if missing := set(columns) - set(rows.column_names):
-                raise ValueError(f"{name} has no columns {sorted(missing)}; it has {rows.column_names}: name these.")
+                raise ValueError(
+                    f"{name} has no columns {sorted(missing)}; it has {rows.column_names}: correct `columns`."
+                )
             rows = rows.select_columns(columns)
         count = int(len(rows) * weight)
         if count == 0:
@@ -98,7 +100,9 @@ def _mix(mixture: DatasetMixtureConfig, test: bool) -> tuple[Dataset, Dataset | 
     try:
         mixed = concatenate_datasets(parts).shuffle(seed=mixture.seed)
     except ValueError as error:
-        raise ValueError(f"sets of the mixture differ in types ({' '.join(str(error).split())}): cast them.") from error
+        raise ValueError(
+            f"columns of the mixture differ in type: {' '.join(str(error).split())}; leave them out with `columns`."
+        ) from error
     if size := mixture.test_split_size:
         split = mixed.train_test_split(test_size=size, seed=mixture.seed)
         return split["train"], split["test"] if test else None

@@ -265,7 +265,7 @@ def test_a_signal_leaves_something_to_resume_from_even_with_save_only_model(tiny
         per_device_train_batch_size=8,
     )
     code, output = run(TRAIN, flags(**options), tmp_path / "log", fault=faults.terminate_in_the_second_step)
-    assert code == 0 and "stopped by a signal after step 2: the same command goes on from there" in output
+    assert code == 0 and "stopped by a signal after step 2: the same command resumes from there" in output
     code, output = run(TRAIN, flags(**options), tmp_path / "log1")
     assert code == 0, output
     found = load_file(tmp_path / "out" / "model.safetensors")
