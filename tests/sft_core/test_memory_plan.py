@@ -291,7 +291,7 @@ def test_dry_run_by_command(main, config_only, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(argv + flags(dry_run_gpus=1))
     line = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2 and line.startswith("error: This needs ") and "use --cpu_offload true" in line
+    assert stopped.value.code == 2 and line.startswith("error: the run needs ") and "use --cpu_offload true" in line
 
 
 @pytest.mark.parametrize(
