@@ -99,15 +99,15 @@ def test_what_is_refused_says_why(trainer, tmp_path):
         ):
             with pytest.raises(ValueError) as refused:
                 paste(name, value)
-            assert str(refused.value) == f"`{name}: {value}` cannot be had: {REFUSED_KEYS[name]}."
+            assert str(refused.value) == f"`{name}: {value}` is not supported: {REFUSED_KEYS[name]}."
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--packing_strategy", "wrapped"], "`packing_strategy: wrapped` cannot be had"),
+        (["--packing_strategy", "wrapped"], "`packing_strategy: wrapped` is not supported"),
         (["--packing_strategy=bfd", "--fp16=false"], None),
-        (["--padding_free", "--train_sampling_strategy", "sequential"], "cannot be had: rows are shuffled"),
+        (["--padding_free", "--train_sampling_strategy", "sequential"], "is not supported: rows are shuffled"),
         (["--label_smoothing_factor", "0"], None),
         (["--neftune_noise_alpha", "none"], None),
         (["--include_for_metrics", "inputs", "loss", "--max_lenght=3"], "unknown flag `--max_lenght=3`: did you mean"),

@@ -166,7 +166,7 @@ def _load(text: str | bytes, what: str = "it", loader: Any = _Loader) -> Any:
     try:
         return yaml.load(text, loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{what} is not valid YAML, correct it: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{what} is not valid YAML: {' '.join(str(error).split())}; correct it.") from error
 
 
 def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, Any]]:

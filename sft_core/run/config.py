@@ -260,8 +260,8 @@ class SFTConfig(TrainingConfig):
     )
     packing: bool = option(
         False,
-        "Count bins of max_length tokens, filled with whole rows, as the sequences of the batch size, instead of single "
-        "rows; rows never see each other, and a batch of the same rows has the same loss.",
+        "Fill bins of max_length tokens with whole rows; the batch size then counts bins instead of rows. Rows never "
+        "see each other, and a batch of the same rows has the same loss.",
     )
     loss_type: Literal["nll", "chunked_nll", "dft"] = option(
         "nll",

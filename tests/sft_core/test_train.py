@@ -178,7 +178,7 @@ def test_checkpoints_of_the_model_alone(tiny_model, rows, tmp_path):
     assert not (tmp_path / "out" / "checkpoint-3" / "state").exists()
     options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=tmp_path / "out")
     code, output = run(TRAIN, flags(**options), tmp_path / "log")
-    assert code == 2 and "checkpoint-6: it holds the model alone (save_only_model)" in output
+    assert code == 2 and "checkpoint-6: it holds only the model (save_only_model)" in output
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -230,7 +230,7 @@ def test_a_finished_run_without_checkpoints_is_not_trained_over(tiny_model, rows
     before = train(tiny_model, rows, tmp_path / "out")
     options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=tmp_path / "out", max_steps=6)
     code, output = run(TRAIN, flags(**options), tmp_path / "log")
-    assert code == 2 and "a finished model without a checkpoint to go on from" in output
+    assert code == 2 and "a finished model without a checkpoint to resume from" in output
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert len(metrics(tmp_path / "out")) == 6 and all((after[key] == before[key]).all() for key in before)
 
