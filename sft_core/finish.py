@@ -20,7 +20,7 @@ from sft_core.run.output_dir import FINISHED
 
 
 def finish(training: Any, push: bool) -> None:
-    """`training`: a complete `sft_core.lifecycle.TrainingRun`; `push`: whether the options may push to main."""
+    """`training`: a complete `sft_core.lifecycle.TrainingRun`; `push`: whether push_to_hub may push to main now."""
     config, progress, results = training.config, training.progress, training.results()
     folder = Path(config.output_dir)
     save_results(folder, "train", results)

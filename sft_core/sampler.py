@@ -237,7 +237,7 @@ class Streamed:
                 size += len(repr(row))
         except (DatasetGenerationError, ValueError, EOFError, OSError) as error:
             cause = damaged_line(Path(self.name)) or f"after row {number + len(window)}: {' '.join(str(error).split())}"
-            return [(f"{self.name} cannot be read: {cause}; repair the file.", 0, {})] * ranks
+            return [(f"{self.name} cannot be read: {cause}; correct the file.", 0, {})] * ranks
         following = self._start
         if self._iterator is not None:
             following = {"reader": copy.deepcopy(self.rows.state_dict()), "rows": number + len(window)}

@@ -252,7 +252,7 @@ class Trainer(Results, ABC):
             refused.callback(distributed.unlock_output_dir, config.output_dir)
             refused.callback(distributed.shutdown)
             training, loop = self._begin(model, config, handed)
-            refused.pop_all()  # from here on `training` does this
+            refused.pop_all()  # from here on `training` unlocks and shuts down
         with training:
             yield training, loop
 

@@ -29,8 +29,9 @@ def set_up(
 ) -> None:
     """Set the tokenizer's chat template and EOS. Conversations need both: the EOS becomes the token that ends a turn.
 
-    `chatml_default`: give a tokenizer without a template ChatML. Its two tokens are added if the vocabulary lacks them;
-    the model's embedding then has to grow (`sft_core.model.policy.load_policy`). `eos_token`: the user's choice of EOS.
+    `chatml_default`: ChatML is the default for a tokenizer without a template. Its two tokens are added if they are not
+    in the vocabulary, and the model's embedding then has to grow (`sft_core.model.policy.load_policy`).
+    `eos_token`: the user's choice of EOS.
     """
     if conversations and tokenizer.chat_template is None and chatml_default:
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos(tokenizer) else "") + CHATML

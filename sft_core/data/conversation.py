@@ -2,7 +2,7 @@
 
 A template may ignore a part of a conversation. Such a part would be dropped silently, so the row is refused. The parts
 are the fields of the messages, the columns in COLUMNS, and the keys of the column `chat_template_kwargs`; the template
-gets them by these names. Exempt are LINKS and the name of a tool that answers, which only link messages to each other.
+gets them by these names. LINKS and the name of an answering tool are exempt, as they only link messages to each other.
 None (which Arrow adds if another row has the field), "", [] and {} count as no value. Other columns are not part of the
 conversation: supervised training reports them as unused, and GRPO's rewards see them. A template may strip text inside
 a message (blanks, the reasoning of earlier turns); `sft_core/dataset.py` checks this for trained messages.

@@ -37,7 +37,8 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def balance(lengths: Sequence[int], cost: Sequence[float], budget: int, ranks: int) -> list[list[list[int]]]:
-    """For each rank its micro-batches, as indices of `lengths`: at most `budget` tokens each, and as many on each rank.
+    """For each rank its micro-batches, as indices of `lengths`. Each has at most `budget` tokens. All ranks have the
+    same number of micro-batches.
 
     `cost` of each sequence is proportional to its FLOPs. Ranks run their micro-batches in lockstep, so micro-batches
     that run at the same time should cost the same. Each sequence, costliest first, goes to the cheapest micro-batch

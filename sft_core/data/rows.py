@@ -175,7 +175,7 @@ def _read_file(name: str, streaming: bool, option: str) -> Any:
     if not streaming:
         columns = [column for column, feature in rows.features.items() if "Json" not in repr(feature)]
         fault = on_first_rank(lambda: damaged_line(path, columns), patient=True)
-        require(fault is None, f"{name} cannot be read: {fault}; correct the file.")
+        require(fault is None, f"{name} cannot be read: {fault}.")
     return rows
 
 
@@ -212,7 +212,7 @@ def damaged_line(path: Path, columns: Sequence[str] | None = None) -> str | None
                 for name in columns or ():
                     kind = kind_of(row.get(name))
                     if kind != "NoneType" and kinds.setdefault(name, kind) != kind:
-                        return f"in line {number} `{name}` is {row[name]!r:.80}, above a {kinds[name]}: write one type"
+                        return f"in line {number} `{name}` is {row[name]!r:.80}, above a {kinds[name]}: use one type"
     except (EOFError, OSError) as error:  # of a gzip file
         return str(error)
     return None

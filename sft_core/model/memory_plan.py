@@ -6,8 +6,8 @@ The bytes are counted, not fitted: what FSDP2 shards and gathers, what a block s
 For a prototype's update on one H100 (bf16, no optimizer, two model sizes) the count is within 2 % of six measured
 values. It was not compared with measurements of this trainer's loop, several GPUs, offloading, adapters or other cards.
 
-Not counted, on purpose: time, evaluation, mixtures of experts. The result is an upper bound, because every row counts
-as a full document and every token as scored.
+Not planned, on purpose: run time, evaluation, mixtures of experts. The result is an upper bound, because every row
+counts as a full document and every token as scored.
 """
 
 import itertools

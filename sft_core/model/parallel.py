@@ -103,7 +103,7 @@ def check_compile(config: TrainingConfig, device: torch.device) -> None:
     compiler = os.environ.get("CXX", "g++")
     require(
         not needed or shutil.which(compiler) is not None,
-        f"torch_compile on a CPU needs a C++ compiler, and {compiler} was not found: install it, or leave it out.",
+        f"torch_compile needs a C++ compiler on a CPU, and there is no {compiler}: install it, or drop torch_compile.",
     )
 
 

@@ -55,11 +55,11 @@ class Policy(nn.Module):
         kind, head = type(model).__name__, model.get_output_embeddings()
         require(
             isinstance(getattr(model.get_decoder(), "layers", None), nn.ModuleList),
-            f"{kind} has no list of blocks at get_decoder().layers: choose another model",
+            f"{kind} has no list of blocks at get_decoder().layers",
         )
         require(
             getattr(head, "bias", None) is None and hasattr(head, "weight"),
-            f"the head of {kind} is not a single matrix without a bias: choose another model",
+            f"the head of {kind} is not a single matrix without a bias",
         )
         self.model = model
         self.tied = is_tied(model)
@@ -135,7 +135,7 @@ def check_positions(config: PretrainedConfig, tokens: int, what: str, remedy: st
             limits[entry["original_max_position_embeddings"]] = "the model's longrope changes its factors after {limit}"
     for limit, says in limits.items():
         if limit is not None and tokens > limit:
-            raise ValueError(f"{what} may take {tokens} tokens, {says}: {remedy}.".format(limit=limit))
+            raise ValueError(f"{what} may take {tokens} tokens, but {says}: {remedy}.".format(limit=limit))
 
 
 def load_model_info(config: ModelConfig) -> PretrainedConfig:
@@ -268,7 +268,7 @@ def load_whole(name: str, **options: Any) -> Any:
         f"the weights of {name} do not fit its config.json ({says}): give the config.json that belongs to them.",
     )
     if says:
-        logger.warning("weights of %s are ignored, %s", name, says)
+        logger.warning("some weights of %s are ignored, %s", name, says)
     return model
 
 

@@ -6,7 +6,7 @@
   and open-r1 that are not options here.
 * A key `env:` in the YAML sets environment variables. Variables that libraries read on import, such as HF_ENDPOINT,
   must be set in the shell.
-* `--parse_only` prints the resolved configuration as YAML, lists as comments the defaults that differ from TRL's, and
+* `--parse_only` prints the resolved configuration as YAML, with comments for the defaults that differ from TRL's, and
   exits.
 
 transformers' HfArgumentParser provides types, `--help` and choices.

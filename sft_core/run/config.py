@@ -137,7 +137,7 @@ class TrainingConfig(OfTheProcess, Options):
     )
     save_steps: float = option(500, "Steps between checkpoints; below 1: a share of all steps.", gt=0)
     save_total_limit: int | None = option(None, "Checkpoints to keep, including the best; older ones are removed.")
-    save_only_model: bool = option(False, "Save only the model in checkpoints: they are small, but cannot be resumed.")
+    save_only_model: bool = option(False, "Save only the model in checkpoints; no run can resume from them.")
     load_best_model_at_end: bool = option(
         False, "Export the best checkpoint's model at the end; eval_strategy and save_strategy must be equal."
     )

@@ -234,7 +234,7 @@ class StopSignal:
 
     _before: dict[int, Any] = {}  # the handlers before a run
 
-    def __init__(self, says: str = "stopping after this step (checkpoint first)") -> None:
+    def __init__(self, says: str = "stopping after this step, with a checkpoint") -> None:
         self.requested = False
         self._says = says
         self._interrupts = 0

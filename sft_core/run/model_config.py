@@ -82,7 +82,9 @@ class DatasetMixtureConfig(Options):
 
     def check(self) -> None:
         super().check()
-        require(self.datasets != [], "dataset_mixture takes a list `datasets`, `seed` and `test_split_size`: add sets.")
+        require(
+            self.datasets != [], "dataset_mixture takes a list `datasets`, `seed`, `test_split_size`: give `datasets`."
+        )
         self.sets()
 
     def sets(self) -> list[DatasetConfig]:

@@ -36,7 +36,7 @@ def defaults_there(config_type: type, libraries: Iterable[str] = TRL_DEFAULTS) -
 
 
 def pass_over(name: str, value: Any) -> None:
-    """Accept a foreign key: silently if `value` asks for what is done anyway, else with one warning line.
+    """Accept a key of another library: silently if `value` asks for what is done anyway, else with one warning line.
 
     Raises:
         ValueError: the key would change what is trained, or asks for something that is not supported.

@@ -43,7 +43,7 @@ class JsonDict(dict):
 
 
 class _OptionsType(type):
-    """Lets the constructor of a configuration also take aliases and the keys of `open_r1_keys.py`."""
+    """Makes the constructor of a configuration also accept aliases and the keys of `open_r1_keys.py`."""
 
     def __call__(cls: type[T], *args: Any, **given: Any) -> T:
         named = [(option_name(cls, name, value), value) for name, value in given.items()]
@@ -62,7 +62,7 @@ class Options(metaclass=_OptionsType):
         check_options(self)
 
     def check_given(self) -> None:
-        """Raise ValueError if a required option is missing. `frozen` calls it, so a script may assign it before."""
+        """Raise ValueError if a required option is missing. A script may still assign it: only `frozen` calls this."""
 
     def resolve(self) -> None:
         """Replace the several spellings of an option by one value."""
@@ -121,7 +121,7 @@ def known_names(*kinds: Any) -> dict[str, dataclasses.Field]:
 
 
 def option_name(kind: type, name: str, value: Any) -> str | None:
-    """The option that `name` or an alias stands for; None for a foreign key that `open_r1_keys.pass_over` accepts.
+    """The option of this name or alias; None for a key of another library that `open_r1_keys.pass_over` accepts.
 
     Raises:
         ValueError: there is no such option, or it is refused.
