@@ -154,7 +154,7 @@ class Trainer(Results, ABC):
         )
         if isinstance(data, IterableDataset):
             return
-        require(len(data) > 0, f"{name} has no rows.")
+        require(len(data) > 0, f"{name} has no rows: give a data set with rows.")
         require(
             data.format["type"] != "custom",
             f"{name} has a transform, which training would not apply: apply it with map() first.",

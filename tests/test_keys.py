@@ -194,7 +194,7 @@ def test_parse_only_says_which_defaults_are_others(trainer, capsys, tmp_path):
     there = {"num_train_epochs": (1.0, 3.0)}
     there |= {"beta": (0.04, 0.0)} if trainer == "GRPO" else {"assistant_only_loss": (True, False)}
     for name, (ours, theirs) in there.items():
-        assert f"#   {name}: {json.dumps(ours)}, there {json.dumps(theirs)}" in lines
+        assert f"#   {name}: {json.dumps(ours)} instead of {json.dumps(theirs)}" in lines
     assert not any("learning_rate" in line or "output_dir" in line for line in lines)
     (tmp_path / "again.yaml").write_text(text)
     assert parse(TYPES[trainer], ["--config", str(tmp_path / "again.yaml")])

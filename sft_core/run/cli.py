@@ -106,7 +106,9 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     if ours.parse_only:
         if os.environ.get("RANK", "0") == "0":
             print(as_yaml([c.frozen() if isinstance(c, Options) else c for c in configs]), end="")
-            print("# Defaults that are not those of TRL 1.16 and open-r1:", *map(_differences, config_types), sep="")
+            print(
+                "# Defaults that differ from those of TRL 1.16 and open-r1:", *map(_differences, config_types), sep=""
+            )
         raise SystemExit(0)
     return tuple(configs)
 
@@ -143,7 +145,7 @@ def _differences(config_type: type) -> str:
     for name, field in known_names(config_type).items():
         ours, theirs = default_of(field), there.get(name)
         if name in there and ours != theirs and (ours, theirs) != ("", None):  # "" is a name that must be given
-            lines.append(f"\n#   {name}: {json.dumps(ours)}, there {json.dumps(theirs)}")
+            lines.append(f"\n#   {name}: {json.dumps(ours)} instead of {json.dumps(theirs)}")
     return "".join(lines)
 
 

@@ -282,7 +282,9 @@ def test_rotary_factors_that_depend_on_the_length():
         rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
     )
     check_architecture(dynamic, MODEL)
-    with pytest.raises(ValueError, match="a row may take 2049 tokens, but the model has 2048 positions: lower it to 2048"):
+    with pytest.raises(
+        ValueError, match="a row may take 2049 tokens, but the model has 2048 positions: lower it to 2048"
+    ):
         check_positions(dynamic, 2049, "a row", "lower it to {limit}")
     layers = {"sliding_attention": {"rope_type": "default"}, "full_attention": phi.rope_parameters}
     vars(phi)["rope_parameters"] = layers
