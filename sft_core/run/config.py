@@ -49,7 +49,7 @@ class TrainingConfig(OfTheProcess, Options):
     max_steps: int = option(-1, "Optimizer steps; -1: num_train_epochs decides.")
     per_device_train_batch_size: int = option(8, "Sequences per device and accumulation step.", ge=1)
     gradient_accumulation_steps: int = option(
-        1, "Accumulation steps; a step takes per_device_train_batch_size x this x devices sequences.", ge=1
+        1, "Accumulation steps; an optimizer step takes per_device_train_batch_size x this x devices sequences.", ge=1
     )
     max_tokens_per_micro_batch: int = option(
         8192, "Token budget of one packed forward and backward pass; bounds memory, never changes the gradient.", ge=1
