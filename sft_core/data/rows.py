@@ -171,7 +171,7 @@ def _read_file(name: str, streaming: bool, option: str) -> Any:
         first_row(rows)  # a stream is first read here
     except (DatasetGenerationError, StopIteration, ValueError, EOFError, OSError) as error:
         cause = damaged_line(path) or " ".join(str(error.__cause__ or error).split())[:200] or "no rows"
-        raise ValueError(f"{name} cannot be read as {kind} (one row per line): {cause}; correct the file.") from error
+        raise ValueError(f"{name} cannot be read as {kind}: {cause} (one row per line); correct the file.") from error
     if not streaming:
         columns = [column for column, feature in rows.features.items() if "Json" not in repr(feature)]
         fault = on_first_rank(lambda: damaged_line(path, columns), patient=True)

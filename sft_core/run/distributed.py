@@ -193,7 +193,7 @@ def lock_output_dir(output_dir: str | Path, wait_s: float = 10.0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        says = f"cannot write to the folder {folder} ({error.strerror}): choose another --output_dir."
+        says = f"cannot write to the folder {folder}: {error.strerror}. Choose another --output_dir."
         raise ValueError(says) from error
     deadline = time.monotonic() + wait_s
     while True:
