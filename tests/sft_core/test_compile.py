@@ -225,7 +225,7 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch):
             check_adapters(ModelConfig("m", use_peft=True, **{option: True}), config, LlamaConfig())
     monkeypatch.setenv("CXX", "no-such-compiler")
     check_compile(SFTConfig("out"), torch.device("cpu"))
-    with pytest.raises(ValueError, match="finds no no-such-compiler: install it"):
+    with pytest.raises(ValueError, match="there is no no-such-compiler: install it"):
         check_compile(config, torch.device("cpu"))
     with pytest.raises(ValueError, match="give --torch_compile true too"):
         SFTConfig("out", torch_compile_backend="aot_eager")

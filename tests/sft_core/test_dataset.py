@@ -308,7 +308,7 @@ def test_chat_templates_are_checked_and_end_of_turn_is_eos(tokenizer):
     assert "does not end with a special token" in check(tokenizer)
     tokenizer.chat_template, tokenizer.eos_token = original.replace("eos_token", "'<|end|>'"), "<|pad|>"
     chat.set_up(tokenizer, None, conversations=True, chatml_default=True)  # the template's own end of turn
-    assert tokenizer.eos_token == "<|end|>" and "OK" in check(tokenizer)
+    assert tokenizer.eos_token == "<|end|>" and "template: OK" in check(tokenizer)
     chat.set_up(tokenizer, "<|user|>", conversations=True, chatml_default=True)
     assert tokenizer.eos_token == "<|user|>"
     with pytest.raises(ValueError, match="eos_token 'nothing' is not in the tokenizer's vocabulary"):
