@@ -274,7 +274,9 @@ def test_large_and_deep_models_are_right(name):
 def test_rotary_factors_that_depend_on_the_length():
     phi = AutoConfig.for_model("phi3", **DEEP["phi3"])
     check_positions(phi, 4096, "a row", "lower it to {limit}")
-    with pytest.raises(ValueError, match="a row may take 4097 tokens, but the model's longrope .* 4096: lower it to 4096"):
+    with pytest.raises(
+        ValueError, match="a row may take 4097 tokens, but the model's longrope .* 4096: lower it to 4096"
+    ):
         check_positions(phi, 4097, "a row", "lower it to {limit}")
     dynamic = AutoConfig.for_model(
         "llama",
