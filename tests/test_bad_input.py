@@ -148,7 +148,7 @@ CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
         (CHAT + CHAT[:40] + "\n" + CHAT, {}, "line 2 is not complete JSON"),
         ("[1]\n", {}, "row 1 of the data: `text` must be text and is int"),
         (CHAT.replace("assistant", "bot"), {}, "row 1 of the data: unknown role 'bot' in `messages`"),
-        (CHAT + CHAT.replace('"ho"', "null"), {}, "row 2 of the data: the content of a message of the assistant"),
+        (CHAT + CHAT.replace('"ho"', "null"), {}, "row 2 of the data: a message of the assistant in `messages` is not"),
         (CHAT.replace("assistant", "user"), {}, "none of the 1 rows has a trained token within max_length 1024"),
         (CHAT, {"max_length": 3}, "none of the 1 rows has a trained token within max_length 3"),
         (CHAT.replace('"ho"', '"' + "ho " * 300 + '"'), {}, "has 256 positions: lower --max_length to 256"),

@@ -109,7 +109,7 @@ def messages_of(value: Any, column: str, wanted: str = "a list of messages") -> 
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str) and not (content is None and fields.get("tool_calls")):
             raise ValueError(
-                f"the content of a message of the {role} in `{column}` is not text but {type(content).__name__}: "
+                f"a message of the {role} in `{column}` is not text but {type(content).__name__}: "
                 "give every message one text."
             )
         messages.append(_filled(fields) | {"content": content or ""})
