@@ -1,14 +1,14 @@
-"""How fast this trainer's update is on this machine, and the memory it takes beside what the plan counts.
+"""Measures the speed of this trainer's update on this machine, and compares its peak memory with the plan's count.
 
     python -m sft_core.bench [--shape 0.5b 1.5b] [--tokens 16384] [--steps 5] [--gradient_checkpointing]
                              [--torch_compile]
     torchrun --nproc_per_node 8 -m sft_core.bench            # sharded over all GPUs, as in training
 
-Random weights in the shapes of Qwen2.5; eight or more rows of random tokens, all of one length of at most 2,048, packed
-into one micro-batch of --tokens a step; every token scored. `--shape tiny` is for the CPU. A line is shown when it is
-measured.
+The weights are random, in the shapes of Qwen2.5. Each step is one packed micro-batch of --tokens random tokens: eight
+or more rows of equal length (at most 2,048 tokens), with every token scored. `--shape tiny` is for the CPU. Each line
+is printed as soon as it is measured.
 
-Left out on purpose: reading and tokenising data, logging, checkpoints; several micro-batches a step.
+Not measured, on purpose: reading and tokenising data, logging, checkpoints, several micro-batches per step.
 """
 
 import argparse
@@ -44,20 +44,20 @@ SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary
 }
 COLUMNS = (
     "shape",
-    "tokens a GPU",
-    "s a step",
+    "tokens per GPU",
+    "s per step",
     "pack + pass + step",
-    "tokens/s in all",
-    "TFLOP/s a GPU: pass",
-    "all",
+    "tokens/s, all GPUs",
+    "TFLOP/s per GPU: pass",
+    "whole step",
     "MFU",
     "GiB peak",
-    "planned",
+    "GiB planned",
 )
 EXPLANATION = (
-    "Timed, the device synchronised before and after each: packing, the pass (forward, and backward with the reduction "
-    "of gradients), the step (clipping, the check that all is finite, AdamW). TFLOP/s without recomputation, of the "
-    "pass alone and of all three."
+    "Three phases are timed, with the device synchronised before and after each: packing; the pass (forward, and "
+    "backward with the reduction of gradients); the step (clipping, the check that all is finite, AdamW). TFLOP/s do "
+    "not count recomputation; they are given for the pass alone and for all three phases."
 )
 
 
@@ -79,7 +79,7 @@ class Updated:
 
 
 def update(updated: Updated, rows: list[list[int]]) -> Iterator[None]:
-    """`sft_core.train`'s."""
+    """The update of `sft_core.train`."""
     batch = pack_sequences(rows, [[True] * len(ids) for ids in rows], updated.device)
     yield
     count = len(batch.targets) * updated.world_size
@@ -105,7 +105,7 @@ def shape_config(name: str) -> Qwen2Config:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, when the device has done what it was given."""
+    """The time in seconds, after the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -118,9 +118,9 @@ def run(
     argv: list[str] | None,
     finished: Callable[[str, Any, float, float], None] | None = None,
 ) -> None:
-    """Show the table of a trainer whose `update` by rows of token ids yields where each of its three phases ends.
+    """Print a trainer's table. Its `update` takes rows of token ids and yields at the end of each of its three phases.
 
-    `finished` is called with a shape, the configuration, and TFLOP/s a GPU of the pass and of the whole step.
+    `finished` is called with a shape, the configuration, and the TFLOP/s per GPU of the pass and of the whole step.
     """
     parser = argparse.ArgumentParser(prog=program)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["0.5b", "1.5b"])

@@ -1,7 +1,8 @@
-"""The best checkpoint of a run by a metric of its evaluation: which it is, and its weights at the end.
+"""Tracks the best checkpoint of a run by an evaluation metric, and loads its weights at the end.
 
-Checkpoints alone are compared, so that the best is always there to be loaded: an evaluation between two is not. Each is
-evaluated for that; the one that a signal asked for when the run goes on from it, if an evaluation was due there.
+Only checkpoints are compared, so the best weights can always be loaded; an evaluation between two checkpoints does not
+count. Each checkpoint is evaluated for this. A checkpoint that a signal asked for is evaluated when the run resumes
+from it, if an evaluation was due at that step.
 """
 
 import math
@@ -15,30 +16,30 @@ from sft_core.run.output_dir import unreadable_reason
 
 
 def compare_with_best(progress: Any, config: TrainingConfig, checkpoint: Path) -> None:
-    """Note the `checkpoint` of the present step if it is the best yet. `progress`: `lifecycle.Progress`."""
+    """Record the `checkpoint` of the present step if it is the best so far. `progress`: `lifecycle.Progress`."""
     name = config.metric_for_best_model or ""
     value = progress.eval_metrics.get(name, math.nan) if progress.eval_step == progress.step else math.nan
     best = progress.best_metrics.get(name, -math.inf if config.greater_is_better else math.inf)
-    if value > best if config.greater_is_better else value < best:  # never of NaN
+    if value > best if config.greater_is_better else value < best:  # False for NaN
         progress.best_checkpoint = str(checkpoint)
         progress.best_metrics = progress.eval_metrics
 
 
 def load_best(progress: Any, config: TrainingConfig, trained: Trained) -> None:
-    """The best checkpoint's weights and evaluation in place of the last ones, if there is one. A collective.
+    """Replace the last weights and evaluation by the best checkpoint's, if there is one. A collective.
 
     Raises:
-        RuntimeError: its files are not as they were written.
+        RuntimeError: its files have changed since they were written.
     """
     if not progress.best_checkpoint:
         return
     best = Path(progress.best_checkpoint)
-    moved = Path(config.output_dir) / best.name  # with the whole folder
+    moved = Path(config.output_dir) / best.name  # if the whole folder was moved
     best = moved if moved.is_dir() else best
     if reason := on_first_rank(lambda: unreadable_reason(best), patient=True):
         raise RuntimeError(
-            f"the best checkpoint {best} cannot be loaded ({reason}): restore it, or give the same command without "
-            "--load_best_model_at_end for the last one's model."
+            f"the best checkpoint {best} cannot be loaded ({reason}): restore its files, or run the same command "
+            "without --load_best_model_at_end to export the last checkpoint's model."
         )
     load_checkpoint(best, trained)
     progress.eval_metrics = progress.best_metrics

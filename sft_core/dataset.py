@@ -1,9 +1,10 @@
-"""From rows to token ids with loss masks: conversations, prompt and completion, plain text; tokenised once and cached.
+"""Turns rows into token ids with loss masks. Rows are conversations, prompt and completion, or plain text.
 
-What is trained by default: in `messages` what the assistant says, with `prompt` and `completion` the completion, in
-plain text everything; always with the token that ends it. Where the assistant speaks is read off the template's
-generation markers, or found by comparing renderings turn by turn, row by row; a row where that is ambiguous is refused.
-Left out on purpose: images, weights per message.
+By default the loss covers the assistant's messages (`messages`), the completion (`prompt` and `completion`), or the
+whole text (plain text), always including the end token. The template's generation markers locate the assistant's
+messages; without markers, each row is rendered turn by turn and the renderings are compared. A row where that is
+ambiguous is refused. Rows are tokenised once and cached.
+Not supported, on purpose: images, weights per message.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Example = tuple[list[int], list[bool]]  # token ids and loss mask, of one length
-KEPT, CUT, TOO_LONG, NOTHING = range(4)  # what became of a row
-ROWS_PER_PROCESS = 2_000  # fewer are not worth another process
+KEPT, CUT, TOO_LONG, NOTHING = range(4)  # outcomes for a row
+ROWS_PER_PROCESS = 2_000  # fewer rows are not worth another process
 
 
 def check_columns(columns: list[str], config: SFTConfig) -> list[str]:
-    """The columns that are not used; raises ValueError where they fit no form that is known."""
+    """Return the columns that are not used; raise ValueError if the columns fit no known form."""
     for form in (("messages",), ("prompt", "completion"), (config.dataset_text_field,)):
         if set(form) <= set(columns):
             return [name for name in columns if name not in form + COLUMNS]
     raise ValueError(
-        f"the data needs a column `messages`, or `prompt` and `completion`, or `{config.dataset_text_field}` "
-        f"(--dataset_text_field); it has {', '.join(columns)}."
+        f"the data needs a column `messages`, or `prompt` and `completion`, or `{config.dataset_text_field}`, and it "
+        f"has {', '.join(columns)}: rename its columns, or name the column of text with --dataset_text_field."
     )
 
 
@@ -57,10 +58,10 @@ def needs_template(row: dict[str, Any]) -> bool:
 def supervised_example(
     tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], stop_ids: frozenset[int], config: SFTConfig
 ) -> Example:
-    """Token ids and loss mask of one row, whose text is tokenised in one piece.
+    """Token ids and loss mask of one row. Its text is tokenised in one piece.
 
     Raises:
-        ValueError: the row has no text where it should, or what the assistant says cannot be told apart in it.
+        ValueError: a text of the row is missing, or the assistant's messages cannot be located in it.
     """
     options = options_of(row, config.chat_template_kwargs)
     if "messages" in row:
@@ -71,7 +72,9 @@ def supervised_example(
         trained_from = 0 if config.completion_only_loss is False else len(prompt)
         return _conversation(tokenizer, prompt + answer, trained_from, options, stop_ids, config)
     if options:
-        raise ValueError(f"plain text has no place for `{next(iter(options))}`: make it messages, or take that out.")
+        raise ValueError(
+            f"plain text has no place for `{next(iter(options))}`, used by chat templates: give `messages`, or drop it."
+        )
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is None:
         raise ValueError("the tokenizer has no EOS token, so the model would never learn to stop: give --eos_token.")
@@ -80,12 +83,12 @@ def supervised_example(
     start = 0 if config.completion_only_loss is False else len("".join(before))
     ids, mask = _encode(tokenizer, "".join([*before, text]), start)
     if ids[:1] != [bos] and adds_bos(tokenizer):
-        ids, mask = [bos, *ids], [False, *mask]  # as the tokenizer begins any text
+        ids, mask = [bos, *ids], [False, *mask]  # as the tokenizer does for any text
     return (ids, mask) if ids[-1:] == [eos] else ([*ids, eos], [*mask, True])
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> Example:
-    """Token ids of `text`, and which of them touch what comes from character `start` on."""
+    """Token ids of `text`, and a mask of those that overlap the text from character `start` on."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return encoded["input_ids"], [end > start for _, end in encoded["offset_mapping"]]
 
@@ -98,7 +101,7 @@ def _conversation(
     stop_ids: frozenset[int],
     config: SFTConfig,
 ) -> Example:
-    """Ids and mask of a conversation; nothing before message `trained_from` is trained."""
+    """Token ids and loss mask of a conversation; nothing before message `trained_from` is trained."""
     check_shown(tokenizer, messages, options)
     show = partial(render, tokenizer, more=options)
     text = show(messages)
@@ -109,7 +112,7 @@ def _conversation(
     starts, ends = np.array(encoded["offset_mapping"], int).reshape(-1, 2).T
     by_markers = has_markers(tokenizer)
     spans = [
-        (int(np.searchsorted(ends, start, "right")), int(np.searchsorted(starts, end, "left")))  # as tokens
+        (int(np.searchsorted(ends, start, "right")), int(np.searchsorted(starts, end, "left")))  # token indices
         for start, end in _trained_text(tokenizer, messages, trained_from, options, text)
     ]
     limits = [*(start for start, _ in spans[1:]), len(ids)]  # where the next turn begins
@@ -120,8 +123,8 @@ def _conversation(
         if not stops:
             raise ValueError(
                 "the chat template does not end the assistant's turn with a stop token, so the model would never learn "
-                f"to stop: set eos_token to the template's end of turn (stop ids are {sorted(stop_ids)}), or put "
-                "{{ eos_token }} there."
+                f"to stop: set --eos_token to the template's end-of-turn token (the stop ids are {sorted(stop_ids)}), "
+                "or end the turn with {{ eos_token }} in the template."
             )
         mask[start : stops[0] + 1] = [True] * (stops[0] + 1 - start)
     return ids, mask
@@ -134,8 +137,8 @@ def _trained_text(
     options: dict[str, Any],
     text: str,
 ) -> Iterator[tuple[int, int]]:
-    """Where in `text`, the rendered conversation, each trained turn is: what the template's generation markers hold,
-    whether or not the stop token is in it; without markers from where the turn begins to its last word."""
+    """Yield the span of each trained turn in `text`, the rendered conversation. With generation markers it is the text
+    between them, with or without the stop token; without markers, from the beginning of the turn to its last word."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     marks: list[tuple[int, int]] = []
     if has_markers(tokenizer):
@@ -147,8 +150,8 @@ def _trained_text(
         marks = [(start, end) for start, end in found if start < end]
         if len(marks) != len(turns):
             raise ValueError(
-                f"the chat template marks {len(marks)} assistant turns of {len(turns)}, so what is trained cannot be "
-                "told: put {% generation %} around every assistant message, or leave the markers out."
+                f"the chat template marks {len(marks)} of {len(turns)} assistant turns, so the trained tokens cannot "
+                "be located: put {% generation %} around every assistant message, or remove the markers."
             )
     show = partial(render, tokenizer, more=options)
     for i, turn in enumerate(turns):
@@ -165,35 +168,35 @@ def _trained_text(
             if not text[start:].lstrip().startswith(words.strip()) and not has_prompt(tokenizer):
                 raise ValueError(
                     "the chat template has neither {% generation %} markers nor a generation prompt, so the "
-                    "assistant's words cannot be told from their heading: add one of them, or train all with "
-                    "--assistant_only_loss false."
+                    "assistant's text cannot be separated from its header: add one of them to the template, or train "
+                    "on everything with --assistant_only_loss false."
                 )
 
 
 def _start(show: Callable[..., str], messages: list[dict[str, Any]], turn: int, text: str) -> int:
-    """Where in `text`, the rendered conversation, message `turn` begins: where the assistant would begin to speak."""
+    """Where the text of message `turn` begins in `text`, the rendered conversation: after the generation prompt."""
     if turn == 0:
-        raise ValueError("a conversation begins with the assistant: put a message of the user or the system before.")
+        raise ValueError("a conversation begins with the assistant: put a user or system message before it.")
     before = show(messages[:turn], prompt=True)
     if text.startswith(before):
         return len(before)
-    why = "earlier turns are rendered otherwise once later ones follow"
+    why = "earlier turns are rendered differently once later turns follow"
     if text.startswith(show(messages[:turn])):
-        why = "a finished turn does not begin as the generation prompt does"
+        why = "a finished turn does not begin with the generation prompt"
     raise ValueError(
-        f"in the chat template {why}, so the assistant's tokens cannot be told apart: give a --chat_template with "
-        "{% generation %} markers, or train all with --assistant_only_loss false."
+        f"in the chat template {why}, so the assistant's tokens cannot be located: give a --chat_template with "
+        "{% generation %} markers, or train on everything with --assistant_only_loss false."
     )
 
 
 def _end_of_words(content: str, answer: str) -> int:
-    """Where in `answer`, what the template made of it, `content` ends; it may have put spaces around thoughts."""
+    """Where `content` ends in `answer`, its rendering; the template may have put spaces around `<think>` blocks."""
     at = 0
     for part in re.split("</?think>", content):
         found = answer.find(part.strip(), at)
         if found < 0:
             raise ValueError(
-                f"the chat template leaves out a part of what the assistant says ({part.strip()[:40]!r}): give a "
+                f"the chat template leaves out a part of the assistant's message ({part.strip()[:40]!r}): give a "
                 "--chat_template that keeps it."
             )
         at = found + len(part.strip())
@@ -201,7 +204,7 @@ def _end_of_words(content: str, answer: str) -> int:
 
 
 def fit(example: Example, config: SFTConfig) -> tuple[Example, int]:
-    """The example within max_length, and what became of it."""
+    """Cut the example to max_length; returns it with its outcome."""
     ids, mask = example
     outcome = KEPT
     if config.max_length is not None and len(ids) > config.max_length:
@@ -215,7 +218,7 @@ def fit(example: Example, config: SFTConfig) -> tuple[Example, int]:
 def encode_row(
     row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], config: SFTConfig
 ) -> dict[str, Any]:
-    """A row as it is stored: input_ids, loss_mask, length and outcome."""
+    """A row as it is stored in the cache: input_ids, loss_mask, length and outcome."""
     try:
         (ids, mask), outcome = fit(supervised_example(tokenizer, row, stop_ids, config), config)
     except ValueError as error:
@@ -229,14 +232,14 @@ def encode_row(
 
 
 def what_is_trained(config: SFTConfig) -> dict[str, Any]:
-    """The options that say what becomes of a row."""
+    """The options that decide which tokens of a row are kept and trained."""
     names = ("max_length", "truncation_mode", "assistant_only_loss", "completion_only_loss", "dataset_text_field")
     return {name: getattr(config, name) for name in (*names, "chat_template_kwargs")}
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows that teach something, memory-mapped."""
+    """The rows with at least one trained token, memory-mapped."""
 
     rows: Dataset  # columns input_ids, loss_mask
     lengths: np.ndarray  # [rows] in tokens
@@ -249,11 +252,11 @@ class Examples:
 def supervised_examples(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], config: SFTConfig
 ) -> Examples:
-    """All rows, tokenised. A collective: the first rank does it in parallel, the others read what it wrote into the
-    cache of datasets.
+    """Tokenise all rows. A collective: the first rank tokenises with several processes, and the other ranks read its
+    result from the cache of `datasets`.
 
     Raises:
-        ValueError: the columns fit no form, a row is not as its form says, or no row is left.
+        ValueError: the columns fit no known form, a row does not fit its form, or no row is left.
     """
     check_columns(rows.column_names, config)
     modules = (sft_core.data.chat_template, sft_core.data.conversation, sys.modules[__name__])
@@ -287,13 +290,13 @@ def supervised_examples(
     outcomes, lengths = (examples.data.column(name).to_numpy() for name in ("outcome", "length"))
     counts = {
         name: int((outcomes == code).sum())
-        for name, code in (("cut", CUT), ("too long", TOO_LONG), ("nothing to learn", NOTHING))
+        for name, code in (("cut", CUT), ("too long", TOO_LONG), ("without trained tokens", NOTHING))
     }
     kept = np.flatnonzero(outcomes <= CUT)
     if len(kept) == 0:
         raise ValueError(
-            f"none of the {len(rows)} rows has anything to learn within max_length {config.max_length} "
-            f"({counts['too long']} are too long, {counts['nothing to learn']} have no words of the "
-            "assistant in it): raise --max_length, or check the data."
+            f"none of the {len(rows)} rows has a trained token within max_length {config.max_length} "
+            f"({counts['too long']} are too long, {counts['without trained tokens']} have no text of the assistant "
+            "there): raise --max_length, or check the data."
         )
     return Examples(examples if len(kept) == len(rows) else examples.select(kept), lengths[kept], counts)

@@ -1,6 +1,6 @@
-"""What a finished run leaves in output_dir beside its model (results, benchmarks, state, card), and the last pushes.
+"""Ends a complete run: writes results, benchmarks, state and model card to output_dir, and pushes to the Hub.
 
-On the first rank alone, with engine, workers and process group closed: the machine is free for the benchmarks.
+It runs on the first rank only, after engine, workers and process group are closed, so benchmarks have the machine free.
 """
 
 import gc
@@ -20,7 +20,7 @@ from sft_core.run.output_dir import FINISHED
 
 
 def finish(training: Any, push: bool) -> None:
-    """`training`: a complete `sft_core.lifecycle.TrainingRun`; `push`: to the Hub's main branch, if options say so."""
+    """`training`: a complete `sft_core.lifecycle.TrainingRun`; `push`: whether push_to_hub may push to main now."""
     config, progress, results = training.config, training.progress, training.results()
     folder = Path(config.output_dir)
     save_results(folder, "train", results)
@@ -34,7 +34,7 @@ def finish(training: Any, push: bool) -> None:
         try:
             measured = folder / "merged" if training.run.model.use_peft else folder
             benchmarks = run_benchmarks(measured, config, folder / "benchmarks" / f"step-{progress.step}")
-        except FAILURES as error:  # the model is there all the same: its card and its push go on
+        except FAILURES as error:  # the model is complete: its card and its push still follow
             training.failures.append(f"benchmarks of the final model: {error}")
         else:
             training.record(progress.step, benchmarks)
@@ -56,7 +56,7 @@ def finish(training: Any, push: bool) -> None:
 
 
 def save_results(folder: Path, split: str, results: dict[str, float], combined: bool = True) -> None:
-    """<split>_results.json, and with `combined` the same metrics into all_results.json."""
+    """Write <split>_results.json, and with `combined` add the same metrics to all_results.json."""
     everything = folder / "all_results.json"
     files = {folder / f"{split}_results.json": results}
     if combined:

@@ -1,11 +1,11 @@
-"""The life of a run around its loop, the same for both trainers: open, resume, log, evaluate, save, close, finish.
+"""Everything around the training loop, for both trainers: open, resume, log, evaluate, save, close, finish.
 
     with TrainingRun(run, Progress(), CONSOLE, samples) as training:
-        train(run, training)  # the loop: when it returns, the weights are out of memory
-        training.finish()  # results, benchmarks, model card, pushes: on the first rank
+        train(run, training)  # the loop; when it returns, the weights are out of memory
+        training.finish()  # results, benchmarks, model card and pushes, on the first rank
 
-However the block is left, the watchdog is off, signals end the process again, and engine, workers, process group, log
-and folder are closed.
+When the block ends, for whatever reason, the watchdog is disarmed, signals end the process again, engine, workers,
+process group and log are closed, and the folder is unlocked.
 """
 
 import json
@@ -46,7 +46,7 @@ CLOSING_LIMIT = 300.0  # seconds, after an exception
 
 @dataclass
 class Progress:
-    """How far a run is. A checkpoint keeps all of it; a trainer adds its own fields."""
+    """How far a run is. A checkpoint keeps all fields; a trainer adds its own."""
 
     step: int = 0  # optimizer steps taken
     samples: int = 0  # rows (SFT) or prompts (GRPO) taken from the data
@@ -55,31 +55,31 @@ class Progress:
     seconds: float = 0.0  # in steps
     eval_step: int = -1  # of the last evaluation
     eval_metrics: Metrics = field(default_factory=dict)
-    best_checkpoint: str = ""  # "": none was evaluated
-    best_metrics: Metrics = field(default_factory=dict)  # of its evaluation
+    best_checkpoint: str = ""  # "": no checkpoint was evaluated
+    best_metrics: Metrics = field(default_factory=dict)  # of the best checkpoint's evaluation
 
 
 P = TypeVar("P", bound=Progress)
 
 
 class TrainingRun(Generic[P]):
-    """`run`: `sft_core.prepare.Base` with `config`, `total_steps` and `steps_per_epoch`; `console`: metrics worth a
-    console line; `samples`: rows (SFT; None: not known) or prompts (GRPO) of the data."""
+    """`run`: `sft_core.prepare.Base` with `config`, `total_steps` and `steps_per_epoch`; `console`: the metrics of the
+    console line; `samples`: how many rows (SFT; None: not known) or prompts (GRPO) the data has."""
 
     def __init__(self, run: Any, progress: P, console: Sequence[str], samples: int | None) -> None:
         self.run, self.config, self.progress, self.console, self.samples = run, run.config, progress, console, samples
         self.first = run.rank == 0
         self.phases = Phases(self.config.ddp_timeout)
-        self.opened = ExitStack()  # what the loop works with: closed before the process group
-        self.kept = ExitStack()  # until the end: the log, the lock on the folder
-        self.stopping = False  # a signal asked for it, on any rank
+        self.opened = ExitStack()  # resources of the loop, closed before the process group
+        self.kept = ExitStack()  # resources of the whole run: the log, the lock on the folder
+        self.stopping = False  # a signal on any rank asked the run to stop
         self.complete = False
-        self.failures: list[str] = []  # of what is pushed and measured beside the training
+        self.failures: list[str] = []  # of pushes and benchmarks
         self.log_history: list[dict[str, Any]] = []
         handed = run.handed
         self.hooks: Callbacks | None = handed and handed.callbacks
-        self.asked: set[str] = set()  # by callbacks, on any rank: logging, eval, save, stop
-        # Bad input that is met within the run ends a command, and is the caller's ValueError from Python.
+        self.asked: set[str] = set()  # what callbacks of any rank ask for: logging, eval, save, stop
+        # Bad input found during the run ends a command with one line; from Python the caller gets the ValueError.
         self.bad_input = distributed.usage_errors if handed is None else nullcontext
 
     def __enter__(self) -> "TrainingRun[P]":
@@ -89,12 +89,12 @@ class TrainingRun(Generic[P]):
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception):  # said first: what is closed may hang after it
+        if isinstance(error, Exception):  # printed first: closing the resources may hang
             print(f"stopping: {error!r}", file=sys.stderr, flush=True)
             distributed.StopSignal.restore()
             watchdog(CLOSING_LIMIT)
         try:
-            if error is None or self.run.world_size == 1:  # else the others may wait for this rank, which has to end
+            if error is None or self.run.world_size == 1:  # else other ranks may wait for this one, which has to end
                 self.leave()
         finally:
             watchdog(0)
@@ -102,7 +102,7 @@ class TrainingRun(Generic[P]):
             self.kept.__exit__(kind, error, trace)
 
     def leave(self) -> None:
-        """Close what the loop worked with, and leave the process group, which an engine needs to its end."""
+        """Close the loop's resources, then leave the process group, which an engine needs until it is closed."""
         self.opened.close()
         distributed.shutdown()
         distributed.StopSignal.restore()
@@ -110,10 +110,10 @@ class TrainingRun(Generic[P]):
     # --- before the loop ---------------------------------------------------------------------------------------------
 
     def load_policy(self, vocab_size: int = 0) -> Policy:
-        """The model to train, sharded over the ranks; before that the log, whose trackers may fail in their set-up."""
+        """Open the log first, whose trackers may fail in their set-up, then load the model, sharded over the ranks."""
         self._open_log()
         run = self.run
-        with self.bad_input():  # weights that are not the model's
+        with self.bad_input():  # weights that do not fit the model
             policy = load_policy(
                 run.local_model,
                 dtype=run.dtype,
@@ -128,8 +128,8 @@ class TrainingRun(Generic[P]):
         return shard(policy, make_mesh(self.run.device), Sharding.of(self.config, self.run.bf16))
 
     def resume(self, policy: Policy, reference: Policy | None = None) -> Trained:
-        """Optimizer and schedule for `policy`, all three and `progress` as the checkpoint has them, if there is one;
-        so too a `reference` that follows the policy."""
+        """Make optimizer and schedule for `policy`. If there is a checkpoint, restore all three and `progress` from it,
+        and `reference`, a reference model that follows the policy."""
         optimizer = make_optimizer(policy, self.config)
         trained = Trained(policy, optimizer, make_scheduler(optimizer, self.config, self.run.total_steps), reference)
         if self.run.checkpoint is not None:
@@ -149,8 +149,7 @@ class TrainingRun(Generic[P]):
             self.log_history = distributed.on_first_rank(lambda: list(map(json.loads, log.read_text().splitlines())))
 
     def start(self) -> None:
-        """Have signals stop the run after a step. Call it when the engine, which may set handlers of its own, is
-        there."""
+        """Make signals stop the run after a step. Call it after the engine is made, which may set its own handlers."""
         run, step = self.run, self.progress.step
         self.callbacks = get_callbacks(self.config, run.model) if self.first else []
         self.stop = distributed.StopSignal()
@@ -160,7 +159,7 @@ class TrainingRun(Generic[P]):
         self._call("on_train_begin")
 
     def evaluate_first(self, evaluate: Callable[[], Metrics]) -> None:
-        """Evaluate before the first step where that is asked for, and after a resume what a signal left out."""
+        """Evaluate before the first step if the options ask for it, and after a resume if a signal skipped it."""
         progress, run = self.progress, self.run
         left_out = progress.eval_step != progress.step and self.due("eval")
         if (left_out if progress.step else self.config.eval_on_start) and not run.only_evaluates:
@@ -177,19 +176,19 @@ class TrainingRun(Generic[P]):
 
     @property
     def epoch(self) -> float:
-        """Passes over the rows (SFT) or prompts (GRPO) so far; the share of the run where their number is not known."""
+        """Passes over the rows (SFT) or prompts (GRPO) so far; the share of all steps if their number is not known."""
         if self.samples is None:
             return self.progress.step / self.run.total_steps
         return self.progress.samples / self.samples
 
     def due(self, what: Literal["logging", "save", "eval"]) -> bool:
-        """Whether `what` is due after the step that was counted last; the same on every rank."""
+        """Whether `what` is due after the last counted step; the same on every rank."""
         if what in self.asked and (what != "eval" or self.run.test_rows is not None):
             return True
         return self.config.due(what, self.progress.step, self.run.total_steps, self.run.steps_per_epoch)
 
     def count_step(self, start: float, tokens: int, loss: float) -> Metrics:
-        """Count an optimizer step that began at `start`; returns what both trainers log of every step."""
+        """Count an optimizer step that began at `start`; returns the metrics that both trainers log for every step."""
         progress, seconds = self.progress, time.perf_counter() - start
         progress.step += 1
         progress.num_tokens += tokens
@@ -204,7 +203,7 @@ class TrainingRun(Generic[P]):
         }
 
     def end_step(self, save: Callable[[], None], evaluate: Callable[[], Metrics]) -> None:
-        """Evaluate and save where that is due; a run that stops saves."""
+        """Evaluate and save if due; a run that stops always saves."""
         self.bar.update()
         compared = self.config.load_best_model_at_end and self.due("save")
         if (self.due("eval") or compared) and not self.stopping:
@@ -213,7 +212,7 @@ class TrainingRun(Generic[P]):
             save()
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Every rank, with the same metrics."""
+        """Log `metrics`. Every rank calls it, with the same metrics."""
         self.record(step, metrics)
         self._call("on_log", logs=dict(self.log_history[-1]))
 
@@ -223,13 +222,13 @@ class TrainingRun(Generic[P]):
         self.log_history.append({"step": step, **finite})
 
     def _call(self, hook: str, **more: Any) -> None:
-        """What callbacks ask for on any rank, all ranks do."""
+        """Call the callbacks; what they ask for on any rank, all ranks do."""
         if self.hooks is not None:
             self.hooks(hook, self.config, self.state(), processing_class=self.run.tokenizer, **more)
             self.asked = self.hooks.asked(self.run.device)
 
     def save(self, trained: Trained, write_more: Callable[[Path], None] | None = None) -> None:
-        """Write a checkpoint; `write_more`: into the rank's own folder of it. A collective."""
+        """Write a checkpoint; `write_more` writes into the rank's own folder in it. A collective."""
         config, run, progress = self.config, self.run, self.progress
         compare_with_best(progress, config, Path(config.output_dir) / f"checkpoint-{progress.step}")
 
@@ -239,7 +238,7 @@ class TrainingRun(Generic[P]):
                 self.write_state(folder)
 
         only_model = config.save_only_model and not self.stopping
-        # Bytes of a trained parameter: the model for others, then the masters and the optimizer's two moments.
+        # Bytes per trained parameter: the exported model, then the masters and the optimizer's two moments.
         needed = (run.dtype.itemsize + 12) * _parameters(trained.model)
         with self.phases("save"), room_for("a checkpoint", config.output_dir, needed):
             folder = save_checkpoint(
@@ -256,18 +255,18 @@ class TrainingRun(Generic[P]):
         self._call("on_save")
 
     def end(self, policy: Policy, save: Callable[[], None], evaluate: Callable[[], Metrics]) -> None:
-        """After the last step: the last checkpoint, the model in output_dir, and when it is safe the evaluation."""
+        """After the last step: write the last checkpoint and the model in output_dir, then evaluate."""
         config, progress, run = self.config, self.progress, self.run
         self.bar.close()
         if run.only_evaluates:
             return self._log_evaluation(evaluate())
         if self.stopping:
             if self.first:
-                print(f"stopped by a signal after step {progress.step}: the same command goes on from there")
+                print(f"stopped by a signal after step {progress.step}: the same command resumes from there")
             return
         if config.load_best_model_at_end and progress.eval_step != progress.step:
             self._log_evaluation(evaluate())  # before the last checkpoint, so that it is compared too
-            self.saved_at = -1  # written again where it is there already
+            self.saved_at = -1  # so that a checkpoint of this step is written again
         if config.save_strategy != "no" and self.saved_at != progress.step:
             save()
         if config.load_best_model_at_end:
@@ -291,12 +290,12 @@ class TrainingRun(Generic[P]):
         try:
             for callback in self.callbacks:
                 callback.on_save(step, checkpoint)
-        except OSError as error:  # no room for the copy that is pushed: the training goes on
+        except OSError as error:  # no room for the copy that is pushed: the training continues
             self.failures.append(f"checkpoint of step {step} was not pushed: {error}")
             logger.warning("%s", self.failures[-1])
 
     def state(self) -> TrainerState:
-        """How far the run is, as transformers says it, with every logged line so far."""
+        """The run's progress as transformers' TrainerState, with every logged line so far."""
         config, total = self.config, self.run.total_steps
         return TrainerState(
             best_metric=self.progress.best_metrics.get(config.metric_for_best_model),
@@ -316,23 +315,23 @@ class TrainingRun(Generic[P]):
         )
 
     def write_state(self, folder: Path) -> None:
-        """trainer_state.json as transformers' TrainerState loads it."""
+        """Write trainer_state.json, which transformers' TrainerState loads."""
         write_atomically(folder / "trainer_state.json", json.dumps(asdict(self.state()), indent=2) + "\n")
 
     # --- after the loop ----------------------------------------------------------------------------------------------
 
     def finish(self, push: bool = True) -> None:
-        """Close what the loop worked with; on the first rank then results, state, benchmarks, card and pushes, for
-        which the machine is free. `push`: to the Hub's main branch, where the options say so."""
+        """Close the loop's resources, which frees the machine; then write results, state, benchmarks and card and push,
+        on the first rank. `push`: whether to push to the Hub's main branch, if the options ask for it."""
         dist.barrier()
         self.leave()
         if self.first and self.complete:
             finish(self, push)
         elif any(callback.busy for callback in self.callbacks):
-            print("stopped: what was still being pushed to the Hub is not there", file=sys.stderr)
+            print("a push to the Hub was not finished: the same command resumes and pushes again", file=sys.stderr)
 
     def results(self) -> Metrics:
-        """Of the whole run, as open-r1's scripts log them."""
+        """Metrics of the whole run, as open-r1's scripts log them."""
         progress = self.progress
         seconds = max(progress.seconds, 1e-9)
         return {

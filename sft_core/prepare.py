@@ -1,6 +1,6 @@
-"""What either trainer learns and checks before it loads a weight; wrong input is said here.
+"""Reads and checks all input of a run before any weight is loaded; errors in the input are reported here.
 
-`prepare_base` is common to both; `prepare` makes a supervised run of it (`grpo_core/prepare.py` makes a GRPO run).
+Both trainers call `prepare_base`. `prepare` adds what a supervised run needs; `grpo_core/prepare.py` adds GRPO's part.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 EVAL_METRICS = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
-SOME_STEPS = 1_000_000  # of an epoch whose length is not known yet
+SOME_STEPS = 1_000_000  # steps per epoch, until the length of an epoch is known
 
 
 @dataclass(frozen=True)
 class Base:
-    """What both trainers know of a run."""
+    """What a run of either trainer consists of."""
 
     algorithm: str
     model: ModelConfig
     data: ScriptArguments
-    options: dict[str, Any]  # all of them, for the record
-    recipe: str  # the same as YAML
+    options: dict[str, Any]  # all options, for logs and checkpoints
+    recipe: str  # all options as YAML
     rank: int
     world_size: int
     device: torch.device
@@ -71,10 +71,10 @@ class Base:
     model_info: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
-    template: str  # what is to be said of the chat template
+    template: str  # the line to print about the chat template
     rows: Dataset | IterableDataset
-    test_rows: Dataset | None  # where the run evaluates
-    handed: Handed | None  # by a trainer class
+    test_rows: Dataset | None  # None: the run does not evaluate
+    handed: Handed | None  # the objects passed to a trainer class; None on the command line
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,10 +88,10 @@ class Base:
 def prepare_base(
     algorithm: str, model: ModelConfig, data: ScriptArguments, config: TrainingConfig, handed: Handed | None = None
 ) -> Base:
-    """Join the process group, then read what is cheap: tokenizer and rows. A collective.
+    """Join the process group, then read what is cheap to read: the tokenizer and the rows. A collective.
 
     Raises:
-        ValueError: the user's input, in one sentence that names the remedy.
+        ValueError: the input is wrong; one sentence names the problem and the remedy.
     """
     set_log_level(config)
     set_seed(config.seed)
@@ -118,18 +118,18 @@ def prepare_base(
     set_up(tokenizer, eos_token, conversations, chatml_default=supervised is not None)
     require(
         not model.use_peft or len(tokenizer) <= model_info.get_text_config().vocab_size,
-        f"{model.model_name_or_path} has no chat template, and the tokens of ChatML would be new to it, which an "
-        "adapter cannot hold: give a --chat_template whose tokens it knows, or train the whole model.",
+        f"{model.model_name_or_path} has no chat template, and an adapter cannot hold the new tokens of the default "
+        "(ChatML): give a --chat_template whose tokens the model has, or train the whole model without --use_peft.",
     )
     require(
         supervised is not None or len(tokenizer) <= model_info.get_text_config().vocab_size,
         f"the tokenizer of {model.model_name_or_path} has {len(tokenizer)} tokens, more than the model's "
-        "embedding: train with sft_core.train first, which enlarges it.",
+        "embedding: train the model with sft_core.train first, which enlarges the embedding.",
     )
     require(
         supervised is None or tokenizer.is_fast,
-        f"{model.model_name_or_path} has no fast tokenizer, which says "
-        "where in the text a token is: save one beside it (AutoTokenizer with use_fast=True).",
+        f"{model.model_name_or_path} has no fast tokenizer, which is needed to locate tokens in the text: "
+        "save one in the model's folder (AutoTokenizer with use_fast=True).",
     )
     stop_ids = stop_token_ids(tokenizer, model)
     more = config.chat_template_kwargs
@@ -155,7 +155,7 @@ def prepare_base(
 
 
 def check_model(model: ModelConfig, config: TrainingConfig) -> PretrainedConfig:
-    """The model's configuration. Raises ValueError where it cannot be trained as `config` says."""
+    """The model's configuration. Raises ValueError if the model cannot be trained with the options of `config`."""
     info = load_model_info(model)
     check_architecture(info, model)
     check_adapters(model, config, info)
@@ -163,19 +163,20 @@ def check_model(model: ModelConfig, config: TrainingConfig) -> PretrainedConfig:
 
 
 def check_best_metric(config: TrainingConfig, names: Iterable[str]) -> None:
-    """Raise ValueError where checkpoints are compared by a metric that is not among the `names` of an evaluation's."""
+    """Raise ValueError if metric_for_best_model is not among `names`, the metrics of an evaluation."""
     metric, known = config.metric_for_best_model, [name.removeprefix("eval_") for name in names]
     require(
         metric is None or metric.removeprefix("eval_") in known,
-        f"metric_for_best_model {metric and metric.removeprefix('eval_')} is no metric of the evaluation: give one of "
-        f"{', '.join(known)}.",
+        f"metric_for_best_model {metric and metric.removeprefix('eval_')} is not a metric of the evaluation: give one "
+        f"of {', '.join(known)}.",
     )
 
 
 def open_output_dir(base: Base, config: TrainingConfig, **more: Any) -> tuple[dict[str, Any], Path | None]:
-    """Make output_dir this run's; returns what makes it this run, and the checkpoint to resume from. A collective.
+    """Lock and prepare output_dir for this run; returns the run's identity and the checkpoint to resume from.
 
-    Options that differ from the interrupted run's are listed in one line; those that must not differ are refused.
+    A collective. Options that differ from the interrupted run's are listed in one warning line. If a part of the
+    identity differs, such as model, data or seed, the run is refused.
     """
     data, test_data = distributed.on_first_rank(
         lambda: [rows and fingerprint(rows) for rows in (base.rows, base.test_rows)], patient=True
@@ -194,8 +195,8 @@ def open_output_dir(base: Base, config: TrainingConfig, **more: Any) -> tuple[di
     if base.handed is None and distributed.on_first_rank(lambda: is_finished(Path(config.output_dir), identity)):
         if base.rank == 0:
             print(
-                f"this run is finished, its model is in {config.output_dir}: to train on raise --max_steps or "
-                "--num_train_epochs, to train anew give another --output_dir."
+                f"this run is finished and its model is in {config.output_dir}: to train longer, raise --max_steps or "
+                "--num_train_epochs; to start over, give another --output_dir."
             )
         distributed.shutdown()
         raise SystemExit(0)
@@ -209,7 +210,7 @@ def open_output_dir(base: Base, config: TrainingConfig, **more: Any) -> tuple[di
     if checkpoint is not None and base.rank == 0:
         before = read_state(checkpoint)["identity"].get("options", options)
         if changed := differences(before, json.loads(json.dumps(options))):
-            print(f"warning: options are not those of the interrupted run: {changed}", flush=True)
+            print(f"warning: options differ from those of the interrupted run: {changed}", flush=True)
     return identity, checkpoint
 
 
@@ -219,32 +220,32 @@ class Run(Base):
 
     config: SFTConfig
     local_model: ModelConfig  # the model's folder on this machine
-    source: Shuffled | Streamed  # of the rows to train on
-    samples: int | None  # how many those are; None: streamed
+    source: Shuffled | Streamed  # gives the rows to train on
+    samples: int | None  # how many rows there are to train on; None: streamed
     test_examples: Examples | None
     identity: dict[str, Any]
     checkpoint: Path | None  # to resume from
-    sequences_per_step: int  # rows, or with packing bins
+    sequences_per_step: int  # rows, or bins with packing
     total_steps: int
     summary: str
 
     @property
     def steps_per_epoch(self) -> float:
-        """Streamed rows are not counted beforehand: the run is their epoch."""
+        """Optimizer steps per epoch. The number of streamed rows is not known, so their whole run is one epoch."""
         if isinstance(self.source, Streamed):
             return self.total_steps
         return self.source.sequences_per_pass / self.sequences_per_step
 
 
 def prepare(model: ModelConfig, data: ScriptArguments, config: SFTConfig, handed: Handed | None = None) -> Run:
-    """Check everything of a supervised run that can be checked, with copies of the options. A collective.
+    """Check all input of a supervised run and return the run, which has its own copies of the options. A collective.
 
     Raises:
-        ValueError: the user's input, in one sentence that names the remedy.
+        ValueError: the input is wrong; one sentence names the problem and the remedy.
     """
     model, config = with_init_kwargs(model, config)
     model, data, config = model.frozen(), data.frozen(), config.frozen()
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps  # of a rank, a step
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps  # per rank and step
     if config.dry_run:
         info = check_model(model, config)
         assert config.max_length is not None
@@ -288,10 +289,10 @@ def prepare(model: ModelConfig, data: ScriptArguments, config: SFTConfig, handed
 
 
 def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, str]:
-    """The rows to train on in the order of training, and what is to be said of them. A collective.
+    """The rows to train on, in the order of training, and a line to print about them. A collective.
 
     Raises:
-        ValueError: the data is not as its form says (streamed: its first rows), or a row is too long for the model.
+        ValueError: a row (streamed: one of the first rows) does not fit its form, or is too long for the model.
     """
     from datasets import IterableDataset
 
@@ -299,7 +300,7 @@ def training_rows(base: Base, config: SFTConfig) -> tuple[Shuffled | Streamed, s
     unused = check_columns(list(first_row(base.rows)), config)
     note = f"; columns not used: {', '.join(unused)}" if unused else ""
     if isinstance(base.rows, IterableDataset):
-        tokenizer = copy.deepcopy(base.tokenizer)  # it is used by a thread
+        tokenizer = copy.deepcopy(base.tokenizer)  # for the thread that tokenises
         encode = partial(encode_row, tokenizer=tokenizer, stop_ids=base.stop_ids, config=config)
         for i, row in enumerate(base.rows.take(8)):
             encode(row, i)

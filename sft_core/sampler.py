@@ -1,16 +1,16 @@
-"""Which rows the next step takes: single rows, or bins of whole rows, in an order that a small state resumes.
+"""Chooses the rows of the next step: single rows, or bins of whole rows. A small state is enough to resume the order.
 
-The rows come in windows of at most WINDOW rows (streamed ones also of about WINDOW_BYTES). A window is shuffled, or
-with packing filled into bins of max_length tokens by best-fit decreasing, whose order is shuffled; what a step takes
-never depends on the number of ranks.
+Rows are processed in windows of at most WINDOW rows (when streaming, also of about WINDOW_BYTES). Without packing a
+window is shuffled. With packing its rows are put into bins of max_length tokens by best-fit decreasing, and the bins
+are shuffled. The rows of a step never depend on the number of ranks.
 
-* `Shuffled`: rows that are all there (tokenised, memory-mapped). Each pass over them is a new shuffle, cut into
-  windows. Its state is how many sequences were taken.
-* `Streamed`: rows read as they are needed, in the order of the files, for sets that do not fit the disk. Its state is
-  where the window began and how many of its sequences were taken: a resumed run reads that window again, so there is
-  no buffer whose content could be lost.
+* `Shuffled`: all rows are there, tokenised and memory-mapped. Each pass over them is a new shuffle, cut into windows.
+  The state is the number of sequences taken.
+* `Streamed`: rows are read as they are needed, in the order of the files, for data sets that do not fit the disk. The
+  state is where the window began and how many of its sequences were taken. A resumed run reads that window again, so
+  there is no buffer to save.
 
-Left out on purpose: curricula, resampling.
+Not supported, on purpose: curricula, resampling.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 WINDOW = 4096  # rows
-WINDOW_BYTES = 64 << 20  # of a streamed window's rows as they are read
+WINDOW_BYTES = 64 << 20  # of raw rows in a streamed window
 
 
 def sequences_of(lengths: list[int], bin_size: int | None, seed: int) -> list[list[int]]:
-    """One window's sequences, shuffled: single rows, or with `bin_size` bins of at most so many tokens; as places."""
+    """One window's sequences, shuffled, as indices of `lengths`: single rows, or bins of at most `bin_size` tokens."""
     bins = [[i] for i in range(len(lengths))] if bin_size is None else pack(lengths, bin_size)
     order = torch.randperm(len(bins), generator=torch.Generator().manual_seed(seed)).tolist()
     return [bins[i] for i in order]
@@ -51,7 +51,7 @@ class Shuffled:
     def __init__(self, examples: Examples, bin_size: int | None, seed: int) -> None:
         self.examples, self.bin_size, self.seed = examples, bin_size, seed
         self.lengths = examples.lengths
-        self.taken = 0  # sequences, all passes together
+        self.taken = 0  # sequences, over all passes
         self._pass, self._first, self._sequences = -1, 0, list[list[int]]()
 
     def _load_pass(self, number: int) -> None:
@@ -72,7 +72,7 @@ class Shuffled:
 
     @property
     def digest(self) -> str:
-        """Of the lengths: other ones make other bins, of which a saved state would count others."""
+        """A digest of the lengths: with other lengths the bins differ, and a saved state would point to other rows."""
         return hashlib.sha256(np.ascontiguousarray(self.lengths, np.int64).tobytes()).hexdigest()[:16]
 
     @property
@@ -82,7 +82,7 @@ class Shuffled:
 
     @property
     def sequences_per_pass(self) -> int:
-        """Of the first pass; with packing those of later ones differ by a few."""
+        """Sequences of the first pass; with packing later passes may have a few more or fewer."""
         if self._pass != 0:
             self._load_pass(0)
         return len(self._sequences)
@@ -101,7 +101,7 @@ class Shuffled:
         return list(zip(chosen["input_ids"], chosen["loss_mask"], strict=True))
 
     def metrics(self) -> dict[str, float]:
-        return {}  # what was cut or dropped is said before the run
+        return {}  # rows that were cut or dropped are reported before the run
 
     def state(self) -> dict[str, Any]:
         return {"taken": self.taken}
@@ -113,8 +113,8 @@ class Shuffled:
 class Streamed:
     """An endless sequence of passes over `rows` in their own order. `take` is a collective.
 
-    The first rank reads a window, each rank tokenises its share of it (`encode(row, number)`, see
-    `sft_core.dataset.encode_row`) while the window before it is trained on, and then all get the whole.
+    The first rank reads a window. Each rank tokenises its share of it (`encode(row, number)`, see
+    `sft_core.dataset.encode_row`) while the previous window is trained on. Then all ranks gather the whole window.
     """
 
     def __init__(
@@ -126,25 +126,25 @@ class Streamed:
         name: str = "the data",
     ) -> None:
         self.rows, self.encode, self.bin_size, self.seed, self.name = rows, encode, bin_size, seed, name
-        self._start = {"reader": rows.state_dict(), "rows": 0}  # of every pass
+        self._start = {"reader": rows.state_dict(), "rows": 0}  # where every pass begins
         self._next = self._start | {"outcomes": [0] * 4}  # where the next window begins
-        self._begin = self._next  # where this one began
+        self._begin = self._next  # where the present window began
         self._iterator: Iterator[dict] | None = None
         self._ahead: tuple[Future, int, dict[str, Any]] | None = None  # see `_look_ahead`
         self._window: list[Example] = []
         self._sequences: list[list[int]] = []
-        self.taken = 0  # sequences of this window
+        self.taken = 0  # sequences of the present window
 
-    digest = None  # of the lengths, and
-    longest = None  # tokens of the longest sequence: not known
+    digest = None  # the lengths are not known,
+    longest = None  # nor is the longest sequence
 
     @property
     def outcomes(self) -> list[int]:
-        """Rows of all windows so far: kept, cut, too long, nothing to learn."""
+        """Numbers of rows in all windows so far: kept, cut, too long, without trained tokens."""
         return self._next["outcomes"]
 
     def metrics(self) -> dict[str, float]:
-        """For the log: rows that were cut, and that were dropped, in all windows so far."""
+        """For the log: how many rows were cut and how many were dropped, in all windows so far."""
         _, cut, too_long, nothing = self.outcomes
         return {"rows_cut": cut, "rows_dropped": too_long + nothing}
 
@@ -152,7 +152,7 @@ class Streamed:
         """The rows of the next `count` sequences.
 
         Raises:
-            ValueError: a row is not as its form says, or a whole pass has nothing to learn.
+            ValueError: a row does not fit its form, or a whole pass has no trained token.
         """
         examples: list[Example] = []
         for _ in range(count):
@@ -161,7 +161,7 @@ class Streamed:
                 self._fill()
                 empty += not self._window
                 if empty > 1 and self._next["rows"] == 0:
-                    raise ValueError("no row of the data has anything to learn: raise --max_length, or check it.")
+                    raise ValueError("no row of the data has a trained token: raise --max_length, or check the data.")
             examples += [self._window[place] for place in self._sequences[self.taken]]
             self.taken += 1
         return examples
@@ -190,8 +190,8 @@ class Streamed:
         self._ahead = self._look_ahead()
 
     def _look_ahead(self) -> tuple[Future, int, dict[str, Any]]:
-        """Read the window that begins at `_next`; gives this rank's share of it, which is tokenised in the background,
-        the rows of all ranks' shares, and where the window after it begins."""
+        """Read the window that begins at `_next`. Returns this rank's share, which is tokenised in the background, the
+        number of rows of the whole window, and where the window after it begins."""
         shares = self._read(dist.get_world_size()) if dist.get_rank() == 0 else None
         share: list[Any] = [None]
         dist.scatter_object_list(share, shares, src=0)
@@ -201,15 +201,16 @@ class Streamed:
         def encode() -> None:
             try:
                 encoded.set_result(self._encode_all(rows))
-            except BaseException as error:  # for whoever waits for the rows
+            except BaseException as error:  # raised where the rows are waited for
                 encoded.set_exception(error)
 
-        # A daemon: a run that is over does not wait for rows that it will not need.
+        # A daemon thread, so that the end of a run does not wait for rows that it will not need.
         Thread(target=encode, daemon=True).start()
         return encoded, count, following
 
     def _encode_all(self, rows: list[tuple[int, dict]] | str) -> tuple[list[dict], str | None]:
-        """`rows`: (number, row) each, or what is wrong with the data. All ranks have to leave in the same way."""
+        """`rows`: a list of (number, row), or the error message of `_read`. Errors are returned, not raised, so that
+        all ranks raise together."""
         if isinstance(rows, str):
             return [], rows
         try:
@@ -218,8 +219,9 @@ class Streamed:
             return [], str(error)
 
     def _read(self, ranks: int) -> list[tuple[list[tuple[int, dict]] | str, int, dict[str, Any]]]:
-        """On the first rank: for each rank its share of a window, the window's rows, and where the next one begins."""
-        from datasets.exceptions import DatasetGenerationError  # not needed where no rows are read
+        """On the first rank: for each rank its share of the next window, the window's number of rows, and where the
+        window after it begins."""
+        from datasets.exceptions import DatasetGenerationError  # imported only if rows are read
 
         window: list[tuple[int, dict]] = []
         size, number = 0, self._next["rows"]
@@ -235,7 +237,7 @@ class Streamed:
                 size += len(repr(row))
         except (DatasetGenerationError, ValueError, EOFError, OSError) as error:
             cause = damaged_line(Path(self.name)) or f"after row {number + len(window)}: {' '.join(str(error).split())}"
-            return [(f"{self.name} cannot be read: {cause}.", 0, {})] * ranks
+            return [(f"{self.name} cannot be read: {cause}; correct the file.", 0, {})] * ranks
         following = self._start
         if self._iterator is not None:
             following = {"reader": copy.deepcopy(self.rows.state_dict()), "rows": number + len(window)}

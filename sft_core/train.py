@@ -3,14 +3,14 @@
     torchrun --nproc_per_node 8 -m sft_core.train --config recipe.yaml [--field value ...]
     python -m sft_core.train --model_name_or_path M --dataset_name rows.jsonl --output_dir runs/sft
 
-The loss is the mean negative log-likelihood of the step's trained tokens (what the assistant says, its end of turn
-included). Rows lie end to end without padding and without seeing each other. The mean is over the whole optimizer step
-on all ranks, so how it is cut into micro-batches and ranks does not change its gradient. The same command resumes from
-the last complete checkpoint. GRPO (`grpo_core/train.py`) is this loop plus rollouts.
+The loss is the mean negative log-likelihood of the step's trained tokens (the assistant's messages, including the
+end-of-turn token). Rows are packed end to end without padding and cannot attend to each other. The mean is over the
+whole optimizer step on all ranks, so the gradient does not depend on the number of micro-batches or ranks. The same
+command resumes from the last complete checkpoint. GRPO (`grpo_core/train.py`) is this loop plus rollouts.
 
-What a row becomes is in `dataset.py`, which rows a step takes in `sampler.py`, how they are cut in `data/packing.py`,
-and what surrounds the loop (resume, log, save, close) in `lifecycle.py`.
-Left out on purpose: padding, NEFTune, dropout other than the adapters' own, sequences split over ranks.
+`dataset.py` tokenises the rows, `sampler.py` chooses the rows of a step, `data/packing.py` packs them into
+micro-batches, and `lifecycle.py` has everything around the loop (resume, log, save, close).
+Not supported, on purpose: padding, NEFTune, dropout other than the adapters' own, sequences split over ranks.
 """
 
 import sys
@@ -48,7 +48,7 @@ class Progress(lifecycle.Progress):
 
 @disk_errors()
 def main(argv: list[str] | None = None) -> None:
-    """Train as `argv` says (default: the command line); exit code 2 for bad input, before weights are loaded."""
+    """Train with the options in `argv` (default: the command line); bad input exits with 2 before weights are read."""
     start_logging()
     with distributed.usage_errors():
         run = prepare(*parse(OPTIONS, sys.argv[1:] if argv is None else argv))
@@ -58,10 +58,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(run: Run, training: TrainingRun[Progress]) -> None:
-    """The loop."""
+    """The training loop."""
     config, device, progress, phases = run.config, run.device, training.progress, training.phases
     policy = training.load_policy(vocab_size=len(run.tokenizer))
-    torch.manual_seed(config.seed + run.rank)  # the dropout of adapters, where there is one
+    torch.manual_seed(config.seed + run.rank)  # for the dropout of adapters
     trained = training.resume(policy)
     if run.checkpoint is not None:
         run.source.resume(progress.order)
@@ -78,22 +78,22 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
     peak_rate, quadratic = peak_flops(device), attention_share(run.model_info)
     while training.goes_on:
         start = time.perf_counter()
-        # 1 batch: the step's rows, and this rank's share of them in micro-batches
+        # 1 batch: take the step's rows, and pack this rank's share into micro-batches
         with phases("batch"):
-            with training.bad_input():  # streamed rows are met here for the first time
+            with training.bad_input():  # streamed rows are first read and checked here
                 examples = run.source.take(run.sequences_per_step)
             lengths = [len(ids) for ids, _ in examples]
             cost = [length + quadratic * length**2 for length in lengths]
             shares = balance(lengths, cost, config.max_tokens_per_micro_batch, run.world_size)
             batches = [pack_rows([examples[i] for i in members], device) for members in shares[run.rank] if members]
-        # 2 denominator: the step's trained tokens over all ranks, before the first backward
+        # 2 denominator: count the step's trained tokens over all ranks, before the first backward pass
         counts = step_counts(batches, device)
         # 3 forward and backward
         with phases("train"), dropout(policy):
             sums = {name: torch.zeros((), device=device) for name in ("loss", "entropy", "mean_token_accuracy")}
             weight = 1 / counts.num_tokens
             losses = partial(token_losses, loss_type=config.loss_type, weight=weight)
-            # Every rank makes as many passes, so that the collectives match.
+            # Every rank makes the same number of passes, so that the collectives match.
             for batch in batches + [idle_sequences(device)] * (counts.micro_batches - len(batches)):
                 loss, logps, entropies, best_logps = policy(batch, token_loss=losses)
                 loss.backward()
@@ -105,7 +105,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             sums["stop/max"] = float(training.stop.requested)
             metrics = reduce_metrics(sums, device=device)
             training.stopping = bool(metrics.pop("stop/max"))
-            # 4 step, unless something is not finite
+            # 4 step, unless the loss or the gradient norm is not finite
             learning_rate = guarded_step(trained.optimizer, trained.scheduler, metrics["loss"], float(grad_norm))
         progress.samples += len(examples)
         progress.order = run.source.state()
@@ -115,8 +115,8 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             flops = training_flops(run.model_info, lengths) / timing["step_time"] / run.world_size
             metrics |= timing | run.source.metrics()
             metrics |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
-            metrics["tflops"] = flops / 1e12  # on each device
-            if peak_rate is not None and not run.model.use_peft:  # adapters spare a part of those
+            metrics["tflops"] = flops / 1e12  # per device
+            if peak_rate is not None and not run.model.use_peft:  # with adapters a part of these FLOPs is not computed
                 metrics["mfu"] = flops / peak_rate
             training.log(progress.step, metrics)
         training.end_step(save, measure)
@@ -126,7 +126,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
 def token_losses(
     logps: Tensor, entropies: Tensor | None = None, rows: Any = None, *, loss_type: str, weight: float = 1.0
 ) -> Tensor:  # [N], unused -> [N]
-    """nll: -log p. dft: -p log p with p held constant (arXiv:2508.05629), so that unlikely tokens pull less."""
+    """nll: -log p. dft: -p log p with p held constant (arXiv:2508.05629), so that unlikely tokens weigh less."""
     return -weight * (logps if loss_type == "nll" else logps.detach().exp() * logps)
 
 
@@ -141,7 +141,7 @@ def evaluate(policy: Policy, run: Run) -> dict[str, float]:
     bins = pack(run.test_examples.lengths.tolist(), run.config.max_tokens_per_micro_batch)
     names = (*EVAL_METRICS, "tokens")
     sums = {name: torch.zeros((), device=run.device, dtype=torch.float64) for name in names}
-    for start in range(0, len(bins), run.world_size):  # as many passes on every rank
+    for start in range(0, len(bins), run.world_size):  # the same number of passes on every rank
         own = bins[start + run.rank] if start + run.rank < len(bins) else None
         rows = run.test_examples.rows[own] if own else None
         batch = pack_sequences(rows["input_ids"], rows["loss_mask"], run.device) if rows else idle_sequences(run.device)

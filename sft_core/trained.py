@@ -1,4 +1,4 @@
-"""What a trainer class is asked after `train()`: its results and its model. Written for `sft_core/trainer.py`."""
+"""Methods of a trainer class for use after `train()`: logs, results, model, card and push (`sft_core/trainer.py`)."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ OF_THE_RUN = ("metrics.jsonl", "run.json", "*_results.json", "trainer_state.json
 
 
 class Results:
-    """Methods of TRL's trainers that look at what a run has left in output_dir; the first rank alone writes."""
+    """Methods of TRL's trainers that use what a run has left in output_dir; only the first rank writes."""
 
     args: TrainingConfig
     state: TrainerState
-    _trained: TrainingRun | None  # the last run that was complete; `_model` forgets it where the model was changed
+    _trained: TrainingRun | None  # the last complete run; `_model` resets it if the model object was changed
     _model: Callable[[], Any]
 
     def is_world_process_zero(self) -> bool:
         return self.args.process_index == 0
 
     def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
-        """Print them, on the first rank."""
+        """Print the metrics, on the first rank."""
         if self.is_world_process_zero():
             lines = [f"  {name} = {value}" for name, value in sorted(metrics.items())]
             print(f"***** {split} metrics *****", *lines, sep="\n", flush=True)
 
     def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> None:
-        """<split>_results.json, and with `combined` all_results.json."""
+        """Write <split>_results.json, and with `combined` also all_results.json."""
         if self.is_world_process_zero():
             save_results(Path(self.args.output_dir), split, dict(metrics), combined)
 
@@ -48,7 +48,7 @@ class Results:
             self.state.save_to_json(os.path.join(self.args.output_dir, "trainer_state.json"))
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
-        """The trained model with its tokenizer, in `output_dir`; it is in the run's output_dir already."""
+        """Copy the trained model and its tokenizer to `output_dir`; the run's own output_dir has them already."""
         source, target = Path(self._complete().config.output_dir), Path(output_dir or self.args.output_dir)
         if not self.is_world_process_zero() or target.resolve() == source.resolve():
             return
@@ -61,7 +61,7 @@ class Results:
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | Sequence[str] | None = None
     ) -> None:
-        """README.md in the run's output_dir."""
+        """Write README.md to the run's output_dir."""
         training = self._complete()
         run = training.run
         if not self.is_world_process_zero():
@@ -74,8 +74,11 @@ class Results:
         )
 
     def push_to_hub(self, commit_message: str = "End of training", **card: Any) -> None:
-        """Card and model, to the main branch; ValueError says why the Hub did not take them. `card`: of
-        `create_model_card`."""
+        """Push card and model to the main branch. `card`: arguments of `create_model_card`.
+
+        Raises:
+            ValueError: the Hub did not accept them; the message gives the reason.
+        """
         self.create_model_card(**card)
         if self.is_world_process_zero():
             config = dataclasses.replace(self.args, push_to_hub=True, push_to_hub_revision=False)
@@ -83,11 +86,11 @@ class Results:
             require(not failures, "; ".join(failures))
 
     def _complete(self) -> TrainingRun:
-        """The run whose model output_dir holds."""
+        """The complete run whose model is in output_dir."""
         self._model()
         if self._trained is None:
             raise ValueError(
-                "output_dir does not hold the model: call train() first (a model object that was changed since is "
-                "written by its save_pretrained)."
+                "output_dir does not hold the model: call train() first, or write a model object that you changed with "
+                "its save_pretrained."
             )
         return self._trained

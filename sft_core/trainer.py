@@ -1,16 +1,16 @@
-"""Training from Python, in TRL's names: `SFTTrainer`, and the base of `grpo_core.trainer.GRPOTrainer`.
+"""Training from Python with TRL's names: `SFTTrainer`, and the base class of `grpo_core.trainer.GRPOTrainer`.
 
     trainer = SFTTrainer(model="HuggingFaceTB/SmolLM2-135M", args=SFTConfig(output_dir="out"), train_dataset=rows)
     trainer.train()
 
-Thin over what the command line runs: `prepare` checks, the loop of `train.py` trains, `lifecycle.py` surrounds it.
-`train()` begins anew (what stands in output_dir is moved aside), `train(resume_from_checkpoint=True)` or a checkpoint's
-folder goes on. The model is loaded from a folder, so one that is handed over as an object is first written into
-output_dir; when the training is complete the object has the trained weights. An object whose weights or configuration
-somebody else has changed since is what the next call begins with. What is wrong is a ValueError; nothing is armed,
-locked or joined when a call has ended, so that a notebook's cell can be run again.
+A trainer runs the same code as the command line: the checks of `prepare`, the loop of `train.py`, and `lifecycle.py`.
+`train()` starts from step 0 and moves earlier results in output_dir aside. `train(resume_from_checkpoint=True)` resumes
+from the last checkpoint; a checkpoint's folder is accepted too. Models are loaded from a folder, so a model object is
+first written into output_dir. When the training is complete, the object has the trained weights. If other code then
+changes its weights or configuration, the next call starts from the changed object. Bad input raises ValueError. When a
+call has ended, no lock, watchdog, signal handler or process group is left, so a notebook cell can be run again.
 
-Left out on purpose: `data_collator`, `compute_metrics`, optimizers of one's own, several evaluation sets, overriding
+Not supported, on purpose: `data_collator`, `compute_metrics`, custom optimizers, several evaluation sets, overriding
 the methods of transformers' Trainer.
 """
 
@@ -48,19 +48,19 @@ from sft_core.run.options import require
 from sft_core.run.output_dir import GIVEN, checkpoints
 from sft_core.trained import Results
 
-DATA = "the train_dataset"  # in place of a data set's name; no name on the Hub has a blank
-WHOLE = "model.whole"  # lies in the folder of a model object when all of it is written
-# Of TRL's trainers; those of transformers' are asked of it
+DATA = "the train_dataset"  # stands for a data set's name; no name on the Hub has a blank
+WHOLE = "model.whole"  # a file that marks the folder of a model object as completely written
+# Methods of TRL's trainers; those of transformers' Trainer are read from the class
 NEVER_CALLED = ("_compute_loss", "_generate_and_score_completions", "_calculate_rewards")
 
 
 class Trainer(Results, ABC):
-    """What both trainers do; `algorithm`, `config_type` and `_begin` are theirs."""
+    """The base class of both trainers, which define `algorithm`, `config_type` and `_begin`."""
 
     algorithm: str
     config_type: type[TrainingConfig]
     streams = False  # takes an IterableDataset
-    column: str | None = None  # that the data has to have
+    column: str | None = None  # which the data must have
 
     def __init__(
         self,
@@ -74,10 +74,10 @@ class Trainer(Results, ABC):
         quantization_config: Any = None,
         **others: Any,
     ) -> None:
-        """Names as in TRL.
+        """The arguments have the same names as in TRL.
 
         Raises:
-            ValueError: what is handed over cannot be trained so.
+            ValueError: an argument is not supported, or the arguments do not fit each other.
         """
         kind = type(self).__name__
         unknown = [name for name, value in others.items() if value not in (None, (None, None))]
@@ -86,11 +86,11 @@ class Trainer(Results, ABC):
         self._named = isinstance(model, str | os.PathLike)
         require(
             self._named or isinstance(model, PreTrainedModel),
-            f"model must be a name, a folder or a model, got a {type(model).__name__}.",
+            f"model must be a Hub id, a folder or a model of transformers, got a {type(model).__name__}.",
         )
-        self._object: Any = None if self._named else model  # the model that was handed over, or that `model` has loaded
-        self._known = ""  # its digest when it was written, loaded or trained
-        self._trained: TrainingRun | None = None  # the last one that was complete, whose model output_dir holds
+        self._object: Any = None if self._named else model  # the model object passed in, or loaded by `model`
+        self._known = ""  # the object's digest when it was written, loaded or trained
+        self._trained: TrainingRun | None = None  # the last complete run, whose model is in output_dir
         name = os.fspath(model) if self._named else model.config._name_or_path
         if args is None:
             args = self.config_type(output_dir=f"{Path(name).name}-{self.algorithm.upper()}")
@@ -101,11 +101,11 @@ class Trainer(Results, ABC):
         if args.output_dir == "":
             args.output_dir = "trainer_output"  # as transformers names it
         options = with_peft_config(ModelConfig(model_name_or_path=name), peft_config)
-        # Of the model that `train()` begins with
+        # The options of the model that `train()` starts from
         self._options = changed(options, quantised_options(quantization_config), "quantization_config")
         require(
             processing_class is not None or name != "",
-            "the model has no name from which its tokenizer could be loaded: give a processing_class.",
+            "the model has no name to load its tokenizer from: give a processing_class.",
         )
         options, _ = with_init_kwargs(self._options, args)
         self.processing_class = processing_class or load_tokenizer(options)[1]
@@ -115,7 +115,7 @@ class Trainer(Results, ABC):
         self.callbacks("on_init_end", args.frozen(), self.state)
 
     def _check_methods(self) -> None:
-        """Refuse a subclass that overrides what only TRL's and transformers' trainers call."""
+        """Refuse a subclass that overrides methods which only TRL's and transformers' trainers call."""
         own = [kind for kind in type(self).__mro__[:-1] if not kind.__module__.startswith(("sft_core.", "grpo_core."))]
         if own:
             from transformers import Trainer as Theirs  # slow
@@ -124,12 +124,12 @@ class Trainer(Results, ABC):
             unused = sorted(name for name in names if hasattr(Theirs, name) or name in NEVER_CALLED)
             require(
                 not unused,
-                f"{own[0].__name__} defines {', '.join(unused)}, which would never be called here: use a callback, a "
-                "loss_type of your own, or change the loop in train.py.",
+                f"{own[0].__name__} defines {', '.join(unused)}, which would never be called here: use a callback or a "
+                "custom loss_type, or change the loop in train.py.",
             )
 
     def _check(self) -> None:
-        """Of what may be assigned to: checked when the trainer is made and before each run."""
+        """Check the attributes that a user may assign to; called when the trainer is made and before each run."""
         args = self.args
         require(isinstance(args, self.config_type), f"args must be a {self.config_type.__name__}, got {args!r:.80}.")
         self._check_data("train_dataset", (Dataset, IterableDataset) if self.streams else Dataset)
@@ -138,7 +138,7 @@ class Trainer(Results, ABC):
         require(
             self.eval_dataset is not None or not (args.eval_on_start or args.eval_strategy != "no"),
             "the options ask for evaluations (eval_strategy, eval_on_start, load_best_model_at_end) and there is no "
-            "eval_dataset: give one, or leave them out.",
+            "eval_dataset: give one, or leave these options out.",
         )
         require(
             isinstance(self.processing_class, PreTrainedTokenizerBase | None),
@@ -149,35 +149,35 @@ class Trainer(Results, ABC):
         data = getattr(self, name)
         require(
             isinstance(data, kinds),
-            f"{name} must be a datasets.Dataset (of a DatasetDict one split, of a list Dataset.from_list), got "
+            f"{name} must be a datasets.Dataset (one split of a DatasetDict, Dataset.from_list of a list), got "
             f"{type(data).__name__}.",
         )
         if isinstance(data, IterableDataset):
             return
-        require(len(data) > 0, f"{name} has no rows.")
+        require(len(data) > 0, f"{name} has no rows: give a data set with rows.")
         require(
             data.format["type"] != "custom",
-            f"{name} has a transform, whose rows would not be those that are trained: apply it with map().",
+            f"{name} has a transform, which training would not apply: apply it with map() first.",
         )
         require(
             self.column in (None, *data.column_names),
-            f"{name} has no column `{self.column}`, it has {', '.join(data.column_names)}: rename one.",
+            f"{name} has no column `{self.column}`, it has {', '.join(data.column_names)}: rename a column.",
         )
 
     @abstractmethod
     def _begin(self, model: ModelConfig, config: Any, handed: Handed) -> tuple[TrainingRun, Callable[[Any, Any], None]]:
-        """What surrounds the loop of a run that has been checked, and the loop."""
+        """Check a run; returns its `TrainingRun` and its loop."""
 
     # --- training ----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: bool | str | os.PathLike | None = None) -> TrainOutput:
-        """Train; `.metrics` of what is returned are those that the command line writes to train_results.json.
+        """Train. The result's `.metrics` are those that the command line writes to train_results.json.
 
-        `resume_from_checkpoint`: True goes on from the last checkpoint in output_dir, a folder from that checkpoint,
-        False begins anew; None: as args.resume_from_checkpoint says, else anew.
+        `resume_from_checkpoint`: True resumes from the last checkpoint in output_dir, a folder from that checkpoint,
+        False starts from step 0. None uses args.resume_from_checkpoint, and starts from step 0 without it.
 
         Raises:
-            ValueError: the input, in one sentence that names the remedy; before weights are loaded.
+            ValueError: the input is wrong; one sentence names the problem and the remedy, before weights are loaded.
         """
         self._check()
         given = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
@@ -197,7 +197,7 @@ class Trainer(Results, ABC):
             loop(training.run, training)
             training.finish(push=False)
         if training.stopping:
-            raise KeyboardInterrupt("stopped by a signal: train(resume_from_checkpoint=True) goes on from there")
+            raise KeyboardInterrupt("stopped by a signal: train(resume_from_checkpoint=True) resumes from there")
         self._trained, self._trained_with, self.state = training, inputs, training.state()
         self._take_weights()
         results = training.results()
@@ -207,7 +207,7 @@ class Trainer(Results, ABC):
         self.callbacks = Callbacks([*self.callbacks.callbacks, callback])
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics of the model as it is now, on the eval_dataset."""
+        """Evaluate the model as it is now on the eval_dataset; returns the metrics."""
         self._check()
         require(self.eval_dataset is not None, "there is nothing to evaluate on: give the trainer an eval_dataset.")
         model, resume, trained = self._model(), None, self._trained
@@ -216,11 +216,11 @@ class Trainer(Results, ABC):
         if trained is not None:
             progress = trained.progress
             if progress.eval_step == progress.step and self._inputs() == self._trained_with:
-                return dict(progress.eval_metrics)  # the run has measured this
+                return dict(progress.eval_metrics)  # the run has computed these already
             if model.use_peft:
                 best = trained.config.load_best_model_at_end and progress.best_checkpoint
                 resume = best or str(Path(trained.config.output_dir) / f"checkpoint-{progress.step}")
-                require(Path(resume).is_dir(), f"adapters are evaluated from a checkpoint, and there is no {resume}.")
+                require(Path(resume).is_dir(), f"adapters are evaluated from {resume}, which is gone: train again.")
             else:
                 model = dataclasses.replace(model, model_name_or_path=trained.config.output_dir)
         folder = Path(self.args.output_dir) / ".evaluation"
@@ -238,12 +238,12 @@ class Trainer(Results, ABC):
 
     @contextmanager
     def _running(self, model: ModelConfig, config: Any, handed: Handed) -> Iterator[tuple[TrainingRun, Callable]]:
-        """A run that has been checked, with all around it; whatever happens within, this process may begin another."""
-        require(not config.dry_run, "dry_run is of the command line: python -m grpo_core.train, sft_core.train.")
+        """Check and open a run. However it ends, this process can start another one."""
+        require(not config.dry_run, "dry_run works on the command line only: leave it out, or use the command line.")
         require(
             not dist.is_initialized(),
-            "this process has a process group already: another run is going on, or the script made one; training "
-            "makes its own.",
+            "this process has a process group already, and training makes its own: end the other run, or destroy the "
+            "script's process group first.",
         )
         folder = Path(model.model_name_or_path)
         if folder.name.startswith(GIVEN):
@@ -252,7 +252,7 @@ class Trainer(Results, ABC):
             refused.callback(distributed.unlock_output_dir, config.output_dir)
             refused.callback(distributed.shutdown)
             training, loop = self._begin(model, config, handed)
-            refused.pop_all()  # from here on `training` sees to these
+            refused.pop_all()  # from here on `training` unlocks and shuts down
         with training:
             yield training, loop
 
@@ -260,28 +260,28 @@ class Trainer(Results, ABC):
         return Handed(self.train_dataset, self.eval_dataset, self.processing_class, **more)
 
     def _inputs(self) -> tuple[TrainingConfig, Handed, str | None]:
-        """What an evaluation depends on beside the model, to be compared with later."""
+        """What an evaluation depends on besides the model, for a later comparison."""
         return copy.deepcopy(self.args), self._handed(), getattr(self.processing_class, "chat_template", None)
 
     # --- the model ---------------------------------------------------------------------------------------------------
 
     def _model(self) -> ModelConfig:
-        """What `train()` begins with: an object that is new or that somebody else than `train()` has changed, else the
-        same as before."""
+        """The options of the model that `train()` starts from: those of the model object if it is new or was changed
+        outside `train()`, else the same as before."""
         model, begun = self._object, Path(self._options.model_name_or_path)
         gone = begun.name.startswith(GIVEN) and not (begun / WHOLE).is_file()
         if model is not None and ((digest := self._digest(model)) != self._known or gone):
             require(
                 not (has_adapters(model) or getattr(model, "is_quantized", False)),
-                "the model object has adapters or is quantised, and is not as a run left it: hand over its name and a "
-                "peft_config (its own save_pretrained writes it as it is).",
+                "the model object has adapters or quantised weights and was made or changed outside train(): pass the "
+                "model's name and a peft_config instead (the object's save_pretrained writes it as it is).",
             )
             self._known, self._trained = digest, None
             self._options = self._as_object()
         return self._options
 
     def _as_object(self) -> ModelConfig:
-        """The model as the object holds it, in a folder of output_dir that is named after its contents."""
+        """Options for the model object, in a folder of output_dir that is named after the object's digest."""
         folder = Path(self.args.output_dir) / f"{GIVEN}{self._known[:16]}"
         return dataclasses.replace(self._options, model_name_or_path=str(folder))
 
@@ -296,19 +296,19 @@ class Trainer(Results, ABC):
         return digest.hexdigest()
 
     def _write(self, folder: Path) -> None:
-        """The model object into its folder, where it is not there yet."""
+        """Write the model object into its folder, unless it is there already."""
         if not (folder / WHOLE).is_file():
             self._object.save_pretrained(folder)
             open_to_readers(folder)
             (folder / WHOLE).touch()
-            print(f"the model object is written to {folder}, from where it is loaded", flush=True)
+            print(f"the model object was written to {folder} and is loaded from there", flush=True)
 
     def _take_weights(self) -> None:
-        """The trained weights into the model object."""
+        """Load the trained weights into the model object."""
         if self._object is None:
             return
         if self._options.use_peft:
-            print(f"the model object is as it was: the adapter is in {self.args.output_dir}", flush=True)
+            print(f"the model object is unchanged: the trained adapter is in {self.args.output_dir}", flush=True)
             if self._named:
                 self._object = None  # `model` loads it with its adapter
             return
@@ -319,8 +319,8 @@ class Trainer(Results, ABC):
 
     @property
     def model(self) -> Any:
-        """The model that was handed over, else that of output_dir, or before training the one that was named. An
-        adapter comes with its model."""
+        """The model object that was passed in; without one, the model in output_dir, or before training the named one.
+        An adapter is loaded together with its base model."""
         if self._object is None:
             options, _ = with_init_kwargs(self._options, self.args)
             trained = self._trained and self._trained.config.output_dir
@@ -334,7 +334,7 @@ class Trainer(Results, ABC):
 
 
 class SFTTrainer(Trainer):
-    """Supervised training: the data as in `sft_core/dataset.py`, loss and loop as in `sft_core/train.py`."""
+    """Supervised training with the data of `sft_core/dataset.py` and the loss and loop of `sft_core/train.py`."""
 
     algorithm = "sft"
     config_type = SFTConfig

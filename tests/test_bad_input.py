@@ -58,7 +58,10 @@ BEST = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strate
         ({"top_k": 50}, "leave them out in training"),
         ({"min_p": 0.1}, "leave them out in training"),
         ({"generation_kwargs": '{"stop_token_ids": [1, 9999]}'}, "stop_token_ids [9999] are no tokens"),
-        ({"chat_template_kwargs": '{"thinking": true}'}, "row 1 of the data: the chat template knows no thinking"),
+        (
+            {"chat_template_kwargs": '{"thinking": true}'},
+            "row 1 of the data: the chat template does not use `thinking`",
+        ),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "missing 1 required positional argument: 'num_decay_steps'"),
         ({"repetition_penalty": 1.1}, "leave them out in training"),
         ({"max_completion_length": 200}, "the model has 256 positions: lower --max_prompt_length"),
@@ -70,7 +73,7 @@ BEST = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strate
         ({"report_to": ["comet_ml"]}, "Run `pip install comet-ml>="),
         ({"generation_batch_size": 10}, "must be a multiple of num_generations 4 and of the 12 completions"),
         ({"sync_ref_model": "true", "use_peft": "true"}, "which never changes: leave out --sync_ref_model"),
-        (BEST, "metric_for_best_model loss is no metric of the evaluation: give one of reward, reward_std"),
+        (BEST, "metric_for_best_model loss is not a metric of the evaluation: give one of reward, reward_std"),
         (BEST | {"metric_for_best_model": "eval_rewards/digit/mean"}, "of reward, reward_std, frac_reward_zero_std"),
         ({"save_steps": 0}, "save_steps must be above 0"),
         ({"engine": "vllm", "vllm_tensor_parallel_size": 3}, "does not divide 1 ranks"),
@@ -83,14 +86,14 @@ BEST = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strate
         ({"callbacks": ["early_stopping"]}, "--callbacks: invalid choice: 'early_stopping'"),
         ({"chat_template": "chat.jinja"}, "'chat.jinja' is neither Jinja text nor a file"),
         ({"torch_dtype": "float16"}, "invalid choice: 'float16'"),
-        ({"do_eval": "true"}, "is one file or undivided set: name another file with --dataset_test_split FILE"),
+        ({"do_eval": "true"}, "has no splits: name another file with --dataset_test_split FILE"),
         ({"num_generations_eval": 0}, "num_generations_eval must be at least 1"),
         ({"scale_rewards": "maybe"}, "unknown scale_rewards 'maybe': group, batch or none"),
         ({"load_in_4bit": "true"}, "a quantised model cannot be trained whole: give --use_peft true"),
         ({"reward_funcs": ["cf_code"]}, "sandbox"),
         ({"optim": "adafactor"}, "invalid choice: 'adafactor'"),
         ({"resume_from_checkpoint": "./nowhere"}, "cannot resume from ./nowhere: manifest.json is missing"),
-        ({"resume_from_checkpoint": "false"}, "to start anew give another --output_dir"),
+        ({"resume_from_checkpoint": "false"}, "to start over, give another --output_dir"),
     ],
 )
 def test_bad_options(change, says, tiny_model, problems, tmp_path, capsys):
@@ -125,7 +128,7 @@ def test_data_without_an_answer_names_its_columns(tiny_model, tmp_path, capsys):
         ),
         (
             '{"prompt": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}\n',
-            "row 1 of the data: `prompt` ends with what the assistant says",
+            "row 1 of the data: `prompt` ends with an assistant message",
         ),
     ],
 )
@@ -146,8 +149,8 @@ CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
         ("[1]\n", {}, "row 1 of the data: `text` must be text and is int"),
         (CHAT.replace("assistant", "bot"), {}, "row 1 of the data: unknown role 'bot' in `messages`"),
         (CHAT + CHAT.replace('"ho"', "null"), {}, "row 2 of the data: a message of the assistant in `messages` is not"),
-        (CHAT.replace("assistant", "user"), {}, "none of the 1 rows has anything to learn within max_length 1024"),
-        (CHAT, {"max_length": 3}, "none of the 1 rows has anything to learn within max_length 3"),
+        (CHAT.replace("assistant", "user"), {}, "none of the 1 rows has a trained token within max_length 1024"),
+        (CHAT, {"max_length": 3}, "none of the 1 rows has a trained token within max_length 3"),
         (CHAT.replace('"ho"', '"' + "ho " * 300 + '"'), {}, "has 256 positions: lower --max_length to 256"),
         (
             CHAT,
@@ -155,17 +158,21 @@ CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
             "neither {% generation %} markers nor a generation prompt",
         ),
         (CHAT, {"eos_token": "<nothing>"}, "eos_token '<nothing>' is not in the tokenizer's vocabulary"),
-        ('{"story": "x"}\n', {}, "or `text` (--dataset_text_field); it has story"),
-        (CHAT, {"dataset_streaming": "true"}, "say how long to train with --max_steps"),
-        (CHAT, {"dataset_streaming": "true", "max_steps": 2}, "take 1024 tokens, the model has 256 positions"),
+        ('{"story": "x"}\n', {}, "or `text`, and it has story: rename its columns"),
+        (CHAT, {"dataset_streaming": "true"}, "give the number of steps with --max_steps"),
+        (CHAT, {"dataset_streaming": "true", "max_steps": 2}, "take 1024 tokens, but the model has 256 positions"),
         (CHAT.replace("assistant", "bot"), {"dataset_streaming": "true", "max_steps": 2}, "row 1 of the data: unknown"),
         (CHAT * 3 + CHAT[:40], {"dataset_streaming": "true", "max_steps": 2}, "line 4 is not complete JSON: the file"),
         (CHAT, {"gradient_checkpointing_every": 2}, "give --gradient_checkpointing true too"),
         (CHAT, {"chat_template": "{% for"}, "the chat template is not valid Jinja"),
         ("", {"dataset_streaming": "true", "max_steps": 2}, "rows.jsonl cannot be read as json: no rows"),
-        (CHAT, {"dataset_streaming": "true", "max_steps": 2, "save_strategy": "epoch"}, "has no epochs: use steps"),
+        (
+            CHAT,
+            {"dataset_streaming": "true", "max_steps": 2, "save_strategy": "epoch"},
+            "has no epochs: set save_strategy",
+        ),
         ('{"text": "a", "completion": "b"}\n', {"max_length": 1}, "max_length must be at least 2"),
-        (CHAT, {"dry_run": "true"}, "a row may take 1024 tokens, the model has 256 positions"),
+        (CHAT, {"dry_run": "true"}, "a row may take 1024 tokens, but the model has 256 positions"),
         (CHAT, {"dry_run": "true", "max_length": 200, "use_peft": "true", "lora_target_modules": ["w"]}, "names 'w'"),
         (CHAT, {"loss_type": "mse"}, "invalid choice: 'mse'"),
         (CHAT, {"truncation_mode": "middle"}, "invalid choice: 'middle'"),
@@ -229,9 +236,9 @@ def test_the_folder_of_another_run(tiny_model, problems, tmp_path):
     code, output = run(TRAIN, argv + flags(dataset_name=tmp_path / "other.jsonl"), tmp_path / "log0")
     assert code == 2 and "(data is '" in output, output
     code, output = run(TRAIN, argv + flags(max_steps=2, beta=0.5, system_prompt="Add."), tmp_path / "log2")
-    warning = [line for line in output.splitlines() if line.startswith("warning: options are not those")]
+    warning = [line for line in output.splitlines() if line.startswith("warning: options differ")]
     assert code == 0 and warning == [
-        "warning: options are not those of the interrupted run: max_steps is 1 there, 2 here; "
+        "warning: options differ from those of the interrupted run: max_steps is 1 there, 2 here; "
         "system_prompt is '' there, 'Add.' here; beta is 0.04 there, 0.5 here"
     ], output
     before = weights(out)

@@ -99,23 +99,23 @@ def test_what_is_refused_says_why(trainer, tmp_path):
         ):
             with pytest.raises(ValueError) as refused:
                 paste(name, value)
-            assert str(refused.value) == f"`{name}: {value}` cannot be had: {REFUSED_KEYS[name]}."
+            assert str(refused.value) == f"`{name}: {value}` is not supported: {REFUSED_KEYS[name]}."
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--packing_strategy", "wrapped"], "`packing_strategy: wrapped` cannot be had"),
+        (["--packing_strategy", "wrapped"], "`packing_strategy: wrapped` is not supported"),
         (["--packing_strategy=bfd", "--fp16=false"], None),
-        (["--padding_free", "--train_sampling_strategy", "sequential"], "cannot be had: rows are shuffled"),
+        (["--padding_free", "--train_sampling_strategy", "sequential"], "is not supported: rows are shuffled"),
         (["--label_smoothing_factor", "0"], None),
         (["--neftune_noise_alpha", "none"], None),
         (["--include_for_metrics", "inputs", "loss", "--max_lenght=3"], "unknown flag `--max_lenght=3`: did you mean"),
         (["--fsdp", "{"], "argument --fsdp: invalid .* value: '{'"),
         (["stray"], "unknown flag `stray`"),
-        (["--max_length", "none", "--packing=true"], "need to know the longest row: give --max_length"),
+        (["--max_length", "none", "--packing=true"], "need a limit for the length of rows: give --max_length"),
         (["--max_length", "none", "--seed", "null"], "seed must have a value"),
-        (["--warmup_steps", "2.5"], "warmup_steps 2.5 is neither a number of steps nor"),
+        (["--warmup_steps", "2.5"], "warmup_steps 2.5 must be a whole number of steps"),
         (["--benchmark_kwargs", '{"limit": 3}'], "give --benchmarks"),
     ],
 )
@@ -135,8 +135,8 @@ def test_on_the_command_line(flags, says):
         ("seed: [1]", "seed must be a whole number"),
         ("run_name: {a: 1}", "run_name must be text, got {'a': 1}"),
         ("lr_scheduler_kwargs: [min_lr, 1]", "lr_scheduler_kwargs must be a JSON object"),
-        ("seed: 1\nseed: 2", "`seed` is there twice"),
-        ("lr_scheduler_kwargs: {min_lr: 1, min_lr: 2}", "`min_lr` is there twice"),
+        ("seed: 1\nseed: 2", "the recipe has `seed` twice"),
+        ("lr_scheduler_kwargs: {min_lr: 1, min_lr: 2}", "the recipe has `min_lr` twice"),
         ("max_length: 4\nmax_seq_length: 8", "max_length is given twice, under two of its names"),
         ("env: [A]", "must hold `NAME: value` lines"),
         ("learning_rate: .nan", "learning_rate must be finite, got nan"),
@@ -194,7 +194,7 @@ def test_parse_only_says_which_defaults_are_others(trainer, capsys, tmp_path):
     there = {"num_train_epochs": (1.0, 3.0)}
     there |= {"beta": (0.04, 0.0)} if trainer == "GRPO" else {"assistant_only_loss": (True, False)}
     for name, (ours, theirs) in there.items():
-        assert f"#   {name}: {json.dumps(ours)}, there {json.dumps(theirs)}" in lines
+        assert f"#   {name}: {json.dumps(ours)} instead of {json.dumps(theirs)}" in lines
     assert not any("learning_rate" in line or "output_dir" in line for line in lines)
     (tmp_path / "again.yaml").write_text(text)
     assert parse(TYPES[trainer], ["--config", str(tmp_path / "again.yaml")])

@@ -1,7 +1,7 @@
-"""Chat templates: which one, where its turns end, and whether it fits the tokenizer and the model.
+"""Chat templates: chooses the template, finds the token that ends its turns, and checks it against tokenizer and model.
 
-`set_up` is called once by either trainer, before anything is rendered; `check_template` says in one line that all is
-well, or what is not and the remedy. Left out on purpose: templates of our own for models that have one.
+Both trainers call `set_up` once, before anything is rendered. `check_template` reports in one line that everything
+fits, or lists each fault with its remedy. Not supported, on purpose: custom templates for models that have one.
 """
 
 import re
@@ -12,7 +12,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 
 from sft_core.data.conversation import encode, render
 
-# What base models get (as in open-r1); Qwen's own tokens, and Qwen's layout without its default system prompt.
+# The template for base models, as in open-r1: Qwen's tokens and layout, without Qwen's default system prompt.
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}"
@@ -27,10 +27,11 @@ PROBE = [{"role": "user", "content": "Is 12 + 30 = 42?\n  Ünïcode, too."}, {"r
 def set_up(
     tokenizer: PreTrainedTokenizerBase, eos_token: str | None, conversations: bool, chatml_default: bool
 ) -> None:
-    """For `conversations` give a base model's tokenizer ChatML where that is the default, and have EOS end a turn.
+    """Set the tokenizer's chat template and EOS. Conversations need both: the EOS becomes the token that ends a turn.
 
-    `eos_token`: the user's choice of EOS. ChatML's two tokens are added where the vocabulary lacks them; the model's
-    embedding then has to grow (`sft_core.model.policy.load_policy`).
+    `chatml_default`: ChatML is the default for a tokenizer without a template. Its two tokens are added if they are not
+    in the vocabulary, and the model's embedding then has to grow (`sft_core.model.policy.load_policy`).
+    `eos_token`: the user's choice of EOS.
     """
     if conversations and tokenizer.chat_template is None and chatml_default:
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos(tokenizer) else "") + CHATML
@@ -43,11 +44,11 @@ def set_up(
     elif conversations and tokenizer.chat_template is not None and (end := end_of_turn(tokenizer)) is not None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     if tokenizer.eos_token != before and tokenizer.eos_token == tokenizer.pad_token:
-        tokenizer.pad_token = before  # nothing is padded here, but others mask what they take for padding
+        tokenizer.pad_token = before  # nothing is padded here, but other code masks the pad token
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the template puts right after what the assistant says, or None."""
+    """The special token that the template puts right after the assistant's message, or None."""
     text = render(tokenizer, PROBE)
     _, found, after = text.rpartition(PROBE[-1]["content"])
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
@@ -60,12 +61,12 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def has_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template marks what the assistant says: {% generation %} ... {% endgeneration %}."""
+    """Whether the template marks the assistant's messages: {% generation %} ... {% endgeneration %}."""
     return re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)) is not None
 
 
 def has_prompt(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template has a generation prompt, something that the assistant's words follow."""
+    """Whether the template has a generation prompt, the text in front of the assistant's message."""
     return render(tokenizer, PROBE[:1], prompt=True) != render(tokenizer, PROBE[:1])
 
 
@@ -80,18 +81,18 @@ def check_template(
     supervised: bool = False,
     more: dict[str, Any] | None = None,
 ) -> str:
-    """One line if the template, given `more`, fits tokenizer, stop tokens and what is trained; else each fault with its
-    remedy."""
+    """One line if the template, rendered with the variables `more`, fits the tokenizer, the stop tokens and the
+    training; else one line per fault, with its remedy."""
     if tokenizer.chat_template is None:
         return "chat template: none"
     text = render(tokenizer, PROBE[:1], more, prompt=True)
     ids, bos, end, faults = encode(tokenizer, text), tokenizer.bos_token_id, end_of_turn(tokenizer), []
     if bos is not None and ids[:2] == [bos, bos]:
-        faults.append(f"a prompt begins with {tokenizer.bos_token} twice: write it once in the template.")
+        faults.append(f"a prompt begins with {tokenizer.bos_token} twice: remove one from the template.")
     if adds_bos(tokenizer) and ids[:1] != [bos]:
         faults.append(
-            f"a prompt has no {tokenizer.bos_token}, which this tokenizer puts before any other text: begin the "
-            "template with {{ bos_token }}."
+            f"a prompt has no {tokenizer.bos_token}, which this tokenizer adds to any plain text: begin the template "
+            "with {{ bos_token }}."
         )
     if end is None:
         faults.append(
@@ -99,25 +100,25 @@ def check_template(
         )
     elif end not in stop_ids:
         faults.append(
-            f"the assistant's turn ends with {tokenizer.convert_ids_to_tokens(end)}, which is no stop token: give it "
-            "as --eos_token."
+            f"the assistant's turn ends with {tokenizer.convert_ids_to_tokens(end)}, which is not a stop token: give "
+            "it as --eos_token."
         )
     if supervised and not has_markers(tokenizer) and not render(tokenizer, PROBE, more).startswith(text):
         faults.append(
-            "a finished turn does not begin as the generation prompt does, so what the assistant says cannot be told "
-            "apart: give a --chat_template with {% generation %} markers."
+            "a finished turn does not begin with the generation prompt, so the assistant's message cannot be located: "
+            "give a --chat_template with {% generation %} markers."
         )
     if "strftime_now" in str(tokenizer.chat_template):
         faults.append(
-            "it writes today's date, so a run that goes on tomorrow is not quite the same: write a fixed one."
+            "it writes today's date, so a run that resumes tomorrow gets other prompts: write a fixed date instead."
         )
     if tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) != text:
-        faults.append("a prompt does not come back from the tokenizer as it was: rewards may see other text.")
+        faults.append("encoding and decoding changes a prompt, so rewards may see other text: check the tokenizer.")
     if faults:
         return "\n".join(f"chat template: {fault}" for fault in faults)
     bos_text = f"one {tokenizer.bos_token}" if ids[:1] == [bos] else "no BOS"
     think = "opened by the template" if text.rstrip().endswith("<think>") else "left to the model"
     return (
-        f"chat template: all is well ({bos_text}; turns end with {tokenizer.convert_ids_to_tokens(end)}, trained and a "
-        f"stop token; <think> {think}; prompts survive a round trip)"
+        f"chat template: OK ({bos_text}; turns end with {tokenizer.convert_ids_to_tokens(end)}, which is a stop token; "
+        f"<think> {think}; decoding a prompt restores its text)"
     )

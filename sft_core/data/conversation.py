@@ -1,12 +1,12 @@
-"""The conversation of a row: its messages and what else the chat template is given; checked and rendered, for everyone.
+"""The conversation of a row: its messages and the other variables of the chat template, checked and rendered.
 
-A part that has a value and does not show in the rendering would be dropped without a word, so it is refused. Parts are
-the fields of the messages (but LINKS and the name of a tool that answers, which say what belongs together), the columns
-of COLUMNS, and the keys of the column `chat_template_kwargs`; the template gets them by their names. None (as Arrow
-gives every row whose neighbours have the field), "", [] and {} are no values. Other columns are no parts of the
-conversation: supervised training leaves them out and says so, in GRPO the rewards see them. What a template strips
-inside a text (blanks, the thoughts of earlier turns) is its own affair here; the words that are trained are checked by
-`sft_core/dataset.py`. Left out on purpose: images, sound, videos.
+A template may ignore a part of a conversation. Such a part would be dropped silently, so the row is refused. The parts
+are the fields of the messages, the columns in COLUMNS, and the keys of the column `chat_template_kwargs`; the template
+gets them by these names. LINKS and the name of an answering tool are exempt, as they only link messages to each other.
+None (which Arrow adds if another row has the field), "", [] and {} count as no value. Other columns are not part of the
+conversation: supervised training reports them as unused, and GRPO's rewards see them. A template may strip text inside
+a message (blanks, the reasoning of earlier turns); `sft_core/dataset.py` checks this for trained messages.
+Not supported, on purpose: images, sound, videos.
 """
 
 import inspect
@@ -32,7 +32,7 @@ def render(
     more: dict[str, Any] | None = None,
     prompt: bool = False,
 ) -> str:
-    """The conversation as text; `more`: what else the template gets; `prompt`: up to where the answer begins.
+    """The conversation as text. `more`: other variables of the template; `prompt`: add the generation prompt.
 
     Raises:
         ValueError: there is no chat template, or it refuses these messages.
@@ -48,26 +48,26 @@ def render(
     except Exception as error:  # Jinja's own errors and the templates' raise_exception
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise ValueError(
-            f"the chat template refuses a conversation of the roles {roles}: {error}; give one that takes it, or "
-            "change the messages (--system_prompt '' is none)."
+            f"the chat template refuses a conversation of the roles {roles}: {error}; give a --chat_template that "
+            "accepts them, or change the messages (--system_prompt '' leaves out the system prompt)."
         ) from error
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of rendered text, which holds its special tokens already."""
+    """Token ids of rendered text, which contains its special tokens already."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], more: dict[str, Any]
 ) -> list[int]:
-    """Token ids of a conversation up to where the assistant's answer begins; all of it shows."""
+    """Token ids of a conversation with the generation prompt; raises ValueError if a part does not show."""
     check_shown(tokenizer, messages, more)
     return encode(tokenizer, render(tokenizer, messages, more, prompt=True))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """The same, and for a base model, which has no chat template, the plain texts."""
+    """The same; without a chat template (a base model), the token ids of the plain texts."""
     if tokenizer.chat_template is not None:
         return render_prompt(tokenizer, messages, {})
     return tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
@@ -77,33 +77,33 @@ def text_of(value: Any, column: str) -> str:
     """The plain text of a column.
 
     Raises:
-        ValueError: it is none, or a conversation that was written as text.
+        ValueError: the value is not text, or it is a conversation written as text.
     """
     if not isinstance(value, str):
-        raise ValueError(f"`{column}` must be text and is {type(value).__name__}.")
+        raise ValueError(f"`{column}` must be text and is {type(value).__name__}: convert the column to text.")
     if AS_TEXT.match(value):
         raise ValueError(f"`{column}` is a conversation written as text ({value[:40]!r}): make it a list of messages.")
     return value
 
 
 def messages_of(value: Any, column: str, wanted: str = "a list of messages") -> list[dict[str, Any]]:
-    """The messages of a column, without empty fields. Parts of text are one text, as where templates take them.
+    """The messages of a column, without empty fields. A content that is a list of text parts becomes one text.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the column does not hold messages.
     """
     if not isinstance(value, list) or not value:
         what = "empty" if value in EMPTY else repr(value)[:50]
-        raise ValueError(f"`{column}` must be {wanted}, and is {what}.")
+        raise ValueError(f"`{column}` must be {wanted}, and is {what}: check the data.")
     messages = []
     for message in value:
         if not isinstance(message, dict):
-            raise ValueError(f"`{column}` must hold messages with role and content; it holds {message!r}.")
+            raise ValueError(f"`{column}` must hold messages with `role` and `content`; it holds {message!r:.80}.")
         fields = without_none(message)
         role, content = fields.get("role"), fields.get("content")
         if role not in ROLES:
             raise ValueError(
-                f"unknown role {role!r} in `{column}`: a message has `role`, one of {', '.join(ROLES)}, and `content`."
+                f"unknown role {role!r} in `{column}`: a message needs `content` and a `role` of {', '.join(ROLES)}."
             )
         if isinstance(content, list) and content and all(map(_is_text, content)):
             content = "".join(part["text"] for part in content)
@@ -121,27 +121,27 @@ def _is_text(part: Any) -> bool:
 
 
 def prompt_of(value: Any, column: str) -> list[dict[str, Any]]:
-    """The messages that an answer is sampled to: those of a column, or its text as what the user says.
+    """The messages of a prompt: those of a column, or the column's text as one user message.
 
     Raises:
-        ValueError: it is neither, or the answer is there already.
+        ValueError: the column holds neither, or it ends with an assistant message.
     """
     if isinstance(value, str) and value.strip():
         value = [{"role": "user", "content": text_of(value, column)}]
     messages = messages_of(value, column, "text or a list of messages")
     if messages[-1]["role"] == "assistant":
         raise ValueError(
-            f"`{column}` ends with what the assistant says, to which there is no next answer: leave that message out "
-            "(what every answer begins with belongs into the chat template's generation prompt)."
+            f"`{column}` ends with an assistant message, after which nothing can be sampled: remove that message (put "
+            "a fixed beginning of all answers into the chat template's generation prompt)."
         )
     return messages
 
 
 def options_of(row: dict[str, Any], of_all: dict[str, Any] | None) -> dict[str, Any]:
-    """What else the chat template gets, by name: for every row `of_all`, and before it what this one says.
+    """The other variables of the chat template, by name: `of_all` for every row, overridden by the row's own.
 
     Raises:
-        ValueError: it is not in a form that templates take, or would change more than what the template shows.
+        ValueError: a value has no form that templates accept, or a name is an argument of apply_chat_template.
     """
     found: dict = {}
     for name in COLUMNS:
@@ -150,14 +150,16 @@ def options_of(row: dict[str, Any], of_all: dict[str, Any] | None) -> dict[str, 
             found[name] = json.loads(value) if isinstance(value, str) and value else value
         except ValueError as error:
             raise ValueError(
-                f"`{name}` is neither a list nor one as JSON, as chat templates take it ({error}): "
-                "rename the column if it is meant for something else."
+                f"`{name}` must be a list, or a list as JSON text ({error}): correct it, or rename the column if it is "
+                "not for the chat template."
             ) from error
     if isinstance(own := found["chat_template_kwargs"] or {}, dict):
         del found["chat_template_kwargs"]
         found = (of_all or {}) | without_none(found) | without_none(own)
     if ours := RESERVED.intersection(found):
-        raise ValueError(f"chat_template_kwargs may not hold {', '.join(sorted(ours))}: they are no template's.")
+        raise ValueError(
+            f"chat_template_kwargs may not hold {', '.join(sorted(ours))}, which the program sets itself: remove them."
+        )
     return _filled(without_none(found))
 
 
@@ -166,20 +168,20 @@ def _filled(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_none(value: Any) -> Any:
-    """`value` without the empty fields that Arrow adds, so that all rows have the same ones."""
+    """`value` without the None fields that Arrow adds so that all rows have the same fields."""
     if isinstance(value, dict):
         return {key: without_none(part) for key, part in value.items() if part is not None}
     return [without_none(part) for part in value] if isinstance(value, list) else value
 
 
 def check_shown(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], more: dict[str, Any]) -> None:
-    """Raise ValueError where a part of the conversation does not show: with another value the rendering is the same."""
-    for name, value in more.items():  # some matter to the generation prompt alone
+    """Raise ValueError if a part of the conversation does not show: another value would give the same rendering."""
+    for name, value in more.items():  # some affect only the generation prompt
         changed = render(tokenizer, messages, more | {name: _other(value)}, prompt=True)
         if changed == render(tokenizer, messages, more, prompt=True):
             raise ValueError(
-                f"the chat template knows no {name} and would leave them out: give a --chat_template that "
-                "shows them, or take them out of the data."
+                f"the chat template does not use `{name}` and would leave it out: give a --chat_template that "
+                "shows it, or remove it from the data and from --chat_template_kwargs."
             )
     text = render(tokenizer, messages, more)
     for i, message in enumerate(messages):
@@ -189,12 +191,12 @@ def check_shown(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any
             if name not in links and value != "" and render(tokenizer, other, more) == text:
                 raise ValueError(
                     f"the chat template leaves out `{name}` of message {i + 1} (role {message['role']}): "
-                    "give a --chat_template that shows it, or take it out."
+                    "give a --chat_template that shows it, or remove it from the data."
                 )
 
 
 def _other(value: Any) -> Any:
-    """A value of the same form whose texts and numbers are others."""
+    """A value of the same form with other texts and numbers."""
     if isinstance(value, dict):
         return {key: part if key in LINKS else _other(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -203,7 +205,7 @@ def _other(value: Any) -> Any:
 
 
 def with_system(messages: list[dict[str, Any]], system: str, role: str) -> list[dict[str, Any]]:
-    """The messages behind the system prompt, as a message of `role`; what the data says in its place stays."""
+    """The messages after the system prompt, a message of `role`. A system message in the data is kept instead."""
     first, *rest = messages
     if not system or first["role"] in ("system", "developer"):
         return messages
@@ -213,9 +215,9 @@ def with_system(messages: list[dict[str, Any]], system: str, role: str) -> list[
 
 
 def shows_system(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template shows what the system says; some leave it out, some refuse it."""
+    """Whether the chat template shows system messages; some templates ignore them, some refuse them."""
     user = [{"role": "user", "content": "."}]
-    check_shown(tokenizer, user, {})  # another fault of the template is no answer
+    check_shown(tokenizer, user, {})  # raises for any other fault of the template
     try:
         check_shown(tokenizer, [{"role": "system", "content": "."}, *user], {})
     except ValueError:

@@ -1,4 +1,4 @@
-"""Padding-free batches: whole sequences put end to end into bins of at most a token budget."""
+"""Padding-free batches: whole sequences, end to end, in bins of at most a token budget."""
 
 import heapq
 import math
@@ -17,7 +17,7 @@ from kernels.attention import PackedLayout, packed_layout
 def pack(lengths: list[int], budget: int) -> list[list[int]]:
     """Best-fit decreasing: indices of `lengths` grouped into bins whose lengths sum to at most `budget`.
 
-    A sequence is never split; one longer than the budget gets a bin of its own. Deterministic.
+    A sequence is never split; one longer than the budget gets its own bin. The result is deterministic.
 
     >>> pack([5, 3, 3, 2, 9], budget=8)
     [[4], [0, 1], [2, 3]]
@@ -37,12 +37,14 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def balance(lengths: Sequence[int], cost: Sequence[float], budget: int, ranks: int) -> list[list[list[int]]]:
-    """For each rank its micro-batches, as indices of `lengths`: at most `budget` tokens each, as many on every rank.
+    """For each rank its micro-batches, as indices of `lengths`. Each has at most `budget` tokens. All ranks have the
+    same number of micro-batches.
 
-    `cost` of each sequence is in proportion to its FLOPs. Ranks go through their micro-batches in step, so those that
-    meet are made alike: costliest sequence first, each to the cheapest micro-batch with room, and the micro-batches
-    dealt out in order of cost. A sequence is never split; one longer than the budget gets a micro-batch of its own.
-    With fewer sequences than ranks some micro-batches are empty. Deterministic.
+    `cost` of each sequence is proportional to its FLOPs. Ranks run their micro-batches in lockstep, so micro-batches
+    that run at the same time should cost the same. Each sequence, costliest first, goes to the cheapest micro-batch
+    with room; the micro-batches are then dealt to the ranks in order of cost. A sequence is never split; one longer
+    than the budget gets its own micro-batch. With fewer sequences than ranks some micro-batches are empty. The result
+    is deterministic.
 
     >>> balance([5, 3, 3, 2, 9], [5, 3, 3, 2, 9], budget=8, ranks=2)
     [[[4], [1, 3]], [[0], [2]]]
@@ -59,10 +61,10 @@ def balance(lengths: Sequence[int], cost: Sequence[float], budget: int, ranks: i
 def _spread(
     lengths: Sequence[int], cost: Sequence[float], order: list[int], budget: int, count: int
 ) -> list[list[int]] | None:
-    """The sequences in exactly `count` bins, or None where they do not fit."""
+    """The sequences in exactly `count` bins, or None if they do not fit."""
     bins: list[list[int]] = [[] for _ in range(count)]
     tokens = [0] * count
-    cheapest = [(0.0, b) for b in range(count)]  # a heap of (cost, bin), without the bins that are full
+    cheapest = [(0.0, b) for b in range(count)]  # a heap of (cost, bin), without full bins
     smallest = lengths[order[-1]] if order else 0
     for i in order:
         passed = []
@@ -82,7 +84,7 @@ def _spread(
 
 @dataclass
 class PackedSequences:
-    """Sequences end to end, and which of their tokens are scored. T tokens, N scored ones, S sequences."""
+    """Sequences end to end, and which of their tokens are scored. T tokens, N scored tokens, S sequences."""
 
     input_ids: Tensor  # [1, T]
     layout: PackedLayout  # sequence boundaries and positions
@@ -97,11 +99,11 @@ def pack_sequences(
 ) -> PackedSequences:
     """Lay `sequences` (lists or arrays of ids) end to end; `masks[i][t]`: token t of sequence i is scored (t > 0).
 
-    A scored token is predicted by the position before it, so the head runs on `rows` alone: what is not scored costs
-    nothing there, and no position of one sequence ever predicts a token of the next.
+    The position before a scored token predicts it. The head runs only on these positions (`rows`), so unscored tokens
+    cost nothing there, and no position of one sequence ever predicts a token of the next.
 
-    The first `shared[i]` tokens of sequence i are those of the last one before it that shares none (0): they stand in
-    the row once. Such a sequence may have no token of its own.
+    `shared[i]`: sequence i shares its first `shared[i]` tokens with the last sequence before it whose `shared` is 0.
+    These tokens are in the row only once. A sequence that shares tokens may have no others.
     """
     skipped = shared or [0] * len(sequences)
     used = [i for i, sequence in enumerate(sequences) if not skipped[i] or len(sequence) > skipped[i]]
@@ -124,7 +126,7 @@ def pack_sequences(
 
 
 def idle_sequences(device: torch.device) -> PackedSequences:
-    """A sequence of which no token is scored (N = 0), for a rank that has run out while others have not."""
+    """A sequence without scored tokens (N = 0), for a rank with fewer micro-batches than others."""
     return pack_sequences([[0, 0]], [[False, False]], device)
 
 
@@ -132,15 +134,15 @@ def idle_sequences(device: torch.device) -> PackedSequences:
 class StepCounts:
     """Totals of an optimizer step over all ranks, known before its first backward pass."""
 
-    micro_batches: int  # the largest number on any rank, at least 1: every rank makes as many passes
+    micro_batches: int  # the largest number on any rank, at least 1; every rank makes this many passes
     num_tokens: int  # scored tokens
     num_sequences: int
-    trained_tokens: int  # of these, those that get a pass: the others have no gradient
+    trained_tokens: int  # scored tokens that get a pass; the others have no gradient
     trained_sequences: int
 
 
 def step_counts(batches: list[PackedSequences], device: torch.device, skipped: tuple[int, int] = (0, 0)) -> StepCounts:
-    """Counts over all ranks, in one collective. `skipped`: this rank's tokens and sequences that count without a
+    """Counts over all ranks, in one collective. `skipped`: this rank's tokens and sequences that are counted but get no
     pass."""
     tokens, sequences = sum(len(b.targets) for b in batches), sum(b.num_sequences for b in batches)
     numbers = [len(batches), tokens + skipped[0], sequences + skipped[1], tokens, sequences]

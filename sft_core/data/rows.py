@@ -1,7 +1,7 @@
-"""Rows from the Hub or local files, whole or streamed, and an order of them that can be resumed.
+"""Reads rows from the Hub or from local files, whole or streamed, and gives them a resumable order.
 
-What is made of a row: `sft_core/dataset.py`, `grpo_core/rollout.py`. Left out on purpose: formats other than these.
-`datasets` is imported by what reads rows: the update and its benches do without it.
+`sft_core/dataset.py` and `grpo_core/rollout.py` process the rows. `datasets` is imported inside the functions that read
+rows, because the update and its benchmarks do not need it. Not supported, on purpose: other formats.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 logger = logging.getLogger(__name__)
-FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")  # the ends of their names, also in capital letters
-logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it cannot read is said below, better
+FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")  # suffixes, in lower or upper case
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # the errors below are clearer
 
 
 def load_splits(
     arguments: ScriptArguments, test: bool, streaming: bool = False
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
-    """The rows to train on, and those to evaluate on where `test` asks for them; `streaming` is of the former.
+    """The rows to train on and, with `test`, those to evaluate on. `streaming`: stream the rows to train on.
 
     Raises:
-        ValueError: nothing is there, or no such split, or no rows to evaluate on; the message names the remedy.
+        ValueError: the data, the split or rows to evaluate on do not exist; the message names the remedy.
     """
     if (mixture := arguments.mixture()) is not None:
         _warn_of_unused(arguments, "a mixture", "dataset_config", "dataset_train_split", "dataset_test_split")
         if streaming:
-            raise ValueError("a mixture is shuffled whole and cannot be streamed: leave out --dataset_streaming.")
+            raise ValueError("a mixture is shuffled as a whole and cannot be streamed: leave out --dataset_streaming.")
         return _mix(mixture, test)
     name, config, test_split = arguments.dataset_name, arguments.dataset_config, arguments.dataset_test_split
     if is_undivided(name):
@@ -52,7 +52,7 @@ def load_splits(
         return train, load_rows(test_split, option="--dataset_test_split")
     if is_undivided(name):
         raise ValueError(
-            f"evaluation needs a test split, and {name} is one file or undivided set: name another file with "
+            f"evaluation needs a test split, and {name} has no splits: name another file with "
             "--dataset_test_split FILE, or leave out do_eval and eval_strategy."
         )
     return train, load_rows(name, config, test_split, option="--dataset_test_split")
@@ -64,18 +64,18 @@ def is_data_file(name: str) -> bool:
 
 
 def is_undivided(name: str) -> bool:
-    """Whether the data is one file, or a saved set without splits."""
+    """Whether the data has no splits: one file, or a saved `Dataset`."""
     return is_data_file(name) or (Path(name).expanduser() / "state.json").exists()
 
 
 def _warn_of_unused(arguments: ScriptArguments, data: str, *options: str) -> None:
     for option in options:
         if (value := getattr(arguments, option)) not in (None, "train", "test"):  # the defaults
-            logger.warning("--%s %s is not used: %s has no such parts.", option, value, data)
+            logger.warning("--%s %s is not used: %s has no splits or configurations.", option, value, data)
 
 
 def _mix(mixture: DatasetMixtureConfig, test: bool) -> tuple[Dataset, Dataset | None]:
-    """open-r1's mixture: a share of each set's shuffled rows, put together and shuffled, and a test split of them."""
+    """open-r1's mixture: shuffle each set, take its share of rows, concatenate, shuffle, and split off test rows."""
     from datasets import concatenate_datasets
 
     parts: list[Dataset] = []
@@ -84,11 +84,13 @@ def _mix(mixture: DatasetMixtureConfig, test: bool) -> tuple[Dataset, Dataset | 
         rows = load_rows(name, entry.config, entry.split, option="dataset_mixture")
         if columns:
             if missing := set(columns) - set(rows.column_names):
-                raise ValueError(f"{name} has no columns {sorted(missing)}; it has {rows.column_names}.")
+                raise ValueError(
+                    f"{name} has no columns {sorted(missing)}; it has {rows.column_names}: correct `columns`."
+                )
             rows = rows.select_columns(columns)
         count = int(len(rows) * weight)
         if count == 0:
-            raise ValueError(f"weight {weight} of {name}, a share of its {len(rows)} rows, must leave a row.")
+            raise ValueError(f"weight {weight} of {name} leaves none of its {len(rows)} rows: raise the weight.")
         parts.append(rows.shuffle(seed=mixture.seed).select(range(count)))
         if set(rows.column_names) != set(parts[0].column_names):
             raise ValueError(
@@ -98,7 +100,9 @@ def _mix(mixture: DatasetMixtureConfig, test: bool) -> tuple[Dataset, Dataset | 
     try:
         mixed = concatenate_datasets(parts).shuffle(seed=mixture.seed)
     except ValueError as error:
-        raise ValueError(f"the sets of the mixture hold different types: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"columns of the mixture differ in type: {' '.join(str(error).split())}; leave them out with `columns`."
+        ) from error
     if size := mixture.test_split_size:
         split = mixed.train_test_split(test_size=size, seed=mixture.seed)
         return split["train"], split["test"] if test else None
@@ -110,13 +114,13 @@ def _mix(mixture: DatasetMixtureConfig, test: bool) -> tuple[Dataset, Dataset | 
 def load_rows(
     name: str, config: str | None = None, split: str = "train", option: str = "--dataset_name", streaming: bool = False
 ) -> Any:
-    """The rows of `split`, a Dataset; streamed an IterableDataset, read as it is needed in the order of the files. An
-    undivided set is one split, whatever its name.
+    """The rows of `split` as a Dataset. With `streaming` it is an IterableDataset, read as needed in the order of the
+    files. Data without splits is returned whole, whatever `split` is.
 
-    option: what the user named it by, for the message.
+    `option`: the option that named the data, for messages.
 
     Raises:
-        ValueError: nothing is there, or no such split; the message says what there is.
+        ValueError: the data or the split does not exist; the message lists the splits.
     """
     from datasets import config as library
     from datasets import load_dataset, load_from_disk
@@ -124,14 +128,14 @@ def load_rows(
     path = Path(name).expanduser()
     saved = any((path / file).exists() for file in ("state.json", "dataset_dict.json"))
     if not saved:
-        check_writable(library.HF_DATASETS_CACHE, "It is the cache of `datasets`: set HF_HOME to a folder of yours.")
+        check_writable(library.HF_DATASETS_CACHE, "It is the cache of `datasets`: set HF_HOME to a folder of your own.")
     if is_data_file(name):
         data = _read_file(name, streaming, option)
     elif saved:
         try:
-            data = load_from_disk(str(path)).with_format(None)  # which may hide columns, and turns values into arrays
-        except IndexError as error:  # it looks into the first of no tables
-            raise ValueError(f"{name} has no rows.") from error
+            data = load_from_disk(str(path)).with_format(None)  # a format may hide columns or turn values into arrays
+        except IndexError as error:  # what `datasets` raises for a set without tables
+            raise ValueError(f"{name} has no rows: check {option}.") from error
     elif path.is_file() or name.startswith((".", "/", "~")) and not path.is_dir():
         raise ValueError(f"there is no data set at {name} (a folder, or one of {', '.join(FILES)}): check {option}.")
     else:
@@ -139,8 +143,8 @@ def load_rows(
             data = load_dataset(name, config, streaming=streaming)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"no data set {name!r} to be had: it is neither a file ({', '.join(FILES)}), a saved set, nor "
-                f"a Hub id that can be reached from here (check {option}). Cause: {str(error).splitlines()[0]}"
+                f"cannot load data set {name!r}, which is neither a file ({', '.join(FILES)}), nor a saved set, nor "
+                f"a Hub id that can be reached from here: check {option}. Cause: {str(error).splitlines()[0]}"
             ) from error
     if isinstance(data, dict):
         if split not in data:
@@ -149,12 +153,12 @@ def load_rows(
     if streaming:
         return data.to_iterable_dataset() if hasattr(data, "to_iterable_dataset") else data
     if len(data) == 0:
-        raise ValueError(f"{name} has no rows.")
+        raise ValueError(f"{name} has no rows: check {option}.")
     return data
 
 
 def _read_file(name: str, streaming: bool, option: str) -> Any:
-    """The rows of a data file; where it cannot be read as it is written, ValueError says which line is wrong."""
+    """The rows of a data file. If it cannot be read, ValueError names the first damaged line."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -164,10 +168,10 @@ def _read_file(name: str, streaming: bool, option: str) -> Any:
     kind = "json" if _is_json(path) else "parquet"
     try:
         rows = load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
-        first_row(rows)  # a stream is not read before
+        first_row(rows)  # a stream is first read here
     except (DatasetGenerationError, StopIteration, ValueError, EOFError, OSError) as error:
         cause = damaged_line(path) or " ".join(str(error.__cause__ or error).split())[:200] or "no rows"
-        raise ValueError(f"{name} cannot be read as {kind}: {cause} (one row a line).") from error
+        raise ValueError(f"{name} cannot be read as {kind}: {cause} (one row per line); correct the file.") from error
     if not streaming:
         columns = [column for column, feature in rows.features.items() if "Json" not in repr(feature)]
         fault = on_first_rank(lambda: damaged_line(path, columns), patient=True)
@@ -184,11 +188,11 @@ def _open(path: Path) -> Any:
 
 
 def damaged_line(path: Path, columns: Sequence[str] | None = None) -> str | None:
-    """What is wrong with the first line of a JSON-lines file that is no JSON object in UTF-8, and which line it is.
+    """Describe the first line of a JSON-lines file that is not a JSON object in UTF-8; None if there is none.
 
-    columns: those of one type, of a file that `datasets` has read, in whatever form. A line with a value of another
-    type there is damaged too, for `datasets` fits to the first 10 MiB what comes after them: text is made of a number,
-    a number of text.
+    `columns`: for a file that `datasets` has read, its columns of one type. A line with a value of another type there
+    is damaged too: `datasets` takes the types from the first 10 MiB and converts later values, numbers to text or text
+    to numbers. `datasets` also reads a file in another JSON form, for which the result is None.
     """
     if not _is_json(path):
         return None
@@ -199,7 +203,7 @@ def damaged_line(path: Path, columns: Sequence[str] | None = None) -> str | None
                 try:
                     row = json.loads(line) if line.strip() else {}
                     if not isinstance(row, dict):
-                        raise ValueError("it is no object")
+                        raise ValueError("it is not an object")
                 except ValueError as error:
                     if columns is not None and not isinstance(error, UnicodeDecodeError):
                         return None
@@ -208,7 +212,7 @@ def damaged_line(path: Path, columns: Sequence[str] | None = None) -> str | None
                 for name in columns or ():
                     kind = kind_of(row.get(name))
                     if kind != "NoneType" and kinds.setdefault(name, kind) != kind:
-                        return f"in line {number} `{name}` is {row[name]!r:.80}, above a {kinds[name]}: write one type"
+                        return f"in line {number} `{name}` is {row[name]!r:.80}, above a {kinds[name]}: use one type"
     except (EOFError, OSError) as error:  # of a gzip file
         return str(error)
     return None
@@ -219,7 +223,7 @@ def kind_of(value: Any) -> str:
 
 
 def json_lines(name: str) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file as they are written; none of a file in another form."""
+    """The rows of a JSON-lines file as they are written; an empty list for a file in another form."""
     path = Path(name).expanduser()
     if not _is_json(path) or damaged_line(path) is not None:
         return []
@@ -228,10 +232,10 @@ def json_lines(name: str) -> list[dict[str, Any]]:
 
 
 def first_row(rows: Dataset | IterableDataset) -> dict[str, Any]:
-    """The first row; of a stream without moving it, which an iterator left alone would.
+    """The first row; a stream is not advanced.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are no rows.
     """
     first = next(iter(rows.take(1)), None)
     if first is None:
@@ -241,7 +245,7 @@ def first_row(rows: Dataset | IterableDataset) -> dict[str, Any]:
 
 def without_format(rows: Any) -> Any:
     """The columns that the format of a data set selects (all, unless `set_format(columns=...)` was called), as Python
-    values. A stream and None stay as they are."""
+    values. A stream or None is returned as it is."""
     from datasets import Dataset
 
     if not isinstance(rows, Dataset):
@@ -250,7 +254,7 @@ def without_format(rows: Any) -> Any:
 
 
 def fingerprint(rows: Dataset | IterableDataset) -> str:
-    """Identity of a data set: its columns and every value of every row, in order (streamed: of the first 100 rows)."""
+    """A digest of a data set: its columns and every value of every row, in order (streamed: of the first 100 rows)."""
     from datasets import IterableDataset
 
     if isinstance(rows, IterableDataset):
@@ -258,14 +262,14 @@ def fingerprint(rows: Dataset | IterableDataset) -> str:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
     digest = hashlib.sha256(str(rows.features).encode())
     for table in rows.with_format("arrow").iter(1000):
-        copy = table.take([*range(len(table))])  # without what lies around it in memory
+        copy = table.take([*range(len(table))])  # drops other rows of the same buffers
         for batch in copy.combine_chunks().to_batches():
             digest.update(batch.serialize())
     return digest.hexdigest()[:16]
 
 
 def row_order(num_rows: int, seed: int | None, start: int, count: int) -> list[int]:
-    """Rows `start` to `start + count` of the endless sequence of shuffles, one an epoch: `start` is all of its state.
+    """Rows `start` to `start + count` of an endless sequence of shuffles, one per epoch; `start` is its whole state.
     Without a seed every epoch has the order of the rows.
 
     >>> row_order(3, seed=0, start=0, count=5)[:4] == row_order(3, seed=0, start=0, count=4)

@@ -1,1 +1,1 @@
-"""The policy: loading, adapters, sharding, optimizer, checkpoints, export, and the memory it will take."""
+"""The policy: loading, adapters, sharding, optimizer, checkpoints, export, and its planned memory."""

@@ -1,11 +1,15 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685) through peft: on a frozen model, quantised or not, and merged into it.
 
-peft owns the layers and their formulas; here is what a trainer asks of them: whether the options fit the model, before
-a weight is loaded; adapters that are equal on every rank; dropout that is on in SFT's training passes alone; the frozen
-model itself, which is GRPO's reference; and the merged weights under plain names, for engines and for the export.
+peft implements the layers and their formulas. This module adds what the trainers need:
 
-Left out on purpose: every other method of peft, several adapters at once, and adapters on the embedding or the head
-(log-probs are read from the head's matrix itself: train those whole, by lora_modules_to_save).
+* a check that the options fit the model, before any weight is loaded;
+* adapters that are equal on every rank;
+* dropout that is on only in SFT's training passes;
+* forward passes of the frozen model alone, which is GRPO's reference model;
+* merged weights under plain names, for engines and for the export.
+
+Not supported, on purpose: other methods of peft, several adapters at once, and adapters on the embedding or the head
+(log-probs are computed from the head's weight matrix; train those modules whole with lora_modules_to_save).
 """
 
 import copy
@@ -35,12 +39,12 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def check_adapters(config: ModelConfig, training: TrainingConfig, info: PretrainedConfig) -> None:
-    """Raise ValueError where the adapters' options do not fit the model, the run or this machine.
+    """Raise ValueError if the adapters' options do not fit the model, the run or this machine.
 
-    peft itself is asked, with the model that `info` describes on the meta device.
+    peft adds the adapters to the model of `info` on the meta device, and its own errors are reported.
     """
     if not config.use_peft:
-        require(not training.merge_adapter, "merge_adapter without adapters: give --use_peft true, or leave it out.")
+        require(not training.merge_adapter, "merge_adapter needs adapters: give --use_peft true, or leave it out.")
         return
     quantised = "load_in_4bit" if config.load_in_4bit else "load_in_8bit" if config.load_in_8bit else ""
     for option, package in (("use_peft", "peft"), (quantised, "bitsandbytes")):
@@ -48,14 +52,14 @@ def check_adapters(config: ModelConfig, training: TrainingConfig, info: Pretrain
             not option or importlib.util.find_spec(package) is not None,
             f"{option} needs {package}, which is not installed: pip install 'grpo_core[adapters]'.",
         )
-    for option in ("use_dora", "load_in_8bit"):  # peft asks for a weight's type; bitsandbytes' layers change in use
+    for option in ("use_dora", "load_in_8bit"):  # peft reads a weight's type; bitsandbytes' layers change when used
         require(
             not (training.torch_compile and getattr(config, option)),
-            f"layers of {option} cannot be compiled: leave out one of {option} and torch_compile.",
+            f"{option} cannot be combined with torch_compile: leave out one of them.",
         )
     require(
         training.merge_adapter or not training.benchmarks,
-        "benchmarks measure a whole model: give --merge_adapter true beside use_peft, or leave them out.",
+        "benchmarks need a whole model: give --merge_adapter true with use_peft, or leave out --benchmarks.",
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(info, trust_remote_code=config.trust_remote_code)
@@ -67,7 +71,7 @@ def check_adapters(config: ModelConfig, training: TrainingConfig, info: Pretrain
             found = any(name == entry or name.endswith(f".{entry}") for name in names)
             require(
                 found or (option, entry) == ("lora_target_modules", "all-linear"),
-                f"{option} names {entry!r}, which is no module: {remedy}.",
+                f"{option} names {entry!r}, which is not a module of the model: {remedy}.",
             )
     try:
         adapted = add_adapters(model, config, 0)
@@ -76,13 +80,13 @@ def check_adapters(config: ModelConfig, training: TrainingConfig, info: Pretrain
         raise ValueError(f"peft refuses lora_target_modules or lora_modules_to_save ({reason}); {remedy}.") from error
     require(
         not any(_is_adapted(layer) for layer in (adapted.get_input_embeddings(), adapted.get_output_embeddings())),
-        "lora_target_modules may not name the embedding or the head: train them whole by lora_modules_to_save; "
+        "lora_target_modules may not name the embedding or the head: train them whole with lora_modules_to_save; "
         f"{remedy}.",
     )
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:
-    """What makes the adapters these adapters, for a run's identity."""
+    """The options that define the adapters, for a run's identity."""
     names = (
         "lora_r",
         "lora_alpha",
@@ -102,7 +106,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
 
 
 def quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How the frozen model is stored; `dtype` is what it computes in."""
+    """bitsandbytes' configuration of the frozen model, or None; `dtype` is the compute dtype."""
     if not (config.load_in_4bit or config.load_in_8bit):
         return None
     return BitsAndBytesConfig(
@@ -115,9 +119,9 @@ def quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig 
 
 
 def add_adapters(model: Any, config: ModelConfig, seed: int, known_as: str = "") -> Any:
-    """peft's model around `model`, which is frozen; B is zero, so it still computes what the model does.
+    """peft's model around `model`, which becomes frozen. B is zero, so the outputs are still those of `model`.
 
-    `seed`: of A, the same on every rank. `known_as`: the model's name in adapter_config.json.
+    `seed`: for A, the same on every rank. `known_as`: the model's name in adapter_config.json.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -134,33 +138,34 @@ def add_adapters(model: Any, config: ModelConfig, seed: int, known_as: str = "")
         revision=None if config.model_revision == "main" else config.model_revision,
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Model (has|with) `tie_word_embeddings")  # `_saved_once` has seen to that
+        warnings.filterwarnings("ignore", "Model (has|with) `tie_word_embeddings")  # `_saved_once` handles this
         torch.manual_seed(seed)
         adapted = get_peft_model(model, lora).eval()
     adapted.peft_config[ADAPTER].base_model_name_or_path = known_as or config.model_name_or_path
     for module in adapted.modules():
-        # bitsandbytes asks this flag which way to take on a CPU: in training the weights times the input as they are,
-        # else repacked weights or a quantised input, and neither would be what is merged.
+        # On a CPU bitsandbytes chooses its kernel by this flag. In training mode it multiplies the weights as they are;
+        # in eval mode it repacks them or quantises the input, and the result would differ from the merged weights'.
         if any(not parameter.is_floating_point() for parameter in module.parameters(recurse=False)):
             module.training = True
     return adapted
 
 
 def _embedding_names(model: Any) -> tuple[str, str]:
-    """Where the embedding and the head are."""
+    """The module names of the embedding and the head."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [next(name for name, module in model.named_modules() if module is end) for end in ends]
     return names[0], names[1]
 
 
 def is_tied(model: Any) -> bool:
-    """Whether head and embedding are one parameter, also where peft trains a copy of the embedding."""
+    """Whether head and embedding are one parameter, also if peft trains a copy of the embedding."""
     embedding = model.get_input_embeddings()
     return model.get_output_embeddings().weight is getattr(embedding, "original_module", embedding).weight
 
 
 def _saved_once(model: Any, names: list[str] | None) -> list[str] | None:
-    """modules_to_save, but for a tied model's embedding and head, of which peft would train two copies: the first."""
+    """modules_to_save for peft. If it names a tied model's embedding or head, it keeps only the embedding, because peft
+    would train two copies."""
     if names is None or not is_tied(model):
         return names
     embedding, head = _embedding_names(model)
@@ -179,7 +184,7 @@ def _is_adapted(module: nn.Module) -> bool:
 
 @contextmanager
 def dropout(policy: nn.Module) -> Iterator[None]:
-    """Within it the adapters, and nothing else, drop out inputs; the backward pass belongs into it too."""
+    """Turn on the adapters' dropout, and no other, inside the block; the backward pass must be inside too."""
     layers = [module for module in policy.modules() if hasattr(module, "lora_dropout")]
     switched = [*layers, *(drop for layer in layers for drop in layer.lora_dropout.values())]
     try:
@@ -192,9 +197,9 @@ def dropout(policy: nn.Module) -> Iterator[None]:
 
 
 def without_adapters(policy: nn.Module) -> Callable[..., Any]:
-    """The policy's forward pass as the frozen model would make it, through the same module and its FSDP hooks.
+    """The forward pass of the frozen model, through the policy's own module and its FSDP hooks.
 
-    peft's own switch also turns `requires_grad` off and on again, of which FSDP would keep whatever it sees first.
+    peft's own switch also turns `requires_grad` off and on again, and FSDP would keep the value it sees first.
     """
     switches = [module for module in policy.modules() if hasattr(module, "_disable_adapters")]
 
@@ -210,11 +215,11 @@ def without_adapters(policy: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-# --- weights for others ------------------------------------------------------------------------------------------
+# --- weights for engines and for the export ----------------------------------------------------------------------
 
 
 def plain_name(name: str) -> str | None:
-    """The Hugging Face name of a parameter of peft's model; None for what the model itself does not have."""
+    """The Hugging Face name of a parameter of peft's model; None for a parameter that the base model does not have."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     if ".original_module." in name or ".lora_" in name:
@@ -224,9 +229,9 @@ def plain_name(name: str) -> str | None:
 
 
 def merge(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A function that gives the full tensor for a base parameter of `model`, float32 where an adapter adds to it.
+    """A function that returns the full tensor of a base parameter of `model`, in float32 if an adapter adds to it.
 
-    All ranks call it in step. A quantised parameter is dequantised.
+    All ranks must call the function in the same order. A quantised parameter is dequantised.
     """
     from peft.utils.integrations import dequantize_module_weight
 
@@ -244,7 +249,7 @@ def merge(model: nn.Module) -> Callable[[Tensor], Tensor]:
         total = base + full(layer.get_delta_weight(ADAPTER)).to(base)  # type: ignore[operator]
         if ADAPTER not in layer.lora_magnitude_vector:
             return total
-        # DoRA (arXiv:2402.09353), equation 5; peft's layers keep one magnitude an output.
+        # DoRA (arXiv:2402.09353), equation 5; peft's layers keep one magnitude per output.
         magnitude = full(layer.lora_magnitude_vector[ADAPTER].weight).to(base)  # type: ignore[index,union-attr]
         return magnitude[:, None] * total / total.norm(dim=1, keepdim=True)
 
@@ -252,15 +257,15 @@ def merge(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of it. Shards that are kept on the host are gathered on the mesh's device."""
+    """The full tensor. Shards that are kept on the host are gathered on the mesh's device."""
     return tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def write_adapter(model: Any, trained: dict[str, Tensor], folder: Any) -> None:
-    """adapter_config.json and adapter_model.safetensors, as peft writes them, from {name in `model`: full tensor}.
+    """Write adapter_config.json and adapter_model.safetensors in peft's format, from {name in `model`: full tensor}.
 
-    peft is asked with an empty copy of `model`, which has neither shards nor wrappers in its names. A tied model's
-    trained embedding is written as its head's too, since peft loads the two apart.
+    peft makes the state from an empty copy of `model`, which has no shards and no wrappers in its names. A tied model's
+    trained embedding is also written as its head, because peft loads the two separately.
     """
     from peft import get_peft_model, get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -271,7 +276,7 @@ def write_adapter(model: Any, trained: dict[str, Tensor], folder: Any) -> None:
     if is_tied(base) and one in trained:
         trained = trained | {two: trained[one].clone()}
         lora.modules_to_save = [*lora.modules_to_save, head]
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # a checkpoint's generators must not have moved
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # a save must not advance the random generators
         empty: Any = get_peft_model(empty_copy(base), copy.deepcopy(lora))
     state = get_peft_model_state_dict(empty, state_dict=trained, save_embedding_layers=False)
     assert len(state) == len(trained), "peft would not write every trained tensor"

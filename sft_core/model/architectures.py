@@ -1,15 +1,15 @@
-"""Whether a model's architecture can be trained here, found out from its configuration before a weight is loaded.
+"""Checks from its configuration whether a model's architecture can be trained here, before any weight is loaded.
 
-Sequences packed into one row are right only where nothing but attention lets one token see another, and only if that
-attention is what `kernels.attention` computes. A short convolution, a state space, ALiBi or a window that is handed on
-as a mask would train on the neighbours without an error. No list of names can keep up with transformers, so a small
-copy of the model with random weights computes the log-probs of a few sequences twice: packed by the policy, and each
-sequence alone by the model's own forward pass with its own attention (`eager`). Every layer and option of the
-configuration is kept. Widths, heads, vocabulary and experts become few; windows, chunks and caps become so small that
-short sequences meet them; and no parameter is left at zero or one, where it might have no effect.
+Packing is correct only if tokens see each other through attention alone, and only if that attention is the one that
+`kernels.attention` computes. With a short convolution, a state space, ALiBi or a window passed as a mask, a token would
+silently see the neighbouring sequences. A list of model names would soon be out of date. Instead, a small copy of the
+model with random weights computes the log-probs of a few sequences twice: packed by the policy, and each sequence alone
+by the model's own forward pass with its own attention (`eager`). The copy keeps every layer and option of the
+configuration. Widths, heads, vocabulary and experts become few. Windows, chunks and caps become so small that short
+sequences reach them. No parameter stays at zero or one, where it might have no effect.
 
-Left out on purpose: what depends on lengths that nobody can run here. Rotary types whose factor does are refused from
-the configuration (`sft_core.model.policy.check_positions`).
+Not checked, on purpose: behaviour that changes only at lengths too large to run here. Rotary types whose factors change
+with the length are refused by their configuration (`sft_core.model.policy.check_positions`).
 """
 
 import copy
@@ -29,19 +29,20 @@ from sft_core.run.options import require
 
 LENGTHS = (7, 1, 24, 13, 20)  # 24 and 20 share a batch of `kernels.attention`
 SEQUENCES = [[2 + (7 * i * i + 3 * length) % 61 for i in range(length)] for length in LENGTHS]
-BEGUN = [SEQUENCES[2] + sequence for sequence in SEQUENCES]  # all begin alike
+BEGUN = [SEQUENCES[2] + sequence for sequence in SEQUENCES]  # all share the same beginning
 SHARED = [0] + [LENGTHS[2]] * (len(BEGUN) - 1)
 CPU = torch.device("cpu")
 LARGEST_COPY = 200_000_000  # parameters
-# Of the log-probs' differences, in standard deviations (root mean square). Rounding in float32 gives 1e-5; in the small
-# copy what is wrong gives 0.03 and more.
+# Root mean square of the log-probs' differences, in standard deviations of the log-probs. float32 rounding gives 1e-5;
+# in the small copy a wrong architecture gives 0.03 and more.
 TOLERANCE = 1e-4
 
-# Numbers of a configuration, by name. A hidden size is often heads x head size, so those three are divided together.
+# Patterns for the names of numbers in a configuration. The hidden size is often heads x head size, so these three are
+# divided together.
 HEADS = r"heads$|n_head$|query_groups$"
 HEAD_SIZE = r"head_?(dim|size)$|_head$|dim_head$|kv_channels$|rotary_dim$"
 WIDTH = r"hidden_size|d_model|n_embd|embedding_size|embed_dim|proj_dim|lru_width|d_ssm|d_inner"
-AT_MOST = {  # the first that matches
+AT_MOST = {  # the first pattern that matches counts
     r"vocab": 64,
     r"layer": 1 << 60,
     r"intermediate|ffn|feed_forward_size|d_ff$|dim_ff$|dff$|n_inner": 32,
@@ -56,15 +57,15 @@ AT_MOST = {  # the first that matches
 
 
 def check_architecture(info: PretrainedConfig, config: ModelConfig) -> None:
-    """A collective.
+    """Check the architecture with a small copy of the model. A collective.
 
     Raises:
-        ValueError: packed sequences are not what each is alone, or no small copy of the model can be made to see that,
-            or the weights are quantised already.
+        ValueError: packed sequences have other log-probs than each sequence alone, or no small copy of the model can be
+            made, or the weights are quantised already.
     """
     require(
         getattr(info, "quantization_config", None) is None,
-        f"{config.model_name_or_path} is quantised already: such weights can be neither trained nor saved. Give "
+        f"{config.model_name_or_path} is quantised already, and such weights can be neither trained nor saved: give "
         "the model it was made from, with --use_peft true --load_in_4bit true if memory is short.",
     )
     on_first_rank(lambda: _check_copy(info, config))
@@ -72,7 +73,7 @@ def check_architecture(info: PretrainedConfig, config: ModelConfig) -> None:
 
 @torch.no_grad()
 def shares_beginnings(info: PretrainedConfig, config: ModelConfig) -> bool:
-    """Whether sequences that share their beginning are what each is whole, in a copy as above. A collective."""
+    """Whether sharing a beginning leaves the log-probs of sequences unchanged, in a small copy. A collective."""
 
     def compare() -> bool:
         with torch.random.fork_rng(devices=[]):
@@ -98,14 +99,12 @@ def _check_copy(info: PretrainedConfig, config: ModelConfig) -> None:
             policy, expected = Policy(packed), logps_alone(alone)
             logps = policy(pack_sequences(SEQUENCES, [[True] * n for n in LENGTHS], CPU))[0]
             gap = float((logps - expected).square().mean().sqrt() / expected.std())
-            require(
-                gap < TOLERANCE, f"packed, tokens have other log-probs than alone, {gap:.2g} standard deviations away"
-            )
+            require(gap < TOLERANCE, f"packing changes the log-probs of tokens by {gap:.2g} standard deviations")
     except Exception as error:  # the model's code, with sizes that may not fit together, raises anything
         reason = " ".join(str(error).split()) if isinstance(error, ValueError) else repr(error)
         raise ValueError(
             f"{config.model_name_or_path} cannot be trained here: its architecture, {info.model_type}, is not known to "
-            f"be right where several sequences lie in one row ({reason}). Choose a model of another."
+            f"work with packed sequences ({reason}). Choose a model of another architecture."
         ) from error
 
 
@@ -116,13 +115,13 @@ def _build(info: PretrainedConfig, config: ModelConfig, attention: str) -> Any:
         dtype=torch.float32,
         trust_remote_code=config.trust_remote_code,
     ).eval()
-    for parameter in model.parameters():  # none may be left at 0 or 1, where it might have no effect
+    for parameter in model.parameters():  # none may stay at 0 or 1, where it might have no effect
         parameter.add_(torch.randn_like(parameter) * (parameter.shape or [9])[-1] ** -0.5)
     return model
 
 
 def logps_alone(model: Any) -> Tensor:  # [N]
-    """Log-probs of the tokens of SEQUENCES, but the first of each, by a forward pass for each sequence."""
+    """Log-probs of all but the first token of each of SEQUENCES, with one forward pass per sequence."""
     logps = []
     for sequence in SEQUENCES:
         ids = torch.tensor([sequence])
@@ -140,7 +139,8 @@ def shrunken(info: PretrainedConfig) -> PretrainedConfig:
     entries = list(_entries(vars(small)))
 
     def divisor(pattern: str, multiple: int, least: int, default: int = 1) -> int:
-        """The largest power of two that leaves these numbers multiples of `multiple`, and at least `least`."""
+        """The largest power of two by which the matching numbers can be divided, so that each stays a multiple of
+        `multiple` and at least `least`."""
         found = [value for _, name, value in entries if re.search(pattern, name) and type(value) is int]
         numbers = [value for value in found if value >= least] or [default]
         power = 1
@@ -156,11 +156,11 @@ def shrunken(info: PretrainedConfig) -> PretrainedConfig:
     factors = {HEADS: heads, HEAD_SIZE: size, WIDTH: heads * size}
 
     def smaller(name: str, value: Any) -> Any:
-        if isinstance(value, list):  # longrope has a factor for each frequency
+        if isinstance(value, list):  # longrope has one factor per frequency
             return value[: len(value) // size] if name.endswith("_factor") else [smaller(name, v) for v in value]
         if type(value) not in (int, float) or value <= 0:
             return value
-        if "position" in name:  # the sequences fit, and stay below where rotary factors change
+        if "position" in name:  # the sequences must fit and stay below the length at which rotary factors change
             return max(value, 64)
         for pattern, largest in AT_MOST.items():
             if re.search(pattern, name):
@@ -174,7 +174,7 @@ def shrunken(info: PretrainedConfig) -> PretrainedConfig:
 
 
 def _entries(fields: dict) -> Iterator[tuple[dict, str, Any]]:
-    """Every entry of a configuration and of those within it, with the dict that holds it."""
+    """Every entry of a configuration and of nested configurations, with the dict that holds it."""
     for name, value in fields.items():
         if isinstance(value, dict | PretrainedConfig):
             yield from _entries(value if isinstance(value, dict) else vars(value))

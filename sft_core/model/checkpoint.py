@@ -1,18 +1,18 @@
 """Checkpoints that survive kill -9 at any moment.
 
-A checkpoint is complete or it is not there: everything goes into `.checkpoint-<step>.tmp`, is flushed to the disk, gets
-a manifest (size and checksum of each file) as its last file, is renamed to `checkpoint-<step>`, and only then does the
-file `latest` name it. Each rank flushes and checksums the files that it wrote. Inside:
+A checkpoint is either complete or absent. All files are written to `.checkpoint-<step>.tmp` and flushed to the disk.
+The last file is a manifest with the size and checksum of each file. Then the folder is renamed to `checkpoint-<step>`,
+and finally the file `latest` names it. Each rank flushes and checksums the files that it wrote. The folder contains:
 
-    the model             as a Hugging Face folder, put there by the caller's `write_model`
-    state/                what is trained of the model, the optimizer, and a reference model that changes, by
+    the model             a Hugging Face folder, written by the caller's `write_model`
+    state/                the trained parameters, the optimizer, and a reference model that follows the policy, by
                           torch.distributed.checkpoint: loads with any number of ranks
     scheduler.pt          the schedule's state
-    rank-00000/           that rank's random generators (rng.pt) and whatever the caller's `write_more` put there
-    progress.json         step, world size, identity and the caller's `progress`, readable
+    rank-00000/           that rank's random generators (rng.pt) and the files of the caller's `write_more`
+    progress.json         step, world size, identity and the caller's `progress`, human-readable
     manifest.json         written last
 
-Left out on purpose: asynchronous saving, and folders that the ranks do not share. In this order, on every rank:
+Not supported, on purpose: asynchronous saving, and folders that the ranks do not share. Every rank calls, in order:
 
     checkpoint = prepare_output_dir(output_dir, identity, overwrite)  # run/output_dir.py, before weights are loaded
     trained = Trained(model, optimizer, scheduler)
@@ -50,20 +50,20 @@ from sft_core.run.output_dir import FORMAT, MANIFEST, POINTER, STATE, checkpoint
 
 @dataclass(frozen=True)
 class Trained:
-    """What a step changes."""
+    """The objects that an optimizer step changes."""
 
     model: Any
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    reference: Any = None  # a model that follows the trained one, if there is one
+    reference: Any = None  # a reference model that follows the policy, if there is one
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a checkpoint says of itself: JSON-able, the same on every rank."""
+    """The content of progress.json: JSON-able, the same on every rank."""
 
     step: int
-    progress: dict[str, Any]  # what `load_checkpoint` returns
+    progress: dict[str, Any]  # `load_checkpoint` returns it
     identity: dict[str, Any]
 
 
@@ -75,11 +75,11 @@ def save_checkpoint(
     write_more: Callable[[Path], None] | None = None,
     save_total_limit: int | None = None,
 ) -> Path:
-    """Write `folder`/checkpoint-<step> and point `latest` to it; returns it. A collective.
+    """Write `folder`/checkpoint-<step> and point `latest` to it; returns its path. A collective.
 
     `write_model(folder)` is called on every rank with the checkpoint's folder, `write_more(folder)` with the rank's own
-    folder in it. Without `trained` it holds the model alone, and no run resumes from it. The oldest beyond
-    `save_total_limit` go, never the one just written nor the `best_checkpoint` that the progress names.
+    folder in it. Without `trained` the checkpoint holds only the model, and no run can resume from it. The oldest
+    checkpoints beyond `save_total_limit` are removed, but never the new one or the progress's `best_checkpoint`.
     """
     rank, temporary = dist.get_rank(), folder / f".checkpoint-{record.step}.tmp"
 
@@ -113,7 +113,7 @@ def save_checkpoint(
     def complete() -> Path:
         write_atomically(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n")
         final = folder / f"checkpoint-{record.step}"
-        if final.exists():  # an unreadable one, or one of a time line that was given up
+        if final.exists():  # it is unreadable, or the run resumed from an earlier checkpoint
             os.rename(final, folder / f".{final.name}.replaced")
         os.rename(temporary, final)
         flush_to_disk(folder)
@@ -126,7 +126,7 @@ def save_checkpoint(
 
 
 def _writer(file: Path) -> int:
-    """The rank that writes this file of a checkpoint: its folder and its shards; the first one also the rest."""
+    """The rank that writes this file of a checkpoint: its own folder and shards, and the first rank all other files."""
     own = re.match(r"rank-(\d+)/|state/__(\d+)_", file.as_posix())
     return int(own[1] or own[2]) if own else 0
 
@@ -138,23 +138,23 @@ def _prune(folder: Path, newest: Path, best: str, limit: int | None) -> None:
     others = [path for path in everything if path.name not in (newest.name, Path(best).name)]
     others.sort(
         key=lambda path: (step_of(path) < step_of(newest), step_of(path))
-    )  # later steps: of a time line given up
+    )  # later steps first: the run has resumed from before them
     for old in others[: max(0, len(everything) - max(1, limit))]:
-        os.rename(old, folder / f".{old.name}.pruned")  # first out of sight: half a checkpoint must not bear the name
+        os.rename(old, folder / f".{old.name}.pruned")  # renamed first: a half-removed checkpoint must not be found
 
 
 def load_checkpoint(checkpoint: Path, trained: Trained) -> dict[str, Any]:
-    """Restore what is trained and the random generators in place; returns the saved `progress`. A collective.
+    """Restore `trained` and the random generators in place; returns the saved `progress`. A collective.
 
-    Works with another number of ranks: tensors are resharded, and a rank without a saved generator gets one seeded from
-    the step, its number and the first rank's generator.
+    The number of ranks may differ from the saved run's: tensors are resharded, and a rank without saved generators
+    seeds them from the step, its own number and the first rank's generator.
     """
     saved, model, optimizer = read_state(checkpoint), trained.model, trained.optimizer
     state = _trained_state(trained)
     dcp.load(state, checkpoint_id=checkpoint / "state")
     if _all_trained(model):
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    else:  # the parameters themselves were read into
+    else:  # `dcp.load` has filled the parameters in place
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
     trained.scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
     generators = rank_folder(checkpoint, dist.get_rank()) / "rng.pt"
@@ -170,22 +170,22 @@ def load_checkpoint(checkpoint: Path, trained: Trained) -> dict[str, Any]:
 
 
 def _trained_state(trained: Trained) -> dict[str, Any]:
-    """Model and optimizer; of a model that is frozen in part (adapters), the trained parameters alone. With a reference
-    that follows, also its parameters, which are read into."""
+    """The state of model and optimizer, and the parameters of a reference model that follows the policy. For a partly
+    frozen model (adapters), only the trained parameters."""
     model, optimizer = trained.model, trained.optimizer
     if trained.reference is not None:
         reshard(trained.reference)
         parameters = {hf_name(name): p.detach() for name, p in trained.reference.named_parameters()}
         return _trained_state(replace(trained, reference=None)) | {"reference": parameters}
     reshard(model)
-    if not optimizer.state:  # no step was taken; what would be made of that counts one
+    if not optimizer.state:  # before the first step torch makes the state with a step count of 1
         get_optimizer_state_dict(model, optimizer)
         for state in optimizer.state.values():
             state["step"].zero_()
     if _all_trained(model):
         model_state, optimizer_state = get_state_dict(model, optimizer)
         return {"model": model_state, "optimizer": optimizer_state}
-    # Not the model's own state, in which quantised layers have entries that only they can load.
+    # Not the model's state_dict, in which quantised layers have entries that only these layers can load.
     parameters = {hf_name(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return {"model": parameters, "optimizer": get_optimizer_state_dict(model, optimizer)}
 
@@ -195,7 +195,7 @@ def _all_trained(model: nn.Module) -> bool:
 
 
 def rank_folder(checkpoint: Path, rank: int) -> Path:
-    """Where that rank's own files are. With another number of ranks, read those of every rank that was saved."""
+    """The folder of that rank's own files. If the number of ranks has changed, read the folders of all saved ranks."""
     return checkpoint / f"rank-{rank:05d}"
 
 

@@ -1,7 +1,7 @@
-"""The policy's weights for others: full tensors for an engine, and a Hugging Face or peft folder for everybody.
+"""Exports the policy's weights: full tensors for an engine, and a folder that transformers or peft loads.
 
-Left out on purpose: writing quantised weights, and pushing to the Hub. Everything here is a collective: all ranks call,
-parameter by parameter, so that no rank but the first ever holds the whole model twice.
+Everything here is a collective. Parameters are gathered one by one, so that only the first rank ever holds a second
+copy of the whole model. Not supported, on purpose: writing quantised weights, and pushing to the Hub (`run/hub.py`).
 """
 
 import copy
@@ -32,16 +32,16 @@ CONFIGS = ("config.json", "adapter_config.json")
 
 
 def hf_name(name: str) -> str:
-    """A parameter's name without what activation checkpointing and torch.compile put into it."""
+    """A parameter's name without the prefixes of activation checkpointing and torch.compile."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers of the model by Hugging Face name, tied ones once, under the first name.
+    """Parameters and persistent buffers of the model by Hugging Face name. Tied ones appear once, under the first name.
 
-    Of a model with adapters, its own ones; where a module is trained whole beside them, the trained.
+    With adapters these are the base model's tensors, or the trained copy for modules that are trained whole.
     """
     name_of = plain_name if has_adapters(model) else hf_name
     buffers: dict[int, tuple[str, Tensor]] = {}
@@ -55,13 +55,13 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def weight_names(policy: Any) -> list[str]:
-    """The names that `full_weights` will yield, in its order, without any communication."""
+    """The names that `full_weights` will yield, in the same order, without any communication."""
     return [name for name, _ in named_tensors(policy.model)]
 
 
 def reshard(policy: nn.Module) -> None:
-    """Free what FSDP keeps gathered, in the compute dtype, after a pass without a backward: the root's parameters, on
-    one rank all."""
+    """Free the parameters that FSDP keeps gathered, in the compute dtype, after a forward pass without a backward pass:
+    those of the root unit, and on one rank all."""
     for module in policy.modules() if isinstance(policy, FSDPModule) else ():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -71,10 +71,10 @@ def reshard(policy: nn.Module) -> None:
 def full_weights(policy: Any, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, full tensor) of each parameter and persistent buffer of `policy.model`, on every rank.
 
-    Adapters are merged, in float32, and quantised weights dequantised. Else shards are cast to `dtype` before they are
-    gathered (half the traffic for bfloat16); None keeps the masters' dtype. Every rank must consume the whole iterator,
-    in step with the others. With one rank and no cast a tensor may share the parameter's memory: copy what outlives the
-    next optimizer step.
+    Adapters are merged, in float32, and quantised weights are dequantised. Without adapters, shards are cast to `dtype`
+    before they are gathered, which halves the traffic for bfloat16; None keeps the masters' dtype. Every rank must
+    consume the whole iterator, in step with the others. With one rank and no cast a tensor may share the parameter's
+    memory: copy tensors that must outlive the next optimizer step.
     """
     reshard(policy)
     merged = merge(policy.model) if has_adapters(policy.model) else None
@@ -94,12 +94,12 @@ def export_model(
     stop_ids: Collection[int] = (),
     merge_adapter: bool = False,
 ) -> None:
-    """Write `policy.model` and `tokenizer` into `folder` as transformers and vLLM load them. A collective.
+    """Write `policy.model` and `tokenizer` into `folder`, which transformers and vLLM can load. A collective.
 
-    With adapters it is the adapter as peft loads it (float32), and with `merge_adapter` also the whole model, merged,
-    in `folder`/merged. `stop_ids` are added to the generation config's EOS ids, with the tokenizer's own. `folder` may
-    be the output_dir itself: everything is first complete in `.export.tmp`, then moved over file by file, the
-    configuration last, so that a folder that loads is never a mixture.
+    With adapters, the adapter is written in peft's format (float32), and with `merge_adapter` also the merged model, in
+    `folder`/merged. `stop_ids` and the tokenizer's EOS are added to the generation config's EOS ids. `folder` may be
+    the output_dir itself: all files are first written to `.export.tmp`, then moved over one by one, the configuration
+    last. So a folder that loads never mixes two models.
     """
     model, first = policy.model, is_first_rank()
     reshard(policy)
@@ -123,14 +123,14 @@ def _write(
     model: Any, state: dict[str, Tensor], tokenizer: Any, folder: Path, dtype: torch.dtype, stop_ids: Collection[int]
 ) -> None:
     config, generation = plain_config(model), copy.deepcopy(model.generation_config)
-    # An empty copy of the model writes the weights: it has no quantisation, whose format is another, and its own
-    # generation config. That of some published models contradicts itself, which save_pretrained refuses: not at the end
-    # of a run. Both configurations are written again below.
+    # An empty copy of the model writes the weights, because it has no quantisation and a default generation config.
+    # save_pretrained refuses the contradictory generation configs of some published models, and must not do so at the
+    # end of a run. Both configurations are written again below.
     empty_copy(model).save_pretrained(folder, state_dict=state, max_shard_size="5GB")
 
     config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard renames the class
     config.dtype = dtype
-    config.use_cache = True  # training turns it off; nobody would find out why generation is slow
+    config.use_cache = True  # training turns it off, which would make generation slow
     config.save_pretrained(folder)
 
     eos = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
@@ -145,7 +145,7 @@ def _write(
 
 
 def _replace(target: Path, write: Callable[[Path], None]) -> None:
-    """What `write` puts into the folder it is given takes the place of the model in `target`."""
+    """Replace the model in `target` by the files that `write` puts into the folder it gets."""
     temporary = target / ".export.tmp"
     if temporary.exists():
         shutil.rmtree(temporary)

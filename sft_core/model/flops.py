@@ -1,7 +1,7 @@
-"""What a token costs a Llama-like decoder: FLOPs, and bytes kept for the backward pass.
+"""The cost of a token in a Llama-like decoder: FLOPs, and bytes kept for the backward pass.
 
-The block counted is transformers' (Llama, Qwen2, Qwen3, Mistral): two RMS norms, grouped causal attention, a gated MLP.
-Mixtures of experts are left out (their MLP is counted once), sliding windows count as full attention.
+The counted block is that of transformers' Llama, Qwen2, Qwen3 and Mistral: two RMS norms, grouped causal attention and
+a gated MLP. Mixtures of experts are not supported (their MLP counts once). Sliding windows count as full attention.
 """
 
 import re
@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from kernels.linear_logprob import CHUNKS_IN_BLOCK, chunk_rows
 
-# Dense bf16 FLOP/s of NVIDIA's data sheets by a word of torch.cuda.get_device_name; the first one found counts.
+# Dense bf16 FLOP/s from NVIDIA's data sheets, by a word of torch.cuda.get_device_name. The first match counts.
 PEAK_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -38,7 +38,7 @@ PEAK_FLOPS = {
 
 
 class Shape(NamedTuple):
-    """A decoder's sizes; `query` and `kv` are all heads together."""
+    """A decoder's sizes; `query` and `kv` are widths over all heads."""
 
     layers: int
     hidden: int
@@ -87,12 +87,12 @@ def block_weights(s: Shape) -> int:
 
 
 def training_flops(info: PretrainedConfig, lengths: Sequence[int], shared: Sequence[int] = ()) -> float:
-    """FLOPs of forward and backward over documents of `lengths` tokens: 6 N + 6 L (heads x head size) S a token.
+    """FLOPs of forward and backward over documents of `lengths` tokens: 6 N + 6 L (heads x head size) S per token.
 
-    N is the weights of the blocks' linear layers and of the head, which counts once, tied or not; norms, biases and the
-    embedding's lookup are not in it. S is the length of the token's document. Every token counts as scored, nothing
-    counts twice for being recomputed, a frozen weight counts as if it were trained: the usual numerator of MFU.
-    `shared`: how many tokens those documents share, each with an earlier one, in which they are computed.
+    N is the number of weights of the blocks' linear layers and of the head, which counts once, tied or not. Norms,
+    biases and the embedding's lookup do not count. S is the length of the token's document. Every token counts as
+    scored, recomputation does not count, and frozen weights count as trained ones: the usual numerator of MFU.
+    `shared`: for each document that shares tokens with an earlier one, their number; the earlier document counts them.
     """
     s = shape(info)
     squares = sum(n * n for n in lengths) - sum(n * n for n in shared)
@@ -101,13 +101,13 @@ def training_flops(info: PretrainedConfig, lengths: Sequence[int], shared: Seque
 
 
 def attention_share(info: PretrainedConfig) -> float:
-    """What a document of S tokens costs is in proportion to S + attention_share S^2."""
+    """The factor for which the FLOPs of a document of S tokens are proportional to S + factor * S^2."""
     s = shape(info)
     return s.layers * s.query / (block_weights(s) + s.vocab * s.hidden)
 
 
 def peak_flops(device: torch.device | str) -> float | None:
-    """The card's dense bf16 peak [FLOP/s] by its data sheet; None where it is not known, as on a CPU."""
+    """The card's dense bf16 peak [FLOP/s] by its data sheet; None if it is not known, for example on a CPU."""
     if torch.device(device).type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -115,29 +115,29 @@ def peak_flops(device: torch.device | str) -> float | None:
 
 
 def saved_per_token(s: Shape, itemsize: int = 2, compiled: bool = False) -> int:
-    """Bytes a token that one block saves for its backward, with varlen attention on a GPU.
+    """Bytes per token that one block saves for its backward pass, with varlen attention on a GPU.
 
-    Of each norm its input in float32 and its output before and after the weight (the latter is the linear layers'
-    input); query, key, value (repeated to all query heads) and output of attention; the MLP's gate, silu, up and
-    product. Compiled blocks keep a norm's input as it is and its output, and compute the silu again.
+    Saved are, for each norm, its input in float32 and its output before and after the weight (the latter is the linear
+    layers' input); for attention, query, key, value (repeated to all query heads) and output; for the MLP, gate, silu,
+    up and product. Compiled blocks keep a norm's input in its own dtype and its output, and recompute the silu.
     """
     norm = 2 * itemsize if compiled else 4 + 2 * itemsize
-    qk_norm = (4 + itemsize) * (s.query + s.kv) if s.qk_norm and not compiled else 0  # Qwen3's of queries and keys
+    qk_norm = (4 + itemsize) * (s.query + s.kv) if s.qk_norm and not compiled else 0  # Qwen3 norms queries and keys
     return 2 * norm * s.hidden + 4 * itemsize * s.query + qk_norm + (3 if compiled else 4) * itemsize * s.ffn
 
 
 def tail_per_token(s: Shape, itemsize: int = 2) -> int:
-    """Bytes a token between the last block and the logits in the head's backward.
+    """Bytes per token between the last block and the logits during the head's backward pass.
 
-    The final norm (as a block's), the scored rows' hidden states, and the gradients of those and of all rows.
+    These are the final norm (as in a block), the scored rows' hidden states, and the gradients of these and all rows.
     """
     return (4 + 5 * itemsize) * s.hidden
 
 
 def head_workspace(s: Shape, tokens: int, itemsize: int, device: str = "cuda", trained: bool = True) -> int:
-    """Bytes of `kernels.linear_loss` beside the gradient of the hidden states: a chunk's float32 logits and a block's
-    gradients of them in the compute dtype, beside the weight's float32 gradient; then that and its copy in the compute
-    dtype."""
+    """Bytes of `kernels.linear_loss`, without the gradient of the hidden states. First these are the float32 logits of
+    a chunk, the gradients of a block's logits in the compute dtype, and the weight's float32 gradient; then this
+    gradient and its copy in the compute dtype."""
     chunk = chunk_rows(s.vocab, device)
     kept = chunk * CHUNKS_IN_BLOCK[device]
     logits = (4 * min(tokens, chunk) + itemsize * min(tokens, kept)) * s.vocab

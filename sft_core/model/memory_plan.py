@@ -1,13 +1,13 @@
-"""How much memory a step takes, before it takes it: one count, for `--dry_run` and for every real start.
+"""Plans the memory of a step before the run starts. `--dry_run` and every real start use the same count.
 
-    python -m sft_core.train --config recipe.yaml --dry_run true        # or grpo_core.train; no GPU, weights, data
+    python -m sft_core.train --config recipe.yaml --dry_run true   # or grpo_core.train; needs no GPU, weights or data
 
-It is counted, not fitted: what FSDP2 shards and gathers, what a block saves, what the head's chunks take. For a
-prototype's update on one H100 (bf16, no optimizer, two model sizes) it comes within 2 % of six measured figures. Held
-against nothing: this trainer's loop, several GPUs, offloading, adapters, other cards.
+The bytes are counted, not fitted: what FSDP2 shards and gathers, what a block saves, and what the head's chunks take.
+For a prototype's update on one H100 (bf16, no optimizer, two model sizes) the count is within 2 % of six measured
+values. It was not compared with measurements of this trainer's loop, several GPUs, offloading, adapters or other cards.
 
-Left out on purpose: time; evaluation, mixtures of experts. Every row counts as a full document, every token as scored:
-an upper bound.
+Not planned, on purpose: run time, evaluation, mixtures of experts. The result is an upper bound, because every row
+counts as a full document and every token as scored.
 """
 
 import itertools
@@ -26,14 +26,14 @@ from sft_core.run.config import ModelConfig, TrainingConfig
 from sft_core.run.distributed import GIB
 from sft_core.run.options import require
 
-HOST_MEMORY = 200 * GIB  # a GPU, that offloading may be proposed for; assumed (eight GPUs often come with 2 TB)
-SLACK = 1.1  # of free memory, before a real run is refused: the count is an upper bound, but rows are often shorter
+HOST_MEMORY = 200 * GIB  # per GPU, for which offloading may be proposed; assumed (eight GPUs often come with 2 TB)
+SLACK = 1.1  # a real run is refused above this multiple of the free memory: the count is an upper bound
 RESERVE = 3 * GIB  # CUDA context, NCCL's buffers, fragmentation; assumed
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that memory depends on. A rank's share of a step is `rows` sequences of `longest` tokens."""
+    """Everything that the memory depends on. A rank's share of a step is `rows` sequences of `longest` tokens."""
 
     info: PretrainedConfig
     model: ModelConfig
@@ -43,17 +43,17 @@ class Plan:
     rows: int
     longest: int
     itemsize: int = 2  # of the compute dtype
-    shared: int = 0  # tokens of those that are not computed again, being those of another sequence
+    shared: int = 0  # tokens of these rows that are computed once for several sequences, and so not again
     device: str = "cuda"
-    reference_itemsize: int = 0  # bytes a parameter of the reference model; 0: there is none
-    engine_share: float = 0.0  # of the device's whole memory; at 0 the engine's weights and
-    engine_kv_bytes: int = -1  # this much for its cache (-1: there is no engine)
-    engine_ranks: int = 1  # that share one copy of the engine's weights
-    engine_sleeps: bool = False  # during the update
+    reference_itemsize: int = 0  # bytes per parameter of the reference model; 0: there is none
+    engine_share: float = 0.0  # the engine's share of the device's memory; 0: its weights and
+    engine_kv_bytes: int = -1  # this many bytes of KV cache (-1: there is no engine)
+    engine_ranks: int = 1  # ranks that share one copy of the engine's weights
+    engine_sleeps: bool = False  # whether the engine sleeps during the update
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch: the budget, but no sequence is split and a step has no more than its rows."""
+        """Tokens of a micro-batch: the budget, at least the longest sequence, at most all tokens of a step."""
         step = self.rows * self.longest - self.shared
         return min(max(self.config.max_tokens_per_micro_batch, self.longest), step)
 
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def engine_weights(self) -> float:
-        """Bytes on a rank."""
+        """Bytes of the engine's weights on a rank."""
         return self.itemsize * self.parameters / self.engine_ranks
 
     @property
@@ -78,13 +78,13 @@ class Plan:
 
 
 def adapted(plan: Plan) -> dict[str, tuple[int, int]]:
-    """The linear layers that get adapters: those named, else peft's for Llama and Qwen2, q_proj and v_proj."""
+    """The linear layers that get adapters: the named ones, or peft's default for Llama and Qwen2, q_proj and v_proj."""
     sizes, names = linear_sizes(shape(plan.info)), plan.model.lora_target_modules or ["q_proj", "v_proj"]
     return sizes if "all-linear" in names else {name: sizes[name] for name in sizes if name in names}
 
 
 def saved(plan: Plan) -> int:
-    """Bytes a token that a block saves; dropout before an adapter adds a copy of its input and the mask."""
+    """Bytes per token that a block saves; dropout before an adapter adds a copy of its input and the mask."""
     adapters = 0
     if plan.model.use_peft:
         copy = (plan.itemsize + 1) * (plan.model.lora_dropout > 0)
@@ -93,27 +93,27 @@ def saved(plan: Plan) -> int:
 
 
 def quantised(plan: Plan) -> float:
-    """Bytes of the blocks' quantised weights, whole on each rank; 0 where none are."""
-    scales = (1 if plan.model.use_bnb_nested_quant else 4) / 64  # 4 bytes for 64 weights, about 1 if quantised too
+    """Bytes of the blocks' quantised weights, which are whole on each rank; 0 without quantisation."""
+    scales = (1 if plan.model.use_bnb_nested_quant else 4) / 64  # 4 bytes per 64 weights, about 1 if quantised too
     size = 0.5 + scales if plan.model.load_in_4bit else 1.0 if plan.model.load_in_8bit else 0.0
     return size * block_weights(shape(plan.info))
 
 
 def frozen(plan: Plan) -> float:
-    """Bytes, over all ranks, of what is sharded in the compute dtype because it is not trained."""
+    """Bytes, over all ranks, of the parameters that are not trained and so sharded in the compute dtype."""
     if not plan.model.use_peft:
         return plan.reference_itemsize * plan.parameters
     return plan.itemsize * (plan.parameters - (block_weights(shape(plan.info)) if quantised(plan) else 0))
 
 
 def memory(plan: Plan, device_bytes: float = 0.0) -> dict[str, float]:
-    """Bytes on a rank by part, at the fullest moment of a step; an engine's share is of `device_bytes`."""
+    """Bytes on a rank by part, at the peak of a step. `device_bytes`: the device's memory, for the engine's share."""
     s, item, trained = shape(plan.info), plan.itemsize, plan.trained / plan.gpus
-    full = not plan.model.use_peft  # full fine-tuning
+    full = not plan.model.use_peft  # all parameters are trained
     parts: dict[str, float] = {}
     if not plan.config.cpu_offload:
         parts = {"parameters": 4 * trained, "gradients": 4 * trained, "optimizer": 8 * trained}
-        parts["reference model" if full else "frozen model"] = frozen(plan) / plan.gpus  # without adapters: reference
+        parts["reference model" if full else "frozen model"] = frozen(plan) / plan.gpus  # full: a reference
     parts["quantised weights"] = quantised(plan)
     engine: dict[str, float] = {}
     if plan.engine_share > 0 or plan.engine_kv_bytes >= 0:
@@ -121,9 +121,9 @@ def memory(plan: Plan, device_bytes: float = 0.0) -> dict[str, float]:
         cache = share if plan.engine_share > 0 else plan.engine_kv_bytes
         engine = {"engine weights": plan.engine_weights, "engine KV cache": cache}
     parts |= {} if plan.engine_sleeps else engine
-    # The root unit (embedding and head) stays gathered during a pass; two blocks are while the next is prefetched, and
-    # on one GPU all of them from the forward to the backward pass, unless they are offloaded.
-    # Gradients are whole in the compute dtype, and in float32 while they are reduced, a block's beside the next one's.
+    # The root unit (embedding and head) stays gathered during a pass. Two blocks are gathered at a time, since the next
+    # one is prefetched. On one GPU all blocks stay gathered from the forward to the backward pass, unless offloaded.
+    # Gradients are whole in the compute dtype, and in float32 while they are reduced; two blocks' exist at a time.
     root = s.vocab * s.hidden * (1 if s.tied else 2)
     block = (plan.parameters - root) / s.layers
     block = 0 if quantised(plan) else block
@@ -151,16 +151,17 @@ def memory(plan: Plan, device_bytes: float = 0.0) -> dict[str, float]:
 
 
 def host_memory(plan: Plan) -> float:
-    """Bytes of host memory that offloading takes, all ranks together."""
+    """Bytes of host memory that offloading takes, over all ranks."""
     inputs = plan.gpus * plan.checkpointed * plan.tokens * plan.itemsize * shape(plan.info).hidden
     return plan.config.cpu_offload * (16 * plan.trained + frozen(plan)) + plan.config.activation_offloading * inputs
 
 
 def remedy(plan: Plan, room: float, device_bytes: float) -> str:
-    """What to change so that `plan` takes at most `room` bytes a GPU: as few options as will do, the cheapest first."""
+    """What to change so that `plan` takes at most `room` bytes per GPU, with as few options as possible, the cheapest
+    first."""
     if plan.engine_share > 0:
         trainer = sum(memory(replace(plan, engine_share=0.0, engine_kv_bytes=-1)).values())
-        spare = math.floor(100 * (room - trainer) / device_bytes) / 100  # rounded down: what is said must fit
+        spare = math.floor(100 * (room - trainer) / device_bytes) / 100  # rounded down, so that it fits
         if spare * device_bytes > plan.engine_weights:
             return f"lower vllm_gpu_memory_utilization from {plan.engine_share:.2f} to at most {spare:.2f}"
 
@@ -182,16 +183,16 @@ def remedy(plan: Plan, room: float, device_bytes: float) -> str:
             changed = replace(plan, model=replace(plan.model, **of_model), config=replace(plan.config, **of_config))
             host = host_memory(changed)
             if sum(memory(changed, device_bytes).values()) <= room and host <= plan.gpus * HOST_MEMORY:
-                where = f" ({host / GIB:,.0f} GiB of host memory in all)" if host else ""
+                where = f" (takes {host / GIB:,.0f} GiB of host memory over all ranks)" if host else ""
                 return f"use {' '.join(f'--{name} {str(value).lower()}' for name, value in values.items())}{where}"
-    return "take more GPUs, a smaller model or shorter sequences, for no option of memory is enough"
+    return "use more GPUs, a smaller model or shorter sequences, since no memory option is enough"
 
 
 def memory_plan(plan: Plan, device: torch.device) -> str:
     """One line: the GiB that each part of a real run will take on this rank.
 
     Raises:
-        ValueError: on CUDA, more than is free by more than the count may be off; it names what to change.
+        ValueError: on CUDA, the sum is above SLACK times the free memory; the message names what to change.
     """
     plan = replace(plan, device=device.type)
     host = psutil.virtual_memory()
@@ -202,7 +203,7 @@ def memory_plan(plan: Plan, device: torch.device) -> str:
     if device.type == "cuda":
         check_engine(plan, total)
         if sum(parts.values()) > SLACK * free:
-            raise ValueError(f"Not enough GPU memory: {remedy(plan, free, total)} ({line}).")
+            raise ValueError(f"not enough GPU memory: {remedy(plan, free, total)} ({line}).")
     return line
 
 
@@ -210,17 +211,17 @@ def check_engine(plan: Plan, device_bytes: float) -> None:
     share, weights = plan.engine_share * device_bytes, plan.engine_weights
     require(
         not 0 < share < weights,
-        f"The engine's share of {share / GIB:.1f} GiB cannot hold its weights, "
-        f"{weights / GIB:.1f} GiB: raise vllm_gpu_memory_utilization above {weights / device_bytes:.2f} or use a "
+        f"the engine's share of {share / GIB:.1f} GiB cannot hold its weights of "
+        f"{weights / GIB:.1f} GiB: raise vllm_gpu_memory_utilization above {weights / device_bytes:.2f}, or use a "
         "smaller model.",
     )
 
 
 def dry_run(plan: Plan) -> NoReturn:
-    """Print what a step takes on `dry_run_gpus` cards and end with exit code 0.
+    """Print the memory of a step on `dry_run_gpus` GPUs and exit with code 0.
 
     Raises:
-        ValueError: it does not fit; the sentence names what to change.
+        ValueError: the step does not fit; the sentence names what to change.
     """
     config = plan.config
     total = config.dry_run_gpu_gib * GIB
@@ -233,13 +234,13 @@ def dry_run(plan: Plan) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         print(
             f"{plan.parameters / 1e9:.2f}B parameters, {plan.trained / 1e9:.2f}B trained; GPUs: {plan.gpus}; "
-            f"micro-batches of {plan.tokens} tokens; host memory for what is offloaded, all ranks: "
+            f"micro-batches of {plan.tokens} tokens; host memory for offloading, over all ranks: "
             f"{host / GIB:,.0f} GiB\n\n{tables.table(['on each GPU', 'GiB'], sizes.items())}",
             flush=True,
         )
     require(
         planned <= total,
-        f"This needs {planned / GIB:.1f} GiB on each GPU ({plan.gpus} of "
-        f"{config.dry_run_gpu_gib:g} GiB are planned for): {remedy(plan, total - RESERVE, total)}.",
+        f"the run needs {planned / GIB:.1f} GiB on each GPU and does not fit {plan.gpus} GPUs of "
+        f"{config.dry_run_gpu_gib:g} GiB: {remedy(plan, total - RESERVE, total)}.",
     )
     raise SystemExit(0)

@@ -1,6 +1,7 @@
 """AdamW on float32 masters, the learning-rate schedules, and the guarded optimizer step.
 
-Left out on purpose: 8-bit and second-order optimizers, per-layer learning rates, loss scaling (bfloat16 needs none).
+Not supported, on purpose: 8-bit and second-order optimizers, per-layer learning rates, loss scaling (bfloat16 needs
+none).
 """
 
 import math
@@ -15,7 +16,7 @@ from sft_core.run.config import TrainingConfig
 
 
 def make_optimizer(policy: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, fused; weight decay on matrices only, as is usual."""
+    """Fused AdamW over the trainable parameters, with weight decay on matrices only, as usual."""
     trainable = [p for p in policy.parameters() if p.requires_grad]
     assert all(p.dtype == torch.float32 for p in trainable), "master weights must be float32"
     groups = [
@@ -34,29 +35,29 @@ def make_optimizer(policy: nn.Module, config: TrainingConfig) -> torch.optim.Ada
 
 
 def check_schedule(config: TrainingConfig, total_steps: int) -> None:
-    """Raise ValueError where lr_scheduler_kwargs do not fit lr_scheduler_type, or not `total_steps`."""
+    """Raise ValueError if lr_scheduler_kwargs do not fit lr_scheduler_type or `total_steps`."""
     kind, given = config.lr_scheduler_type, dict(config.lr_scheduler_kwargs or {})
-    if given and kind in ("constant", "constant_with_warmup"):  # transformers would drop them in silence
-        raise ValueError(f"lr_scheduler_kwargs {given} mean nothing to {kind}: remove them.")
+    if given and kind in ("constant", "constant_with_warmup"):  # transformers would ignore them silently
+        raise ValueError(f"lr_scheduler_type {kind} takes no lr_scheduler_kwargs, got {given}: remove them.")
     warmup = warmup_steps(config, total_steps)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
     try:
         [factor] = make_scheduler(optimizer, config, total_steps).lr_lambdas
         last = factor(total_steps)
         stages = sum(given.get(name, 0) for name in ("num_decay_steps", "num_stable_steps"))
-    except (TypeError, ValueError, KeyError) as error:  # transformers' own words
+    except (TypeError, ValueError, KeyError) as error:  # raised by transformers
         raise ValueError(
-            f"lr_scheduler_kwargs {given} do not fit {kind}: {error} (YAML reads 1e-6 as text: write 1.0e-6)."
+            f"lr_scheduler_kwargs {given} do not fit {kind}: {error}; fix them (YAML reads 1e-6 as text, not 1.0e-6)."
         ) from error
     if warmup + stages > max(warmup, total_steps) or not 0 <= last < math.inf:
         raise ValueError(
-            f"lr_scheduler_kwargs {given} do not fit {kind} over {total_steps} steps, {warmup} of them to warm up: its "
-            "stages must not be longer, and no learning rate below 0."
+            f"lr_scheduler_kwargs {given} do not fit {kind} over {total_steps} steps with {warmup} warm-up steps: make "
+            "its stages at most as long as the run, and its last learning rate at least 0."
         )
 
 
 def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
-    """A number of steps, or a share of them."""
+    """The number of warm-up steps, which options give as a number or as a share of all steps."""
     if config.warmup_steps >= 1:
         return int(config.warmup_steps)
     return math.ceil((config.warmup_steps or config.warmup_ratio) * total_steps)
@@ -74,9 +75,9 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, tot
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Clip the global gradient norm (over all ranks) to `max_norm` (0: leave it) and return what it was, a scalar.
+    """Clip the global gradient norm (over all ranks) to `max_norm` (0: no clipping); returns the norm before clipping.
 
-    The norm is the same number on every rank, so that a guard on it decides alike everywhere.
+    The norm, a scalar, is the same number on every rank, so that all ranks decide alike whether to take the step.
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -90,12 +91,12 @@ def guarded_step(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, loss: fl
     """Take the optimizer step and return the learning rate it used.
 
     Raises:
-        RuntimeError: loss or gradient norm is not finite; nothing has been stepped. `loss` and `grad_norm` are totals
-            over all ranks, so every rank raises together.
+        RuntimeError: loss or gradient norm is not finite; neither optimizer nor schedule was stepped. Both values are
+            totals over all ranks, so all ranks raise together.
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise RuntimeError(
-            f"loss {loss} or gradient norm {grad_norm} is not finite: nothing was stepped. Resume from the last "
+            f"loss {loss} or gradient norm {grad_norm} is not finite, so the step was not taken: resume from the last "
             "checkpoint with a lower learning_rate, or replay the step's rollouts to find the cause."
         )
     learning_rate = optimizer.param_groups[0]["lr"]

@@ -1,7 +1,7 @@
-"""Models and tokenizers, and the policy: a transformers model that scores packed sequences.
+"""Loads models and tokenizers, and defines the policy: a transformers model that scores packed sequences.
 
-Left out on purpose: models whose logits are more than `hidden @ head.T` (bias, soft-cap, scale); they are refused,
-since log-probs come straight from hidden states (`kernels/linear_logprob.py`).
+Not supported, on purpose: models whose logits are not just `hidden @ head.T` (bias, soft-cap, scale). They are refused,
+because log-probs are computed directly from hidden states (`kernels/linear_logprob.py`).
 """
 
 import copy
@@ -36,21 +36,21 @@ from sft_core.run.config import ModelConfig, TrainingConfig
 from sft_core.run.options import require
 
 kernels.attention.register()
-# What its warnings are about, `load_whole` says in a sentence.
+# `load_whole` reports the causes of its warnings in one sentence.
 logging.getLogger("transformers.modeling_utils").addFilter(lambda record: record.levelno > logging.WARNING)
 logger = logging.getLogger(__name__)
 ADAPTER_FOLDER = "{} holds an adapter, not a model: train it with --merge_adapter true and give its folder `merged`."
 
 
 class Policy(nn.Module):
-    """A causal language model that gives the log-probs of given tokens, never a [T, V] tensor.
+    """A causal language model that computes the log-probs of given tokens without ever making a [T, V] tensor.
 
     Raises:
-        ValueError: the model has no list of blocks, or more than a matrix for its head.
+        ValueError: the model has no list of blocks, or its head is not a single matrix.
     """
 
     def __init__(self, model: Any, files: dict[str, Path] | None = None) -> None:
-        """`files`: of a model on the meta device, from which `sft_core.model.parallel.shard` reads its weights."""
+        """`files`: for a model on the meta device, the files from which `parallel.shard` reads its weights."""
         super().__init__()
         kind, head = type(model).__name__, model.get_output_embeddings()
         require(
@@ -59,7 +59,7 @@ class Policy(nn.Module):
         )
         require(
             getattr(head, "bias", None) is None and hasattr(head, "weight"),
-            f"{kind} has a head that is not one matrix, but has a bias, say",
+            f"the head of {kind} is not a single matrix without a bias",
         )
         self.model = model
         self.tied = is_tied(model)
@@ -77,11 +77,11 @@ class Policy(nn.Module):
         active: Tensor | None = None,
         entropy_gradient: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Log-probs of the scored tokens, entropies and log-probs of the likeliest tokens [N], float32, all of
+        """Log-probs of the scored tokens, entropies, and log-probs of the likeliest tokens: [N] each, float32, of
         softmax(logits / temperature).
 
-        With `token_loss`, before these its sum over the tokens [], which alone can be differentiated then: cheaper
-        than to compute it from the log-probs. `active` and `entropy_gradient` are those of `kernels.linear_loss`.
+        With `token_loss`, the sum of its losses [] comes first, and only this sum has a gradient. It is cheaper than a
+        loss computed from the log-probs. `active` and `entropy_gradient` are passed to `kernels.linear_loss`.
         """
         hidden = self.model.get_decoder()(
             input_ids=batch.input_ids,
@@ -89,9 +89,9 @@ class Policy(nn.Module):
             use_cache=False,
             packed=batch.layout,
         ).last_hidden_state[0]  # [T, D]
-        # Beside adapters the embedding may be trained as a copy, which a tied head then is too.
+        # With adapters, peft may train a copy of the embedding, which must also serve as the tied head.
         head = self.model.get_input_embeddings() if self.tied else self.model.get_output_embeddings()
-        scored = hidden.index_select(0, batch.rows)  # unlike hidden[rows] its backward need not sort
+        scored = hidden.index_select(0, batch.rows)  # its backward need not sort, unlike that of hidden[rows]
         if token_loss is None:
             return linear_logprob(scored, head.weight, batch.targets, temperature=temperature)
         return linear_loss(
@@ -113,8 +113,8 @@ class Policy(nn.Module):
         device: torch.device,
         share_prompt: bool = False,
     ) -> Tensor:
-        """Log-probs [N] of the tokens of all `completions`, one after the other, each after the prompt, which
-        `share_prompt` computes once. A collective, like every pass."""
+        """Log-probs [N] of the tokens of all `completions` in order, each scored after the prompt. With `share_prompt`
+        the prompt is computed once. A collective, like every pass."""
         sequences = [prompt + completion for completion in completions]
         masks = [[False] * len(prompt) + [True] * len(completion) for completion in completions]
         shared = [len(prompt) * share_prompt * (i > 0) for i in range(len(completions))]
@@ -122,27 +122,27 @@ class Policy(nn.Module):
 
 
 def check_positions(config: PretrainedConfig, tokens: int, what: str, remedy: str) -> None:
-    """Raise ValueError where `tokens`, which `what` takes, are more than the model has positions for, or more than its
-    rotary embedding takes without another factor, which a whole packed row would get with its longest sequence.
+    """Raise ValueError if `tokens`, which `what` may take, exceed the model's positions, or the length at which its
+    rotary embedding changes its factors: the longest sequence would change them for the whole packed row.
 
-    `remedy` may name the limit: {limit}.
+    `remedy` may contain {limit}.
     """
     text = config.get_text_config()
     limits = {getattr(text, "max_position_embeddings", None): "the model has {limit} positions"}
     rope = getattr(text, "rope_parameters", None) or {}
-    for entry in (rope, *rope.values()):  # some models have one for each type of layer
+    for entry in (rope, *rope.values()):  # some models have one entry per type of layer
         if isinstance(entry, dict) and entry.get("rope_type") == "longrope":
             limits[entry["original_max_position_embeddings"]] = "the model's longrope changes its factors after {limit}"
     for limit, says in limits.items():
         if limit is not None and tokens > limit:
-            raise ValueError(f"{what} may take {tokens} tokens, {says}: {remedy}.".format(limit=limit))
+            raise ValueError(f"{what} may take {tokens} tokens, but {says}: {remedy}.".format(limit=limit))
 
 
 def load_model_info(config: ModelConfig) -> PretrainedConfig:
-    """The model's configuration alone: a folder needs no more than its config.json.
+    """The model's configuration. A local folder needs only its config.json for this.
 
     Raises:
-        ValueError: there is no such model, or it is of a kind that is refused.
+        ValueError: the model does not exist, or its kind is not supported.
     """
     model_config = _from_files(AutoConfig, config)
     for attribute in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling"):
@@ -165,33 +165,33 @@ def _from_files(kind: Any, config: ModelConfig, given_as: str = "model_name_or_p
         return kind.from_pretrained(name, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
     except OSError as error:
         raise ValueError(
-            f"no model {name!r} to be had: it is neither a model folder nor a Hub id that can be reached from here "
-            f"(check --{given_as}). Cause: {str(error).splitlines()[0]}"
+            f"cannot load model {name!r}, which is neither a model folder nor a Hub id that can be reached from here: "
+            f"check --{given_as}. Cause: {str(error).splitlines()[0]}"
         ) from error
 
 
 def load_tokenizer(
     config: ModelConfig, chat_template: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """The model's configuration and tokenizer (or a copy of the one that is given), without its weights.
+    """The model's configuration and its tokenizer, or a copy of the `tokenizer` passed in; no weights are loaded.
 
-    `chat_template` takes the place of its own: Jinja text, a file with it, or a model whose tokenizer has it. Of that
-    one the added tokens, which its template writes, are added where they are missing, and the EOS is taken over, as
-    TRL's `clone_chat_template` does; the embedding grows as for ChatML.
+    `chat_template` replaces the tokenizer's template: Jinja text, a file with it, or a model whose tokenizer has it.
+    From such a model's tokenizer the added tokens, which its template writes, and the EOS are also taken over, as in
+    TRL's `clone_chat_template`; the embedding grows as for ChatML.
 
     Raises:
-        ValueError: there is no such model, or it is of a kind that is refused.
+        ValueError: the model does not exist, or its kind is not supported.
     """
     model_config = load_model_info(config)
     tokenizer = _from_files(AutoTokenizer, config) if tokenizer is None else copy.deepcopy(tokenizer)
     if chat_template is not None:
         text = chat_template
-        if len(text) < 1000 and "{" not in text:  # no Jinja, which has braces
+        if len(text) < 1000 and "{" not in text:  # not Jinja text, which has braces
             file = Path(text)
             if file.is_dir() or (text.count("/") == 1 and file.suffix not in (".jinja", ".j2") and not file.is_file()):
                 source = dataclasses.replace(config, model_name_or_path=text, model_revision="main")
                 other = _from_files(AutoTokenizer, source, "chat_template")
-                require(isinstance(other.chat_template, str), f"the tokenizer of {text} has no chat template.")
+                require(isinstance(other.chat_template, str), f"{text} has no chat template: check --chat_template.")
                 tokenizer.add_tokens([token for _, token in sorted(other.added_tokens_decoder.items())])
                 tokenizer.eos_token = other.eos_token or tokenizer.eos_token
                 text = other.chat_template
@@ -207,20 +207,20 @@ def load_tokenizer(
 
 
 def architecture(config: PretrainedConfig) -> str:
-    """A short digest of what the weights of a model look like."""
+    """A short digest of a model's configuration, without the fields that do not affect its weights."""
     ignored = {"transformers_version", "_name_or_path", "dtype", "use_cache"}
     described = {key: value for key, value in config.to_dict().items() if key not in ignored}
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def count_parameters(config: PretrainedConfig, trust_remote_code: bool = False) -> int:
-    """Parameters of the model that `config` describes, without making it."""
+    """The number of parameters of the model that `config` describes; no weights are allocated."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).num_parameters()
 
 
 def local_copy(config: ModelConfig) -> ModelConfig:
-    """The same model as a folder on this machine, so that policy, reference and engine read the same files."""
+    """The same model as a local folder, so that policy, reference model and engine read the same files."""
     if Path(config.model_name_or_path).is_dir():
         return config
     files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *(["*.py"] if config.trust_remote_code else [])]
@@ -229,12 +229,12 @@ def local_copy(config: ModelConfig) -> ModelConfig:
 
 
 def load_whole(name: str, **options: Any) -> Any:
-    """The model of a folder or Hub id, all of whose weights must be in its files: transformers would make up the rest.
+    """The model of a folder or Hub id. Its files must hold all weights: transformers would initialise missing ones.
 
-    What the files hold beside the model, a value head for one, is left out with a warning.
+    Weights outside the model, such as a value head, are ignored with a warning.
 
     Raises:
-        ValueError: a weight is missing or has another shape, one within the model's body has no place there, or a file
+        ValueError: a weight is missing or has a wrong shape, a weight inside the model's body is unexpected, or a file
             cannot be read.
     """
     try:
@@ -243,19 +243,19 @@ def load_whole(name: str, **options: Any) -> Any:
         )
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
         raise ValueError(
-            f"the weights of {name} cannot be loaded: are its files whole? "
+            f"the weights of {name} cannot be loaded: check that its files are complete, or download them again. "
             f"Cause: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from error
     require(not getattr(model, "_hf_peft_config_loaded", False), ADAPTER_FOLDER.format(name))
     missing, unexpected = found["missing_keys"], found["unexpected_keys"]
     shapes = {f"{key} {list(there)} for {list(here)}" for key, there, here in found["mismatched_keys"]}
     tied = model.config.tie_word_embeddings and model.device.type != "meta"
-    apart = {"embedding and head"} if tied and not is_tied(model) else set()  # then engines and others would tie them
+    apart = {"embedding and head"} if tied and not is_tied(model) else set()  # other programs would tie them
     kinds = {
         "missing": missing,
         "of another shape": shapes,
-        "without a place in the model": unexpected,
-        "not equal, though tied": apart,
+        "not in the model": unexpected,
+        "tied but not equal": apart,
     }
     says = "; ".join(
         f"{kind}: {', '.join(sorted(keys)[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
@@ -265,10 +265,10 @@ def load_whole(name: str, **options: Any) -> Any:
     inside = any(key.startswith(f"{model.base_model_prefix}.") for key in unexpected)
     require(
         not (missing or shapes or apart or inside),
-        f"the weights of {name} are not those of its config.json ({says}): give one that they fit.",
+        f"the weights of {name} do not fit its config.json ({says}): give the config.json that belongs to them.",
     )
     if says:
-        logger.warning("weights of %s are left out, %s", name, says)
+        logger.warning("some weights of %s are ignored, %s", name, says)
     return model
 
 
@@ -281,16 +281,16 @@ def load_policy(
     vocab_size: int = 0,
     to_shard: bool = False,
 ) -> Policy:
-    """The policy on the CPU, in the dtype of its files; `sft_core.model.parallel.shard` makes float32 shards of it.
+    """The policy on the CPU, in the dtype of its files; `sft_core.model.parallel.shard` turns it into float32 shards.
 
-    With adapters the model is frozen, in the `dtype` that is computed in, or quantised (then on the rank's device);
-    `seed` and `known_as` are theirs (`sft_core.model.adapters.add_adapters`).
+    With adapters the model is frozen, in the compute dtype `dtype`, or quantised (then on the rank's device); `seed`
+    and `known_as` are passed to `sft_core.model.adapters.add_adapters`.
 
-    `vocab_size`: tokens that it must at least know; new ones begin as the mean of the others.
-    `to_shard`: leave the weights in their files where `shard` can read them from there.
+    `vocab_size`: the embedding grows to at least this; new tokens start as the mean of the others.
+    `to_shard`: leave the weights in their files if `shard` can read them from there.
 
-    It is put in eval mode for good: dropout would make the policy that is trained another than the one sampled
-    (adapters' own is on in SFT's training passes: `sft_core.model.adapters.dropout`).
+    The policy stays in eval mode: with dropout the trained policy would differ from the sampled one. Only the adapters'
+    dropout is turned on in SFT's training passes (`sft_core.model.adapters.dropout`).
     """
     quantised, name = quantization(config, dtype), config.model_name_or_path
     options: dict[str, Any] = {
@@ -316,7 +316,7 @@ def load_policy(
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> frozenset[int]:
-    """Every token that ends a completion: the tokenizer's EOS and those of the model's generation_config.json."""
+    """All tokens that end a completion: the tokenizer's EOS and those of the model's generation_config.json."""
     ids = {tokenizer.eos_token_id}
     try:
         declared = GenerationConfig.from_pretrained(
@@ -327,15 +327,15 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> f
     ids |= set(declared if isinstance(declared, list) else [declared])
     ids.discard(None)
     if not ids:
-        raise ValueError(f"{config.model_name_or_path} has no EOS token, so completions would never end: set one.")
+        raise ValueError(f"{config.model_name_or_path} has no EOS token, so answers would never end: give it one.")
     return frozenset(ids)
 
 
 def compute_in_bf16(bf16: bool | None, dtype: str | None, device: torch.device) -> bool:
-    """Whether to compute in bfloat16: as `bf16` says, else the model's `dtype`, else on CUDA.
+    """Whether to compute in bfloat16: `bf16` decides, else the model's `dtype`, else whether CUDA supports it.
 
     Raises:
-        ValueError: bfloat16 was asked for on a GPU without it.
+        ValueError: the options ask for bfloat16 on a GPU without it.
     """
     if bf16 is None and dtype in ("bfloat16", "float32"):
         bf16 = dtype == "bfloat16"
@@ -345,6 +345,6 @@ def compute_in_bf16(bf16: bool | None, dtype: str | None, device: torch.device) 
 
 
 def planned_dtype(model: ModelConfig, config: TrainingConfig) -> torch.dtype:
-    """What a GPU would compute in, for a plan made without one."""
+    """The compute dtype on a GPU, for a plan made without one."""
     bf16 = model.dtype != "float32" if config.bf16 is None else config.bf16
     return torch.bfloat16 if bf16 else torch.float32

@@ -1,7 +1,8 @@
-"""What TRL's users hand a trainer for its model, as options of `ModelConfig`: the keyword arguments of from_pretrained,
-peft's LoraConfig, transformers' BitsAndBytesConfig; and the functions of TRL that make these from a ModelConfig.
+"""Converts what TRL's users pass to a trainer for its model into options of `ModelConfig`, and back.
 
-What cannot be honoured is refused by name. Left out on purpose: methods of peft other than LoRA, GPTQ and the like.
+These are keyword arguments of from_pretrained, peft's LoraConfig and transformers' BitsAndBytesConfig. The functions of
+TRL that make them from a ModelConfig are here too. Arguments without a counterpart are refused by name.
+Not supported, on purpose: methods of peft other than LoRA, and other quantisation such as GPTQ.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ QUANTISED = {
     "bnb_4bit_quant_type": "bnb_4bit_quant_type",
     "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
 }
-PRECISION = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")  # here the trainer's
+PRECISION = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")  # set by the trainer's options here
 INIT = {
     "revision": "model_revision",
     "trust_remote_code": "trust_remote_code",
@@ -30,11 +31,11 @@ INIT = {
 }
 
 
-# --- what is handed over -> ModelConfig --------------------------------------------------------------------------
+# --- arguments of a trainer -> ModelConfig -----------------------------------------------------------------------
 
 
 def with_init_kwargs(model: ModelConfig, config: C) -> tuple[ModelConfig, C]:
-    """`model` with what `config.model_init_kwargs` says of it, and `config` without.
+    """`model` with the options of `config.model_init_kwargs`, and `config` without them.
 
     Raises:
         ValueError: an argument is not known, or contradicts an option or another argument.
@@ -45,16 +46,16 @@ def with_init_kwargs(model: ModelConfig, config: C) -> tuple[ModelConfig, C]:
             found |= quantised_options(value)
         elif name == "device_map":
             whole = value is None or value == "auto" or isinstance(value, Mapping) and list(value) == [""]
-            require(whole, f"device_map {value!r}: a model is sharded over the ranks; leave it out.")
+            require(whole, f"device_map {value!r} is not supported, models are sharded over the ranks: leave it out.")
         elif name in INIT:
-            # torch.bfloat16 as its name
+            # torch.bfloat16 becomes "bfloat16"
             value = str(value).removeprefix("torch.") if value is not None and INIT[name] == "dtype" else value
             known = found.setdefault(INIT[name], value)
-            require(known == value, f"model_init_kwargs say {name} {value} and {known}: give one of them.")
+            require(known == value, f"model_init_kwargs give {name} as {value} and as {known}: give one of them.")
         else:
             require(
                 name == "use_cache",  # not used in training, and on in the model that is written
-                f"model_init_kwargs may not hold {name}, but {', '.join(INIT)}, use_cache, device_map, "
+                f"model_init_kwargs may not hold {name}: give only {', '.join(INIT)}, use_cache, device_map, "
                 "quantization_config.",
             )
     found = {name: value for name, value in found.items() if value is not None}
@@ -62,10 +63,10 @@ def with_init_kwargs(model: ModelConfig, config: C) -> tuple[ModelConfig, C]:
 
 
 def with_peft_config(model: ModelConfig, peft_config: Any) -> ModelConfig:
-    """`model` with adapters as peft's LoraConfig says.
+    """`model` with the adapters that peft's LoraConfig describes.
 
     Raises:
-        ValueError: it is no LoraConfig, or one of its fields has no counterpart here.
+        ValueError: peft_config is not a LoraConfig, or one of its fields has no counterpart here.
     """
     if peft_config is None:
         return model
@@ -73,7 +74,7 @@ def with_peft_config(model: ModelConfig, peft_config: Any) -> ModelConfig:
 
     require(
         isinstance(peft_config, LoraConfig),
-        f"peft_config must be a LoraConfig, got {type(peft_config).__name__}: LoRA is the only method here.",
+        f"peft_config is a {type(peft_config).__name__}, and LoRA is the only method here: give a LoraConfig.",
     )
     targets = peft_config.target_modules
     require(
@@ -108,20 +109,20 @@ def quantised_options(config: Any) -> dict[str, Any]:
 
 
 def _refuse_others(what: str, given: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
-    """`plain`: with those fields alone that have a counterpart."""
+    """Raise ValueError for fields of `given` that differ from `plain`, which has only fields with a counterpart."""
     others = [name for name, value in given.items() if value != plain.get(name)]
-    require(not others, f"{what}: {', '.join(others)} cannot be honoured here: leave out what is not its default.")
+    require(not others, f"{what} sets {', '.join(others)}, which is not supported here: leave them at their defaults.")
 
 
 def changed(model: ModelConfig, options: dict[str, Any], by: str) -> ModelConfig:
-    """`model` with these options, which may not contradict what it says otherwise than by default."""
+    """`model` with these options, which may not contradict options of `model` that differ from their defaults."""
     for name, value in options.items():
         default, now = getattr(ModelConfig(), name), getattr(model, name)
-        require(now in (default, value), f"{by} contradict {name} {now!r}, say {value!r}: give one of them.")
+        require(now in (default, value), f"{by} gives {name} {value!r}, the options give {now!r}: give one of them.")
     return dataclasses.replace(model, **options)
 
 
-# --- ModelConfig -> what TRL's functions make of it --------------------------------------------------------------
+# --- TRL's functions of a ModelConfig ----------------------------------------------------------------------------
 
 
 def get_peft_config(model_args: ModelConfig) -> Any:
@@ -146,12 +147,12 @@ def get_quantization_config(model_args: ModelConfig) -> Any:
 
 
 def get_callbacks(train_config: TrainingConfig, model_config: ModelConfig) -> list[Any]:
-    """open-r1's: what `train_config.callbacks` names. None, for a run sees to these itself."""
+    """open-r1's function for `train_config.callbacks`. The list is empty, because a run makes these itself."""
     return []
 
 
 def get_kbit_device_map() -> dict[str, int] | None:
-    """All of a quantised model on this rank's GPU; None without one."""
+    """The device map that puts all of a quantised model on this rank's GPU; None without a GPU."""
     import torch
 
     device = TrainingConfig().device

@@ -1,10 +1,10 @@
-"""Weights of which each rank reads what it keeps: slices of the files, into a model that was sharded without values.
+"""Reads weights shard by shard: each rank reads only its slices of the files, into a model sharded without values.
 
 `sft_core.model.policy.load_policy` makes the policy on the meta device, `sft_core.model.parallel.shard` shards it there
-and has the shards read: a rank never holds more of the model in host memory than its shards.
+and then fills the shards. So a rank never holds more of the model in host memory than its shards.
 
-Left out on purpose: adapters, quantised models, custom code, and models of which transformers renames or converts
-weights. These are loaded whole on every rank.
+Not supported, on purpose: adapters, quantised models, custom code, and models whose weights transformers renames or
+converts. These are loaded whole on every rank.
 """
 
 import json
@@ -24,7 +24,7 @@ from sft_core.model.adapters import is_tied
 
 
 def can_read_slices(folder: str) -> bool:
-    """Whether it is a folder with a model of a class of transformers' own that is not quantised."""
+    """Whether `folder` holds a model of one of transformers' own classes, without quantisation."""
     if not Path(folder).is_dir() or not is_accelerate_available():
         return False
     config = AutoConfig.from_pretrained(folder)
@@ -32,8 +32,8 @@ def can_read_slices(folder: str) -> bool:
 
 
 def weight_files(model: Any, folder: str) -> dict[str, Path]:
-    """The file of each parameter of a model on the meta device, whose buffers, which are in no file, are computed.
-    Empty where the files do not hold the parameters as the model has them."""
+    """The file of each parameter of a model on the meta device; also computes the model's buffers, which are in no
+    file. Empty if the files do not hold exactly the model's parameters."""
     from accelerate import init_empty_weights
 
     index, single = Path(folder, "model.safetensors.index.json"), Path(folder, "model.safetensors")
@@ -45,7 +45,7 @@ def weight_files(model: Any, folder: str) -> dict[str, Path]:
             files = dict.fromkeys(file.keys(), single.name)
     names = {name for name, _ in model.named_parameters()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
-    # A tied weight that is in the files twice may differ there, which the loading of the whole model finds.
+    # A tied weight may be in the files twice with different values; loading the whole model detects that.
     twice = tied & files.keys() or model.config.tie_word_embeddings and not is_tied(model)
     if twice or not names <= files.keys():
         return {}
@@ -60,7 +60,7 @@ def weight_files(model: Any, folder: str) -> dict[str, Path]:
 
 @torch.no_grad()
 def read_slices(parameters: Iterable[tuple[str, Tensor]], files: dict[str, Path]) -> None:
-    """Fill each parameter, by its name, or this rank's shard of it (dimension 0, as FSDP2 cuts it)."""
+    """Fill each parameter, or this rank's shard of it (dimension 0, as FSDP2 shards it), from the file of its name."""
     for name, parameter in parameters:
         local, start = parameter, 0
         if isinstance(parameter, DTensor):

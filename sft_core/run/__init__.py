@@ -1,1 +1,1 @@
-"""What every run needs and no model: options, process group, files, logs, the Hub, the end of a run."""
+"""The parts of a run that do not depend on the model: options, process group, files, logs, the Hub, benchmarks."""

@@ -1,10 +1,10 @@
-"""What a run does after each checkpoint, as open-r1 names it, and benchmarks as processes of their own.
+"""open-r1's callbacks, which push each checkpoint, and benchmarks of checkpoints and models in separate processes.
 
-A callback has `on_save(step, checkpoint)` and `close()`, which waits and returns what failed; `results` are then its
-benchmarks. First rank only; none of them can stop the training.
+A callback has `on_save(step, checkpoint)` and `close()`. `close()` waits for its work and returns a list of failures;
+after it, `results` holds the benchmark results. Callbacks run on the first rank only and cannot stop the training.
 
-Left out on purpose: other callbacks, and jobs of a cluster's scheduler (open-r1 hands benchmarks to Slurm, and nothing
-comes back into the run; here their results do).
+Not supported, on purpose: other callbacks, and jobs of a cluster's scheduler. (open-r1 submits benchmarks to Slurm and
+never gets the results; here the run records them.)
 """
 
 import json
@@ -18,15 +18,15 @@ from sft_core.run.config import ModelConfig, TrainingConfig
 from sft_core.run.hub import TRAINING_STATE, PushToHub, Uploader, stage
 from sft_core.run.output_dir import move_aside
 
-FAILURES = (RuntimeError, OSError, ValueError, KeyError)  # of `run_benchmarks`
+FAILURES = (RuntimeError, OSError, ValueError, KeyError)  # that `run_benchmarks` may raise
 
 
 class PushToHubRevision(Uploader):
-    """Each checkpoint's model to branch `<hub_model_revision>-step-<step, nine digits>`; benchmarks of them.
+    """Pushes each checkpoint's model to branch `<hub_model_revision>-step-<step, nine digits>`, and benchmarks it.
 
-    Uploads run in the background, from a copy that outlives the checkpoint. Benchmarks, for which the machine must be
-    free, wait for the end of the training, and each one waiting keeps a model on the disk. With adapters, no whole
-    model, only the final, merged one is measured.
+    Uploads run in the background, from a copy that outlives the checkpoint. Benchmarks need a free machine, so they run
+    after the training; until then each waiting checkpoint keeps a copy of its model on the disk. With adapters only the
+    final, merged model is benchmarked.
     """
 
     def __init__(self, config: TrainingConfig, model: ModelConfig) -> None:
@@ -42,7 +42,7 @@ class PushToHubRevision(Uploader):
             self._waiting.append((step, staged))
 
     def close(self) -> list[str]:
-        """Wait for the uploads, then measure; returns what failed, a sentence each."""
+        """Wait for the uploads, then run the benchmarks; returns the failures, one sentence each."""
         super().close()
         for step, staged in self._waiting:
             folder = Path(self.config.output_dir) / "benchmarks" / f"checkpoint-{step}"
@@ -55,7 +55,7 @@ class PushToHubRevision(Uploader):
 
 
 def get_callbacks(config: TrainingConfig, model: ModelConfig) -> list[PushToHub | PushToHubRevision]:
-    """What is done after each checkpoint."""
+    """The callbacks of a run, which are called after each checkpoint."""
     callbacks: list[PushToHub | PushToHubRevision] = []
     if config.push_to_hub and config.hub_strategy != "end":
         callbacks.append(PushToHub(config))
@@ -65,12 +65,14 @@ def get_callbacks(config: TrainingConfig, model: ModelConfig) -> list[PushToHub 
 
 
 def check_benchmarks(config: TrainingConfig) -> None:
-    """Raise ValueError for benchmarks that could not run: unknown task or option, no engine. Asked of a process, since
-    sft_core does not import eval."""
+    """Raise ValueError for benchmarks that could not run: unknown task or option, no engine. A separate process checks
+    this, because sft_core does not import eval."""
     if not config.benchmarks:
         return
     if taken := {"model", "tasks", "output_dir", "shard"} & set(config.benchmark_kwargs or {}):
-        raise ValueError(f"benchmark_kwargs may not hold {', '.join(sorted(taken))}: the run says these itself.")
+        raise ValueError(
+            f"benchmark_kwargs may not hold {', '.join(sorted(taken))}, which the run sets itself: remove them."
+        )
     command = [sys.executable, "-m", "eval.check", *_flags(config, Path("model"), Path("results"))]
     asked = subprocess.run(command, capture_output=True, text=True)
     if asked.returncode != 0:
@@ -80,7 +82,7 @@ def check_benchmarks(config: TrainingConfig) -> None:
 def _flags(config: TrainingConfig, model: Path, output_dir: Path) -> list[str]:
     """The options of eval.run."""
     options = {"model": str(model), "tasks": ",".join(config.benchmarks), "output_dir": str(output_dir)}
-    options["fit_context"] = "true"  # a short context is no reason to measure nothing
+    options["fit_context"] = "true"  # benchmark models with a short context too
     options |= {"system_prompt": config.system_prompt} if config.system_prompt else {}
     options |= config.benchmark_kwargs or {}
     flags = []
@@ -90,16 +92,16 @@ def _flags(config: TrainingConfig, model: Path, output_dir: Path) -> list[str]:
 
 
 def run_benchmarks(model_folder: Path, config: TrainingConfig, output_dir: Path) -> dict[str, float]:
-    """Measure a model with `eval.run` in a process of its own; returns {`benchmarks/<task>/<metric>`: value}.
+    """Benchmark a model with `eval.run` in a separate process; returns {`benchmarks/<task>/<metric>`: value}.
 
-    `config`: `benchmarks`, `system_prompt` and `benchmark_kwargs` (further options of eval.run). Details, results and
-    the process's output (log.txt) go to `output_dir`; what another model's benchmarks left there is moved aside.
+    `config` gives `benchmarks`, `system_prompt` and `benchmark_kwargs` (further options of eval.run). Details, results
+    and the process's output (log.txt) go to `output_dir`; earlier benchmarks of other weights are moved aside there.
 
     Raises:
-        RuntimeError: the process failed; with the end of what it wrote.
+        RuntimeError: the process failed; the message has the end of its output.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    move_aside(output_dir, "of other weights")  # eval.run would go on with their samples
+    move_aside(output_dir, "benchmarks of other weights")  # eval.run would resume from their samples
     log = output_dir / "log.txt"
     ends_with_us = [sys.executable, "-m", "sft_core.run.child", str(os.getpid())]
     command = [*ends_with_us, "eval.run", *_flags(config, model_folder, output_dir)]
@@ -107,7 +109,7 @@ def run_benchmarks(model_folder: Path, config: TrainingConfig, output_dir: Path)
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
     if done.returncode != 0:
         tail = " ".join(log.read_text(errors="replace")[-600:].split())
-        raise RuntimeError(f"eval.run ended with exit code {done.returncode} (all of it in {log}): {tail}")
+        raise RuntimeError(f"eval.run ended with exit code {done.returncode} (see {log}): {tail}")
     results = json.loads((output_dir / "results.json").read_text())["results"]
     return {
         f"benchmarks/{task}/{metric}": value

@@ -1,4 +1,4 @@
-"""A module run as a program that ends with the process that started it: the kernel kills it when that one is gone.
+"""Runs a module as a program that the kernel kills when the process that started it ends.
 
 python -m sft_core.run.child PARENT_PID MODULE ARGUMENTS...
 """

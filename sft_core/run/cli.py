@@ -1,12 +1,15 @@
-"""From `--config run.yaml --field value ...` to validated dataclasses.
+"""Parses `--config run.yaml --field value ...` into validated dataclasses.
 
-What YAML gives takes the place of an option's default, so the command line wins; a text is converted as there, and all
-of it is held to its type, bounds and choices by the dataclass. An unknown key or flag is refused with the nearest known
-name; what becomes of those of TRL and open-r1 that are no options here says `open_r1_keys.py`. `null` or `none` says
-that there is no number. A key `env:` in the YAML sets environment variables (those of libraries that read them when
-they are imported, such as HF_ENDPOINT, belong into the shell). `--parse_only` prints the resolved configuration as
-YAML, after it as comments the defaults that are not TRL's, and ends. Types, `--help` and choices come from
-transformers' HfArgumentParser.
+* Values in the YAML file replace an option's default, and flags override both. Text in the YAML is converted as on the
+  command line. The dataclass checks types, bounds and choices. `null` or `none` leaves a number unset.
+* An unknown key or flag is refused, and the error names the nearest known name. `open_r1_keys.py` handles names of TRL
+  and open-r1 that are not options here.
+* A key `env:` in the YAML sets environment variables. Variables that libraries read on import, such as HF_ENDPOINT,
+  must be set in the shell.
+* `--parse_only` prints the resolved configuration as YAML, with comments for the defaults that differ from TRL's, and
+  exits.
+
+transformers' HfArgumentParser provides types, `--help` and choices.
 """
 
 import argparse
@@ -28,7 +31,7 @@ from sft_core.run.options import Options, check_once, default_of, known_names, n
 
 
 class _Repeated(argparse.Action):
-    """An option that is given again adds to its list (of one text with commas between: to that); a default goes."""
+    """Appends the values of a repeated option to its list, or to its comma-separated text; a default is replaced."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         before = getattr(namespace, self.dest)
@@ -40,7 +43,7 @@ class _Repeated(argparse.Action):
 class Parser(HfArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's takes -1e-3 for a flag
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-3 for a flag
         for kind in (int, float):
             self.register("type", kind, lambda text, kind=kind: None if text in ("null", "none") else kind(text))
 
@@ -69,7 +72,7 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
         first.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, nargs="*", type=_load)
     ours, argv = first.parse_known_args(argv)
     if len(ours.config) > 1:
-        raise ValueError(f"--config is given {len(ours.config)} times: put all into one file.")
+        raise ValueError(f"--config is given {len(ours.config)} times: merge the files into one.")
     path = ours.config[0] if ours.config else None
     given: dict[str, Any] = {}
     recipe, texts = _read_yaml(path) if path else ({}, {})
@@ -89,7 +92,7 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     parser = Parser(config_types, allow_abbrev=False)
     for action in parser._actions:
         if action.dest in given:
-            value, text = given[action.dest]  # `no` and `1e-3` are texts where one is meant
+            value, text = given[action.dest]  # `no` and `1e-3` stay text for a text option
             meant = isinstance(value, bool | float) and action.type not in (None, string_to_bool, int, float)
             action.default, action.required = text if meant else value, False
     *configs, remaining = parser.parse_args_into_dataclasses(
@@ -103,19 +106,21 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     if ours.parse_only:
         if os.environ.get("RANK", "0") == "0":
             print(as_yaml([c.frozen() if isinstance(c, Options) else c for c in configs]), end="")
-            print("# Defaults that are not those of TRL 1.16 and open-r1:", *map(_differences, config_types), sep="")
+            print(
+                "# Defaults that differ from those of TRL 1.16 and open-r1:", *map(_differences, config_types), sep=""
+            )
         raise SystemExit(0)
     return tuple(configs)
 
 
 class TrlParser:
-    """TRL's, for scripts: `TrlParser((ScriptArguments, GRPOConfig, ModelConfig)).parse_args_and_config()`."""
+    """TRL's parser, for scripts: `TrlParser((ScriptArguments, GRPOConfig, ModelConfig)).parse_args_and_config()`."""
 
     def __init__(self, dataclass_types: Any) -> None:
         self.types = (dataclass_types,) if isinstance(dataclass_types, type) else tuple(dataclass_types)
 
     def parse_args_and_config(self, args: list[str] | None = None) -> tuple[Any, ...]:
-        """An instance of each class; what is wrong is one line and exit code 2 where `args` is the command line."""
+        """An instance of each class. On the command line (`args` is None) an error prints one line and exits with 2."""
         if args is not None:
             return parse(self.types, args)
         with usage_errors():
@@ -123,7 +128,7 @@ class TrlParser:
 
 
 def as_yaml(configs: list[Any]) -> str:
-    """The resolved options of all dataclasses as one YAML recipe, which parses to the same again."""
+    """The resolved options of all dataclasses as one YAML recipe, which parses to the same options again."""
     options = {field.name for config in configs for field in dataclasses.fields(config) if field.init}
     values = {
         key: dict(value) if isinstance(value, dict) else value
@@ -135,22 +140,22 @@ def as_yaml(configs: list[Any]) -> str:
 
 
 def _differences(config_type: type) -> str:
-    """The defaults that are others there, one comment a line."""
+    """The defaults that differ from TRL's and open-r1's, one comment per line."""
     there, lines = defaults_there(config_type, ("trl 1.16.0", "open_r1")), []
     for name, field in known_names(config_type).items():
         ours, theirs = default_of(field), there.get(name)
         if name in there and ours != theirs and (ours, theirs) != ("", None):  # "" is a name that must be given
-            lines.append(f"\n#   {name}: {json.dumps(ours)}, there {json.dumps(theirs)}")
+            lines.append(f"\n#   {name}: {json.dumps(ours)} instead of {json.dumps(theirs)}")
     return "".join(lines)
 
 
 class _Loader(yaml.SafeLoader):
-    """1e-7 is a number, as in YAML 1.2. One key twice is an error, where YAML would take the last."""
+    """Reads 1e-7 as a number, as in YAML 1.2, and refuses a repeated key, of which YAML would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
         for key in keys:
-            require(keys.count(key) == 1, f"`{key}` is there twice: give it once.")
+            require(keys.count(key) == 1, f"the recipe has `{key}` twice: give it once.")
         return super().construct_mapping(node, deep)
 
 
@@ -163,15 +168,15 @@ def _load(text: str | bytes, what: str = "it", loader: Any = _Loader) -> Any:
     try:
         return yaml.load(text, loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{what} is not valid YAML: {' '.join(str(error).split())}; correct it.") from error
 
 
 def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the recipe holds, and the same with all values as they are written there."""
+    """The recipe's content, and the same content with all values as text."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"there is no recipe at {path}: check --config.")
     content, texts = (_load(file.read_bytes(), path, loader) for loader in (_Loader, yaml.BaseLoader))
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold `key: value` lines.")
+        raise ValueError(f"{path} must hold `key: value` lines: check --config.")
     return content, texts

@@ -1,8 +1,8 @@
-"""The processes of a run: their group, the lock on their output folder, the signals that stop them.
+"""The processes of a run: the process group, the lock on the output folder, and the signals that stop a run.
 
-Left out on purpose: restarting failed ranks (torchrun's work), elastic world sizes (a restart reshards the checkpoint),
-and any agreement between ranks about signals (the loop reduces `StopSignal.requested` with its other metrics). The
-watchdog over what hangs is in `watchdog.py`.
+Not supported, on purpose: restarting failed ranks (torchrun does that), elastic world sizes (a restart reshards the
+checkpoint), and agreement between ranks about signals (the loop reduces `StopSignal.requested` with its other metrics).
+The watchdog for hanging phases is in `watchdog.py`.
 """
 
 import faulthandler
@@ -33,11 +33,11 @@ from sft_core.run.watchdog import watchdog
 
 T = TypeVar("T")
 GIB = 2**30
-PATIENCE = 5.0  # seconds that ranks may be apart without a word
+PATIENCE = 5.0  # seconds to wait for the other ranks before a line is printed
 LEFT_OVER = "If no launcher started this process, unset RANK and WORLD_SIZE."
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _as_torchrun: dict[str, str] = {}  # environment variables that a single process has set for itself
-_stores: list[dist.Store] = []  # the launcher's, where there is one
+_stores: list[dist.Store] = []  # the launcher's store, if there is one
 _groups = count()
 _locks: dict[Path, int] = {}  # folder -> the open file whose lock this process holds
 
@@ -48,15 +48,15 @@ _locks: dict[Path, int] = {}  # folder -> the open file whose lock this process 
 def init_distributed(timeout_s: float = 600.0) -> tuple[int, int, int, torch.device]:
     """Join torchrun's process group, or make one of a single process; returns (rank, world size, local rank, device).
 
-    gloo on the CPU, `cuda:nccl,cpu:gloo` on CUDA, every collective bounded by `timeout_s` seconds. Crashes, an NCCL
-    time-out's abort among them, print all Python stacks. One process gets the environment variables that torchrun
-    would have set, with a free port, because vLLM's `external_launcher` reads them.
+    The backend is gloo on the CPU and `cuda:nccl,cpu:gloo` on CUDA; every collective has a timeout of `timeout_s`
+    seconds. A crash, including the abort after an NCCL timeout, prints all Python stacks. A single process sets the
+    environment variables that torchrun would set, with a free port, because vLLM's `external_launcher` reads them.
     """
     faulthandler.enable(file=2, all_threads=True)
     timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         end_with_launcher()
-        if not _stores:  # the launcher's, once: a process may join group after group, each under keys of its own
+        if not _stores:  # made once: a process may join several groups in turn, each with its own key prefix
             _stores.append(_meet(timeout))
         store: dist.Store = dist.PrefixStore(f"group-{next(_groups)}", _stores[0])
     else:
@@ -74,14 +74,14 @@ def init_distributed(timeout_s: float = 600.0) -> tuple[int, int, int, torch.dev
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"{local_world_size} processes were started for {torch.cuda.device_count()} visible GPUs; "
+                f"{local_world_size} processes were started for {torch.cuda.device_count()} visible GPUs: "
                 f"start torchrun with --nproc_per_node {torch.cuda.device_count()}."
             )
         device, backend = torch.device("cuda", local_rank), "cuda:nccl,cpu:gloo"
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
-        # torchrun gives each of several ranks one thread unless told otherwise; share the cores among them instead.
+        # By default torchrun sets one thread for each of several ranks; divide the cores among them instead.
         if local_world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
@@ -89,13 +89,13 @@ def init_distributed(timeout_s: float = 600.0) -> tuple[int, int, int, torch.dev
 
 
 def _meet(timeout: timedelta) -> dist.Store:
-    """The store at which the ranks meet, when all are there.
+    """The store at which the ranks meet; returns when all ranks are there.
 
-    Raises ValueError where they cannot: an unknown host, a port in use, a rank that does not come within `timeout`.
+    Raises ValueError if they cannot meet: an unknown host, a port in use, or a rank that is missing after `timeout`.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     variables = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
-    thread = ThreadPool(1)  # what waits in C++ would not notice a Ctrl-C
+    thread = ThreadPool(1)  # a wait in C++ on the main thread would not react to Ctrl-C
     meeting = thread.apply_async(lambda: next(iter(rendezvous("env://", timeout=timeout)))[0])
     thread.close()
     meeting.wait(PATIENCE)
@@ -110,11 +110,11 @@ def _meet(timeout: timedelta) -> dist.Store:
 
 
 def shutdown() -> None:
-    """Leave in order: watchdog off, process group destroyed. Close a vLLM engine before: its exit needs the group."""
+    """Disarm the watchdog and destroy the process group. Close a vLLM engine first, since its exit needs the group."""
     watchdog(0)
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-    while _as_torchrun:  # else a process started later would take itself for a rank
+    while _as_torchrun:  # else a process started later would believe it is a rank
         os.environ.pop(_as_torchrun.popitem()[0], None)
 
 
@@ -125,9 +125,9 @@ def is_first_rank() -> bool:
 def on_first_rank(work: Callable[[], T], patient: bool = False) -> T:
     """Run `work` on rank 0 only; every rank returns its (picklable) result. A collective.
 
-    Every rank raises its ValueError, and an OSError if the disk is full: all leave the same way, none waits.
+    If `work` raises a ValueError, or an OSError because the disk is full, every rank raises it, so that none waits.
 
-    `patient`: the others wait for a day, whatever the process group's time-out is.
+    `patient`: the other ranks wait up to a day, whatever the process group's timeout is.
     """
     if not dist.is_initialized():
         return work()
@@ -149,9 +149,9 @@ def on_first_rank(work: Callable[[], T], patient: bool = False) -> T:
 
 
 def exchange(parcels: Sequence[T]) -> list[T]:
-    """`parcels[i]`, picklable, goes to rank i; returns what the ranks sent to this one. A collective.
+    """Send `parcels[i]`, which is picklable, to rank i; returns what the ranks sent to this one. A collective.
 
-    A rank receives what is for it alone, where `all_gather_object` would bring it all of it.
+    A rank receives only its own parcels; with `all_gather_object` it would receive those of all ranks.
     """
     if len(parcels) == 1:
         return [*parcels]
@@ -166,15 +166,15 @@ def exchange(parcels: Sequence[T]) -> list[T]:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn a ValueError raised inside, also as a decorator, into one line on stderr and exit code 2.
+    """Turn a ValueError raised inside the block or the decorated function into one line on stderr and exit code 2.
 
-    Wrap the set-up (configuration, data, checks), not the training: a ValueError there deserves its traceback.
+    Wrap the set-up (configuration, data, checks), not the training, where a ValueError should show its traceback.
     """
     try:
         yield
     except ValueError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # an error of all ranks is printed by the first, whose exit ends this one; else it is ours
+            time.sleep(3)  # if all ranks have the error, the first one prints it and its exit ends this process
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         shutdown()
         for folder in list(_locks):
@@ -183,10 +183,10 @@ def usage_errors() -> Iterator[None]:
 
 
 def lock_output_dir(output_dir: str | Path, wait_s: float = 10.0) -> None:
-    """Hold `output_dir`/.lock for the life of this process, or until `unlock_output_dir`; first rank only.
+    """Lock `output_dir`/.lock until this process ends or calls `unlock_output_dir`; on the first rank only.
 
-    Waits `wait_s` seconds for a dying predecessor, then raises ValueError naming the process that holds it. The kernel
-    lets go when the process ends, however it ends: there is no stale lock to remove.
+    Waits `wait_s` seconds for an earlier process that is ending, then raises ValueError with the process that holds the
+    lock. The kernel releases the lock when the process ends for any reason, so there is never a stale lock to remove.
     """
     folder = Path(output_dir)
     try:
@@ -205,7 +205,7 @@ def lock_output_dir(output_dir: str | Path, wait_s: float = 10.0) -> None:
                 holder = os.pread(lock, 200, 0).decode() or "unknown process"
                 os.close(lock)
                 raise ValueError(
-                    f"{folder} is in use by another run ({holder.strip()}); stop it or choose another --output_dir."
+                    f"{folder} is in use by another run ({holder.strip()}): stop it, or choose another --output_dir."
                 ) from None
             time.sleep(0.1)
     os.ftruncate(lock, 0)
@@ -214,7 +214,7 @@ def lock_output_dir(output_dir: str | Path, wait_s: float = 10.0) -> None:
 
 
 def unlock_output_dir(output_dir: str | Path) -> None:
-    """Let go of the folder, where this process has locked it."""
+    """Release the lock on the folder, if this process holds it."""
     lock = _locks.pop(Path(output_dir), None)
     if lock is not None:
         os.close(lock)
@@ -224,17 +224,17 @@ def unlock_output_dir(output_dir: str | Path) -> None:
 
 
 class StopSignal:
-    """SIGTERM, SIGHUP and the first Ctrl-C set `requested`; the loop reads it at a step's end, saves and leaves.
+    """SIGTERM, SIGHUP and the first Ctrl-C set `requested`; the loop reads it at the end of a step, saves and stops.
 
-    A SIGHUP that is ignored (nohup) stays so; after one, what can no longer be printed is dropped. A second Ctrl-C
-    raises KeyboardInterrupt. Make it in the main thread, after the engine, which may set handlers of its own. Ranks are
-    signalled at different moments: reduce the flag over all ranks before acting on it. In another thread, where Python
-    sets no handlers, signals do what they did.
+    An ignored SIGHUP (nohup) stays ignored. After a SIGHUP, output to a closed terminal is discarded. A second Ctrl-C
+    raises KeyboardInterrupt. Make this object in the main thread, after the engine, which may set its own handlers; in
+    another thread Python cannot set handlers, and signals keep their effect. Ranks get a signal at different times, so
+    reduce the flag over all ranks before acting on it.
     """
 
-    _before: dict[int, Any] = {}  # handlers that were there before a run
+    _before: dict[int, Any] = {}  # the handlers before a run
 
-    def __init__(self, says: str = "stopping after this step (checkpoint first)") -> None:
+    def __init__(self, says: str = "stopping after this step, with a checkpoint") -> None:
         self.requested = False
         self._says = says
         self._interrupts = 0
@@ -251,12 +251,12 @@ class StopSignal:
 
     @classmethod
     def remember(cls) -> None:
-        """What the signals do now, before an engine is there, is what `restore` restores."""
+        """Remember the present handlers, before an engine is made; `restore` sets them again."""
         cls._before = {number: signal.getsignal(number) for number in SIGNALS}
 
     @classmethod
     def restore(cls) -> None:
-        """From here on the signals do what they did before the run."""
+        """Set the handlers that were there before the run."""
         cls._set(cls._before)
 
     def _handle(self, number: int, frame: Any) -> None:
@@ -269,7 +269,7 @@ class StopSignal:
             except OSError:  # the terminal is gone
                 os.dup2(os.open(os.devnull, os.O_WRONLY), output)
         if not self.requested:
-            os.write(2, f"{self._says}; Ctrl-C again stops at once\n".encode())
+            os.write(2, f"{self._says}; press Ctrl-C again to stop at once\n".encode())
         self.requested = True
 
 
@@ -277,7 +277,7 @@ class StopSignal:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this process has held so far: allocated on a CUDA device, resident on the CPU."""
+    """Peak memory of this process so far: allocated on a CUDA device, resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

@@ -1,4 +1,4 @@
-"""Files that survive kill -9: written whole, flushed to the disk, and known by size and checksum."""
+"""Writes files that survive kill -9: complete, flushed to the disk, and identified by size and checksum."""
 
 import errno
 import json
@@ -18,28 +18,28 @@ FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG, errno.EDQU
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether it was raised for want of space on the disk. An error that is no OSError may say so in its text."""
+    """Whether the error was raised because the disk is full. An error of another type may say so in its text."""
     return any(reason in str(error) for reason in FULL)
 
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turn an OSError that is raised inside for want of space on the disk into one line and exit code 1."""
+    """Turn an OSError that is raised inside because the disk is full into one line and exit code 1."""
     try:
         yield
     except OSError as error:
         if not is_full(error):
             raise
-        raise SystemExit(f"error: {error}. Make room; the same command goes on from there.") from None
+        raise SystemExit(f"error: {error}: free some space, then run the same command to resume.") from None
 
 
 @contextmanager
 def room_for(what: str, folder: str, needed: int) -> Iterator[None]:
-    """What fails inside for want of space on the disk becomes an OSError that says how many bytes are needed, about."""
+    """Turn a failure inside because the disk is full into an OSError that says about how many bytes are needed."""
     try:
         yield
-    except BaseException as error:  # as that of torch.distributed.checkpoint is
-        no_reason = "inline_container" in str(error)  # torch's writer gives none
+    except BaseException as error:  # torch.distributed.checkpoint's exception is not an Exception
+        no_reason = "inline_container" in str(error)  # torch's writer gives no reason
         if not is_full(error) and not (no_reason and shutil.disk_usage(folder).free < needed):
             raise
         raise OSError(f"{FULL[0]}: {what} in {folder} takes about {needed / 1e6:.1f} MB") from error
@@ -47,7 +47,7 @@ def room_for(what: str, folder: str, needed: int) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """`with whole_file(path) as temporary`: what is written there becomes `path`, on the disk, or is removed."""
+    """`with whole_file(path) as temporary`: the file written at `temporary` replaces `path`, or is removed on error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -55,30 +55,30 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         flush_to_disk(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # an error of a write names none
+        error.filename = error.filename or str(path)  # an error of a write names no file
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Old content or new content, never half of it, whenever the process or the machine dies."""
+    """Write `text` so that the file has its old or its new content, whenever the process or the machine dies."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def keep_settings(folder: Path, settings: dict[str, Any], used: bool, option: str = "--output_dir") -> None:
-    """Write settings.json, on which a folder's results depend; a folder that is `used`, and for others, is refused.
+    """Write settings.json, on which a folder's results depend; refuse a `used` folder with other settings.
 
-    `settings`: JSON-able. Raises ValueError, saying what differs; `option` is what the folder was named with.
+    `settings`: JSON-able. `option`: the option that names the folder. Raises ValueError, which lists the differences.
     """
     file, remedy = folder / "settings.json", f"Choose another {option}."
     if used:
         try:
             theirs = json.loads(file.read_text())
             found = [(name, theirs.get(name), now) for name, now in settings.items()]
-        except (OSError, ValueError, AttributeError):  # not there, damaged, or something else
-            raise ValueError(f"{file} cannot be read, so whose results these are is not known. {remedy}") from None
+        except (OSError, ValueError, AttributeError):  # missing, damaged, or another kind of file
+            raise ValueError(f"{file} cannot be read, so the settings of its results are unknown. {remedy}") from None
         changed = "; ".join(f"{name} ({there}, now {now})" for name, there, now in found if there != now)
         require(not changed, f"{folder} holds results of other settings: {changed}. {remedy}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def keep_settings(folder: Path, settings: dict[str, Any], used: bool, option: st
 
 
 def check_writable(folder: str | Path, remedy: str = "Choose another --output_dir.") -> None:
-    """Raises ValueError where `folder` cannot be made, or no file be made in it; leaves nothing."""
+    """Raise ValueError if `folder`, or a file in it, cannot be made. Nothing is left behind."""
     path = Path(folder).absolute()
     try:
         tempfile.TemporaryFile(dir=next(there for there in (path, *path.parents) if there.exists())).close()
@@ -95,7 +95,7 @@ def check_writable(folder: str | Path, remedy: str = "Choose another --output_di
 
 
 def open_to_readers(folder: Path) -> None:
-    """Give the weights in `folder` the mode that the umask gives a new file: safetensors writes 0600."""
+    """Give the weights in `folder` the mode of a new file under the umask, because safetensors writes them as 0600."""
     new = folder / f".{os.getpid()}.mode"
     new.touch()
     for weights in folder.glob("*.safetensors"):
@@ -104,7 +104,7 @@ def open_to_readers(folder: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync a file's bytes, or a folder's entries (a rename is on the disk once its folder is)."""
+    """fsync a file's bytes or a folder's entries. A rename is on the disk only after its folder is flushed."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -1,11 +1,11 @@
-"""A run's traffic with the Hugging Face Hub: the check before it, uploads beside it, the final push.
+"""A run's use of the Hugging Face Hub: the check before the run, uploads during it, and the final push.
 
-All of it is done on the first rank, and in no collective. Only `check_hub` may stop a run; an upload that fails
-for good later is a warning and an entry in what `close` returns. Transfers, their retries and the meaning of
-HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are huggingface_hub's.
+Everything runs on the first rank and outside collectives. Only `check_hub` may stop a run. A later upload that fails
+after its retries causes a warning and an entry in the list that `close` returns. huggingface_hub does the transfers and
+reads HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
 
-Left out on purpose: pull requests, and resuming straight from the Hub (download
-`last-checkpoint/` of hub_strategy `checkpoint` and give it to --resume_from_checkpoint).
+Not supported, on purpose: pull requests, and resuming directly from the Hub (download the folder `last-checkpoint/` of
+hub_strategy `checkpoint` and pass it to --resume_from_checkpoint).
 """
 
 import functools
@@ -27,7 +27,7 @@ from sft_core.run.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
-# In a checkpoint, what is not the model; in output_dir, what is the run's and nobody else's.
+# TRAINING_STATE: files of a checkpoint that are not the model. NOT_PUSHED: files of output_dir that stay private.
 TRAINING_STATE = ("state", "rank-*", "scheduler.pt", "progress.json", "manifest.json")
 NOT_PUSHED = (
     "checkpoint-*",
@@ -45,7 +45,7 @@ NOT_PUSHED = (
     "merged/*",
 )  # these hold prompts and answers, which may be private
 
-# Weights that may be there from a push with another number of files: with them the folder would be two models.
+# Weights that an earlier push may have left under other names: with them the folder would hold two models.
 STALE = (
     "model.safetensors",
     "model-*-of-*.safetensors",
@@ -60,11 +60,11 @@ _PROCESS = uuid.uuid4().hex[:8]
 
 
 def check_hub(config: TrainingConfig) -> None:
-    """Make sure, where the run will push, that it may: reach the Hub, log in, create the repository.
+    """If the run will push, check that it can: reach the Hub, log in, and create the repository.
 
     Raises:
-        ValueError: no token or one that may not write; no Hub; or `hub_model_revision` holds a model already (its
-            README.md says so) and `overwrite_hub_revision` is not set.
+        ValueError: there is no token with write access; the Hub cannot be reached; or `hub_model_revision` holds a
+            model already (it has a README.md) and `overwrite_hub_revision` is not set.
     """
     if not (config.push_to_hub or config.push_to_hub_revision or config.callbacks):
         return
@@ -79,22 +79,22 @@ def check_hub(config: TrainingConfig) -> None:
 
 
 def model_repository(config: TrainingConfig) -> str:
-    """`hub_model_id`, else the name of `output_dir`; under the user's own name where it has no namespace."""
+    """`hub_model_id`, else the name of `output_dir`; in the user's namespace if the name has none."""
     return repository(config.hub_model_id or Path(config.output_dir).resolve().name, config.hub_private_repo, "model")
 
 
 def repository(name: str, private: bool | None, kind: str) -> str:
-    """The repository's whole name, `owner/name`; it is made where it is new.
+    """The repository's full name, `owner/name`; a new repository is created.
 
     Raises:
-        ValueError: no such name, no Hub, no token, or one that may not write there.
+        ValueError: the name is not valid, the Hub cannot be reached, or there is no token with write access.
     """
     endpoint = HfApi().endpoint
     try:
         return _made(endpoint, get_token(), name, private, kind)
     except (HTTPError, OSError, HFValidationError) as error:
         raise ValueError(
-            f"the Hub at {endpoint} does not take {kind} {name} ({_reason(error)}): check its name (--hub_model_id), "
+            f"the Hub at {endpoint} does not accept {kind} {name} ({_reason(error)}): check its name (--hub_model_id), "
             "the token (`hf auth login` or HF_TOKEN, with write access), the network, HF_ENDPOINT and HF_HUB_OFFLINE, "
             "or do not push."
         ) from error
@@ -102,7 +102,7 @@ def repository(name: str, private: bool | None, kind: str) -> str:
 
 @functools.cache
 def _made(endpoint: str, token: str | None, name: str, private: bool | None, kind: str) -> str:
-    """Asked once, for the Hub limits how often one may."""
+    """Create the repository. The result is cached, because the Hub limits the rate of these requests."""
     return HfApi(endpoint, token).create_repo(name, repo_type=kind, private=private, exist_ok=True).repo_id
 
 
@@ -111,16 +111,16 @@ def _reason(error: BaseException) -> str:
 
 
 def check_dataset_push(repo: str | None, private: bool) -> None:
-    """Make sure, where a data set will be pushed, that it may be (`repository`)."""
+    """If a data set will be pushed to `repo`, check that it can be (see `repository`)."""
     if repo:
         repository(repo, private or None, "dataset")
 
 
 def push_dataset(file: Path, repo: str | None, private: bool, config_name: str = "default") -> None:
-    """The file as the data set `repo` on the Hub; where that fails the file stays, and the same command tries again."""
+    """Push the file as the data set `repo`. If that fails, the file stays and the same command tries again."""
     if not repo:
         return
-    import pyarrow.parquet as pq  # not needed where no rows are read
+    import pyarrow.parquet as pq  # imported only if rows are read
     from datasets import Dataset
 
     if pq.read_metadata(file).num_rows == 0:
@@ -128,14 +128,14 @@ def push_dataset(file: Path, repo: str | None, private: bool, config_name: str =
     Dataset.from_parquet(str(file)).push_to_hub(repo, config_name=config_name, private=private or None)
 
 
-# --- beside the run ----------------------------------------------------------------------------------------------
+# --- during the run ----------------------------------------------------------------------------------------------
 
 
 class Uploader:
-    """Folders to the repository that `check_hub` has made, one after another, each in a thread: a crash, for which
-    nobody waits, does not hang."""
+    """Uploads folders, one after another, to the repository that `check_hub` has made. Each upload runs in a daemon
+    thread, so that a crashed run does not wait for it."""
 
-    waits_s: tuple[float, ...] = (5.0, 30.0)  # before an upload that failed is tried again
+    waits_s: tuple[float, ...] = (5.0, 30.0)  # before each retry of a failed upload
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
@@ -156,15 +156,15 @@ class Uploader:
         ignore: Sequence[str] = (),
         remove: bool = False,
     ) -> None:
-        """Upload `folder` as one commit to branch `revision`, made from the first commit where it is new.
+        """Upload `folder` as one commit to branch `revision`. A new branch starts from the first commit.
 
-        `ignore`: glob patterns relative to `folder`. `remove`: the folder afterwards, whether it succeeded or not.
+        `ignore`: glob patterns relative to `folder`. `remove`: delete the folder afterwards, also if the upload failed.
         Weights of an earlier push that this one does not replace are removed from the branch.
         """
         before = self._last
 
         def upload() -> None:
-            disable_progress_bars()  # they would run through the trainer's own
+            disable_progress_bars()  # they would disturb the trainer's own
             api, repo = HfApi(), model_repository(self.config)
             if revision != "main":
                 initial = api.list_repo_commits(repo)[-1].commit_id
@@ -186,9 +186,9 @@ class Uploader:
                 try:
                     upload()
                     break
-                except Exception as error:  # whatever it is, the training goes on
+                except Exception as error:  # no failure may stop the training
                     what = f"{message}, to branch {revision}: {_reason(error)}"
-                logger.warning("the Hub did not take %s%s", what, f"; trying again in {wait_s} s" if wait_s else "")
+                logger.warning("the Hub did not accept %s%s", what, f"; trying again in {wait_s} s" if wait_s else "")
                 if wait_s is None:
                     self.failures.append(what)
                 else:
@@ -200,15 +200,15 @@ class Uploader:
         self._last.start()
 
     def close(self) -> list[str]:
-        """Wait for all uploads; returns every one that failed, a sentence each."""
+        """Wait for all uploads; returns the failures, one sentence each."""
         if self._last is not None:
             self._last.join()
         return self.failures
 
 
 class PushToHub(Uploader):
-    """A run's callback (see `benchmarks.py`): each checkpoint's model to main, and with hub_strategy `checkpoint` or
-    `all_checkpoints` the whole of it to the folder `last-checkpoint` or `checkpoint-<step>`."""
+    """A run's callback (see `benchmarks.py`). It pushes each checkpoint's model to main, and with hub_strategy
+    `checkpoint` or `all_checkpoints` the whole checkpoint to the folder `last-checkpoint` or `checkpoint-<step>`."""
 
     def on_save(self, step: int, checkpoint: Path) -> None:
         if self.busy and not self.config.hub_always_push:
@@ -221,10 +221,10 @@ class PushToHub(Uploader):
 
 
 def stage(checkpoint: Path, ignore: Sequence[str] = ()) -> Path:
-    """A copy of `checkpoint` beside it that outlives its removal by save_total_limit; whoever asks removes it.
+    """A copy of `checkpoint`, next to it, that outlives its removal by save_total_limit; the caller removes the copy.
 
-    Files are hard links, which cost no space; where the file system has none, copies. Checkpoints' files are never
-    written again. What a killed run left is removed: the folder is locked, so nobody else is using it.
+    Files are hard links, which take no space, or copies if the file system has no links. A checkpoint's files are never
+    written again. Copies left by a killed run are removed; the lock on output_dir ensures that no other run uses them.
     """
     for old in checkpoint.parent.glob(".upload-*"):
         if not old.name.startswith(f".upload-{_PROCESS}-"):
@@ -241,8 +241,8 @@ def _link(source: str, target: str) -> None:
 
 
 def push_final(config: TrainingConfig, folder: Path, message: str = "End of training") -> list[str]:
-    """Push what training left in `folder` (output_dir), without checkpoints and the run's own files: to main with
-    `push_to_hub`, to `hub_model_revision` with `push_to_hub_revision`. Waits; returns the failures."""
+    """Push the model in `folder` (output_dir), without checkpoints and private files: to main with `push_to_hub`, to
+    `hub_model_revision` with `push_to_hub_revision`. Waits for the uploads; returns the failures."""
     branches = ["main"] * config.push_to_hub + [config.hub_model_revision] * config.push_to_hub_revision
     uploader = Uploader(config)
     for branch in dict.fromkeys(branches):

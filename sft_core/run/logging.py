@@ -1,10 +1,10 @@
-"""What a run says: its options and plan before it starts, then the metrics of each step.
+"""Logs a run: its options and plan before it starts, then the metrics of each step.
 
-Metrics are reduced over the ranks once a step and go to TensorBoard, JSONL, trackers (`trackers.py`) and a console
-line, text samples with them.
+Metrics are reduced over the ranks once per step and written, with text samples, to TensorBoard, JSONL files, trackers
+(`trackers.py`) and the console. Watch them with `tensorboard --logdir OUTPUT_DIR/runs`, or read `metrics.jsonl` and
+`completions.jsonl`, which have one object per line.
 
-Left out on purpose: averaging over logging windows (a logged number is that of the step it stands at) and plots.
-Watch with `tensorboard --logdir OUTPUT_DIR/runs`, or read `metrics.jsonl` and `completions.jsonl`, one object a line.
+Not supported, on purpose: averages over logging windows (a logged value is that of its step alone), and plots.
 """
 
 import json
@@ -30,11 +30,11 @@ from sft_core.run.distributed import is_first_rank
 from sft_core.run.files import write_atomically
 
 logger = logging.getLogger(__name__)
-OWN = {"tensorboard", "none"}  # the others: `trackers.py`
+OWN = {"tensorboard", "none"}  # `trackers.py` handles the others
 
 
 def start_logging() -> None:
-    """Warnings and worse to stderr, with time and place, from the first word on."""
+    """Print warnings and errors to stderr, with time and logger name."""
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
@@ -43,8 +43,8 @@ def start_logging() -> None:
 
 
 def set_log_level(config: TrainingConfig) -> None:
-    """`log_level` for this program, datasets and transformers; `passive` leaves them as they are."""
-    import datasets  # not needed where no rows are read
+    """Set `log_level` for this program, datasets and transformers; `passive` changes nothing."""
+    import datasets  # imported only if rows are read
 
     if config.log_level == "passive":
         return
@@ -58,14 +58,14 @@ def set_log_level(config: TrainingConfig) -> None:
 
 
 def init_wandb_training(training_args: TrainingConfig) -> None:
-    """open-r1's: wandb_entity, wandb_project and wandb_run_group for whatever else of the process uses wandb."""
+    """open-r1's function: set wandb_entity, wandb_project and wandb_run_group for all uses of wandb in the process."""
     for name in ("entity", "project", "run_group"):
         if (value := getattr(training_args, f"wandb_{name}", None)) is not None:
             os.environ[f"WANDB_{name.upper()}"] = value
 
 
 def announce(run: Any) -> None:
-    """The parameters, what is done otherwise than the recipe may expect, the plan.
+    """Print the plan on the first rank; log the options, and warnings about options that have no effect here.
 
     `run`: `sft_core.prepare.Base` with `config` and `summary`.
     """
@@ -79,34 +79,34 @@ def announce(run: Any) -> None:
     logger.info("Script parameters %s", run.data)
     logger.info("Training parameters %s", config)
     if model.attn_implementation in ("eager", "sdpa"):
-        logger.warning("attn_implementation %s: attention here is always the packed one.", model.attn_implementation)
+        logger.warning("attn_implementation %s is ignored: attention is always packed.", model.attn_implementation)
     if config.optim not in ("adamw_torch", "adamw_torch_fused"):
-        logger.warning("optim %s: AdamW with float32 moments, sharded over the ranks, takes its place.", config.optim)
+        logger.warning("optim %s is replaced by AdamW with float32 moments, sharded over the ranks.", config.optim)
     if config.lr_scheduler_type == "constant" and (config.warmup_steps or config.warmup_ratio):
-        logger.warning("lr_scheduler_type constant has no warm-up: constant_with_warmup has one.")
+        logger.warning("lr_scheduler_type constant has no warm-up: use constant_with_warmup.")
     if getattr(config, "vllm_mode", "colocate") == "server":
-        logger.warning("vllm_mode server: the engine lives in the ranks themselves (colocate); no server is used.")
+        logger.warning("vllm_mode server is ignored: the engine runs inside the ranks (colocate), without a server.")
     print(run.summary)
     if run.checkpoint is not None:
-        print(f"goes on from {run.checkpoint}")
+        print(f"resuming from {run.checkpoint}")
 
 
 def reduction(name: str) -> str:
-    """How shares of a metric become one, over micro-batches and over ranks: by the last word of its name their minimum
-    or maximum (`clip_ratio/low_min`, `peak_memory_gib/max`), else their sum."""
+    """How parts of a metric are combined over micro-batches and ranks. The last word of its name decides: minimum or
+    maximum (`clip_ratio/low_min`, `peak_memory_gib/max`), else sum."""
     return {"min": "amin", "max": "amax"}.get(re.split("[/_]", name)[-1], "sum")
 
 
 def merge_metrics(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The metrics of a step from those of its micro-batches, which have the same names."""
+    """Combine the metrics of a step's micro-batches, which all have the same names."""
     return {name: getattr(torch, reduction(name))(torch.stack([part[name] for part in parts])) for name in parts[0]}
 
 
 def reduce_metrics(values: Mapping[str, Tensor | float], *, device: torch.device | str = "cpu") -> dict[str, float]:
-    """Each metric over all ranks (`reduction`), in ONE collective and one copy to the host.
+    """Reduce each metric over all ranks (see `reduction`), with ONE collective and one copy to the host.
 
-    Scalars, tensors on `device` or floats; every rank gives the same names, in any order. Packed as float64 and added
-    in rank order, so that every rank gets the same bits. NaN in, NaN out.
+    Values are scalars: tensors on `device`, or floats. Every rank passes the same names, in any order. They are packed
+    as float64 and reduced in rank order, so that every rank gets the same bits. NaN stays NaN.
     """
     names = sorted(values)
     fingerprint = float(zlib.crc32(repr(names).encode()))
@@ -127,8 +127,8 @@ def reduce_metrics(values: Mapping[str, Tensor | float], *, device: torch.device
 class MetricsLogger:
     """Logs on the first rank; elsewhere the same calls do nothing.
 
-    On resume the JSONL files are cut back to `resume_step`, and TensorBoard is told to forget what came after it: a
-    step that is computed twice is logged once.
+    On resume, lines after `resume_step` are removed from the JSONL files and from TensorBoard, so that a step that is
+    computed twice is logged once.
     """
 
     def __init__(
@@ -140,9 +140,8 @@ class MetricsLogger:
         console: Sequence[str] = (),
         total_steps: int | None = None,
     ) -> None:
-        """`console`: the metrics worth a console line, in order, those present; `options`: the run's, for the record.
-
-        Raises ValueError for a tracker without its package, on every rank.
+        """`console`: the metrics of the console line, in order; absent ones are left out. `options`: the run's options,
+        which are logged. Raises ValueError on every rank if a tracker's package is not installed.
         """
         report_to = check_report_to(report_to)
         self.console, self.total_steps = console, total_steps
@@ -155,12 +154,14 @@ class MetricsLogger:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics", "completions"):
             path = folder / f"{name}.jsonl"
-            cut_back(path, resume_step or -1)  # an evaluation before the first step stands at 0
+            cut_back(path, resume_step or -1)  # an evaluation before the first step has step 0
             self._files[name] = open(path, "a", encoding="utf-8")
         options = options or {}
         if "tensorboard" in report_to:
             self._tensorboard = SummaryWriter(folder / "runs", purge_step=resume_step and resume_step + 1)
-            lines = [f"    {key}: {value}" for key, value in options.items()]  # indented: code, in Markdown
+            lines = [
+                f"    {key}: {value}" for key, value in options.items()
+            ]  # indented, so that Markdown shows it as code
             self._tensorboard.add_text("config", "\n".join(lines), resume_step)
         if not set(report_to) <= OWN:
             from sft_core.run.trackers import Trackers
@@ -168,7 +169,7 @@ class MetricsLogger:
             self._trackers = Trackers(report_to, folder, options, resume_step, total_steps or 0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log floats under their names at `step`, durable against kill -9 when this returns."""
+        """Log floats under their names at `step`. When this returns, they survive kill -9."""
         if not self._files:
             return
         values = {name: float(value) for name, value in metrics.items()}
@@ -186,8 +187,8 @@ class MetricsLogger:
             tqdm.write(f"step {step}{of_total} | " + " | ".join(shown))
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Sampled text, one mapping each, such as {prompt, completion, rewards..., advantage}: to completions.jsonl,
-        and to TensorBoard as text."""
+        """Log sampled text to completions.jsonl and as text to TensorBoard. Each sample is one mapping, such as
+        {prompt, completion, rewards..., advantage}."""
         if not self._files or not rows:
             return
         self._append("completions", [{"step": step, **row} for row in rows])
@@ -211,16 +212,16 @@ class MetricsLogger:
 
 
 def check_report_to(report_to: Sequence[str]) -> Sequence[str]:
-    """What to report to, `all` spelled out. Raises ValueError for a tracker that is unknown or without its package."""
+    """The trackers to report to, with `all` expanded. Raises ValueError if one is unknown or not installed."""
     if set(report_to) <= OWN:
         return report_to
-    from sft_core.run.trackers import named  # not needed otherwise, and slow: transformers' trainer
+    from sft_core.run.trackers import named  # a slow import: transformers' trainer
 
     return named(report_to)
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Keep the lines of a JSONL file up to and including `step`, atomically; a line torn by a kill goes too."""
+    """Keep only the lines of a JSONL file up to and including `step`, atomically; an incomplete line is removed too."""
     if not path.is_file():
         return
     kept = []

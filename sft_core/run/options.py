@@ -1,8 +1,8 @@
-"""What every configuration is made of: a flat dataclass, one field per option, checked when it is made.
+"""The base of all configurations: flat dataclasses with one field per option, checked when they are made.
 
-A configuration is a plain dataclass, so that its users subclass it and assign to it. A run takes a copy (`frozen`),
-which is checked again and cannot be changed. From Python an option is held to its type, bounds and choices as on the
-command line (`sft_core/run/cli.py`), and a name that is no option is refused instead of being kept unread.
+A configuration is a plain dataclass, so that users can subclass it and assign to it. A run takes a copy (`frozen`),
+which is checked again and cannot be changed. Types, bounds and choices are checked in Python as on the command line
+(`sft_core/run/cli.py`), and assigning to a name that is not an option is an error.
 """
 
 import copy
@@ -34,7 +34,7 @@ def require(condition: bool, message: str) -> None:
 
 
 class JsonDict(dict):
-    """A dict that can also be written as a JSON object on the command line."""
+    """A dict that can also be given as a JSON object on the command line."""
 
     def __init__(self, value: Any) -> None:
         parsed = json.loads(value) if isinstance(value, str) else dict(value)  # dataclasses.asdict gives pairs
@@ -43,7 +43,7 @@ class JsonDict(dict):
 
 
 class _OptionsType(type):
-    """Calling a class of options takes aliases and the names of others' configurations too."""
+    """Makes the constructor of a configuration also accept aliases and the keys of `open_r1_keys.py`."""
 
     def __call__(cls: type[T], *args: Any, **given: Any) -> T:
         named = [(option_name(cls, name, value), value) for name, value in given.items()]
@@ -52,23 +52,23 @@ class _OptionsType(type):
 
 
 class Options(metaclass=_OptionsType):
-    """Base of all configurations. Subclasses extend `check`, and `resolve` where an option has several spellings."""
+    """Base of all configurations. Subclasses extend `check`, and `resolve` if an option has several spellings."""
 
     def __post_init__(self) -> None:
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError, in one sentence, for values that are wrong or contradict each other."""
+        """Raise ValueError with one sentence if values are wrong or contradict each other."""
         check_options(self)
 
     def check_given(self) -> None:
-        """Raise ValueError for what a run needs and nobody gave; a script may assign it to a configuration it made."""
+        """Raise ValueError if a required option is missing. A script may still assign it: only `frozen` calls this."""
 
     def resolve(self) -> None:
-        """Give what several options or spellings say one value."""
+        """Replace the several spellings of an option by one value."""
 
     def frozen(self) -> Self:
-        """A copy for a run: checked, resolved, and never changed again."""
+        """A copy for a run: checked, resolved, and read-only."""
         config = copy.copy(self)
         config.check_given()
         config.check()
@@ -78,7 +78,7 @@ class Options(metaclass=_OptionsType):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_frozen" in vars(self):
-            raise AttributeError(f"{name} cannot be changed: the run has its own copy of the options")
+            raise AttributeError(f"{name} cannot be changed during a run: set it before train()")
         types = option_types(type(self))
         known = name if name in types else option_name(type(self), name, value)
         if known is not None:
@@ -93,12 +93,11 @@ def option(
     commas: bool = False,
     **bounds: float,
 ) -> Any:
-    """A dataclass field with its one-line documentation (also the source of README's option tables).
+    """A dataclass field with its one-line documentation, from which the option tables are generated.
 
-    `alias`: another name under which recipes know it; `choices`: of a text, or of each in a list; `commas`: a text
-    of several with commas between, to which the option given again adds; `bounds`: ge, gt, le, lt as in pydantic, and
-    le=inf where it may be infinite. `check_options` holds a value to choices and bounds; None, where an option may be
-    None, is always allowed.
+    `alias`: another name for recipes; `choices`: the allowed texts, also for each entry of a list; `commas`: a
+    comma-separated text, to which a repeated option is appended; `bounds`: ge, gt, le, lt as in pydantic, and le=inf if
+    the value may be infinite. `check_options` checks choices and bounds. None is allowed if the type includes it.
     """
     metadata: dict[str, Any] = {"help": help, "bounds": bounds}
     metadata |= {"aliases": [f"--{alias}"]} if alias else {}
@@ -111,7 +110,7 @@ def option(
 
 @cache
 def known_names(*kinds: Any) -> dict[str, dataclasses.Field]:
-    """Every option of these configurations by its names."""
+    """Every option of these configurations, by its name and its aliases."""
     return {
         name: field
         for kind in kinds
@@ -122,7 +121,7 @@ def known_names(*kinds: Any) -> dict[str, dataclasses.Field]:
 
 
 def option_name(kind: type, name: str, value: Any) -> str | None:
-    """The option that `name` means; None for one of others that is accepted, see `open_r1_keys.pass_over`.
+    """The option of this name or alias; None for a key of another library that `open_r1_keys.pass_over` accepts.
 
     Raises:
         ValueError: there is no such option, or it is refused.
@@ -137,7 +136,7 @@ def option_name(kind: type, name: str, value: Any) -> str | None:
 
 
 def check_once(names: Sequence[str | None]) -> None:
-    """Raise ValueError where an option is given under two of its names, of which one would be lost."""
+    """Raise ValueError if an option is given under two of its names, since one value would be lost."""
     for name in names:
         require(name is None or names.count(name) == 1, f"{name} is given twice, under two of its names: give it once.")
 
@@ -148,7 +147,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def check_options(config: Any) -> None:
-    """Raise ValueError for an option that is not of its type, or outside the bounds or choices at its field."""
+    """Raise ValueError for an option of a wrong type, or outside the bounds or choices of its field."""
     types = option_types(config.__class__)
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
@@ -170,7 +169,7 @@ def check_options(config: Any) -> None:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether each number in it is."""
+    """Whether every number in `value` is finite."""
     if isinstance(value, Mapping | list):
         return all(map(_is_finite, value.values() if isinstance(value, Mapping) else value))
     return not isinstance(value, float) or math.isfinite(value)
@@ -182,8 +181,8 @@ def option_types(kind: Any) -> dict[str, Any]:
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    """As on the command line: one value is a list of one, true and false are texts too where an option is a text. `~/`
-    is the user's folder, and the folder x/ is the folder x."""
+    """Convert `value` as the command line does: one value becomes a list of one, and a bool becomes a text for a text
+    option. `~/` is replaced by the home folder, and a folder's trailing slash is removed."""
     kinds = alternatives(kind)
     if isinstance(value, str) and (value.startswith("~/") or os.path.isdir(value)):
         return os.path.expanduser(value).rstrip("/") or value
@@ -201,7 +200,7 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether `value` is of the annotated type; an int is a float too, a bool no number."""
+    """Whether `value` has the annotated type. An int also counts as a float; a bool does not count as a number."""
     origin, parts = get_origin(kind), get_args(kind)
     if len(kinds := alternatives(kind)) > 1:
         return any(is_a(value, part) for part in kinds)
@@ -213,7 +212,7 @@ def is_a(value: Any, kind: Any) -> bool:
         return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if kind is JsonDict:
         return isinstance(value, Mapping)
-    return not isinstance(kind, type) or isinstance(value, kind)  # Any and what else is no class takes everything
+    return not isinstance(kind, type) or isinstance(value, kind)  # Any, and whatever is not a class, accepts everything
 
 
 def _words(kind: Any) -> str:
@@ -233,7 +232,7 @@ def default_of(field: dataclasses.Field) -> Any:
 
 
 def option_table(config_type: type, base: type | None = None) -> str:
-    """README's table of a configuration: a row an option, without those that `base` has in the same form."""
+    """The option table of a configuration in Markdown, one row per option, without unchanged options of `base`."""
     inherited = {f.name: (f.default, f.metadata["help"]) for f in dataclasses.fields(base)} if base else {}
     rows = ["| option | default | meaning |", "|---|---|---|"]
     for f in (f for f in dataclasses.fields(config_type) if f.init):

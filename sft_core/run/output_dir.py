@@ -1,11 +1,11 @@
-"""The output folder before a run: whose it is, and from which checkpoint the run goes on.
+"""Prepares the output folder before a run: checks which run it belongs to, and finds the checkpoint to resume from.
 
-    checkpoint-<step>/       written by `sft_core/model/checkpoint.py`: complete, or not there
+    checkpoint-<step>/       written by `sft_core/model/checkpoint.py`: complete, or absent
     latest                   names the checkpoint that was written last
-    run.json                 the identity of the run: what its results depend on
+    run.json                 the identity of the run: everything that its results depend on
     previous-<n>/            an earlier run, moved aside by --overwrite_output_dir or `train()`
 
-Nothing is ever deleted but what a killed save left behind.
+Only leftovers of a killed save are ever deleted.
 """
 
 import json
@@ -21,8 +21,8 @@ from sft_core.run.files import describe, flush_to_disk, write_atomically
 
 STATE, MANIFEST, POINTER, RUN = "progress.json", "manifest.json", "latest", "run.json"
 FORMAT = 2  # of a checkpoint
-FINISHED = ".finished"  # holds the identity of the run that has left nothing to do
-GIVEN = ".given-"  # and a digest: a model that a trainer class was handed, which several runs may need
+FINISHED = ".finished"  # holds the identity of a run that is completely finished
+GIVEN = ".given-"  # followed by a digest: a model object passed to a trainer class, which several runs may use
 
 
 # --- the decision ------------------------------------------------------------------------------------------------
@@ -30,12 +30,12 @@ GIVEN = ".given-"  # and a digest: a model that a trainer class was handed, whic
 
 @dataclass(frozen=True)
 class Found:
-    """What lies in an output folder."""
+    """The content of an output folder."""
 
     recorded: bool = False  # it has a run.json
-    difference: str | None = None  # what tells its run from the one that is to begin
-    checkpoint: Path | None = None  # the one to go on from
-    unreadable: str | None = None  # why it has checkpoints and none can be read
+    difference: str | None = None  # how its run differs from the new one
+    checkpoint: Path | None = None  # the checkpoint to resume from
+    unreadable: str | None = None  # why none of its checkpoints can be read
     model: bool = False
     results: bool = False  # a model, checkpoints, or a log with lines
 
@@ -43,31 +43,31 @@ class Found:
 def decide(
     folder: Path, found: Found, overwrite: bool, resume_from: Path | None = None, anew: bool = False
 ) -> tuple[Path | None, str | None]:
-    """The checkpoint to go on from, and why what is in the folder is moved aside before (None: it stays). Our own
-    checkpoints always resume; another run's results are kept.
+    """The checkpoint to resume from, and the reason to move the folder's content aside first (None: it stays). A run
+    always resumes from its own checkpoints; another run's results are kept.
 
-    `resume_from`: a checkpoint of this run's identity, of whatever folder, instead of the last one in this; `anew`: the
-    run is to begin at its first step.
+    `resume_from`: a checkpoint with this run's identity, in any folder, instead of the last one in this folder; `anew`:
+    start from step 0.
 
     Raises:
         ValueError: the folder holds another run's results, or checkpoints that cannot be read.
     """
     if anew:
-        return resume_from, "train() begins anew" if found.results else None
+        return resume_from, "train() starts over" if found.results else None
     if found.unreadable and not overwrite:
         raise ValueError(
-            f"No checkpoint in {folder} is readable ({found.unreadable}); restore one, or start anew with "
+            f"no checkpoint in {folder} is readable ({found.unreadable}): restore one, or start over with "
             "--overwrite_output_dir or another --output_dir."
         )
     why = found.difference
     if found.unreadable:
         why = "none of its checkpoints is readable"
     elif why is None and found.model and found.checkpoint is None and resume_from is None:
-        why = "a finished model without a checkpoint to go on from" if found.recorded else f"no {RUN}"
+        why = "a finished model without a checkpoint to resume from" if found.recorded else f"no {RUN}"
     if why is not None and found.results and not overwrite:
         raise ValueError(
-            f"{folder} holds another run ({why}); choose another --output_dir, or give --overwrite_output_dir to move "
-            "that run aside into it."
+            f"{folder} holds another run ({why}): choose another --output_dir, or give --overwrite_output_dir to move "
+            "that run into a subfolder."
         )
     return resume_from or (found.checkpoint if why is None else None), why
 
@@ -79,13 +79,13 @@ def prepare_output_dir(
     resume_from: str | None = None,
     anew: bool = False,
 ) -> Path | None:
-    """Make `output_dir` that of the run of this `identity`; returns the checkpoint to resume from. A collective.
+    """Prepare `output_dir` for the run with this `identity`; returns the checkpoint to resume from. A collective.
 
-    `identity`: what makes it this run (algorithm, model, data fingerprint, seed), as JSON-able values, and `options`,
-    which may differ.
+    `identity`: JSON-able values that identify the run (algorithm, model, data fingerprint, seed), and `options`, which
+    may differ when it resumes.
 
     Raises:
-        ValueError: the folder holds another run's results, or the checkpoint that is named cannot be resumed from.
+        ValueError: the folder holds another run's results, or the run cannot resume from the named checkpoint.
     """
     folder, named = Path(output_dir), None if resume_from is None else Path(resume_from)
     identity = json.loads(json.dumps(identity))
@@ -94,9 +94,9 @@ def prepare_output_dir(
         if named is not None:
             reason = unreadable_reason(named)
             if reason is None and (difference := differences(read_state(named)["identity"], identity)):
-                reason = f"it is of another run: {difference}"
+                reason = f"it belongs to another run: {difference}"
             if reason is not None:
-                raise ValueError(f"cannot resume from {resume_from}: {reason}. Check --resume_from_checkpoint.")
+                raise ValueError(f"cannot resume from {resume_from}: {reason}; check --resume_from_checkpoint.")
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint, why = decide(folder, look_into(folder, identity), overwrite, named, anew)
         if why is not None:
@@ -108,7 +108,7 @@ def prepare_output_dir(
 
 
 def is_finished(folder: Path, identity: dict[str, Any]) -> bool:
-    """Whether a run of this identity, its options included, has finished here and left nothing to do."""
+    """Whether a run with this identity and the same options has finished here completely."""
     said = folder / FINISHED
     return said.is_file() and said.read_text() == json.dumps(identity) and any(folder.glob("*.safetensors"))
 
@@ -127,19 +127,19 @@ def look_into(folder: Path, identity: dict[str, Any]) -> Found:
 
 
 def differences(recorded: dict[str, Any], identity: dict[str, Any]) -> str | None:
-    """What tells the recorded identity from this one, or None."""
+    """How the recorded identity differs from this one, or None."""
     different = [key for key in {**identity, **recorded} if identity.get(key) != recorded.get(key) and key != "options"]
     if "algorithm" in different:
         different = ["algorithm"]
     says = []
     for key in different:
         there, here = (f"{side.get(key)!r:.99}" for side in (recorded, identity))
-        says.append(f"{key} is {there} there, {here} here" if there != here else f"{key} is another")
+        says.append(f"{key} is {there} there, {here} here" if there != here else f"{key} differs")
     return "; ".join(says) or None
 
 
 def move_aside(folder: Path, why: str) -> None:
-    """Move what is in the folder into `previous-<n>`."""
+    """Move the folder's content into `previous-<n>` in it."""
     number = 1 + max((int(path.name.split("-")[1]) for path in folder.glob("previous-*")), default=0)
     aside = folder / f"previous-{number}"
     entries = [path for path in folder.iterdir() if not path.name.startswith((".lock", GIVEN, "previous-"))]
@@ -149,7 +149,7 @@ def move_aside(folder: Path, why: str) -> None:
     for entry in sorted(entries, key=lambda path: path.name == RUN):  # run.json last: until then it is another run
         os.rename(entry, aside / entry.name)
     flush_to_disk(folder)
-    print(f"moved what was in {folder} to {aside} ({why})", flush=True)
+    print(f"moved the content of {folder} to {aside} ({why})", flush=True)
 
 
 # --- the checkpoints in it ---------------------------------------------------------------------------------------
@@ -171,13 +171,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, str | None]:
-    """The checkpoint that `latest` names, else the newest readable one before it; and if there are some of which none
-    is readable, why. Unreadable ones are reported and passed over. First rank only."""
+    """The checkpoint that `latest` names, or the newest readable one before it. If there are checkpoints and none is
+    readable, also the reason. Unreadable checkpoints are reported and skipped. First rank only."""
     clean_up(folder)
     candidates = checkpoints(folder)
     pointer = folder / POINTER
     pointed = folder / pointer.read_text(errors="replace").strip() if pointer.is_file() else None
-    if pointed in candidates:  # later ones, if any, were never pointed to: the run did not go on from them
+    if pointed in candidates:  # skip later ones, from which the run did not continue
         candidates = candidates[: candidates.index(pointed) + 1]
     problems = []
     for checkpoint in reversed(candidates):
@@ -185,12 +185,12 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, str | None]:
         if reason is None:
             return checkpoint, None
         problems.append(f"{checkpoint.name}: {reason}")
-        print(f"warning: {checkpoint} is unreadable ({reason}); trying the one before it", flush=True)
+        print(f"warning: {checkpoint} is unreadable ({reason}); trying the previous one", flush=True)
     return None, "; ".join(problems) or None
 
 
 def unreadable_reason(checkpoint: Path) -> str | None:
-    """Why this checkpoint cannot be used, or None when every file is as it was written."""
+    """Why this checkpoint cannot be used, or None if every file is as it was written."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
     except FileNotFoundError:
@@ -201,7 +201,7 @@ def unreadable_reason(checkpoint: Path) -> str | None:
         return f"its format is {manifest.get('format', 1)}, this version reads {FORMAT}"
     files = manifest["files"]
     if "state/.metadata" not in files:
-        return "it holds the model alone (save_only_model)"
+        return "it holds only the model (save_only_model)"
     missing = [name for name in files if not (checkpoint / name).is_file()]
     if missing:
         return f"{missing[0]} is missing"

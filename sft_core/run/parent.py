@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, so that no orphan goes on writing. Nothing heavy is imported."""
+"""Ends a process when the process that started it ends, so that no orphan keeps writing. Imports nothing heavy."""
 
 import ctypes
 import os
@@ -7,10 +7,10 @@ import sys
 
 
 def die_with_parent(parent_pid: int | None = None) -> None:
-    """Have the kernel SIGKILL this process when its parent dies (Linux).
+    """Make the kernel send SIGKILL to this process when its parent dies (Linux).
 
-    Give `parent_pid` (the parent's `os.getpid()`, passed along) to close the race of a parent that died before this
-    call. The kernel watches the *thread* that started this process: start children from a thread that lasts.
+    The parent may die before this call: pass its `os.getpid()` as `parent_pid` so that this is detected. The kernel
+    watches the *thread* that started this process, so start children from a thread that lives long enough.
     """
     parent = os.getppid() if parent_pid is None else parent_pid
     if sys.platform == "linux":
@@ -22,13 +22,14 @@ def die_with_parent(parent_pid: int | None = None) -> None:
 
 
 def end_with_launcher() -> None:
-    """A rank of torchrun ends with torchrun, also with one that is gone already: process 1 has adopted it then.
+    """Make a rank of torchrun end when torchrun ends; exit with code 1 if torchrun is gone already.
 
-    In a container the launcher may be process 1 itself: it runs the same interpreter then. Exit code 1.
+    torchrun is gone if process 1 is the parent. In a container process 1 may be torchrun itself, which then runs the
+    same Python interpreter.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     die_with_parent()
-    first = "/proc/1/exe"  # not to be seen where it is another user's
+    first = "/proc/1/exe"  # not readable if another user owns process 1
     if os.getppid() == 1 and not (os.path.exists(first) and os.path.samefile(first, sys.executable)):
-        raise SystemExit("error: torchrun, which started this rank, is gone; without one, unset TORCHELASTIC_RUN_ID.")
+        raise SystemExit("error: this rank's torchrun has ended: start it again, or unset TORCHELASTIC_RUN_ID.")

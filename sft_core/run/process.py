@@ -1,6 +1,6 @@
-"""What scripts ask a TrainingArguments of their process: `args.local_rank`, `args.device`, `args.n_gpu` and the like.
+"""Attributes of transformers' TrainingArguments that describe the process: `args.local_rank`, `args.device`, and so on.
 
-Read from torchrun's variables when they are asked for; torch and transformers are imported then.
+They read torchrun's environment variables on access, and only then import torch and transformers.
 """
 
 import logging
@@ -13,7 +13,7 @@ class OfTheProcess:
 
     @property
     def local_rank(self) -> int:
-        """-1 in a process that no launcher started."""
+        """The rank on this machine; -1 in a process that no launcher started."""
         return int(os.environ.get("LOCAL_RANK", -1))
 
     @property
@@ -26,7 +26,7 @@ class OfTheProcess:
 
     @property
     def n_gpu(self) -> int:
-        """GPUs of this process: never more than one."""
+        """The number of GPUs of this process, at most one."""
         return int(self.device.type == "cuda")
 
     @property
@@ -36,7 +36,7 @@ class OfTheProcess:
         return torch.device("cuda", max(0, self.local_rank)) if torch.cuda.is_available() else torch.device("cpu")
 
     def get_process_log_level(self) -> int:
-        """`log_level` as a number of `logging`; passive: transformers' present one."""
+        """`log_level` as a number of `logging`; passive: transformers' present level."""
         if self.log_level != "passive":
             return getattr(logging, self.log_level.upper())
         import transformers

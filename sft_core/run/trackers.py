@@ -1,9 +1,9 @@
-"""What `report_to` names beside TensorBoard: the trackers that transformers integrates.
+"""The trackers of `report_to` other than TensorBoard, through transformers' integrations.
 
-Its callbacks are called as its Trainer calls them, with the run's options for arguments, so metrics have TRL's names
-there (`train/reward` in wandb). They are configured by their own environment variables (MLFLOW_TRACKING_URI,
-SWANLAB_MODE, ...). Left out on purpose: uploading checkpoints and watching the model, and, but for wandb, going on with
-the tracker's earlier run after a resume where its variables do not name one.
+transformers' callbacks are called as its Trainer calls them, with the run's options as arguments, so metrics have the
+same names as with TRL (`train/reward` in wandb). Trackers are configured by their own environment variables
+(MLFLOW_TRACKING_URI, SWANLAB_MODE, ...). After a resume, wandb continues its earlier run; other trackers do so only if
+their variables name it. Not supported, on purpose: uploading checkpoints, and watching the model.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from transformers.integrations import get_available_reporting_integrations, get_
 from sft_core.run.files import write_atomically
 from sft_core.run.logging import OWN, init_wandb_training
 
-# Module and function that end a run, and what says so of one that succeeded (None: its callback ends it) or failed
+# Module and function that end a tracker's run, and their argument after success (None: the callback ends it) or failure
 END = {
     "mlflow": ("mlflow", "end_run", None, "FAILED"),
     "dagshub": ("mlflow", "end_run", None, "FAILED"),
@@ -30,16 +30,16 @@ END = {
 
 
 def named(report_to: Sequence[str]) -> list[str]:
-    """What to report to, `all` spelled out.
+    """The trackers to report to, with `all` expanded.
 
     Raises:
-        ValueError: transformers knows no such tracker, or its package is not here.
+        ValueError: transformers does not know the tracker, or its package is not installed.
     """
     names = get_available_reporting_integrations() if "all" in report_to else list(report_to)
     try:
         _callbacks(names)
     except (ValueError, RuntimeError, ImportError) as error:
-        raise ValueError(f"report_to {' '.join(names)}: {error}") from error
+        raise ValueError(f"report_to {' '.join(names)} cannot be used: {error}") from error
     return names
 
 
@@ -48,22 +48,22 @@ def _callbacks(names: Sequence[str]) -> list[Any]:
 
 
 class Trackers:
-    """The runs of this run in the trackers of `names`. On the first rank only."""
+    """The trackers `names` of a run. On the first rank only."""
 
     def __init__(
         self, names: Sequence[str], folder: Path, options: Mapping[str, Any], step: int, total_steps: int
     ) -> None:
         self.names = names
-        # With its defaults, and without its own set-up, which wants accelerate and a device:
+        # Made without __init__, which needs accelerate and a device; its defaults are class attributes.
         self.arguments = object.__new__(TrainingArguments)
         vars(self.arguments).update(options, include_for_metrics=[], to_dict=lambda: dict(options))
         if "wandb" in names:
             init_wandb_training(self.arguments)
-            identity = folder / "wandb_id"  # in the run's folder, so that a restart continues the same wandb run
+            identity = folder / "wandb_id"  # in output_dir, so that a restart continues the same wandb run
             if not identity.is_file():
                 write_atomically(identity, uuid.uuid4().hex)
             os.environ |= {"WANDB_RUN_ID": identity.read_text(), "WANDB_RESUME": "allow", "WANDB_DIR": str(folder)}
-            os.environ |= {"WANDB_LOG_MODEL": "false", "WANDB_WATCH": "false"}  # there is no model to give
+            os.environ |= {"WANDB_LOG_MODEL": "false", "WANDB_WATCH": "false"}  # the callback gets no model
         self.state = TrainerState(global_step=step, max_steps=total_steps)
         self.state.is_world_process_zero = self.state.is_local_process_zero = True
         self.callbacks = _callbacks(names)
@@ -76,7 +76,7 @@ class Trackers:
         self._call("on_step_end")
 
     def close(self, failed: bool) -> None:
-        """End the runs, as failed where the tracker knows that."""
+        """End the trackers' runs, marked as failed if the tracker supports that."""
         for module, function, *statuses in (END[name] for name in self.names if name in END):
             if (status := statuses[failed]) is not None:
                 getattr(importlib.import_module(module), function)(status)

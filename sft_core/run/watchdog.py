@@ -1,4 +1,4 @@
-"""A limit on the time of each phase of a run: what hangs is ended, with the stacks of all threads on stderr."""
+"""A timeout for each phase of a run: if it hangs, all threads' stacks go to stderr and the process ends."""
 
 import faulthandler
 import sys
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 
 def watchdog(seconds: float) -> None:
-    """(Re)arm: unless called again within `seconds`, all stacks go to stderr and the process exits 1; 0 disarms.
+    """(Re)arm the watchdog; 0 disarms it. After `seconds` it prints all stacks to stderr and exits with 1.
 
-    A C thread does it, so it also ends a process that hangs inside a C call holding the interpreter's lock.
+    It runs in a C thread, so it also works if a C call hangs while it holds the interpreter's lock.
     """
     if seconds > 0:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
@@ -19,13 +19,13 @@ def watchdog(seconds: float) -> None:
 
 
 class Phases:
-    """Seconds per named phase of a step; every phase's beginning and end re-arms the watchdog.
+    """Measures the seconds of each named phase of a step; the beginning and end of a phase re-arm the watchdog.
 
         phases = Phases(watchdog_s=1800)
         with phases("sample"): ...
-        metrics |= phases.pop()          # {"time/sample": 1.25}, and counts anew
+        metrics |= phases.pop()          # {"time/sample": 1.25}; then the times start at 0 again
 
-    Kernels that a phase only launched are counted where the host waits for them.
+    A kernel's time counts in the phase in which the host waits for it, not in the phase that launched it.
     """
 
     def __init__(self, watchdog_s: float = 0.0) -> None:
@@ -34,7 +34,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str, watchdog_s: float | None = None) -> Iterator[None]:
-        """`watchdog_s`: this phase's own limit, for the slow ones (an evaluation, a first compilation)."""
+        """`watchdog_s`: a separate timeout for a slow phase (an evaluation, a first compilation)."""
         watchdog(self.watchdog_s if watchdog_s is None else watchdog_s)
         start = time.perf_counter()
         yield

@@ -179,7 +179,7 @@ def test_a_full_disk_stops_it_cleanly(server, data, tmp_path):
         code == 1
         and len(errors) == 1
         and "File too large" in errors[0]
-        and "Make room" in errors[0]
+        and "free some space" in errors[0]
         and "Traceback" not in log
     ), log
     files = sorted((tmp_path / "out" / "batches").iterdir())

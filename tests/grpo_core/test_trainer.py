@@ -219,7 +219,7 @@ def test_a_script_on_two_ranks_and_again_on_one(kind, tiny_model, split_data, tm
         argv = script(kind, tiny_model, split_data, tmp_path / "out", max_steps=steps)
         code, output = run("tests.open_r1_script", argv, tmp_path / f"log{ranks}", ranks=ranks)
         assert code == 0, output
-    assert "goes on from" in output
+    assert "resuming from" in output
     rows = metrics(tmp_path / "out")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())

@@ -168,11 +168,11 @@ def test_four_bits_learn_alike_on_two_ranks(tiny_model, rows, tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"lora_target_modules": ["q_proj", "query"]}, "names 'query', which is no module: the linear modules of"),
+        ({"lora_target_modules": ["q_proj", "query"]}, "names 'query', which is not a module of the model"),
         ({"lora_modules_to_save": ["emb"]}, "lora_modules_to_save names 'emb'"),
         ({"lora_target_modules": ["norm"]}, "peft refuses lora_target_modules"),
         ({"lora_target_modules": ["lm_head"]}, "may not name the embedding or the head"),
-        ({"use_peft": "false", "merge_adapter": "true"}, "merge_adapter without adapters"),
+        ({"use_peft": "false", "merge_adapter": "true"}, "merge_adapter needs adapters"),
         ({"use_peft": "false", "load_in_4bit": "true"}, "give --use_peft true with load_in_4bit"),
         ({"benchmarks": ["math_500"], "benchmark_kwargs": '{"engine": "torch"}'}, "give --merge_adapter true"),
         ({"activation_offloading": "true"}, "give --gradient_checkpointing true"),

@@ -33,12 +33,12 @@ POSITIONS = "positions that are not those of the layout"
 CLASS = "not built of blocks that take a registered attention"
 HEAD = "a head with a bias, a scale or a cap"
 SENTENCES = {
-    MIXES: "packed, tokens have other log-probs than alone",
+    MIXES: "packing changes the log-probs of tokens",
     ASKS: r"packed attention has no (softcap|s_aux|position_bias)|and no mask|NoneType' object is not subscriptable"
-    "|packed, tokens have other log-probs than alone",  # XGLM's own attention is causal by its mask alone
-    POSITIONS: "packed, tokens have other log-probs than alone",
+    "|packing changes the log-probs of tokens",  # XGLM's own attention is causal by its mask alone
+    POSITIONS: "packing changes the log-probs of tokens",
     CLASS: r"has no list of blocks|KeyError\('packed'\)|needs packed=packed_layout",
-    HEAD: "a head that is not one matrix|packed, tokens have other log-probs than alone",
+    HEAD: "is not a single matrix|packing changes the log-probs of tokens",
 }
 FOUR, MIX = {"num_hidden_layers": 4}, ["full_attention", "linear_attention"] * 2
 SLIDING = ["sliding_attention", "full_attention"] * 2
@@ -150,7 +150,7 @@ def test_right_or_refused(name):
         with pytest.raises(ValueError, match=f"^some/model cannot be trained here: its architecture, {name}, is") as no:
             check_architecture(info, MODEL)
         assert re.search(SENTENCES[outcome], str(no.value)), no.value
-        assert "\n" not in str(no.value) and str(no.value).endswith("Choose a model of another.")
+        assert "\n" not in str(no.value) and str(no.value).endswith("Choose a model of another architecture.")
     else:
         check_architecture(info, MODEL)
         assert torch.equal(torch.get_rng_state(), state)
@@ -227,7 +227,7 @@ def test_an_argument_that_is_dropped_is_seen(name, fault):
     """The copy's windows, caps, sinks and biases all matter to its short sequences."""
     try:
         AttentionInterface.register("packed", fault)
-        with pytest.raises(ValueError, match="packed, tokens have other log-probs than alone"):
+        with pytest.raises(ValueError, match="packing changes the log-probs of tokens"):
             check_architecture(AutoConfig.for_model(name, **CASES[name][0]), MODEL)
     finally:
         kernels.attention.register()
@@ -274,7 +274,9 @@ def test_large_and_deep_models_are_right(name):
 def test_rotary_factors_that_depend_on_the_length():
     phi = AutoConfig.for_model("phi3", **DEEP["phi3"])
     check_positions(phi, 4096, "a row", "lower it to {limit}")
-    with pytest.raises(ValueError, match="a row may take 4097 tokens, the model's longrope .* 4096: lower it to 4096"):
+    with pytest.raises(
+        ValueError, match="a row may take 4097 tokens, but the model's longrope .* 4096: lower it to 4096"
+    ):
         check_positions(phi, 4097, "a row", "lower it to {limit}")
     dynamic = AutoConfig.for_model(
         "llama",
@@ -282,7 +284,9 @@ def test_rotary_factors_that_depend_on_the_length():
         rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
     )
     check_architecture(dynamic, MODEL)
-    with pytest.raises(ValueError, match="a row may take 2049 tokens, the model has 2048 positions: lower it to 2048"):
+    with pytest.raises(
+        ValueError, match="a row may take 2049 tokens, but the model has 2048 positions: lower it to 2048"
+    ):
         check_positions(dynamic, 2049, "a row", "lower it to {limit}")
     layers = {"sliding_attention": {"rope_type": "default"}, "full_attention": phi.rope_parameters}
     vars(phi)["rope_parameters"] = layers
@@ -298,15 +302,14 @@ def test_quantised_checkpoints():
 
 @pytest.mark.parametrize(
     ("limit", "options", "says"),
-    [
-        (10**6, {"initializer_range": "x"}, "llama, is not known to be right"),
-        (1000, {}, "a small copy of it still has"),
-    ],
+    [(10**6, {"initializer_range": "x"}, "llama, is not known to work"), (1000, {}, "a small copy of it still has")],
 )
 def test_a_model_that_cannot_be_made_small_is_refused(limit, options, says, monkeypatch):
     """Sizes that do not fit together, or too many parameters."""
     monkeypatch.setattr(architectures, "LARGEST_COPY", limit)
     info = AutoConfig.for_model("llama", **FOUR)
     vars(info).update(options)
-    with pytest.raises(ValueError, match=f"^some/model cannot be trained here: .*{says}.* Choose a model of another.$"):
+    with pytest.raises(
+        ValueError, match=f"^some/model cannot be trained here: .*{says}.* Choose a model of another architecture.$"
+    ):
         check_architecture(info, MODEL)

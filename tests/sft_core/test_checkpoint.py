@@ -287,7 +287,7 @@ def test_a_run_goes_on_over_an_unreadable_checkpoint(saved):
 def test_no_readable_checkpoint_is_an_error_not_a_new_start(saved):
     for checkpoint in checkpoints(saved):
         truncate(checkpoint)
-    with pytest.raises(ValueError, match="No checkpoint in .* is readable .*--overwrite_output_dir"):
+    with pytest.raises(ValueError, match="no checkpoint in .* is readable .*--overwrite_output_dir"):
         prepare_output_dir(saved, IDENTITY, overwrite=False)
     assert prepare_output_dir(saved, IDENTITY, overwrite=True) is None
     assert len(checkpoints(saved / "previous-1")) == 3

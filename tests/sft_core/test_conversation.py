@@ -129,7 +129,7 @@ def test_a_column_for_the_template_reaches_it_or_is_refused(tokenizer, column, v
         tokenizer.chat_template = shown
         assert read(tokenizer, row | {column: value}) != read(tokenizer, row | {column: None})
         tokenizer.chat_template = template()
-        with pytest.raises(ValueError, match=f"knows no {names} and would leave them out"):
+        with pytest.raises(ValueError, match=f"does not use `{names}` and would leave it out"):
             read(tokenizer, row | {column: value})
     for row in ({"text": "1+1"}, {"prompt": "1+1", "completion": "2"}):
         with pytest.raises(ValueError, match=f"plain text has no place for `{names}`"):
@@ -202,7 +202,7 @@ def read_one(tokenizer, row):
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        (["What is 1+1?"], "`prompt` must hold messages with role and content; it holds 'What is 1\\+1\\?'"),
+        (["What is 1+1?"], "`prompt` must hold messages with `role` and `content`; it holds 'What is 1\\+1\\?'"),
         ({"role": "user", "content": "x"}, "`prompt` must be text or a list of messages, and is {'role'"),
         (json.dumps([USER]), "`prompt` is a conversation written as text .*: make it a list of messages"),
         (str([USER]), "`prompt` is a conversation written as text"),
@@ -216,7 +216,7 @@ def read_one(tokenizer, row):
         ([{"content": "x"}], "unknown role None in `prompt`"),
         ([{"from": "human", "value": "x"}], "unknown role None in `prompt`"),
         ([USER | {"content": None}], "a message of the user in `prompt` is not text but NoneType"),
-        ([USER, YES], "`prompt` ends with what the assistant says"),
+        ([USER, YES], "`prompt` ends with an assistant message"),
     ],
 )
 def test_what_is_no_prompt_is_refused_with_its_row(tokenizer, value, says):
@@ -301,6 +301,6 @@ def test_what_is_not_used_or_left_out_is_said_before_the_run(tiny_model, tmp_pat
         with locks_released():
             said.append(prepare(*parse(OPTIONS, flags(model_name_or_path=tiny_model, **files, **more))).summary)
         distributed.shutdown()
-    counts = "0 cut, 1 too long, 0 nothing to learn"
+    counts = "0 cut, 1 too long, 0 without trained tokens"
     assert f"3 rows to train on; {counts}; columns not used: system, id; 1 rows to evaluate on; {counts}" in said[0]
     assert "rows are streamed in the order of their files; columns not used: system, id; 1 rows to evaluate" in said[1]

@@ -67,7 +67,7 @@ def test_text_begins_and_ends_as_the_model_knows_it(tokenizer):
     tokenizer.chat_template = None
     chat.set_up(tokenizer, None, conversations=True, chatml_default=True)
     assert trained(tokenizer, {"messages": MESSAGES[:2]})[0].startswith("<|bos|><|im_start|>")
-    assert "all is well (one <|bos|>" in chat.check_template(tokenizer, {tokenizer.eos_token_id}, supervised=True)
+    assert "OK (one <|bos|>" in chat.check_template(tokenizer, {tokenizer.eos_token_id}, supervised=True)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no EOS token, so the model would never learn to stop: give --eos_token"):
         trained(tokenizer, {"text": "1+1=2"})
@@ -100,10 +100,10 @@ def test_tools_reach_the_template(tokenizer):
     called = {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
     row = {"messages": [MESSAGES[0], called], "tools": tools}
     assert trained(tokenizer, row)[1] == '{"name": "add", "arguments": {"a": 1}}<|end|>'
-    with pytest.raises(ValueError, match="`tools` is neither a list nor one as JSON"):
+    with pytest.raises(ValueError, match="`tools` must be a list, or a list as JSON text"):
         trained(tokenizer, row | {"tools": "add"})
     tokenizer.chat_template = plain
-    with pytest.raises(ValueError, match="knows no tools and would leave them out"):
+    with pytest.raises(ValueError, match="does not use `tools` and would leave it out"):
         trained(tokenizer, row)
     with pytest.raises(ValueError, match="leaves out `tool_calls` of message 2"):
         trained(tokenizer, row | {"tools": None})
@@ -162,9 +162,9 @@ def test_templates_of_well_known_families(tokenizer, template, messages, learnt)
 @pytest.mark.parametrize(
     ("template", "messages", "says"),
     [
-        (QWEN3, THINKING, "leaves out a part of what the assistant says \\('hm'\\)"),
-        (R1_FIRST, THINKING[:2], "leaves out a part of what the assistant says \\('hm'\\)"),
-        (R1_NOW, MESSAGES[:2], "a finished turn does not begin as the generation prompt does"),
+        (QWEN3, THINKING, "leaves out a part of the assistant's message \\('hm'\\)"),
+        (R1_FIRST, THINKING[:2], "leaves out a part of the assistant's message \\('hm'\\)"),
+        (R1_NOW, MESSAGES[:2], "a finished turn does not begin with the generation prompt"),
         (turns(), MESSAGES[1:], "begins with the assistant"),
     ],
 )
@@ -211,11 +211,11 @@ def test_text_is_tokenised_in_one_piece(tiny_model):
     [
         (
             "{% for m in messages %}{{ loop.length }}{{ m['content'] + eos_token }}{% endfor %}",
-            "rendered otherwise once later",
+            "rendered differently once later",
         ),
-        ("{% for m in messages %}{{ m['role'] + m['content'] + eos_token }}{% endfor %}", "cannot be told from"),
+        ("{% for m in messages %}{{ m['role'] + m['content'] + eos_token }}{% endfor %}", "cannot be separated from"),
         (PLAIN.replace("+ eos_token", ""), "does not end the assistant's turn with a stop token"),
-        (PLAIN + "{% generation %}{% endgeneration %}", "marks 0 assistant turns of 2"),
+        (PLAIN + "{% generation %}{% endgeneration %}", "marks 0 of 2 assistant turns"),
         (
             "{{ raise_exception('only users') }}",
             "refuses a conversation of the roles user, assistant, user, assistant: only",
@@ -234,8 +234,8 @@ def test_templates_that_hide_what_is_trained_are_refused(tokenizer, template, sa
     [
         ({"messages": []}, "`messages` must be a list of messages, and is empty"),
         ({"messages": "hello"}, "must be a list of messages"),
-        ({"messages": ["hello"]}, "must hold messages with role and content"),
-        ({"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot' in `messages`: a message has"),
+        ({"messages": ["hello"]}, "must hold messages with `role` and `content`"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot' in `messages`: a message needs"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "is not text but list"),
         ({"messages": [{"role": "user", "content": None}]}, "a message of the user in `messages` is not text but None"),
         ({"prompt": "x", "completion": None}, "`completion` must be text and is NoneType"),
@@ -266,7 +266,7 @@ def test_rows_are_tokenised_once_and_what_is_left_out_is_counted(tokenizer, tmp_
     stop_ids = frozenset([tokenizer.eos_token_id])
     config = options(max_length=20, truncation_mode="drop")
     examples = supervised_examples(data, tokenizer, stop_ids, config)
-    assert len(examples.rows) == 5 and examples.counts == {"cut": 0, "too long": 5, "nothing to learn": 5}
+    assert len(examples.rows) == 5 and examples.counts == {"cut": 0, "too long": 5, "without trained tokens": 5}
     assert tokenizer.decode(examples.rows[0]["input_ids"]) == tokenizer.apply_chat_template(
         MESSAGES[:2], tokenize=False
     )
@@ -283,7 +283,7 @@ def test_rows_are_tokenised_once_and_what_is_left_out_is_counted(tokenizer, tmp_
         calls.clear()
         supervised_examples(data, tokenizer, stop_ids, config)
         assert calls, change  # another template or token, another result
-    with pytest.raises(ValueError, match="none of the 15 rows has anything to learn within max_length 2"):
+    with pytest.raises(ValueError, match="none of the 15 rows has a trained token within max_length 2"):
         supervised_examples(data, tokenizer, stop_ids, options(max_length=2))
 
 
@@ -292,8 +292,8 @@ def test_chat_templates_are_checked_and_end_of_turn_is_eos(tokenizer):
         return chat.check_template(tokenizer, stop_ids or {tokenizer.eos_token_id}, supervised)
 
     well = check(tokenizer)
-    assert "all is well (one <|bos|>; turns end with <|end|>" in well and "<think> left to the model" in well
-    assert "<|end|>, which is no stop token: give it as --eos_token" in check(tokenizer, {3})
+    assert "OK (one <|bos|>; turns end with <|end|>" in well and "<think> left to the model" in well
+    assert "<|end|>, which is not a stop token: give it as --eos_token" in check(tokenizer, {3})
     original = tokenizer.chat_template
     tokenizer.chat_template = "{{ bos_token }}" + original
     assert "begins with <|bos|> twice" in check(tokenizer)
@@ -301,14 +301,14 @@ def test_chat_templates_are_checked_and_end_of_turn_is_eos(tokenizer):
     assert "<think> opened by the template" in check(tokenizer)
     tokenizer.chat_template = R1_NOW
     assert "<think> opened by the template" in check(tokenizer)
-    assert "a finished turn does not begin as the generation prompt does" in check(tokenizer, supervised=True)
+    assert "a finished turn does not begin with the generation prompt" in check(tokenizer, supervised=True)
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + original
     assert "today's date" in check(tokenizer)
     tokenizer.chat_template = original.replace("eos_token", "'.'")
     assert "does not end with a special token" in check(tokenizer)
     tokenizer.chat_template, tokenizer.eos_token = original.replace("eos_token", "'<|end|>'"), "<|pad|>"
     chat.set_up(tokenizer, None, conversations=True, chatml_default=True)  # the template's own end of turn
-    assert tokenizer.eos_token == "<|end|>" and "all is well" in check(tokenizer)
+    assert tokenizer.eos_token == "<|end|>" and "template: OK" in check(tokenizer)
     chat.set_up(tokenizer, "<|user|>", conversations=True, chatml_default=True)
     assert tokenizer.eos_token == "<|user|>"
     with pytest.raises(ValueError, match="eos_token 'nothing' is not in the tokenizer's vocabulary"):

@@ -167,7 +167,7 @@ def test_names_and_refusals(hub, config):
         ({"HF_TOKEN": ""}, "hf auth login.*HF_TOKEN"),
         ({"HF_TOKEN": "wrong"}, "Invalid.*hf auth login"),
         ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "127.0.0.1:9 does not take.*HF_ENDPOINT"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "127.0.0.1:9 does not accept.*HF_ENDPOINT"),
         ({}, None),
     ],
 )

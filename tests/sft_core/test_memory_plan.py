@@ -125,12 +125,12 @@ def test_examples_of_the_readme(capsys):
     assert not refusal and cells(printed)["sum"] == "27.81 of 80.00" and cells(printed)["parameters"] == "3.55"
     _, refusal = verdict(middle, capsys, gradient_checkpointing=True)
     assert refusal == (
-        "This needs 84.1 GiB on each GPU (8 of 80 GiB are planned for): use --activation_offloading "
-        "true (40 GiB of host memory in all)."
+        "the run needs 84.1 GiB on each GPU and does not fit 8 GPUs of 80 GiB: use --activation_offloading "
+        "true (takes 40 GiB of host memory over all ranks)."
     )
     assert not verdict(middle, capsys, gradient_checkpointing=True, activation_offloading=True)[1]
     _, refusal = verdict(large, capsys, gradient_checkpointing=True)
-    assert "use --cpu_offload true (1,051 GiB of host memory in all)" in refusal
+    assert "use --cpu_offload true (takes 1,051 GiB of host memory over all ranks)" in refusal
     printed, refusal = verdict(large, capsys, gradient_checkpointing=True, model={"use_peft": True})
     assert not refusal and cells(printed)["frozen model"] == "16.43"
 
@@ -146,19 +146,19 @@ LLAMA = dict(info=LlamaConfig(**LLAMA_70B), gradient_checkpointing=True)
         (QWEN, 60, "use --gradient_checkpointing true"),
         (CHECKPOINTED | {"gradient_checkpointing_every": 4}, 30, "use --gradient_checkpointing_every 1"),
         (CHECKPOINTED, 24, "use --max_tokens_per_micro_batch 4096"),
-        (LLAMA | {"gpus": 24}, 70, "use --activation_offloading true (240 GiB of host memory in all)"),
-        (CHECKPOINTED | {"gpus": 1}, 60, "use --cpu_offload true (113 GiB of host memory in all)"),
+        (LLAMA | {"gpus": 24}, 70, "use --activation_offloading true (takes 240 GiB of host memory over all ranks)"),
+        (CHECKPOINTED | {"gpus": 1}, 60, "use --cpu_offload true (takes 113 GiB of host memory over all ranks)"),
         (CHECKPOINTED | {"longest": 32768}, 24, "use --use_peft true"),
         (LLAMA | {"gpus": 1}, 77, "use --use_peft true --load_in_4bit true"),
         (
             QWEN | {"gpus": 1},
             40,
-            "use --gradient_checkpointing true --cpu_offload true (113 GiB of host memory in all)",
+            "use --gradient_checkpointing true --cpu_offload true (takes 113 GiB of host memory over all ranks)",
         ),
         (
             QWEN | {"longest": 2**22},
             60,
-            "take more GPUs, a smaller model or shorter sequences, for no option of memory is enough",
+            "use more GPUs, a smaller model or shorter sequences, since no memory option is enough",
         ),
     ],
 )
@@ -249,9 +249,9 @@ def test_a_real_start_is_refused_where_a_gpu_is_too_small(monkeypatch):
     assert "activations" not in line
     with pytest.raises(ValueError, match=r"lower vllm_gpu_memory_utilization from 0.80 to at most 0.\d\d \(memory on"):
         start(engine_share=0.8)
-    with pytest.raises(ValueError, match="cannot hold its weights, 2.0 GiB: raise vllm_gpu_memory_utilization"):
+    with pytest.raises(ValueError, match="cannot hold its weights of 2.0 GiB: raise vllm_gpu_memory_utilization"):
         start(engine_share=0.1)
-    with pytest.raises(ValueError, match="Not enough GPU memory: use --cpu_offload true"):
+    with pytest.raises(ValueError, match="not enough GPU memory: use --cpu_offload true"):
         start(gpus=1)
 
 
@@ -291,7 +291,7 @@ def test_dry_run_by_command(main, config_only, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(argv + flags(dry_run_gpus=1))
     line = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2 and line.startswith("error: This needs ") and "use --cpu_offload true" in line
+    assert stopped.value.code == 2 and line.startswith("error: the run needs ") and "use --cpu_offload true" in line
 
 
 @pytest.mark.parametrize(

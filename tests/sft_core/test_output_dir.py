@@ -33,7 +33,7 @@ UNREADABLE = Found(recorded=True, unreadable="checkpoint-9: rng.pt is missing", 
         (OTHER, False, NAMED, "refuse", "seed is 1 there"),
         (OTHER, True, None, "aside", "seed is 1 there"),
         (replace(OTHER, results=False), False, None, "aside", "seed is 1 there"),
-        (UNREADABLE, False, None, "refuse", "No checkpoint in out is readable .*rng.pt.*--overwrite_output_dir"),
+        (UNREADABLE, False, None, "refuse", "no checkpoint in out is readable .*rng.pt.*--overwrite_output_dir"),
         (UNREADABLE, True, None, "aside", "none of its checkpoints is readable"),
     ],
 )

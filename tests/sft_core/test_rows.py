@@ -108,13 +108,17 @@ def test_schedules(kind, more, expected):
         ("polynomial", {"lr_end": 2.0}, "lr_end .* must be smaller"),
         ("polynomial", {"lr_end": "1e-6"}, "YAML reads 1e-6 as text"),
         ("polynomial", {"min_lr": 0.1}, "do not fit polynomial: .* unexpected keyword argument 'min_lr'"),
-        ("constant", {"min_lr": 0.1}, "mean nothing to constant: remove"),
-        ("constant_with_warmup", {"min_lr": 0.1}, "mean nothing to constant_with_warmup"),
+        ("constant", {"min_lr": 0.1}, "constant takes no lr_scheduler_kwargs, got .*: remove"),
+        ("constant_with_warmup", {"min_lr": 0.1}, "constant_with_warmup takes no lr_scheduler_kwargs"),
         ("warmup_stable_decay", {"num_decay_steps": "2"}, "do not fit warmup_stable_decay: .*str"),
         ("cosine_with_min_lr", {}, "One of min_lr or min_lr_rate should be set"),
-        ("polynomial", {"lr_end": -1.0}, "no learning rate below 0"),
+        ("polynomial", {"lr_end": -1.0}, "last learning rate at least 0"),
         ("warmup_stable_decay", {}, "num_decay_steps"),
-        ("warmup_stable_decay", {"num_decay_steps": 9}, "do not fit warmup_stable_decay over 10 steps, 2 of them"),
+        (
+            "warmup_stable_decay",
+            {"num_decay_steps": 9},
+            "do not fit warmup_stable_decay over 10 steps with 2 warm-up steps",
+        ),
         ("warmup_stable_decay", {"num_decay_steps": 2, "decay_type": "fast"}, "Unknown decay type: fast"),
     ],
 )
@@ -191,7 +195,7 @@ def test_a_mixture_takes_its_shares_and_splits(tmp_path):
         ({"datasets": []}, "takes a list `datasets`"),
         ({"fraction": 1}, "has no option `fraction`"),
         ({"datasets": [{"id": "A", "weight": 1.5}]}, "weight must be at most 1, got 1.5"),
-        ({"datasets": [{"id": "A", "weight": 0.5}]}, "weight 0.5 of .*, a share of its 1 rows, must leave a row"),
+        ({"datasets": [{"id": "A", "weight": 0.5}]}, "weight 0.5 of .* leaves none of its 1 rows"),
         ({"datasets": [{"id": "A", "columns": ["answer"]}]}, r"has no columns \['answer'\]; it has"),
         ({"datasets": [{"id": "A"}, {"id": "B"}]}, "must have the same columns"),
         ({}, "give the mixture a test_split_size"),
@@ -210,7 +214,7 @@ def test_the_test_split_of_undivided_data(tmp_path):
     train, test = jsonl(tmp_path / "a.jsonl", [{"x": 1}] * 3), jsonl(tmp_path / "b.jsonl", [{"x": 1}] * 2)
     Dataset.from_list([{"x": 1}] * 3).save_to_disk(tmp_path / "saved")
     for name in (train, str(tmp_path / "saved")):
-        with pytest.raises(ValueError, match="is one file or undivided set: name .* --dataset_test_split FILE"):
+        with pytest.raises(ValueError, match="has no splits: name .* --dataset_test_split FILE"):
             load_splits(ScriptArguments(dataset_name=name), test=True)
         both = load_splits(ScriptArguments(dataset_name=name, dataset_test_split=test), test=True)
         assert [len(rows) for rows in both] == [3, 2]

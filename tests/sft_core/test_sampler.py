@@ -134,7 +134,7 @@ def streamed_in_small_bites(path):
     return streamed(path, 8, 5, 200)
 
 
-@pytest.mark.parametrize(("n", "says"), [(-1, "row 21: negative"), (0, "no row of the data has anything to learn")])
+@pytest.mark.parametrize(("n", "says"), [(-1, "row 21: negative"), (0, "no row of the data has a trained token")])
 def test_a_stream_that_cannot_be_trained_on_stops_all_ranks_alike(tmp_path, n, says):
     path = tmp_path / "rows.jsonl"
     rows = [{"i": i, "n": n if i == 20 or n == 0 else 1} for i in range(30)]

@@ -99,7 +99,7 @@ def announced(tiny_model, rows, tmp_path):
         save_strategy="no",
     )
     code, output = run(TRAIN, flags(**options), tmp_path / "said.log")
-    assert code == 0 and "chat template: all is well" in output, output
+    assert code == 0 and "chat template: OK" in output, output
     return output
 
 
@@ -178,7 +178,7 @@ def test_checkpoints_of_the_model_alone(tiny_model, rows, tmp_path):
     assert not (tmp_path / "out" / "checkpoint-3" / "state").exists()
     options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=tmp_path / "out")
     code, output = run(TRAIN, flags(**options), tmp_path / "log")
-    assert code == 2 and "checkpoint-6: it holds the model alone (save_only_model)" in output
+    assert code == 2 and "checkpoint-6: it holds only the model (save_only_model)" in output
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -230,7 +230,7 @@ def test_a_finished_run_without_checkpoints_is_not_trained_over(tiny_model, rows
     before = train(tiny_model, rows, tmp_path / "out")
     options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=tmp_path / "out", max_steps=6)
     code, output = run(TRAIN, flags(**options), tmp_path / "log")
-    assert code == 2 and "a finished model without a checkpoint to go on from" in output
+    assert code == 2 and "a finished model without a checkpoint to resume from" in output
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert len(metrics(tmp_path / "out")) == 6 and all((after[key] == before[key]).all() for key in before)
 
@@ -265,7 +265,7 @@ def test_a_signal_leaves_something_to_resume_from_even_with_save_only_model(tiny
         per_device_train_batch_size=8,
     )
     code, output = run(TRAIN, flags(**options), tmp_path / "log", fault=faults.terminate_in_the_second_step)
-    assert code == 0 and "stopped by a signal after step 2: the same command goes on from there" in output
+    assert code == 0 and "stopped by a signal after step 2: the same command resumes from there" in output
     code, output = run(TRAIN, flags(**options), tmp_path / "log1")
     assert code == 0, output
     found = load_file(tmp_path / "out" / "model.safetensors")
@@ -288,4 +288,4 @@ def test_a_base_model_learns_chatml(tiny_model, rows, tmp_path):
     assert len(new) == 2 and (new - old.mean(0)).abs().max() < 0.05  # two steps away from where they began
     options = dict(model_name_or_path=base, dataset_name=rows, output_dir=tmp_path / "out", use_peft="true")
     code, output = run(TRAIN, flags(**options), tmp_path / "log")
-    assert code == 2 and "the tokens of ChatML would be new to it" in output
+    assert code == 2 and "an adapter cannot hold the new tokens" in output

@@ -54,19 +54,22 @@ EMBEDDING, UP = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
 DAMAGES = {
     "prefix": (
         edited(lambda t: {f"base_model.model.{k}": v for k, v in t.items()}),
-        f"missing: lm_head.weight, {EMBEDDING}, .*without a place in the model: base_model.model.model.embed_t",
+        f"missing: lm_head.weight, {EMBEDDING}, .*not in the model: base_model.model.model.embed_t",
     ),
     "missing": (edited(lambda t: {k: v for k, v in t.items() if k != UP}), rf"\(missing: {UP}\)"),
     "no embedding": (edited(lambda t: {k: v for k, v in t.items() if k != EMBEDDING}), f"missing: lm_.*{EMBEDDING}"),
     "shape": (edited(lambda t: t | {UP: t[UP][:-1].clone()}), rf"of another shape: {UP} \[95, 64\] for \[96, 64\]"),
     "a bias": (edited(lambda t: t | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}), "proj.bias"),
-    "more layers": (edited(lambda t: t | {UP.replace("1", "2"): t[UP].clone()}), "without a place in the model: mod"),
-    "two ends": (edited(lambda t: t | {"lm_head.weight": t[EMBEDDING] + 1}), "not equal, though tied"),
+    "more layers": (edited(lambda t: t | {UP.replace("1", "2"): t[UP].clone()}), "not in the model: mod"),
+    "two ends": (edited(lambda t: t | {"lm_head.weight": t[EMBEDDING] + 1}), "tied but not equal"),
     "untied": (untied, r"\(missing: lm_head.weight\)"),
-    "truncated": (truncated, "cannot be loaded: are its files whole"),
+    "truncated": (truncated, "cannot be loaded: check that its files are complete"),
     "absent": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded.*no file named model.safet"),
     "no shard": (without_a_shard, "cannot be loaded.*model-00001-of-00002.safetensors"),
-    "not fetched": (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs"), "files whole"),
+    "not fetched": (
+        lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs"),
+        "are complete",
+    ),
     "adapter": (adapter, "adapter"),
 }
 SOUND = {
@@ -205,5 +208,5 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding(tiny_model, problems, t
     tokenizer.save_pretrained(folder)
     with pytest.raises(SystemExit) as stopped:
         grpo_core.train.main(options(folder, problems, tmp_path / "out"))
-    says = f"has {len(tokenizer)} tokens, more than the model's embedding: train with sft_core.train first"
+    says = f"has {len(tokenizer)} tokens, more than the model's embedding: train the model with sft_core.train first"
     assert stopped.value.code == 2 and says in capsys.readouterr().err
