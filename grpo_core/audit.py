@@ -238,7 +238,7 @@ def audit_samples(run: Run, usable: list[Prompt], pool: WorkerPool, report: Repo
             "that shows the answer's format; if they are high, use harder data."
         )
     if effective == 0:
-        report.no_signal += [f"in none of {n} groups do the rewards differ.", *reasons]
+        report.no_signal += [f"no group of {n} has rewards that differ.", *reasons]
     else:
         report.advice += reasons
 
