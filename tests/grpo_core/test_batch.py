@@ -127,5 +127,5 @@ def test_prompts_and_optimizer_steps_of_a_rollout(options, expected):
 def test_a_recording_of_another_version_is_refused(tmp_path):
     table = pa.table({"group": [0]}).replace_schema_metadata({"ranks": "1"})
     pq.write_table(table, tmp_path / "step-000001-rank-00000.parquet")
-    with pytest.raises(ValueError, match="step-000001-rank-00000.parquet is of another version: record it again"):
+    with pytest.raises(ValueError, match="step-000001-rank-00000.parquet has another format: record it again"):
         read_rollouts(tmp_path, 1)

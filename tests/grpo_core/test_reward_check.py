@@ -132,7 +132,7 @@ def accept(argv):
             "slow failed with timeout on a row of the data with the completion '10' (took too long): fix "
             "it, or raise --reward_timeout",
         ),
-        ("own:Reward", "the reward 'own:Reward' is a type, not a function (of a class, name an instance)"),
+        ("own:Reward", "the reward 'own:Reward' is a type, not a function (name an instance of a class)"),
         ("own:not_callable", "the reward 'own:not_callable' is a int, not a function"),
         ("own:locked", "Locked cannot be called in a worker process: it cannot be sent to a worker"),
         ("own:relative", "relative gives completions different values together than one at a time"),
@@ -156,7 +156,7 @@ def test_a_dry_call_of_every_reward(own, tiny_model, problems, tmp_path, capsys,
     argv = options(tiny_model, problems, tmp_path / "out", reward_funcs=[reward, "format"], reward_timeout=1)
     if says is None:
         accept(argv)
-        assert ("logs is not given log_metric" in capsys.readouterr().out) == (reward == "own:logs")
+        assert ("logs does not receive log_metric" in capsys.readouterr().out) == (reward == "own:logs")
     else:
         assert says in refusal(grpo_core.train.main, argv, capsys)
 
