@@ -140,7 +140,7 @@ def token_objective(
 
 
 def policy_term(logps: Tensor, batch: TokenBatch, objective: Objective, rows: Rows = ALL) -> Tensor:  # [C] -> [C]
-    """The term that makes tokens with a positive advantage likelier, with r = exp(log_ratios):
+    """The term that makes tokens with a positive advantage more likely, with r = exp(log_ratios):
 
     clipped types  -min(min(r, delta) A, clip(r, 1 - epsilon, 1 + epsilon_high) A)
     cispo          -stop_grad(min(r, epsilon_high)) A logp
@@ -212,7 +212,7 @@ def loss_metrics(logps: Tensor, batch: TokenBatch, objective: Objective) -> Metr
         rho, cap = sampler_ratios(logps, batch, objective), objective.vllm_importance_sampling_clip_max
         name = "sampling/importance_sampling_ratio"
         metrics[f"{name}/mean"] = mean(rho, objective.correction_by_token)
-        # The appended bound is neutral, for a micro-batch without tokens: rho lies in [0, cap].
+        # rho lies in [0, cap]. For a micro-batch without tokens, the neutral bound is appended.
         metrics[f"{name}/min"] = torch.cat([rho, rho.new_full((1,), math.inf if cap is None else cap)]).min()
         metrics[f"{name}/max"] = torch.cat([rho, rho.new_zeros(1)]).max()
     if objective.loss_type == "vespo":
@@ -230,7 +230,7 @@ def loss_metrics(logps: Tensor, batch: TokenBatch, objective: Objective) -> Metr
     metrics["clip_ratio/low_mean"] = mean(low, by_token)
     metrics["clip_ratio/high_mean"] = mean(high, by_token)
     metrics["clip_ratio/region_mean"] = mean(low | high, by_token)
-    # Empty sequences are ignored. The appended 1 and 0 are neutral, for a micro-batch without tokens.
+    # Empty sequences are ignored. For a micro-batch without tokens, the neutral values 1 and 0 are appended.
     low_fractions = torch.where(batch.lengths > 0, sequence_mean(low.to(logps.dtype), batch), 1)
     metrics["clip_ratio/low_min"] = torch.cat([low_fractions, low_fractions.new_ones(1)]).min()
     high_fractions = sequence_mean(high.to(logps.dtype), batch)

@@ -2,7 +2,7 @@
 
 GRPO (DeepSeekMath, arXiv:2402.03300) trains a language model on problems whose answers a program can check. The model
 writes a group of completions for each problem, and a reward function scores them. Completions that score above the mean
-of their group are made likelier, those below it less likely. A clipped ratio keeps several updates on the same
+of their group are made more likely, those below it less likely. A clipped ratio keeps several updates on the same
 completions from going too far, and a KL penalty keeps the model near the one it started from. There is no value
 network: the mean of the group takes its place.
 
@@ -247,7 +247,7 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # [], name -> []
     """This micro-batch's share of the loss and of the metrics; the shares of all micro-batches add up.
 
-    ratio r    exp(logp - old_logp): how much likelier the token is than when it was sampled; 1 in the first update
+    ratio r    exp(logp - old_logp): how much more likely the token is than when it was sampled; 1 in the first update
     policy     -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A): no gradient once r passed the clip in A's direction
     KL         exp(d) - d - 1 with d = ref_logp - logp: never negative, and on average KL(policy || reference) ("k3")
     weight     1 / (num_sequences * length of its sequence): the mean over a sequence's tokens, then over sequences
@@ -295,8 +295,7 @@ def add_gradients(model: Any, batches: list[Batch], num_sequences: int, config: 
 
 
 def optimizer_step(model: Any, optimizer: torch.optim.Optimizer) -> float:
-    """Clip the gradient, take a step, return the gradient's norm. Raises RuntimeError, before the step, if it is not
-    finite."""
+    """Clip the gradient, take a step, return the norm. Raises RuntimeError, before the step, if it is not finite."""
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0, error_if_nonfinite=True)
     optimizer.step()
     optimizer.zero_grad()

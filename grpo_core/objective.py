@@ -72,12 +72,9 @@ class ObjectiveOptions(Options):
         "Ratio policy / sampler of a token or a sequence, clamped to its bounds (truncate) or 0 outside them (mask).",
         choices=CORRECTIONS,
     )
-    vllm_importance_sampling_clip_min: float | None = option(None, "Lower bound of the ratio policy / sampler.", ge=0)
+    vllm_importance_sampling_clip_min: float | None = option(None, "Lower bound of that ratio.", ge=0)
     vllm_importance_sampling_clip_max: float | None = option(
-        2.0,
-        "Upper bound of the ratio policy / sampler (alias: sampler_ratio_cap); inf: none.",
-        alias="sampler_ratio_cap",
-        le=inf,
+        2.0, "Upper bound of that ratio (alias sampler_ratio_cap); inf: none.", alias="sampler_ratio_cap", le=inf
     )
     entropy_coef: float = option(
         0.0, "Weight of an entropy bonus, the mean over the kept tokens; with use_adaptive_entropy its initial value."

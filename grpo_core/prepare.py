@@ -156,7 +156,7 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig, h
         prompts_line += f"; {len(test_prompts)} for evaluation; left out: {left_out}"
     if config.rollouts_from is None:
         distributed.on_first_rank(lambda: dry_call(base, config, prompts, reward_funcs), patient=True)
-    # None: as where nothing is said, in what earlier versions recorded
+    # None, as in records of earlier versions, which lack these entries
     more = {
         "mini-batches of a rollout (steps_per_generation)": mini_batches if mini_batches > 1 else None,
         "sync_ref_model": config.sync_ref_model or None,

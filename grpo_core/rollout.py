@@ -239,7 +239,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Summary:
-    """What ranks send each other of a sample, for the advantages and the step's metrics."""
+    """The part of a sample that ranks exchange, to compute advantages and the step's metrics."""
 
     group: int
     length: int
@@ -280,8 +280,7 @@ def check_version(samples: Sequence[Sample], version: int) -> None:
     """Raise RuntimeError unless the policy of `version` sampled all samples."""
     if stale := {sample.version for sample in samples} - {version}:
         raise RuntimeError(
-            f"stale rollouts: policy version {sorted(stale)} sampled them, but they would train version {version}: "
-            "replay rollouts with the options of the run that recorded them."
+            f"rollouts of policy version {sorted(stale)} cannot train version {version}: use the recording's options."
         )
 
 

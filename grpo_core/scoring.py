@@ -71,7 +71,7 @@ def with_gold(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def gold_answers(prompts: Sequence[Any]) -> list | None:
-    """The gold answer of each prompt (`grpo_core.rollout.Prompt`); None if the first has no column for it."""
+    """The gold answer of each prompt (`grpo_core.rollout.Prompt`); None if the data has no column of gold answers."""
     golds = [with_gold(prompt.columns) for prompt in prompts]
     return [columns.get("solution") for columns in golds] if "solution" in golds[0] else None
 

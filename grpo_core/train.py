@@ -1,4 +1,4 @@
-"""GRPO: sample a group of completions for each prompt, reward them, and make the better ones of a group likelier.
+"""GRPO: sample a group of completions per prompt, reward them, and make the better ones of a group more likely.
 
     torchrun --nproc_per_node 8 -m grpo_core.train --config recipe.yaml [--field value ...]
     python -m grpo_core.train --model_name_or_path M --dataset_name problems.jsonl --output_dir runs/grpo

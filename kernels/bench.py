@@ -46,7 +46,7 @@ PEERS = ("liger_kernel", "cut_cross_entropy", "trl")
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl")
 ERROR_ROWS, PATIENCE = 512, 2000.0  # ms
 
-show = partial(print, flush=True)  # a bench that is killed has shown what it measured until then
+show = partial(print, flush=True)  # a bench that is killed has printed its results so far
 
 
 def machine(*packages: str) -> str:
