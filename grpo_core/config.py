@@ -95,10 +95,10 @@ class GRPOConfig(ObjectiveOptions, TrainingConfig):
     max_completion_length: int = option(256, "Longest completion in tokens.", ge=1)
     shuffle_dataset: bool = option(True, "Shuffle the prompts before every pass; false: keep the order of the data.")
     temperature: float = option(1.0, "Sampling temperature; the trainer also computes all log-probs at it.", gt=0)
-    top_p: float = option(1.0, "Refused below 1 in training: the trainer scores the whole distribution.")
-    top_k: int = option(0, "Refused above 0 in training.")
-    min_p: float | None = option(None, "Refused in training.")
-    repetition_penalty: float = option(1.0, "Refused other than 1 in training.")
+    top_p: float = option(1.0, "Must be 1 in training: the trainer scores the whole distribution.")
+    top_k: int = option(0, "Must be 0 in training.")
+    min_p: float | None = option(None, "Must be left out in training.")
+    repetition_penalty: float = option(1.0, "Must be 1 in training.")
     generation_kwargs: JsonDict | None = option(
         None,
         'JSON with the only key {"stop_token_ids": [...]}, tokens that also end a completion; other options of the '
@@ -140,7 +140,7 @@ class GRPOConfig(ObjectiveOptions, TrainingConfig):
     )
     reward_num_workers: int = option(2, "Worker processes per rank that score completions.", ge=1)
     reward_timeout: float = option(
-        5.0, "Timeout in seconds of a reward for one completion; then it is killed, and the completion unscored.", gt=0
+        5.0, "Seconds a reward may take per completion; then its worker is killed and the completion unscored.", gt=0
     )
     engine: str | None = option(
         None,
