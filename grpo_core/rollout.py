@@ -87,7 +87,7 @@ def load_prompts(
     rows = rows.select(indices)
     if needy and not {"solution", "answer"} & set(rows.column_names):
         raise ValueError(
-            f"{needy[0]} needs a column `solution` or `answer`; the data has {', '.join(rows.column_names)}: rename one."
+            f"{needy[0]} needs a column `solution` or `answer`; the data has {', '.join(rows.column_names)}: add one."
         )
     system = "" if as_given else SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
     role = "system" if not system or shows_system(tokenizer) else "user"
