@@ -1,13 +1,13 @@
-"""GRPO: group sampling, rewards, advantages, the objective, the loop.
+"""GRPO: group sampling, rewards, advantages, the objective and the training loop.
 
-What users of TRL import from `trl`, and open-r1's scripts from their helpers, is here; it is imported when it is asked
-for (PEP 562), so that `import grpo_core` costs little.
+The package exports the names that TRL's users import from `trl` and open-r1's scripts import from their helpers. Each
+is imported on first access (PEP 562), so that `import grpo_core` is cheap.
 """
 
 import importlib
 from typing import Any
 
-import sft_core  # noqa: F401 (what it refuses is said before anything else is imported)
+import sft_core  # noqa: F401 (first, because it refuses unsupported environments)
 
 _EXPORTS = {
     "GRPOTrainer": "grpo_core.trainer",

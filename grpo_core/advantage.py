@@ -1,9 +1,10 @@
 """Group-relative advantages: how much better a completion scored than the others of its prompt.
 
-DeepSeekMath (arXiv:2402.03300) 4.1.2, with the variants of Dr. GRPO (arXiv:2503.20783) and of a step-wide scale; and
-GDPO (arXiv:2601.05242), which compares each reward function's values apart. Left out on purpose: calling and summing
-reward functions (`scoring.py`), value networks, any notion of ranks: pass the rewards of whole groups, and for
-`scale_rewards="batch"` and GDPO those of the whole step. Next: `train.py`, the loop that calls it.
+`group_advantages` implements section 4.1.2 of DeepSeekMath (arXiv:2402.03300), with the variants of Dr. GRPO
+(arXiv:2503.20783) and of a step-wide scale. `decoupled_advantages` implements GDPO (arXiv:2601.05242), which normalises
+each reward function separately. Callers pass the rewards of whole groups; for `scale_rewards="batch"` and GDPO they
+pass those of the whole step. Not in this module: calling and summing reward functions (`scoring.py`), and distributed
+calls. Not supported, on purpose: value networks. Read `train.py` next, the loop that calls this module.
 
     group_advantages([1.0, 0.0, 0.5, 0.5], [0, 0, 1, 1])    # [0.707, -0.707, 0, 0]
 """
@@ -26,10 +27,11 @@ def group_advantages(
 ) -> Tensor:  # [S] float64
     """(R - mean of the group's scored rewards) / (std + 1e-4), in float64, std with Bessel's correction.
 
-    `scale_rewards` says over what the std is taken: "group"; "batch", all scored rows given; "none", no division.
-    Exactly 0 for unscored rows, in groups with one scored row, and in groups whose scored rewards are all equal.
+    `scale_rewards` selects the rows for the std: those of the "group", of the "batch" (all scored rows given), or
+    "none" for no division. An advantage is exactly 0 for unscored rows, in groups with one scored row, and in groups
+    whose scored rewards are all equal.
 
-    Raises ValueError for a group of fewer than two rows, an infinite reward, an unknown scale.
+    Raises ValueError for a group of fewer than two rows, an infinite reward, or an unknown scale.
     """
     if scale_rewards not in SCALES:
         raise ValueError(f"scale_rewards must be one of {', '.join(SCALES)}, got {scale_rewards!r}")
@@ -48,7 +50,7 @@ def group_advantages(
             raise ValueError(f"group {int(group)} has one completion: a group needs num_generations >= 2 to compare")
         rows = in_group & scored
         values = rewards[rows]
-        # By comparison: the rounding of a mean would leave a spread of 1e-17 where there is none.
+        # Compare the rewards themselves: the mean is rounded, so equal rewards could differ from it by 1e-17.
         if len(values) < 2 or values.min() == values.max():
             continue
         advantages[rows] = values - values.mean()
@@ -64,9 +66,10 @@ def decoupled_advantages(
     group_ids: Tensor | Sequence[int],  # [S]
     weights: Sequence[float] | None = None,  # [K]; None: all 1
 ) -> Tensor:  # [S] float64
-    """GDPO: each function's `group_advantages`, their weighted sum, and of these sums the advantages over all rows.
+    """GDPO: `group_advantages` per reward function, then their weighted sum, normalised over all rows.
 
-    Rows without any value take no part. A sum of 0 is the mean of all sums, but for rounding: it stays exactly 0.
+    Rows without any value are excluded and get 0. A sum of 0 equals the mean of all sums up to rounding, and its
+    advantage is exactly 0.
     """
     values = torch.as_tensor(values, dtype=torch.float64)
     apart = torch.stack([group_advantages(column, group_ids) for column in values.T], dim=1)  # [S, K]

@@ -1,13 +1,14 @@
-r"""Before any GPU hour is spent: would this recipe's data, prompt, limits and rewards give GRPO a signal?
+r"""Check, before any GPU time is spent, whether a recipe's data, prompt, limits and rewards give GRPO a signal.
 
     python -m grpo_core.audit --config recipe.yaml [--audit_prompts 32] [--audit_samples false] [--field value ...]
 
-It reads a training recipe and looks at some prompts of its data: can their gold answers be parsed, do they fit, what do
-the rewards pay for a right answer in several notations and for text that deserves nothing, and (with samples from the
-initial weights) what do they pay, which groups have spread, how many completions are cut. One process; it writes
-nothing and needs no output_dir. Exit code 0: there is a signal; 1: there is none, and why; 2: bad input.
+The audit reads a training recipe and looks at some of its prompts. It reports whether they fit into max_prompt_length,
+whether their gold answers can be parsed, and what the rewards give to a correct answer in several notations and to
+worthless text. It then samples from the initial weights, and reports the rewards, the number of groups whose rewards
+differ, and the share of completions that were cut. It runs as one process, writes nothing and needs no output_dir.
+Exit codes: 0, there is a signal; 1, there is none, and the output says why; 2, bad input.
 
-Left out on purpose: any judgement of the data itself (duplicates, difficulty, leaks), and of rewards beyond probes.
+Not supported, on purpose: judging the data itself (duplicates, difficulty, leaks), or rewards beyond these probes.
 """
 
 import math
@@ -39,7 +40,7 @@ from sft_core.run.options import Options, option, require
 THOUGHT = "First, I read the problem.\nSecond, I work it out.\nFinally, I check it."  # three steps, no repetition
 TAGGED, INLINE = "gold in tags, by line", "gold in tags, inline"
 EMPTY, HUGE = "empty text", "huge repetition"
-NOTATIONS = {  # of a right answer
+NOTATIONS = {  # a correct answer as models write it
     TAGGED: f"<think>\n{THOUGHT}\n</think>\n<answer>\n{{}}\n</answer>",
     INLINE: f"<think>{THOUGHT}</think><answer>{{}}</answer>",
     "gold, bare": "{}",
@@ -51,9 +52,9 @@ NOTATIONS = {  # of a right answer
 
 @dataclass
 class AuditConfig(Options):
-    audit_prompts: int = option(32, "Prompts to look at: the first of the data in a seeded order.", ge=1)
+    audit_prompts: int = option(32, "Prompts to audit: the first ones in a seeded order of the data.", ge=1)
     audit_samples: bool = option(
-        True, "Sample num_generations completions of each; false: no model is loaded, only data and rewards are probed."
+        True, "Sample num_generations completions of each prompt; false: load no model, check only data and rewards."
     )
 
 
@@ -68,7 +69,7 @@ def tell(name: str, fact: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the audit. SystemExit(1) where training would have no signal, SystemExit(2) for bad input."""
+    """Print the audit. Raises SystemExit(1) where training would have no signal, SystemExit(2) for bad input."""
     report = Report()
     with distributed.usage_errors():
         run, samples = set_up(sys.argv[1:] if argv is None else argv)
@@ -85,19 +86,19 @@ def main(argv: list[str] | None = None) -> None:
     if report.no_signal:
         print("NO SIGNAL: training would learn nothing.", *report.no_signal, sep="\n- ")
         raise SystemExit(1)
-    print("Training would have a signal." if samples else "No obstacle found; without samples, spread is not known.")
+    print("Training would have a signal." if samples else "No obstacle found. Without samples, spread is unknown.")
 
 
 def set_up(argv: list[str]) -> tuple[Run, bool]:
-    """What training's `prepare` checks, without the run: its prompts are those to audit, too long ones among them.
+    """Make the checks of training's `prepare`. The prompts are those to audit, including those that are too long.
 
     Raises:
-        ValueError: the user's input, in one sentence that names the remedy.
+        ValueError: bad input, in one sentence that names the remedy.
     """
     require(os.environ.get("WORLD_SIZE", "1") == "1", "the audit is one process: start it with python, not torchrun.")
     types = (ModelConfig, GRPOScriptArguments, GRPOConfig, AuditConfig)
     start_logging()
-    # An output_dir need not be given, for none is touched; nor is anything pushed, reported or evaluated.
+    # No output_dir is needed, because nothing is written, pushed, reported or evaluated.
     model, data, config, audit = (given.frozen() for given in parse(types, ["--output_dir=none", *argv]))
     config = replace(
         config,
@@ -114,7 +115,7 @@ def set_up(argv: list[str]) -> tuple[Run, bool]:
         check_engine_available(config.engine or "vllm")
         require(
             config.vllm_tensor_parallel_size == 1,
-            "the audit is one process: give --vllm_tensor_parallel_size 1, or --audit_samples false.",
+            "the audit is one process: set --vllm_tensor_parallel_size 1 or --audit_samples false.",
         )
     functions = get_reward_funcs(data)
     base = prepare_base("grpo", model, data, config)
@@ -129,25 +130,25 @@ def set_up(argv: list[str]) -> tuple[Run, bool]:
 
 
 def audit_data(run: Run, pool: WorkerPool, report: Report) -> tuple[list[Prompt], Prompt, str]:
-    """Lengths and gold answers. Returns the prompts that training would use, and one of them with its bare gold answer:
-    the shortest, a plain number where there is one."""
+    """Print lengths and gold answers. Returns the prompts that training would use, the prompt with the shortest gold
+    answer (preferably one that parses), and that answer without the text around it."""
     n, limit = len(run.prompts), run.config.max_prompt_length
     lengths = [len(prompt.ids) for prompt in run.prompts]
     usable = [i for i, length in enumerate(lengths) if length <= limit]
     long = n - len(usable)
-    tell("prompts", f"at most {max(lengths)} tokens; {long} of {n} are longer than max_prompt_length {limit}, left out")
+    tell("prompts", f"at most {max(lengths)} tokens; {long} of {n} exceed max_prompt_length {limit} and are left out")
     if long == n:
         report.no_signal.append(f"no prompt fits into max_prompt_length {limit}: raise it.")
     elif long > 0.1 * n:
-        report.advice.append(f"{long / n:.0%} of the prompts are left out: raise max_prompt_length.")
+        report.advice.append(f"{long / n:.0%} of the prompts are too long and left out: raise max_prompt_length.")
 
     golds = gold_answers(run.prompts)
     if golds is None:
-        tell("gold answers", "no column `solution` or `answer`; no reward here needs one")
+        tell("gold answers", "the data has no column `solution` or `answer`, and no reward in use needs one")
         return [run.prompts[i] for i in usable], run.prompts[0], "42"
     unparseable = set(unparseable_golds(golds, pool))
     golds = [gold_text(gold) for gold in golds]
-    example = "".join(f"; one that cannot: {golds[i][:60]!r}" for i in sorted(unparseable)[:1])
+    example = "".join(f"; one that cannot be: {golds[i][:60]!r}" for i in sorted(unparseable)[:1])
     tell("gold answers", f"{n - len(unparseable)} of {n} can be parsed{example}")
     assert isinstance(run.data, GRPOScriptArguments)
     needy = any(map(compares_with_gold, run.reward_funcs))
@@ -156,22 +157,22 @@ def audit_data(run: Run, pool: WorkerPool, report: Report) -> tuple[list[Prompt]
     if needy and run.data.drop_unparseable_golds:
         usable = [i for i in usable if i not in unparseable]
     shown = min(usable or range(n), key=lambda i: (i in unparseable, len(golds[i])))
-    parsed = pool.map(parse_gold, [golds[shown]])[0]  # the answer may stand marked at the end of a whole solution
+    parsed = pool.map(parse_gold, [golds[shown]])[0]  # the gold may be a whole solution that ends in the answer
     answer = golds[shown] if isinstance(parsed, Unscored) or not parsed else str(parsed[-1])
     return [run.prompts[i] for i in usable], run.prompts[shown], answer
 
 
 def audit_rewards(run: Run, prompt: Prompt, answer: str, pool: WorkerPool, report: Report) -> None:
-    """What each reward gives to texts whose worth is known, in a table, and whether the prompt asks for it."""
+    """Print a table of what each reward gives to texts of known quality, and check what the prompt asks for."""
     rendered = run.tokenizer.decode(prompt.ids, clean_up_tokenization_spaces=False)
-    limit = run.config.max_completion_length  # no more tokens could be sampled, so a reward cannot see more
+    limit = run.config.max_completion_length  # a sampled completion cannot be longer, so a probe is not either
     right = {name: notation.format(answer) for name, notation in NOTATIONS.items()}
-    if opened := re.search(r"<think>\s*(</think>)?\s*\Z", rendered):  # by the chat template: a completion goes on there
+    if opened := re.search(r"<think>\s*(</think>)?\s*\Z", rendered):  # the chat template begins the completion
         begun = opened[1] or "<think>"
         right |= {name: text.partition(begun)[2].lstrip() for name, text in right.items() if begun in text}
     probes = right | {EMPTY: "", HUGE: f"{THOUGHT} " * max(1000, limit // 10)}
     only_ids = {"add_special_tokens": False, "truncation": True, "max_length": limit}
-    # One group: the rewards that compare a group's completions compare these.
+    # All probes form one group, for rewards that compare the completions of a group.
     ids = run.tokenizer(list(probes.values()), **only_ids)["input_ids"]
     completions = [
         ToScore(text, token_ids, 0, prompt.messages, rendered, prompt.columns)
@@ -182,15 +183,15 @@ def audit_rewards(run: Run, prompt: Prompt, answer: str, pool: WorkerPool, repor
     for name, function, paid in zip(run.reward_names, run.reward_funcs, zip(*scores.values, strict=True), strict=True):
         values = {probe: value for probe, value in zip(probes, paid, strict=True) if value is not None}
         if not values:
-            report.advice.append(f"{name} has no value for any probe.")
+            report.advice.append(f"{name} gave no value to any probe: check it, or drop it from reward_funcs.")
             continue
         best = max((value for probe, value in values.items() if probe in right), default=0.0)
         exploits = [probe for probe in (EMPTY, HUGE) if values.get(probe, -math.inf) >= best]
-        # A reward that only takes away has 0 for nearly all texts.
+        # A pure penalty gives 0 to nearly all texts.
         if exploits and (compares_with_gold(function) or max(values[probe] for probe in exploits) > 0):
             report.advice.append(
-                f"{name} pays as much for {' and '.join(exploits)} as for {answer!r}: see that another reward pays for "
-                "the difference."
+                f"{name} pays as much for {' and '.join(exploits)} as for {answer!r}: add a reward that pays more for "
+                "the correct answer."
             )
         if unasked and name in ("format_reward", "tag_count_reward"):
             report.advice.append(
@@ -198,17 +199,17 @@ def audit_rewards(run: Run, prompt: Prompt, answer: str, pool: WorkerPool, repor
                 "them in system_prompt, or drop the reward."
             )
     if all(value is None for row in scores.values for value in row):
-        report.no_signal.append("no reward has a value for any probe.")
+        report.no_signal.append("no reward gave a value to any probe: check reward_funcs.")
     report.advice += [f"a probe failed: {cause} ({text})." for cause, text in dict(scores.gaps).items() if text]
     shown = [["-" if value is None else f"{value + 0.0:.3g}" for value in row] for row in scores.values]
     print(table(["probe", *run.reward_names], [[probe, *row] for probe, row in zip(probes, shown, strict=True)]))
 
 
 def audit_samples(run: Run, usable: list[Prompt], pool: WorkerPool, report: Report) -> None:
-    """Lengths, rewards and spread of groups sampled from the initial weights."""
+    """Sample groups from the initial weights; print their lengths, their rewards and how many have a gradient."""
     config, chosen = run.config, dict(enumerate(usable))
     engine = start_engine(run)
-    assert engine is not None, "set-up has no recorded rollouts in its place"
+    assert engine is not None, "set_up leaves rollouts_from out, so there is an engine"
     scorer = Scorer(chosen, run.reward_funcs, config, run.tokenizer, pool)
     sampling = Sampling(config.num_generations, config.max_completion_length, config.temperature, run.sampling_ends)
     seeds = [sample_seed(config.seed, 0, group) for group in chosen]
@@ -224,20 +225,20 @@ def audit_samples(run: Run, usable: list[Prompt], pool: WorkerPool, report: Repo
     for sample, advantage in zip(samples, advantages_of(samples, config), strict=True):
         sample.advantage = advantage
     effective, n = sum(effective_groups(samples)), len(chosen)
-    tell("groups with spread", f"{effective} of {n} ({effective / n:.0%}): those with a gradient")
+    tell("groups with spread", f"{effective} of {n} ({effective / n:.0%}) have rewards that differ, hence a gradient")
     for j, name in enumerate(run.reward_names):
         values = [sample.rewards[j] for sample in samples if not math.isnan(sample.rewards[j])]
         told = f"{mean(values):.3g} on average, {min(values):.3g} to {max(values):.3g}" if values else "no value at all"
         tell(name, told)
         if values and min(values) == max(values):
-            reasons.append(f"{name} gives {values[0]:.3g} to every completion: it tells none from another.")
+            reasons.append(f"{name} gives {values[0]:.3g} to every completion, so it cannot rank them.")
     if effective < 0.2 * n:
         reasons.append(
-            "few groups have spread: where rewards are low, take easier data, an SFT warm start or a system_prompt "
-            "that shows the answer's format; where they are high, harder data."
+            "few groups have spread: if rewards are low, use easier data, an SFT warm start or a system_prompt "
+            "that shows the answer's format; if they are high, use harder data."
         )
     if effective == 0:
-        report.no_signal += [f"no group of {n} has spread in its rewards.", *reasons]
+        report.no_signal += [f"no group of {n} has rewards that differ.", *reasons]
     else:
         report.advice += reasons
 

@@ -1,7 +1,7 @@
-"""From samples to what the policy is trained on: mini-batches, one per optimizer step, of packed micro-batches.
+"""Turns samples into mini-batches, one per optimizer step, which consist of packed micro-batches.
 
-A rank trains on other samples than it has sampled: those of all ranks are shared out by what they cost. The next file
-is `update.py`.
+The samples of all ranks are distributed over the ranks by compute cost, so a rank also trains on samples of other
+ranks. Read `update.py` next.
 """
 
 import math
@@ -18,12 +18,13 @@ from grpo_core.rollout import Sample
 from sft_core.data.packing import PackedSequences, StepCounts, balance, idle_sequences, pack, pack_sequences
 from sft_core.run.distributed import exchange
 
-KEYS_PER_TOKEN = 16  # keys and values gathered for a sequence that take as much memory in a block as a token does
+# A sequence that shares its prompt gathers the prompt's keys and values: this many take the memory of one token.
+KEYS_PER_TOKEN = 16
 
 
 @dataclass
 class MicroBatch:
-    """S completions with their prompts, packed; N completion tokens. Log-probs are of those tokens."""
+    """S completions with their prompts, packed. Log-probs are those of the N completion tokens."""
 
     samples: Sequence[Sample]
     sequences: PackedSequences
@@ -32,13 +33,13 @@ class MicroBatch:
     sampler_logps: Tensor  # [N] the engine's
     old_logps: Tensor | None = None  # [N] the policy's before its first update on this rollout batch
     ref_logps: Tensor | None = None  # [N] the reference model's
-    active: Tensor | None = None  # [N] bool, on the CPU: there is an advantage
-    kept: Tensor | None = None  # [N] bool: of high entropy in this update; None: all
-    num_kept: Tensor | None = None  # of the step, over all ranks
+    active: Tensor | None = None  # [N] bool, on the CPU: the advantage is not 0
+    kept: Tensor | None = None  # [N] bool: high entropy in this update; None: all are kept
+    num_kept: Tensor | None = None  # kept tokens of the step, over all ranks
 
     def tokens(self, counts: StepCounts, old_logps: str) -> TokenBatch:
-        """What the objective is computed from. `old_logps`: "policy", which corrects the sampler's mismatch, or
-        "sampler", which takes its log-probs for the old ones."""
+        """The input of the objective. With `old_logps` "policy" the sampler's mismatch is corrected; with "sampler" the
+        sampler's log-probs are the old ones."""
         policy = old_logps == "policy"
         return TokenBatch(
             self.advantages,
@@ -54,26 +55,26 @@ class MicroBatch:
 
 
 def counted(samples: Sequence[Sample], mask_truncated: bool) -> list[Sample]:
-    """The samples that are trained and count in the step's tokens and sequences: all, or all that were not cut.
+    """The samples that count in the step's tokens and sequences: all, or with `mask_truncated` those that were not cut.
 
-    One that was not scored counts as well; its advantage is 0. A cut one has no stop token, and is else as any other.
+    An unscored sample counts too, with an advantage of 0. A cut sample has no stop token, and is otherwise like others.
     """
     return [sample for sample in samples if sample.finish_reason == "stop" or not mask_truncated]
 
 
 def split_by_signal(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """The samples of groups in which one has an advantage, and the others."""
+    """The samples of groups in which any advantage is not 0, and the samples of all other groups."""
     groups = {sample.group for sample in samples if sample.advantage}
     return [s for s in samples if s.group in groups], [s for s in samples if s.group not in groups]
 
 
 @dataclass
 class MiniBatch:
-    """What one optimizer step takes of a rollout batch: this rank's share."""
+    """This rank's share of the part of a rollout batch that one optimizer step trains on."""
 
     micro_batches: list[MicroBatch]
-    skipped: Sequence[Sample] = ()  # count in the step's tokens and sequences, but get no pass
-    left_out: Sequence[Sample] = ()  # do not count
+    skipped: Sequence[Sample] = ()  # counted in the step's tokens and sequences, but without forward and backward pass
+    left_out: Sequence[Sample] = ()  # not counted
     counts: StepCounts = field(init=False)  # over all ranks
 
     @property
@@ -82,11 +83,11 @@ class MiniBatch:
 
 
 def deal(samples: Sequence[Sample], num_generations: int, mini_batches: int) -> list[list[Sample]]:
-    """The samples of this rank, dealt to as many mini-batches.
+    """Distribute this rank's samples over `mini_batches` mini-batches.
 
-    Over the ranks mini-batches differ by at most one sample. Each has an equal part of every group (one sample more or
-    less), so that each sees every prompt. Which samples it has depends on their places in the rollout batch alone, not
-    on the ranks: with the order of prompts and the seeds of sampling it follows from the run's seed.
+    Over all ranks the mini-batches differ in size by at most one sample. Each gets an equal part of every group (plus
+    or minus one sample), so each sees every prompt. The assignment depends only on a sample's place in the rollout
+    batch, not on the number of ranks. It is therefore determined by the run's seed.
     """
     dealt: list[list[Sample]] = [[] for _ in range(mini_batches)]
     for sample in samples:
@@ -95,7 +96,7 @@ def deal(samples: Sequence[Sample], num_generations: int, mini_batches: int) -> 
 
 
 def make_mini_batch(samples: Sequence[Sample], config: GRPOConfig, device: torch.device, quadratic: float) -> MiniBatch:
-    """Of all ranks' `samples`, of each the groups that it sampled, this rank's share. A collective."""
+    """This rank's share of all ranks' `samples`. Each rank passes the whole groups that it sampled. A collective."""
     taken = counted(samples, config.mask_truncated_completions)
     cut = [sample for sample in samples if sample.finish_reason != "stop" and config.mask_truncated_completions]
     trained, skipped = split_by_signal(taken) if config.skips_groups else (taken, [])
@@ -105,14 +106,14 @@ def make_mini_batch(samples: Sequence[Sample], config: GRPOConfig, device: torch
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where a sample is, and how many tokens it has: what all ranks know of it."""
+    """Where a sample is and how long it is. All ranks know the places of all samples."""
 
     group: int
     index: int
     rank: int
-    position: int  # among that rank's
-    prompt: int
-    completion: int
+    position: int  # among the samples of that rank
+    prompt: int  # tokens
+    completion: int  # tokens
 
 
 def make_micro_batches(
@@ -123,10 +124,10 @@ def make_micro_batches(
     quadratic: float = 0.0,
 ) -> list[MicroBatch]:
     """Pack all ranks' samples into micro-batches of at most `max_tokens` tokens, prompts included; returns this rank's.
-    A collective, in which each rank gets the samples that it trains on from those that have them.
+    A collective, in which the ranks exchange the samples that they train on.
 
-    Every sampled token is scored, the stop token too; no prompt token is. With `share_prompts` the prompt of a group
-    stands once in each part of the group. `quadratic` is `sft_core.model.flops.attention_share`.
+    Every sampled token is scored, including the stop token, and no prompt token is. With `share_prompts` a group's
+    prompt is packed once per part of the group. `quadratic` is `sft_core.model.flops.attention_share`.
     """
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     places = [
@@ -139,7 +140,7 @@ def make_micro_batches(
     shares = share_out(sorted(place for own in every for place in own), max_tokens, ranks, share_prompts, quadratic)
     wanted = [[place for parts in share for part in parts for place in part] for share in shares]
     parcels = [{place.position: samples[place.position] for place in share if place.rank == rank} for share in wanted]
-    found = exchange(parcels)  # by the rank that had it
+    found = exchange(parcels)  # [rank that had the sample][position]
     return [
         _micro_batch([[found[place.rank][place.position] for place in part] for part in parts], device)
         for parts in shares[rank]
@@ -150,10 +151,11 @@ def make_micro_batches(
 def share_out(
     places: Sequence[Place], max_tokens: int, ranks: int, share_prompts: bool, quadratic: float
 ) -> list[list[list[list[Place]]]]:
-    """For each rank its micro-batches, as many on every rank, each of parts of groups, by what they cost.
+    """The micro-batches of each rank, balanced by compute cost. All ranks get the same number, and a micro-batch
+    consists of parts of groups.
 
-    A group stays whole where ranks then end nearly together. Else the larger ones are cut: a rank more computes the
-    prompt, and none waits.
+    A group stays whole if the ranks then finish at nearly the same time. Otherwise large groups are split: one more
+    rank then computes the prompt, but no rank waits.
     """
     groups: dict[int, list[Place]] = {}
     for i, place in enumerate(places):
@@ -161,11 +163,11 @@ def share_out(
     best, least = list[list[list[list[Place]]]](), math.inf
     per_rank = sum(place.completion for place in places) // ranks
     limits = [max_tokens, per_rank, per_rank // 2, per_rank // 4] if ranks > 1 and share_prompts else [max_tokens]
-    for limit in limits:  # completion tokens of a part
+    for limit in limits:  # completion tokens per part
         parts, tokens, cost = list[list[Place]](), list[int](), list[float]()
         for members in groups.values():
             prompt = members[0].prompt
-            gathered = math.ceil(prompt / KEYS_PER_TOKEN) if len(members) > 1 else 0  # for each
+            gathered = math.ceil(prompt / KEYS_PER_TOKEN) if len(members) > 1 else 0  # per completion
             own = [place.completion + gathered for place in members]
             for chosen in pack(own, min(max_tokens - prompt, limit)):
                 part = [members[i] for i in chosen]
@@ -174,7 +176,7 @@ def share_out(
                 tokens.append(prompt + sum(own[i] for i in chosen))
                 cost.append(prompt + sum(p.completion for p in part) + quadratic * pairs)
         shares = balance(tokens, cost, max_tokens, ranks)
-        # Ranks go through their micro-batches in step.
+        # All ranks run their i-th micro-batches at the same time.
         slowest = sum(max(sum(cost[i] for i in chosen) for chosen in step) for step in zip(*shares, strict=True))
         if slowest < 0.98 * least:
             least = slowest
@@ -208,15 +210,15 @@ def _micro_batch(parts: list[list[Sample]], device: torch.device) -> MicroBatch:
     )
     if len(batch.sequences.targets) != len(batch.sampler_logps):
         raise RuntimeError(
-            f"{len(batch.sampler_logps)} tokens were sampled, {len(batch.sequences.targets)} are scored."
+            f"{len(batch.sampler_logps)} tokens were sampled, but {len(batch.sequences.targets)} would be scored."
         )
     return batch
 
 
 def idle_micro_batch(device: torch.device, scored: bool = False) -> MicroBatch:
-    """A pass that scores nothing (N = 0), for a rank that has run out of micro-batches of its own.
+    """A micro-batch that scores nothing (N = 0), for a rank with fewer micro-batches than others.
 
-    `scored`: the others' have their old and reference log-probs, of a checkpoint, so that no rank makes those passes.
+    `scored`: the other micro-batches have old and reference log-probs from a checkpoint, so no rank computes these.
     """
     nothing = torch.zeros(0, device=device)
     recorded = nothing if scored else None
@@ -225,7 +227,7 @@ def idle_micro_batch(device: torch.device, scored: bool = False) -> MicroBatch:
 
 
 def keep_logps(mini_batches: Sequence[MiniBatch]) -> None:
-    """Hand old and reference log-probs back to the samples, so that a checkpoint between two updates has them."""
+    """Copy old and reference log-probs to the samples, so that a checkpoint between two updates contains them."""
     for batch in (batch for mini_batch in mini_batches for batch in mini_batch.micro_batches):
         lengths = [len(sample.completion_ids) for sample in batch.samples]
         for name in ("old_logps", "ref_logps"):

@@ -1,15 +1,15 @@
-"""How fast the update is: packed random rollouts through `grpo_core.update.update`, clipping and AdamW.
+"""Measures how fast the update is: packed random rollouts through `grpo_core.update.update`, clipping and AdamW.
 
     python -m grpo_core.bench [--shape 0.5b 1.5b] [--tokens 16384] [--steps 5] [--gradient_checkpointing]
                               [--torch_compile]
     torchrun --nproc_per_node 8 -m grpo_core.bench           # sharded over all GPUs, as in training
 
-The model, the rows and the table are those of `sft_core.bench`, eight rows a group. Prompts are 16 tokens of a row:
-nearly all tokens reach the head, as TFLOP/s counts them. The old log-probs are the policy's own (one update a rollout),
-no group has equal rewards.
+The model, the rows and the table are those of `sft_core.bench`, with eight rows per group. A prompt is the first 16
+tokens of a row, so nearly all tokens reach the head, as TFLOP/s assumes. The old log-probs are the policy's own (one
+update per rollout batch), and rewards differ in every group.
 
-Left out on purpose: sampling, scoring and the weights' way into the engine (`train.py` logs what they take); the 7B
-shape, whose float32 masters, gradients and moments take 16 bytes a parameter, 113 GiB.
+Not measured, on purpose: sampling, scoring and the transfer of weights to the engine (`train.py` logs their times), and
+the 7B shape, whose float32 masters, gradients and moments take 16 bytes per parameter, 113 GiB.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ PROMPT = 16
 
 
 def make_rollouts(rows: list[list[int]]) -> list[Sample]:
-    """Groups of equally long rows."""
+    """One sample per row, in groups of `ROWS` equally long rows."""
     return [
         Sample(
             i // ROWS,
@@ -43,7 +43,7 @@ def make_rollouts(rows: list[list[int]]) -> list[Sample]:
 
 
 def step(updated: Updated, rows: list[list[int]]) -> Iterator[None]:
-    """`grpo_core.train`'s."""
+    """One step as `grpo_core.train` takes it."""
     batches = make_micro_batches(make_rollouts(rows), updated.config.max_tokens_per_micro_batch, updated.device)
     counts = step_counts([batch.sequences for batch in batches], updated.device)
     yield

@@ -1,4 +1,4 @@
-"""The policy on the test split, during training: sampled and scored as in training, nothing trained."""
+"""Evaluates the policy on the test split during training: samples and scores as training does, without an update."""
 
 import math
 from types import SimpleNamespace
@@ -11,19 +11,19 @@ from grpo_core.metrics import rollout_metrics
 from grpo_core.prepare import Run
 from grpo_core.rollout import Sample, Scorer, gather_summaries, sample_groups, sample_seed
 
-STEP = -1  # whose seeds evaluation draws from: the same every time, so that two evaluations differ by the policy alone
+STEP = -1  # for the seeds of sampling: all evaluations use the same ones, so they differ only by the policy
 
 
 def evaluate_policy(
     engine: Engine | None, run: Run, pool: WorkerPool, trainer_state: SimpleNamespace
 ) -> dict[str, float]:
-    """Metrics of `num_generations_eval` completions a test prompt, from the engine's current weights: those of a
-    training step, named `eval_...` as TRL's users know them. A collective.
+    """Metrics of `num_generations_eval` completions per test prompt, sampled from the engine's current weights. They
+    are those of a training step with the prefix `eval_`, as in TRL. A collective.
     """
-    assert engine is not None, "set-up refuses an evaluation without an engine"
+    assert engine is not None, "prepare refuses an evaluation without an engine"
     config = run.config
     n = config.num_generations_eval or config.num_generations
-    at_once = max(1, run.max_batch // n) * run.world_size  # prompts; the engine queues what is too much
+    at_once = max(1, run.max_batch // n) * run.world_size  # prompts; the engine queues those that do not fit
     samples: list[Sample] = []
     sampling = Sampling(n, config.max_completion_length, config.temperature, run.sampling_ends)
     for start in tqdm(range(0, len(run.test_prompts), at_once), desc="evaluate", disable=None, leave=False):

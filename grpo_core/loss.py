@@ -2,26 +2,26 @@
 
     loss = sum over tokens of weight_t * objective_t
 
-`aggregation_weights` are fixed before the first backward from the whole optimizer step, `token_objective` looks at one
-sequence at a time, mostly at one token, so the loss is additive: any split of the sequences over micro-batches and
-ranks sums to the same number and the same gradient. `token_loss` composes them for any few tokens, as the head that
-never holds all of them asks, `policy_loss` for a whole micro-batch. Metrics are shares too:
-`sft_core.run.logging.merge_metrics`.
+`aggregation_weights` are computed from the whole optimizer step before its first backward. `token_objective` depends on
+one sequence at a time, and for most loss types on one token. The loss is therefore additive: any split of the sequences
+over micro-batches and ranks gives the same sum and the same gradient. `token_loss` combines both for any subset of the
+tokens, as the fused head needs it, and `policy_loss` for a whole micro-batch. Metrics are shares as well, which
+`sft_core.run.logging.merge_metrics` adds up.
 
     GRPO    arXiv:2402.03300 (DeepSeekMath)    per-token ratios, clipped; mean over each sequence, then over sequences
     DAPO    arXiv:2503.14476                   one mean over all tokens; epsilon_high ("clip-higher")
     Dr.GRPO arXiv:2503.20783                   sums over a constant length: no reward for long wrong answers
     CISPO   arXiv:2506.13585 (MiniMax-M1)      the ratio as a capped, constant weight of logp: no token is clipped away
-    GSPO    arXiv:2507.18071                   importance_sampling_level="sequence": one ratio a sequence
+    GSPO    arXiv:2507.18071                   importance_sampling_level="sequence": one ratio per sequence
     SAPO    arXiv:2511.20347                   a smooth gate in place of the clipping, narrower where A <= 0
     LUSPO   arXiv:2602.05261                   GSPO with each sequence weighted by its length
     VESPO   arXiv:2602.10693                   the ratio of the whole sequence as a smooth, constant weight of logp
     delta   arXiv:2505.07291 (INTELLECT-2)     caps the ratio of bad tokens too ("two-sided clipping")
-    80/20   arXiv:2506.01939                   top_entropy_quantile: the policy term of high-entropy tokens alone
+    80/20   arXiv:2506.01939                   top_entropy_quantile: the policy term of high-entropy tokens only
     off_policy_mask_threshold, use_bias_correction_kl    arXiv:2512.02556 (DeepSeek-V3.2)
 
-Left out on purpose: padding and masks (tokens that must not count are not passed), distributed calls, the training
-configuration, value losses.
+Not in this module: padding and masks (callers pass only the tokens that count), distributed calls and the training
+configuration. Not supported, on purpose: value losses.
 """
 
 from __future__ import annotations
@@ -68,18 +68,19 @@ def policy_loss(
     entropy_threshold: float | Tensor | None = None,
     num_entropy_tokens: int | Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:  # [], name -> []
-    """This micro-batch's share of the step's loss, and of its metrics.
+    """This micro-batch's share of the step's loss and of its metrics.
 
     `num_tokens` and `num_sequences` are the optimizer step's totals over all ranks. `ref_logps` are needed with
-    beta > 0 and unused without; `sampler_logps` turn on the correction of the sampler's mismatch; `entropies` are
-    needed with entropy_coef or top_entropy_quantile < 1. Of the latter, tokens of at least `entropy_threshold` are
-    kept, `num_entropy_tokens` in the step (`entropy_quantile` of all its entropies); without them the tokens given are
-    taken for the whole step. Sequences may be empty. Nothing here waits for the device.
+    beta > 0 and unused without. `sampler_logps` turn on the correction of the sampler's mismatch. `entropies` are
+    needed with entropy_coef or top_entropy_quantile < 1. With the latter, tokens whose entropy is at least
+    `entropy_threshold` (`entropy_quantile` of all the step's entropies) are kept, and `num_entropy_tokens` is their
+    number in the step. Without these two the given tokens count as the whole step. Sequences may be empty. Nothing here
+    waits for the device.
     """
     batch = TokenBatch(advantages, sequence_ids, num_tokens, num_sequences, old_logps, ref_logps, sampler_logps)
     if objective.entropy_coef or objective.top_entropy_quantile < 1:
         if entropies is None:
-            raise ValueError("entropy_coef and top_entropy_quantile < 1 need entropies, the policy's [N]")
+            raise ValueError("entropy_coef and top_entropy_quantile < 1 need entropies: pass the policy's [N]")
         kept = None
         if objective.top_entropy_quantile < 1:
             if entropy_threshold is None:
@@ -100,8 +101,10 @@ def policy_loss(
 
 
 def token_loss(batch: TokenBatch, objective: Objective) -> Callable[[Tensor, Tensor, Rows], Tensor]:
-    """(logps [C], entropies [C], which of the N) -> losses [C], weights and all. Their sum over all N is the loss of
-    `policy_loss`. Any few rows will do where the objective is by token, else all at once.
+    """Returns a function (logps [C], entropies [C], rows: an index into [N]) -> weighted losses [C].
+
+    The losses of all N tokens sum to the loss of `policy_loss`. If `objective.by_token`, any subset of the rows may be
+    passed, otherwise all of them at once.
     """
     weights = aggregation_weights(batch, objective)
     entropy_weight = objective.entropy_coef / batch.at_least_one_kept
@@ -120,11 +123,10 @@ def token_objective(
     objective: Objective,
     rows: Rows = ALL,  # which of the N
 ) -> Tensor:  # [C]
-    """What each token adds to the loss before its weight: rho * policy term + beta * KL. To be minimised.
+    """The unweighted loss of each token, rho * policy term + beta * KL, to be minimised.
 
-    The policy term is `policy_term`, 0 for the tokens of sequences that the off-policy mask drops and for those that
-    are not kept for their entropy; rho is that of `sampler_ratios`, 1 without sampler_logps; the KL is `kl`, which none
-    of these touches.
+    The policy term is `policy_term`, or 0 for tokens that the off-policy mask drops or whose entropy is too low to be
+    kept. rho is `sampler_ratios`, or 1 without sampler_logps. The KL is `kl`, to which neither masks nor rho apply.
     """
     losses = policy_term(logps, batch, objective, rows)
     if objective.off_policy_mask_threshold is not None:
@@ -138,7 +140,7 @@ def token_objective(
 
 
 def policy_term(logps: Tensor, batch: TokenBatch, objective: Objective, rows: Rows = ALL) -> Tensor:  # [C] -> [C]
-    """The part that makes good tokens likelier, with r = exp(log_ratios):
+    """The term that makes tokens with a positive advantage more likely, with r = exp(log_ratios):
 
     clipped types  -min(min(r, delta) A, clip(r, 1 - epsilon, 1 + epsilon_high) A)
     cispo          -stop_grad(min(r, epsilon_high)) A logp
@@ -157,7 +159,7 @@ def policy_term(logps: Tensor, batch: TokenBatch, objective: Objective, rows: Ro
     if objective.loss_type == "cispo":
         return -ratios.detach().clamp(max=objective.high) * advantages * logps
     if objective.loss_type == "sapo":
-        # A float32 tensor, as in TRL: with float64 log-probs 1.05 is not 1.05.
+        # A float32 tensor, as in TRL, which rounds a temperature of 1.05 even if log-probs are float64.
         temperatures = torch.where(advantages > 0, objective.sapo_temperature_pos, objective.sapo_temperature_neg)
         return -torch.sigmoid(temperatures * (ratios - 1)) * 4 / temperatures * advantages
     clipped = ratios.clamp(1 - objective.epsilon, 1 + objective.high)
@@ -166,12 +168,12 @@ def policy_term(logps: Tensor, batch: TokenBatch, objective: Objective, rows: Ro
 
 
 def aggregation_weights(batch: TokenBatch, objective: Objective) -> Tensor:  # [N] float64
-    """What each token counts, from the totals of the whole optimizer step over all ranks.
+    """The weight of each token, from the totals of the whole optimizer step over all ranks.
 
     grpo, sapo               1 / (num_sequences * length of its sequence)
     luspo                    1 / num_sequences
     dr_grpo                  1 / (num_sequences * max_completion_length)
-    all others, a user's own 1 / num_tokens
+    all others, custom ones  1 / num_tokens
     """
     num_sequences = at_least_one(batch.num_sequences)
     if objective.loss_type in ("grpo", "sapo"):
@@ -188,11 +190,11 @@ def aggregation_weights(batch: TokenBatch, objective: Objective) -> Tensor:  # [
 
 @torch.no_grad()
 def loss_metrics(logps: Tensor, batch: TokenBatch, objective: Objective) -> Metrics:
-    """TRL's names and definitions, each already divided by the step's total, so that shares add up.
+    """Metrics with TRL's names and definitions, each already divided by the step's total, so that shares add up.
 
-    clip_ratio/low_mean is the fraction of tokens (of sequences, with one ratio a sequence) that the lower bound takes
-    out of the gradient: r < 1 - epsilon with A < 0; high: r > 1 + epsilon_high with A > 0; region: either. low_min and
-    high_max are the least and greatest such fraction within one sequence.
+    clip_ratio/low_mean is the fraction of tokens (of sequences, with one ratio per sequence) whose gradient the lower
+    bound removes: r < 1 - epsilon with A < 0. high_mean is the same for the upper bound: r > 1 + epsilon_high with
+    A > 0. region_mean counts both. low_min and high_max are the smallest and largest such fraction of a sequence.
     """
     metrics: Metrics = {}
     num_tokens = at_least_one(batch.num_tokens)
@@ -201,7 +203,7 @@ def loss_metrics(logps: Tensor, batch: TokenBatch, objective: Objective) -> Metr
         if by_token:
             return values.to(logps.dtype).sum() / num_tokens
         each = sequence_mean(values.to(logps.dtype), batch)
-        # Flags in float32 as TRL counts sequences, else its metrics would not be met to 1e-10.
+        # TRL averages flags of sequences in float32. Doing the same reproduces its metrics to 1e-10.
         return (each.float() if values.dtype == torch.bool else each).sum() / at_least_one(batch.num_sequences)
 
     if objective.beta and batch.ref_logps is not None:
@@ -210,7 +212,7 @@ def loss_metrics(logps: Tensor, batch: TokenBatch, objective: Objective) -> Metr
         rho, cap = sampler_ratios(logps, batch, objective), objective.vllm_importance_sampling_clip_max
         name = "sampling/importance_sampling_ratio"
         metrics[f"{name}/mean"] = mean(rho, objective.correction_by_token)
-        # With a neutral element, for a micro-batch without tokens: rho lies in [0, cap].
+        # rho lies in [0, cap]. For a micro-batch without tokens, the neutral bound is appended.
         metrics[f"{name}/min"] = torch.cat([rho, rho.new_full((1,), math.inf if cap is None else cap)]).min()
         metrics[f"{name}/max"] = torch.cat([rho, rho.new_zeros(1)]).max()
     if objective.loss_type == "vespo":
@@ -228,7 +230,7 @@ def loss_metrics(logps: Tensor, batch: TokenBatch, objective: Objective) -> Metr
     metrics["clip_ratio/low_mean"] = mean(low, by_token)
     metrics["clip_ratio/high_mean"] = mean(high, by_token)
     metrics["clip_ratio/region_mean"] = mean(low | high, by_token)
-    # Empty sequences take no part; the 1 and 0 added are neutral, for a micro-batch without tokens.
+    # Empty sequences are ignored. For a micro-batch without tokens, the neutral values 1 and 0 are appended.
     low_fractions = torch.where(batch.lengths > 0, sequence_mean(low.to(logps.dtype), batch), 1)
     metrics["clip_ratio/low_min"] = torch.cat([low_fractions, low_fractions.new_ones(1)]).min()
     high_fractions = sequence_mean(high.to(logps.dtype), batch)

@@ -1,4 +1,4 @@
-"""The metrics of a step, under the names that TRL's users know, and samples of what was written."""
+"""The metrics of a step, under TRL's names, and the completions to log."""
 
 import math
 from collections import Counter
@@ -16,8 +16,8 @@ from sft_core.run.logging import reduce_metrics
 DIFFERENCE = "sampling/sampling_logp_difference"  # TRL's name
 MISMATCH = "sampling/mismatch"
 TOKENS = f"{MISMATCH}/tokens"
-FIRST_POSITIONS = (0, 32, 128, 512)  # of the buckets in which the difference is logged by position
-MEANS = {  # each over how many tokens
+FIRST_POSITIONS = (0, 32, 128, 512)  # of the position ranges for which the difference is logged
+MEANS = {  # a mean's name -> the name of its token count
     **dict.fromkeys((f"{DIFFERENCE}/mean", f"{MISMATCH}/k1", f"{MISMATCH}/k3", f"{MISMATCH}/outside"), TOKENS),
     **{f"{MISMATCH}/mean_abs_{first}": f"{TOKENS}_{first}" for first in FIRST_POSITIONS},
 }
@@ -64,8 +64,8 @@ def rollout_metrics(summaries: Sequence[Summary], reward_names: Sequence[str]) -
 
 
 def effective_groups(samples: Sequence[Sample | Summary]) -> list[bool]:
-    """Of each group, whether its scored samples have different advantages (in evaluation rewards), so that it has a
-    gradient."""
+    """For each group, whether the advantages of its scored samples differ, so that it has a gradient. In evaluation
+    their rewards are compared."""
     found: dict[int, set[float]] = {}
     for s in samples:
         values = found.setdefault(s.group, set())
@@ -89,11 +89,12 @@ def reduce_step(shares: Mapping[str, Tensor | float], device: torch.device) -> d
 
 @torch.no_grad()
 def mismatch_sums(policy_logps: Tensor, sampler_logps: Tensor, positions: Tensor) -> dict[str, Tensor]:
-    """How far the policy's log-probs [N] are from the sampler's [N] on the sampler's tokens, at their positions [N] in
-    the completion: sums in float64, and numbers of tokens, which add up over micro-batches and ranks.
+    """Compares the log-probs [N] of policy and sampler on the sampled tokens, whose `positions` [N] are those in the
+    completion. Returns float64 sums and token counts, which add up over micro-batches and ranks.
 
-    With d = policy - sampler: |d|, and its maximum; the estimates k1 = -d and k3 = exp(d) - d - 1 of KL(sampler ||
-    policy) (Schulman, "Approximating KL divergence", 2020); the ratios exp(d) outside [0.5, 2]; |d| by position.
+    With d = policy - sampler these are |d| and its maximum; the estimators k1 = -d and k3 = exp(d) - d - 1 of
+    KL(sampler || policy) (Schulman, "Approximating KL divergence", 2020); the number of ratios exp(d) outside [0.5, 2];
+    and |d| by position.
     """
     d = policy_logps.detach().double() - sampler_logps.double()
     size, ratios = d.abs(), d.exp()
@@ -113,7 +114,7 @@ def mismatch_sums(policy_logps: Tensor, sampler_logps: Tensor, positions: Tensor
 
 
 def mismatch_means(metrics: Mapping[str, float]) -> dict[str, float]:
-    """`metrics` with means per token in place of what `mismatch_sums` counted; what has no token is left out."""
+    """`metrics`, with the sums of `mismatch_sums` replaced by means per token. A mean over no token is left out."""
     means = {name: value for name, value in metrics.items() if not name.startswith((DIFFERENCE, MISMATCH))}
     if metrics[TOKENS]:
         means[f"{DIFFERENCE}/max"] = metrics[f"{DIFFERENCE}/max"]
@@ -124,36 +125,36 @@ def mismatch_means(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def check_scores(metrics: Mapping[str, float], steps_unscored: int) -> int:
-    """Rollouts in a row in which nothing could be scored; the third raises RuntimeError: that is not bad luck."""
+    """The number of consecutive rollout batches without a single scored completion. Raises RuntimeError at three."""
     steps_unscored = steps_unscored + 1 if math.isnan(metrics["reward"]) else 0
     if steps_unscored == 3:
         raise RuntimeError(
-            "no completion of the last three rollouts could be scored: mend the reward functions or the "
-            "gold answers; the lines above say which gave none."
+            "no completion of the last three rollout batches could be scored: fix the reward functions or the "
+            "gold answers that the lines above name."
         )
     return steps_unscored
 
 
 def check_mismatch(metrics: Mapping[str, float], limit: float) -> None:
-    """Raise RuntimeError where engine and policy differ by more than `limit` on average over the step's tokens, or
-    where a log-prob of either is no number."""
+    """Raise RuntimeError if log-probs of engine and policy differ by more than `limit` on average over the step's
+    tokens, or if one of them is not finite."""
     mean = metrics.get(f"{DIFFERENCE}/mean", 0.0)
     if not math.isfinite(mean):
         raise RuntimeError(
-            f"log-probs of the engine or the policy are not finite (they differ by {mean} on average): nothing was "
-            "stepped. Resume from the last checkpoint with a lower learning_rate, or replay the step's rollouts to "
+            f"log-probs of the engine or the policy are not finite (they differ by {mean} on average), so the step was "
+            "not taken: resume from the last checkpoint with a lower learning_rate, or replay the step's rollouts to "
             "find the cause."
         )
     if mean > limit:
         raise RuntimeError(
             f"the engine's log-probs differ from the policy's by {mean:.4g} on average, more than max_logp_difference "
-            f"{limit:g}: what is sampled is not what is trained. Look for an engine in another precision, or raise the "
-            "limit if you know why."
+            f"{limit:g}, so the engine does not sample from the trained policy: use the same precision for both, or "
+            "raise the limit if you know the cause."
         )
 
 
 def from_different_groups(samples: Sequence[Sample], count: int | None) -> list[Sample]:
-    """`count` of the samples (None: all), from different groups as far as there are."""
+    """`count` of the samples (None: all), from as many groups as possible."""
     seen: Counter[int] = Counter()
     ranked = []
     for sample in samples:
@@ -165,7 +166,7 @@ def from_different_groups(samples: Sequence[Sample], count: int | None) -> list[
 def completion_rows(
     samples: Sequence[Sample], reward_names: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """Completions as text, special tokens shown, with their rewards and advantages."""
+    """Completions as text including special tokens, with their rewards and advantages."""
     return [
         {
             "prompt": tokenizer.decode(sample.prompt_ids),

@@ -2,7 +2,7 @@
 
 GRPO (DeepSeekMath, arXiv:2402.03300) trains a language model on problems whose answers a program can check. The model
 writes a group of completions for each problem, and a reward function scores them. Completions that score above the mean
-of their group are made likelier, those below it less likely. A clipped ratio keeps several updates on the same
+of their group are made more likely, those below it less likely. A clipped ratio keeps several updates on the same
 completions from going too far, and a KL penalty keeps the model near the one it started from. There is no value
 network: the mean of the group takes its place.
 
@@ -10,14 +10,14 @@ network: the mean of the group takes its place.
     python -m grpo_core.nano --model FOLDER --learning_rate 1e-5 --max_completion_length 128  # a chat model
 
 The problems are arithmetic in words (`quickstart/task.py`). Without --model, a Llama of 2.5 million random weights
-first imitates worked demonstrations. One column in five is wrong in them, so imitation alone cannot make it reliable;
-GRPO then teaches it to be right. With --model, GRPO starts from the model in that folder.
+first imitates worked demonstrations. One column in five is wrong in them, so imitation alone cannot make the model
+reliable; GRPO then trains it to answer correctly. With --model, GRPO starts from the model in that folder.
 
-Left out on purpose, and found in `train.py`, whose loop has the same seven phases: several devices, a separate
-inference engine, packing without padding, log-probs that never hold the [B, C, V] logits, reward functions in processes
-that can be killed, the later losses (DAPO, Dr. GRPO, CISPO, GSPO), learning rate schedules, checkpoints, log files.
-The two share no code, and `tests/grpo_core/test_nano.py` holds them to the same loss and the same gradients. Read on
-in `loss.py` and `advantage.py`, then in `train.py` and `update.py`.
+Not in this file but in `train.py`, whose loop has the same seven phases: multiple devices, a separate inference engine,
+packing without padding, log-probs without [B, C, V] logits in memory, reward functions in worker processes with a
+timeout, the later losses (DAPO, Dr. GRPO, CISPO, GSPO), learning rate schedules, checkpoints, log files. The two files
+share no code, and `tests/grpo_core/test_nano.py` checks that they have the same loss and the same gradients. Read
+`loss.py` and `advantage.py` next, then `train.py` and `update.py`.
 
 Shapes: B sequences, P tokens in the longest prompt, C tokens in the longest completion, V tokens in the vocabulary.
 """
@@ -58,15 +58,15 @@ class Config:
     model: str = option("", "folder of a pretrained model and its tokenizer (default: a small Llama)")
     max_steps: int = option(60, "rollout batches to sample and train on")
     prompts_per_step: int = option(16, "problems in a rollout batch")
-    num_generations: int = option(8, "completions of each problem: the group")
+    num_generations: int = option(8, "completions per problem: the group size")
     max_completion_length: int = option(32, "longest completion in tokens")
-    temperature: float = option(1.0, "sampling temperature, at which all log-probs are computed too")
-    num_iterations: int = option(1, "updates on each rollout batch")
-    micro_batch_size: int = option(64, "sequences in one forward and backward pass: memory, not result")
-    learning_rate: float = option(3e-4, "of AdamW, constant; 1e-5 suits a pretrained model")
-    beta: float = option(0.04, "weight of the KL to the reference model; 0: there is none")
+    temperature: float = option(1.0, "sampling temperature; all log-probs are computed at it too")
+    num_iterations: int = option(1, "updates per rollout batch")
+    micro_batch_size: int = option(64, "sequences per forward and backward pass; changes memory, not the result")
+    learning_rate: float = option(3e-4, "constant learning rate of AdamW; 1e-5 suits a pretrained model")
+    beta: float = option(0.04, "weight of the KL to the reference model; 0: no reference model")
     epsilon: float = option(0.2, "the ratio is clipped to [1 - epsilon, 1 + epsilon]")
-    seed: int = option(0, "of weights, problems and sampling")
+    seed: int = option(0, "seed of weights, problems and sampling")
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "prompts_per_step", "max_completion_length", "num_iterations", "micro_batch_size")
@@ -93,8 +93,8 @@ class Sample:
     """One completion of one prompt."""
 
     prompt_ids: list[int]
-    completion_ids: list[int]  # with the EOS token that ended it, where one was sampled
-    finish_reason: str  # "stop", or "length" where the completion was cut
+    completion_ids: list[int]  # including the EOS token at its end, if one was sampled
+    finish_reason: str  # "stop", or "length" if the completion was cut at max_completion_length
     advantage: float = 0.0
 
 
@@ -104,10 +104,10 @@ class Batch:
 
     input_ids: Tensor  # [B, P + C] int64: prompts padded on the left, completions padded on the right
     attention_mask: Tensor  # [B, P + C] int64: 1 for a token, 0 for padding
-    completion_mask: Tensor  # [B, C] bool: True for a token, EOS too, False for padding
+    completion_mask: Tensor  # [B, C] bool: True for a token (EOS included), False for padding
     advantages: Tensor  # [B]
     old_logps: Tensor = field(init=False)  # [B, C] of the policy before its first update on these samples
-    ref_logps: Tensor | None = field(init=False)  # [B, C] of the reference model; None without one, and then no KL
+    ref_logps: Tensor | None = field(init=False)  # [B, C] of the reference model; None: no KL
 
 
 def pad(prompts: list[list[int]], completions: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -118,7 +118,7 @@ def pad(prompts: list[list[int]], completions: list[list[int]], device: torch.de
             [ 0,  7,  9, 10]]), tensor([[1, 1, 1, 0],
             [0, 1, 1, 1]]))
 
-    What is padding follows from the lengths alone: the id 0 may be a token like any other.
+    The mask is made from the lengths, not from the ids, because the id 0 may also be a real token.
     """
     longest_prompt = max(len(prompt) for prompt in prompts)  # P
     longest_completion = max(len(completion) for completion in completions)  # C
@@ -148,7 +148,7 @@ def make_batches(samples: list[Sample], micro_batch_size: int, device: torch.dev
 
 # ---------------------------------------------------------------------------- sampling
 def positions(attention_mask: Tensor) -> Tensor:  # [B, T] -> [B, T]
-    """Each token's position, counted from the first real token of its row, so that padding on the left shifts none."""
+    """Each token's position, counted from the first real token of its row, so padding on the left shifts none."""
     return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
@@ -157,8 +157,8 @@ def sample(model: Any, prompts: list[list[int]], eos_id: int, max_length: int, t
     """Complete each prompt up to EOS or max_length, from softmax(logits / temperature); temperature 0 is greedy.
 
     The first pass reads the prompts. Each later one reads only the newest token of every sequence, and takes the keys
-    and values of the earlier ones from the cache. A sequence that has ended stays in the batch until all have, and what
-    is sampled for it in the meantime is dropped.
+    and values of the earlier ones from the cache. A sequence that has ended stays in the batch until all have ended;
+    tokens sampled after its end are dropped.
     """
     device = model.device
     input_ids, attention_mask = pad(prompts, [[] for _ in prompts], device)  # [B, P], [B, P]
@@ -200,17 +200,17 @@ def sample(model: Any, prompts: list[list[int]], eos_id: int, max_length: int, t
 
 # ---------------------------------------------------------------------------- the algorithm
 def last_number_reward(completion: str, answer: str) -> float:
-    """1 where the last number of the completion is the answer, else 0."""
+    """1 if the last number of the completion is the answer, else 0."""
     return 1.0 if re.findall(r"\d+", completion)[-1:] == [answer] else 0.0
 
 
 def group_advantages(rewards: list[float]) -> list[float]:
-    """By how many standard deviations each reward of a group exceeds the group's mean.
+    """How many standard deviations each reward of a group lies above the group's mean.
 
     >>> [round(advantage, 2) for advantage in group_advantages([1.0, 0.0, 0.0, 1.0])]
     [0.87, -0.87, -0.87, 0.87]
 
-    Exactly 0 where all rewards are equal: such a group does not say which completion is better.
+    Exactly 0 if all rewards are equal: such a group does not show which completion is better.
     """
     if min(rewards) == max(rewards):
         return [0.0] * len(rewards)
@@ -221,8 +221,8 @@ def group_advantages(rewards: list[float]) -> list[float]:
 def completion_logps(model: Any, batch: Batch, temperature: float) -> Tensor:  # [B, C]
     """The log-prob of each token of each completion, given all tokens before it; 0 for padding.
 
-    Logits are divided by the temperature, since that is the distribution which was sampled from, and they are float32,
-    since the weights are: in bfloat16 a log-prob would be off by about 0.02.
+    Logits are divided by the temperature, because completions were sampled from that distribution. They are float32,
+    like the weights: in bfloat16 a log-prob would be off by about 0.02.
     """
     length = batch.completion_mask.shape[1]  # C
     output = model(
@@ -247,8 +247,8 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # [], name -> []
     """This micro-batch's share of the loss and of the metrics; the shares of all micro-batches add up.
 
-    ratio r    exp(logp - old_logp): how much likelier the token is than when it was sampled; 1 in the first update
-    policy     -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A): no gradient once r has moved far enough in A's favour
+    ratio r    exp(logp - old_logp): how much more likely the token is than when it was sampled; 1 in the first update
+    policy     -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A): no gradient once r passed the clip in A's direction
     KL         exp(d) - d - 1 with d = ref_logp - logp: never negative, and on average KL(policy || reference) ("k3")
     weight     1 / (num_sequences * length of its sequence): the mean over a sequence's tokens, then over sequences
     """
@@ -268,7 +268,7 @@ def grpo_loss(
     metrics = {
         "loss": loss.detach(),
         "kl": (weights * kl).sum().detach(),
-        "clipped": (weights * (clipped < unclipped)).sum(),  # share of tokens that the clip takes out of the gradient
+        "clipped": (weights * (clipped < unclipped)).sum(),  # share of tokens that the clip removes from the gradient
         "nll": -(weights * logps).sum().detach(),  # of tokens that the policy sampled: an estimate of its entropy
     }
     return loss, metrics
@@ -276,14 +276,14 @@ def grpo_loss(
 
 @torch.no_grad()
 def set_old_and_ref_logps(batches: list[Batch], model: Any, reference: Any, temperature: float) -> None:
-    """Score the samples by the policy as it is now, and by the reference model if there is one."""
+    """Compute the samples' log-probs under the current policy, and under the reference model if there is one."""
     for batch in batches:
         batch.old_logps = completion_logps(model, batch, temperature)
         batch.ref_logps = None if reference is None else completion_logps(reference, batch, temperature)
 
 
 def add_gradients(model: Any, batches: list[Batch], num_sequences: int, config: Config) -> dict[str, float]:
-    """Add the gradient of the loss over all micro-batches to the model's; returns the metrics."""
+    """Add the gradient of the loss over all micro-batches to the model's gradient. Returns the metrics."""
     totals: dict[str, float] = {}
     for batch in batches:
         logps = completion_logps(model, batch, config.temperature)  # [B, C]
@@ -295,7 +295,7 @@ def add_gradients(model: Any, batches: list[Batch], num_sequences: int, config: 
 
 
 def optimizer_step(model: Any, optimizer: torch.optim.Optimizer) -> float:
-    """Clip the gradient, take a step, return the gradient's norm. RuntimeError, and no step, where it is not finite."""
+    """Clip the gradient, take a step, return the norm. Raises RuntimeError, before the step, if it is not finite."""
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0, error_if_nonfinite=True)
     optimizer.step()
     optimizer.zero_grad()
@@ -332,7 +332,7 @@ def train(config: Config, model: Any, tokenizer: Any, problems: list[Problem], r
         batches = make_batches(samples, config.micro_batch_size, model.device)
         set_old_and_ref_logps(batches, model, reference, config.temperature)
 
-        # 5 totals: the loss is divided by those of the whole step, not of a micro-batch
+        # 5 denominators: the loss is divided by totals of the whole step, not of a micro-batch
         num_sequences = len(samples)
 
         # 6 update
@@ -340,7 +340,7 @@ def train(config: Config, model: Any, tokenizer: Any, problems: list[Problem], r
             metrics = add_gradients(model, batches, num_sequences, config)
             grad_norm = optimizer_step(model, optimizer)
 
-        # 7 log: watch the reward; the loss of a first update is only beta * kl, as a group's advantages sum to 0
+        # 7 log: watch the reward; in a first update the loss is only beta * kl, because a group's advantages sum to 0
         history.append(sum(rewards) / len(rewards))
         length = sum(len(s.completion_ids) for s in samples) / len(samples)
         cut = sum(s.finish_reason == "length" for s in samples) / len(samples)
@@ -354,7 +354,7 @@ def train(config: Config, model: Any, tokenizer: Any, problems: list[Problem], r
 
 
 def warm_start(config: Config, model: Any, demonstrations: list[Sample]) -> None:
-    """Imitate the demonstrations, by the same update with advantage 1 and no reference model.
+    """Imitate the demonstrations with the same update, advantage 1 and no reference model.
 
     The ratio is exp(logp - old_logp) = 1, so the gradient of -ratio is that of -logp: this is maximum likelihood.
     """
@@ -372,7 +372,7 @@ def warm_start(config: Config, model: Any, demonstrations: list[Sample]) -> None
 
 # ---------------------------------------------------------------------------- from the command line to a trained model
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model's folder; ValueError where GRPO cannot start from that folder."""
+    """The tokenizer of a model's folder. Raises ValueError if GRPO cannot start from that folder."""
     for needed in ("config.json", "tokenizer_config.json", "*.safetensors"):
         if not any(folder.glob(needed)):
             raise ValueError(f"--model must be a folder with a model and its tokenizer, but {folder} has no {needed}")
@@ -390,7 +390,7 @@ def render(tokenizer: Any, problem: WordProblem) -> Problem:
 
 
 def check_lengths(folder: Path, problems: list[Problem], max_completion_length: int) -> None:
-    """ValueError where a completion could grow beyond the positions that the model has."""
+    """Raise ValueError if a prompt and its completion could exceed the number of positions of the model."""
     limit = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
     longest = max(len(problem.prompt_ids) for problem in problems)
     if limit is not None and longest + max_completion_length > limit:
@@ -401,7 +401,7 @@ def check_lengths(folder: Path, problems: list[Problem], max_completion_length: 
 
 
 def demonstrate(tokenizer: Any, problem: WordProblem, rng: random.Random) -> Sample:
-    """A worked solution as a completion of the problem."""
+    """A sample whose completion is a worked solution of the problem."""
     solution = write_demonstration(problem, rng, slips=0.2)
     completion_ids = tokenizer.encode(solution, add_special_tokens=False) + [tokenizer.eos_token_id]
     return Sample(render(tokenizer, problem).prompt_ids, completion_ids, "stop", advantage=1.0)
@@ -433,7 +433,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.exit(2, f"{error}\n")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.eval()  # for good: with dropout the policy that is trained would not be the one that samples
+    model.eval()  # in training too: with dropout the policy that is trained would differ from the one that samples
     torch.manual_seed(config.seed)
 
     if not config.model:

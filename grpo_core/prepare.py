@@ -1,6 +1,6 @@
-"""All that a GRPO run needs to know before it loads a weight. What is wrong with the user's input is said here.
+"""Checks the user's input and prepares a GRPO run, before any weight is loaded.
 
-What both trainers check, the model, the template, the data and the output folder, is in `sft_core/prepare.py`.
+The checks that both trainers share (model, chat template, data, output folder) are in `sft_core/prepare.py`.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Run(Base):
     """A run that has been checked and may start."""
 
     config: GRPOConfig
-    local_model: ModelConfig  # the model's folder on this machine
+    local_model: ModelConfig  # names the model's folder on this machine
     reward_funcs: list[Callable]
     prompts: list[Prompt]
     test_prompts: list[Prompt] = field(default_factory=list)
     identity: dict[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None  # to resume from
-    summary: str = ""  # what is about to happen, in a few lines
+    summary: str = ""  # template, data, steps and memory of the run, printed before it starts
 
     @property
     def reward_names(self) -> list[str]:
@@ -61,7 +61,7 @@ class Run(Base):
 
     @property
     def sampling_ends(self) -> frozenset[int]:
-        """The tokens that end a completion in this run; the model's own are `stop_ids`."""
+        """The tokens that end a completion in this run: the model's `stop_ids` and those of generation_kwargs."""
         return self.stop_ids.union(self.config.more_stop_ids)
 
     @property
@@ -87,10 +87,10 @@ class Run(Base):
 
 
 def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig, handed: Handed | None = None) -> Run:
-    """Join the process group and check everything that can be checked, with copies of the options. A collective.
+    """Join the process group and check everything that can be checked, on frozen copies of the options. A collective.
 
     Raises:
-        ValueError: the user's input, in one sentence that names the remedy.
+        ValueError: bad input, in one sentence that names the remedy.
     """
     model, config = with_init_kwargs(model, config)
     model, data, config = model.frozen(), data.frozen(), config.frozen()
@@ -115,8 +115,8 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig, h
         )
         require(
             not config.dynamic_sampling,
-            "a replay of rollouts samples nothing, and those of a run with dynamic_sampling are the groups that it "
-            "used: leave out dynamic_sampling.",
+            "a replay of rollouts samples nothing, and a run with dynamic_sampling records only the groups that it "
+            "uses: leave out dynamic_sampling.",
         )
     reward_funcs = get_reward_funcs(data) if handed is None else list(handed.reward_funcs)
     weights = config.reward_weights
@@ -129,7 +129,7 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig, h
     base = prepare_base("grpo", model, data, config, handed)
     stop_ids: list[int] = dict(config.generation_kwargs or {}).get("stop_token_ids", [])
     unknown = sorted(set(stop_ids) - set(range(len(base.tokenizer))))
-    require(not unknown, f"generation_kwargs stop_token_ids {unknown} are no tokens: there are {len(base.tokenizer)}.")
+    require(not unknown, f"generation_kwargs stop_token_ids {unknown} are no tokens: use ids < {len(base.tokenizer)}.")
     world_size, device = base.world_size, base.device
     require(
         not config.vllm_enable_sleep_mode or config.engine == "torch" or device.type == "cuda",
@@ -137,7 +137,7 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig, h
     )
     require(
         world_size % config.vllm_tensor_parallel_size == 0,
-        f"vllm_tensor_parallel_size {config.vllm_tensor_parallel_size} does not divide {world_size} ranks.",
+        f"vllm_tensor_parallel_size {config.vllm_tensor_parallel_size} must divide the number of ranks, {world_size}.",
     )
     mini_batches = config.mini_batches(world_size)
     check_lengths(base.model_info, config)
@@ -145,7 +145,7 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig, h
         config = replace(config, share_prompts=False).frozen()
         if base.rank == 0:
             logger.warning(
-                "share_prompts is off: %s sees a prompt that is shared otherwise.", base.model_info.model_type
+                "share_prompts is off: a shared prompt would change the output of %s.", base.model_info.model_type
             )
     prompts, left_out = prompts_to_use(base, base.rows, data.dataset_name, config, reward_funcs)
     prompts_line = f"{len(prompts)} prompts; left out: {left_out}"
@@ -153,10 +153,10 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig, h
     if base.test_rows is not None:
         file = "" if data.dataset_mixture else data.dataset_test_split
         test_prompts, left_out = prompts_to_use(base, base.test_rows, file, config, reward_funcs)
-        prompts_line += f"; {len(test_prompts)} to evaluate on; left out: {left_out}"
+        prompts_line += f"; {len(test_prompts)} for evaluation; left out: {left_out}"
     if config.rollouts_from is None:
         distributed.on_first_rank(lambda: dry_call(base, config, prompts, reward_funcs), patient=True)
-    # None: as where nothing is said, in what earlier versions recorded
+    # None, as in records of earlier versions, which lack these entries
     more = {
         "mini-batches of a rollout (steps_per_generation)": mini_batches if mini_batches > 1 else None,
         "sync_ref_model": config.sync_ref_model or None,
@@ -180,11 +180,11 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig, h
     batch = f"{run.prompts_per_rollout} prompts x {config.num_generations} completions"
     if config.prompts_per_step is None:
         batch += (
-            f" (from {config.per_device_train_batch_size} a device x "
+            f" (from {config.per_device_train_batch_size} per device x "
             f"{config.gradient_accumulation_steps * mini_batches} accumulation steps x {world_size} ranks, rounded up "
             "to whole groups)"
         )
-    steps = f"{run.total_steps} optimizer steps, {config.num_iterations * mini_batches} on each rollout of {batch}"
+    steps = f"{run.total_steps} optimizer steps, {config.num_iterations * mini_batches} per rollout batch of {batch}"
     return replace(run, summary="\n".join([base.template, prompts_line, steps, memory_plan(plan, device)]))
 
 
@@ -198,17 +198,17 @@ def longest_sequence(config: GRPOConfig) -> int:
 
 
 def max_batch(config: GRPOConfig, world_size: int) -> int:
-    """Sequences that an engine samples at once: the share of the ranks that it serves."""
+    """Sequences that one engine samples at once, for all ranks that share it."""
     return min(1024, config.completions_a_rank(world_size) * config.vllm_tensor_parallel_size)
 
 
 def step_plan(
     model: ModelConfig, config: GRPOConfig, info: PretrainedConfig, gpus: int, dtype: torch.dtype, device: str = "cuda"
 ) -> Plan:
-    """What the memory of a step depends on, the engine beside it."""
+    """The inputs of the memory plan of a step, with the engine next to the trainer."""
     batch, longest = max_batch(config, gpus), longest_sequence(config)
     rows = math.ceil(config.completions_a_rank(gpus) / config.mini_batches(gpus))
-    group = math.ceil(config.num_generations / config.mini_batches(gpus))  # what a step has of one
+    group = math.ceil(config.num_generations / config.mini_batches(gpus))  # rows of a group in one step
     engine_share, engine_kv_bytes = 0.0, -1  # no engine
     if config.rollouts_from is None:
         if config.engine == "torch":
@@ -239,10 +239,11 @@ def step_plan(
 def prompts_to_use(
     base: Base, rows: Dataset, file: str, config: GRPOConfig, functions: list[Callable]
 ) -> tuple[list[Prompt], str]:
-    """The prompts of `rows` that can teach something, and how many are left out and why. A collective.
+    """The prompts of `rows` to use, and a text on how many are left out and why. A collective.
 
     Raises:
-        ValueError: no prompt column, no answers for the rewards, one that cannot be used, or no prompt is left.
+        ValueError: the prompt column or the answers that rewards need are missing, a row or an answer cannot be used,
+            or no prompt is left.
     """
     data = base.data
     assert isinstance(data, GRPOScriptArguments)
@@ -268,7 +269,7 @@ def prompts_to_use(
 
 
 def start_engine(run: Run) -> Engine | None:
-    """The engine that samples, with the model's initial weights; None where recorded rollouts take its place."""
+    """The engine that samples, with the model's initial weights; None if recorded rollouts are replayed."""
     config = run.config
     if config.rollouts_from is not None:
         return None

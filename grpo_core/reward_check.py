@@ -1,4 +1,4 @@
-"""Rewards are tried before a weight is loaded: the columns they are given, and a call of each as training makes it."""
+"""Checks the reward functions before any weight is loaded: their columns, and a call of each as in training."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def check_columns(rows: Dataset, file: str, data: GRPOScriptArguments, functions: list[Callable]) -> None:
-    """Refuse a column that a reward asks for by name where its values are of several types. In data that is no JSON
-    lines `datasets` may have made numbers of text there, so it cannot be used at all. Of a column that a reward gets by
-    `**kwargs` alone there is a warning.
+    """Refuse a column with values of several types if a reward has a parameter of its name; warn if rewards get it only
+    by `**kwargs`. If the data is not JSON lines, all values of such a column are suspect: `datasets` may have converted
+    text to numbers.
 
     Raises:
-        ValueError: with the row and the column.
+        ValueError: such a column; the message names it and the row.
     """
     users = [function for function in functions if not is_ours(function)]
     asked = {name for function in users for name in inspect.signature(function).parameters}
@@ -44,20 +44,20 @@ def check_columns(rows: Dataset, file: str, data: GRPOScriptArguments, functions
             wrong.append(kinds.index(first))
         for i in wrong[:1]:
             text = (
-                f"row {i + 1} of the data: `{name}` is {values[i]!r:.80} in a column of several types, which begins as "
-                f"{first}: write one type in every row, or save the data as .parquet."
+                f"row {i + 1} of the data: `{name}` is {values[i]!r:.80} in a column of several types (the first is "
+                f"{first}): write one type in every row, or save the data as .parquet."
             )
             require(name not in asked, text)
             print(f"warning: {text}", flush=True)
 
 
 def dry_call(base: Base, config: GRPOConfig, prompts: list[Prompt], functions: list[Callable]) -> None:
-    """Call each reward as training does, in a worker, on the gold answer of the first prompt that has one as its
-    completion; with a whole group of these, if it sees groups. The first call takes the time it needs, for it may
-    import; the second is held to reward_timeout.
+    """Call each reward function twice in a worker process, as training does. The completion is the gold answer of the
+    first prompt that has one; functions that score whole groups get a group of copies. The first call has a long
+    timeout, because it may import modules. The second must finish within reward_timeout.
 
     Raises:
-        ValueError: a reward cannot be sent to a worker, raises, hangs, or returns something else than rewards.
+        ValueError: a reward function cannot be sent to a worker, raises, hangs, or does not return rewards.
     """
     golds = gold_answers(prompts) or [None]
     row = next((i for i, gold in enumerate(golds) if gold is not None), 0)
@@ -67,9 +67,7 @@ def dry_call(base: Base, config: GRPOConfig, prompts: list[Prompt], functions: l
     for function in functions:
         if unread := {"log_extra", "log_metric"} & set(inspect.signature(function).parameters):
             names = " and ".join(sorted(unread))
-            print(
-                f"warning: {reward_name(function)} is not given {names}: what it would log is not logged.", flush=True
-            )
+            print(f"warning: {reward_name(function)} does not receive {names}, so it cannot log with them.", flush=True)
     with WorkerPool(1) as pool:
         for limit in (max(pool.START_LIMIT, config.reward_timeout), config.reward_timeout):
             pool.timeout = limit
@@ -78,17 +76,17 @@ def dry_call(base: Base, config: GRPOConfig, prompts: list[Prompt], functions: l
                 try:
                     scorer.begin([sample] * (config.num_generations if getattr(function, "batch", False) else 1))
                     gaps = scorer.begun[0][1]().gaps
-                except Exception as error:  # of a user's function anything
+                except Exception as error:  # custom code may raise anything
                     raise ValueError(
-                        f"{reward_name(function)} cannot be called where rewards run: {error}; with in_process = True "
-                        "on the function it runs in the trainer itself."
+                        f"{reward_name(function)} cannot be called in a worker process: {error}; set in_process = True "
+                        "on the function to run it in the trainer's process."
                     ) from error
                 for cause, text in gaps:
                     require(
                         not text,
-                        f"{cause} on a real row with the completion {gold!r:.50} ({text}): mend "
-                        "it, or raise --reward_timeout if it is slow; it may take completions, completion_ids, "
-                        f"prompts, prompt_texts, group_ids, {', '.join(prompt.columns)}.",
+                        f"{cause} on a row of the data with the completion {gold!r:.50} ({text}): fix "
+                        "it, or raise --reward_timeout if it is slow; its parameters may be completions, "
+                        f"completion_ids, prompts, prompt_texts, group_ids, {', '.join(prompt.columns)}.",
                     )
         for function in functions:
             if not is_ours(function) and not getattr(function, "batch", False):
@@ -96,10 +94,10 @@ def dry_call(base: Base, config: GRPOConfig, prompts: list[Prompt], functions: l
 
 
 def check_one_at_a_time(base: Base, config: GRPOConfig, prompt: Prompt, function: Callable, pool: WorkerPool) -> None:
-    """Refuse a reward that compares completions with each other, for it is called with one at a time.
+    """Refuse a reward function that compares completions with each other, because it gets one completion per call.
 
     Raises:
-        ValueError: three completions get other values together than each alone, and those the same when asked again.
+        ValueError: three completions get different values in one call than in one call each, whose values repeat.
     """
     together = partial(function)
     in_process = getattr(function, "in_process", False)
@@ -117,6 +115,6 @@ def check_one_at_a_time(base: Base, config: GRPOConfig, prompt: Prompt, function
     alone, joint = values(function), values(together)
     require(
         alone == joint or [None] in alone + joint or alone != values(function),
-        f"{reward_name(function)} gives several completions other values together than one at a time, as it is "
-        "called: set the attribute batch = True on it, and it is called with the whole group of a prompt.",
+        f"{reward_name(function)} gives completions different values together than one at a time, as training calls "
+        "it: set the attribute batch = True on it to have it called with the whole group of a prompt.",
     )

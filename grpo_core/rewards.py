@@ -1,18 +1,21 @@
-"""Reward functions by open-r1's names, called as open-r1's are; what was wrong there is mended, and said.
+"""Reward functions with open-r1's names and signatures. Docstrings say which errors of open-r1's versions are fixed.
 
-A reward function has the face `f(completions, **columns) -> list[float | None]`. completions[i] is a conversation, its
-text `completions[i][0]["content"]`; the data's columns, `prompts`, `prompt_texts`, `group_ids` and `completion_ids`
-reach it by name, each a list as long as completions; the gold answer is the column `solution`. Columns come as they
-are in the data: a number stays a number, None stays None. None as a reward means "does not apply here". A numpy array,
-a tensor or a tuple will do for the list. A function that must see a whole group at once carries the attribute
-`batch = True`; every other is called with one completion at a time, so that a check that hangs costs one completion
-(`grpo_core/scoring.py`). It keeps nothing from call to call, for it is sent to the workers anew with each share.
-`REWARD_FUNCS_REGISTRY` names the functions here; any other is named `module:function`, gets the columns that it names
-(all, if it takes `**kwargs`), and runs in the workers too. All of them pickle and have a `__name__`, which is the name
-that open-r1 logs.
+A reward function is called as `f(completions, **columns) -> list[float | None]`. completions[i] is a conversation, with
+its text in `completions[i][0]["content"]`. The data's columns, `prompts`, `prompt_texts`, `group_ids` and
+`completion_ids` are passed by name, each as a list as long as completions. The gold answer is the column `solution`.
+Values have the types of the data: a number stays a number, None stays None. A reward of None means "does not apply
+here". The result may also be a numpy array, a tensor or a tuple.
 
-Left out: reward models, whatever needs torch (a worker imports none), and those of open-r1's code rewards that run a
-model's programs in remote sandboxes.
+A function that needs a whole group at once has the attribute `batch = True`. Every other function is called with one
+completion at a time, so that a call that hangs affects only one completion (`grpo_core/scoring.py`). A function cannot
+keep state between calls, because it is sent to the worker processes again with each batch of calls.
+
+`REWARD_FUNCS_REGISTRY` names the functions of this module. A custom function is named `module:function`, receives the
+columns that its parameters name (all, if it takes `**kwargs`), and runs in the worker processes too. The functions
+here can be pickled, and have the `__name__` under which open-r1 logs them.
+
+Not supported, on purpose: reward models, functions that need torch (workers do not import it), and those of open-r1's
+code rewards that run a model's programs in remote sandboxes.
 
     python -m grpo_core.train --reward_funcs accuracy format my_rewards:brevity ...
 """
@@ -41,11 +44,10 @@ _OPENED = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 
 
 def _texts(completions: list, columns: dict[str, Any]) -> list[str]:
-    """What the model's turn says: the completions, each after the `<think>` that its prompt already opened, if any.
+    """The text of the model's whole turn: each completion, preceded by `<think>` if its prompt already opened that.
 
-    Whether it did is read from the end of column `prompt_texts` (the rendered prompts; their tails will do), else of
-    `prompts`: texts, or conversations whose last message is the assistant's. A conversation alone does not show what a
-    chat template adds to it.
+    The column `prompt_texts` (rendered prompts, or their ends) shows whether it did, else the column `prompts` (texts,
+    or conversations whose last message is the assistant's). A conversation does not show what a chat template adds.
     """
     prompts = columns.get("prompt_texts") or columns.get("prompts") or [""] * len(completions)
     texts = []
@@ -58,20 +60,20 @@ def _texts(completions: list, columns: dict[str, Any]) -> list[str]:
 
 
 def _contents(completions: list) -> list[str]:
-    """The text of each completion, of a conversation its first message's."""
+    """The text of each completion; for a conversation, the text of its first message."""
     return [text if isinstance(text, str) else text[0]["content"] for text in completions]
 
 
 def gold_text(gold: Any) -> str:
-    """A gold answer of the data as text to compare with, a number in digits; "", which does not parse, for None.
+    """A gold answer as text, with a number written in digits; for None "", which does not parse.
 
     Raises:
-        ValueError: it is neither text nor a number.
+        ValueError: the answer is neither text nor a number.
 
     >>> gold_text(1e-05), gold_text(2.0), gold_text(21), gold_text("1e-05"), gold_text(None)
     ('0.00001', '2', '21', '1e-05', '')
     """
-    if gold is None or gold != gold:  # NaN is how pandas writes that there is none
+    if gold is None or gold != gold:  # pandas writes a missing value as NaN
         return ""
     if isinstance(gold, float):
         return format(Decimal(str(gold)).normalize(), "f")
@@ -81,11 +83,11 @@ def gold_text(gold: Any) -> str:
 
 
 def accuracy_reward(completions: list, solution: list, **kwargs: Any) -> list[float | None]:
-    r"""1.0 where the answer equals the gold one, else 0.0; see `eval.verify` for where an answer is looked for.
+    r"""1.0 if the answer equals the gold one, else 0.0; `eval.verify` documents how an answer is found in the text.
 
     A gold that cannot be parsed gives None: leave such rows out of your data (`grpo_core.scoring.unparseable_golds`).
-    Mended: open-r1 pays 1.0 to every completion then; gold and answer are compared in this order, a bare `63` is a
-    gold, the content of `<answer>` is an answer, nothing is printed.
+    Fixed: open-r1 gives 1.0 to every completion then. Also fixed: gold and answer are compared in the right order, a
+    bare `63` is a gold, the content of `<answer>` is an answer, and nothing is printed.
     """
     from eval.verify import check_answer  # loads math-verify, which only rewards that compare answers need
 
@@ -93,9 +95,9 @@ def accuracy_reward(completions: list, solution: list, **kwargs: Any) -> list[fl
 
 
 def format_reward(completions: list, **kwargs: Any) -> list[float | None]:
-    """1.0 for exactly `<think>...</think><answer>...</answer>`, white space between and around allowed, else 0.0.
+    """1.0 for exactly `<think>...</think><answer>...</answer>`, with optional white space between and around, else 0.0.
 
-    Mended: open-r1's pattern also takes text after any line end, and blocks twice, and never pays where the prompt
+    Fixed: open-r1's pattern also accepts text after any line end and repeated blocks, and never matches if the prompt
     opens `<think>`, as some chat templates do (see `_texts`).
     """
     rewards: list[float | None] = []
@@ -109,8 +111,8 @@ def format_reward(completions: list, **kwargs: Any) -> list[float | None]:
 @dataclass(frozen=True)
 class CodeFormatReward:
     r"""1.0 for `<think>\n...\n</think>\n<answer>\n...\n</answer>` with a closed block of the language in the answer, as
-    in "```python ... ```", else 0.0. A column `language` says it row by row.
-    Mended: open-r1's pattern also takes text after any line end, tags twice, and "```javascript" for java."""
+    in "```python ... ```", else 0.0. A column `language` sets the language per row.
+    Fixed: open-r1's pattern also accepts text after any line end, repeated tags, and "```javascript" for java."""
 
     language: str = "python"
     __name__ = "code_format_reward"
@@ -125,19 +127,19 @@ class CodeFormatReward:
 
 
 def tag_count_reward(completions: list, **kwargs: Any) -> list[float | None]:
-    r"""0.25 for each of `<think>\n`, `\n</think>\n`, `\n<answer>\n` and `\n</answer>` that is there exactly once.
+    r"""0.25 for each of `<think>\n`, `\n</think>\n`, `\n<answer>\n` and `\n</answer>` that occurs exactly once.
 
-    Mended: a `<think>` opened by the prompt counts.
+    Fixed: a `<think>` opened by the prompt counts.
     """
     tags = ("<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>")
     return [sum(0.25 for tag in tags if text.count(tag) == 1) for text in _texts(completions, kwargs)]
 
 
 def reasoning_steps_reward(completions: list, **kwargs: Any) -> list[float | None]:
-    r"""min(1, n/3) for n marks of a step: `Step 1:`, `1.` at the start of a line, a line of a list with `-` or `*`,
-    `First,`, `Second,`, `Next,`, `Finally,`.
+    r"""min(1, n/3) for n step markers: `Step 1:`, `1.` at the start of a line, a list item with `-` or `*`, `First,`,
+    `Second,`, `Next,`, `Finally,`.
 
-    Mended: `1.` counts on every line, not on the first alone; a number like `1.5` does not.
+    Fixed: `1.` counts on every line, not only on the first; a number such as `1.5` does not.
     """
     return [min(1.0, len(_STEP.findall(text)) / 3) for text in _texts(completions, kwargs)]
 
@@ -146,11 +148,11 @@ def reasoning_steps_reward(completions: list, **kwargs: Any) -> list[float | Non
 class CosineScaledReward:
     """Accuracy scaled by length along half a cosine (Yeo et al. 2025, Demystifying Long Chain-of-Thought Reasoning).
 
-    A right answer falls from max_value_correct (no length) to min_value_correct (max_len and beyond), a wrong one goes
-    from min_value_wrong to max_value_wrong. Lengths are characters, or with `tokens` those of `completion_ids`. A gold
-    that cannot be parsed gives None. ValueError if max_len < 1. Mended: open-r1's wraps beyond max_len, so that a right
-    answer of twice that length is worth most again; it compares answer and gold in the wrong order; and its script's
-    defaults for wrong answers (0, -0.5) contradict its documentation: they are the ones above in ours.
+    The value of a correct answer falls from max_value_correct (length 0) to min_value_correct (max_len and beyond).
+    That of a wrong answer goes from min_value_wrong to max_value_wrong. Lengths are in characters, or with `tokens` in
+    tokens. A gold that cannot be parsed gives None. Raises ValueError if max_len < 1. Fixed: open-r1's cosine rises
+    again beyond max_len, so that a correct answer of twice that length gets the highest value; it compares answer and
+    gold in the wrong order; the defaults of its script for wrong answers (0, -0.5) contradict its documentation.
     """
 
     min_value_wrong: float = -1.0
@@ -164,7 +166,7 @@ class CosineScaledReward:
 
     def __post_init__(self) -> None:
         if self.max_len < 1:
-            raise ValueError(f"cosine max_len {self.max_len} should be at least 1")
+            raise ValueError(f"cosine max_len {self.max_len} must be at least 1")
 
     def __call__(
         self, completions: list, solution: list, completion_ids: list | None = None, **kwargs: Any
@@ -172,13 +174,13 @@ class CosineScaledReward:
         from eval.verify import check_answer
 
         if self.tokens and completion_ids is None:
-            raise ValueError("the cosine reward counts tokens: it needs completion_ids")
+            raise ValueError("the cosine reward counts tokens: pass completion_ids")
         rewards: list[float | None] = []
         for i, (text, gold) in enumerate(zip(_contents(completions), solution, strict=True)):
             score = check_answer(gold_text(gold), text)
             length = len(completion_ids[i]) if self.tokens and completion_ids is not None else len(text)
             cosine = math.cos(math.pi * min(1.0, length / self.max_len))
-            # (of no length, of max_len): a short right answer is worth most, a short wrong one least
+            # values at length 0 and at max_len: a short correct answer gets the most, a short wrong one the least
             short, long = self.min_value_wrong, self.max_value_wrong
             if score:
                 short, long = self.max_value_correct, self.min_value_correct
@@ -188,9 +190,9 @@ class CosineScaledReward:
 
 @dataclass(frozen=True)
 class RepetitionPenaltyReward:
-    """max_penalty * (1 - distinct / all n-grams) over lower-case words, with language zh over those that jieba finds;
+    """max_penalty * (1 - distinct / all n-grams) of lower-case words (with language zh, of the words that jieba finds);
     0.0 for fewer than n words (as in open-r1, after Yeo et al. 2025, Demystifying Long Chain-of-Thought Reasoning).
-    ValueError if max_penalty > 0, ngram_size < 1, or jieba is wanted and not installed."""
+    Raises ValueError if max_penalty > 0, ngram_size < 1, or jieba is needed and not installed."""
 
     ngram_size: int
     max_penalty: float
@@ -200,13 +202,13 @@ class RepetitionPenaltyReward:
 
     def __post_init__(self) -> None:
         if self.max_penalty > 0:
-            raise ValueError(f"max_penalty {self.max_penalty} should not be positive: it is what full repetition costs")
+            raise ValueError(f"max_penalty {self.max_penalty} must be at most 0: it is the value of full repetition")
         if self.ngram_size < 1:
-            raise ValueError(f"ngram_size {self.ngram_size} should be at least 1")
+            raise ValueError(f"ngram_size {self.ngram_size} must be at least 1")
         if self.language not in ("en", "zh"):
-            raise ValueError(f"language {self.language!r} of repetition_penalty should be en (words by blanks) or zh")
+            raise ValueError(f"language {self.language!r} of repetition_penalty must be en or zh")
         if self.language == "zh" and importlib.util.find_spec("jieba") is None:
-            raise ValueError("repetition_penalty with language zh splits words by jieba: run `pip install jieba`")
+            raise ValueError("repetition_penalty with language zh needs jieba: run `pip install jieba`")
 
     def _words(self, text: str) -> list[str]:
         return text.lower().split() if self.language == "en" else list(importlib.import_module("jieba").cut(text))
@@ -223,12 +225,12 @@ class RepetitionPenaltyReward:
 def len_reward(
     completions: list, solution: list, *, group_ids: list | None = None, **kwargs: Any
 ) -> list[float | None]:
-    """Shorter than the others of the group is better (Kimi k1.5, arXiv:2501.12599, section 2.3.3).
+    """Higher values for completions that are shorter than others of their group (Kimi k1.5, arXiv:2501.12599, 2.3.3).
 
-    lambda = 0.5 - (length - shortest) / (longest - shortest), in characters; lambda for a right answer, min(0, lambda)
-    for a wrong one, 0.0 where all are equally long. A gold that cannot be parsed gives None. Mended: lengths are
-    compared among the completions of one prompt (equal `group_ids`), not with whatever else is in the batch; all
-    completions are one group where no group_ids are given. A check that fails leaves its whole group unscored.
+    lambda = 0.5 - (length - shortest) / (longest - shortest), in characters. A correct answer gets lambda, a wrong one
+    min(0, lambda), and all get 0.0 if they are equally long. A gold that cannot be parsed gives None. Fixed: lengths
+    are compared only among the completions of one prompt (equal `group_ids`), not over the whole batch. Without
+    group_ids all completions are one group. A call that fails leaves its whole group unscored.
     """
     groups = defaultdict(list)
     lengths = [len(text) for text in _contents(completions)]
@@ -250,7 +252,7 @@ len_reward.batch = True  # type: ignore[attr-defined]
 @dataclass(frozen=True)
 class SoftOverlongPunishment:
     """DAPO's penalty on length in tokens (arXiv:2503.14476, equation 13): 0.0 up to max_completion_len -
-    soft_punish_cache, from there a straight line down to -1.0 at max_completion_len, and -1.0 beyond."""
+    soft_punish_cache, then linear down to -1.0 at max_completion_len, and -1.0 beyond."""
 
     max_completion_len: int
     soft_punish_cache: int
@@ -260,7 +262,7 @@ class SoftOverlongPunishment:
     def __post_init__(self) -> None:
         longest, cache = self.max_completion_len, self.soft_punish_cache
         if not 0 <= cache <= longest:
-            raise ValueError(f"soft_punish_cache {cache} should be between 0 and max_completion_len={longest}")
+            raise ValueError(f"soft_punish_cache {cache} must be between 0 and max_completion_len={longest}")
 
     def __call__(self, completion_ids: list, **kwargs: Any) -> list[float | None]:
         longest, cache = self.max_completion_len, self.soft_punish_cache
@@ -271,13 +273,13 @@ class SoftOverlongPunishment:
         return rewards
 
 
-# open-r1's names of what makes them.
+# The names of open-r1's functions that make rewards.
 get_code_format_reward = CodeFormatReward
 get_cosine_scaled_reward = CosineScaledReward
 get_repetition_penalty_reward = RepetitionPenaltyReward
 get_soft_overlong_punishment = SoftOverlongPunishment
 
-# Name -> how to make it from the script's arguments; each reads only its own.
+# Name -> function that makes the reward from the script's arguments, of which it reads only those of this reward.
 REWARD_FUNCS_REGISTRY: dict[str, Callable[[Any], RewardFunction]] = {
     "accuracy": lambda args: accuracy_reward,
     "format": lambda args: format_reward,
@@ -300,8 +302,9 @@ _CODE_REWARDS = ("code", "binary_code", "ioi_code", "cf_code")
 
 
 def get_reward_funcs(script_args: Any) -> list[RewardFunction]:
-    """The functions that `script_args.reward_funcs` names, in order. Of script_args (ours, open-r1's, any object) only
-    the attributes of these functions are read. ValueError for a name nobody knows, or one given twice."""
+    """The functions that `script_args.reward_funcs` names, in order. script_args may be GRPOScriptArguments, open-r1's
+    or any object: only the attributes that these functions need are read. Raises ValueError for an unknown name, or one
+    given twice."""
     functions = []
     for name in script_args.reward_funcs:
         if ":" in name:
@@ -310,23 +313,23 @@ def get_reward_funcs(script_args: Any) -> list[RewardFunction]:
             functions.append(REWARD_FUNCS_REGISTRY[name](script_args))
         elif name in _CODE_REWARDS:
             raise ValueError(
-                f"the reward {name!r} is not here: it is one of open-r1's code rewards, which run the model's programs "
-                "in remote sandboxes (E2B, Morph, Piston); name your own as module:function"
+                f"the reward {name!r} is not supported, because open-r1's code rewards run the model's programs "
+                "in remote sandboxes (E2B, Morph, Piston): name a custom reward as module:function"
             )
         else:
             nearest = difflib.get_close_matches(name, REWARD_FUNCS_REGISTRY, n=1, cutoff=0.4)
             hint = f"did you mean {nearest[0]!r}? " if nearest else ""
             known = ", ".join(REWARD_FUNCS_REGISTRY)
-            raise ValueError(f"unknown reward {name!r}: {hint}Known: {known}; your own is named module:function")
+            raise ValueError(f"unknown reward {name!r}: {hint}Known: {known}; name a custom one as module:function")
     check_names(functions)
     return functions
 
 
 def check_names(functions: Sequence[RewardFunction]) -> None:
-    """Raise ValueError where two functions would be logged under one name."""
+    """Raise ValueError if two functions would be logged under one name."""
     names = [reward_name(function) for function in functions]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"two reward functions are both named {twice[0]!r}: rename one or drop it")
+        raise ValueError(f"two reward functions are both named {twice[0]!r}: rename or drop one")
 
 
 def is_ours(function: RewardFunction) -> bool:
@@ -335,7 +338,7 @@ def is_ours(function: RewardFunction) -> bool:
 
 
 def compares_with_gold(function: RewardFunction) -> bool:
-    """Whether the function is one of this module's that needs a gold answer which can be parsed."""
+    """Whether the function is one of this module's and needs a gold answer that can be parsed."""
     return is_ours(function) and "solution" in inspect.signature(function).parameters
 
 

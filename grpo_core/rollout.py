@@ -1,6 +1,6 @@
-"""Prompts, the completions sampled from them, their rewards; and recording them for replay.
+"""Prompts, the completions sampled from them and their rewards, and recordings of all three for replay.
 
-Tokens in, tokens out: what the engine sampled is what is trained on, never decoded and tokenised again.
+Training uses the token ids that the engine sampled. They are never decoded and tokenised again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    messages: list[dict[str, Any]] | str  # raw text: of a trainer class alone
+    messages: list[dict[str, Any]] | str  # raw text only from a trainer class
     ids: list[int]
     columns: dict[str, Any]  # the data's other columns, for the rewards
 
@@ -47,15 +47,15 @@ class Sample:
 
     group: int  # index of its prompt in the step, over all ranks
     prompt_ids: list[int]
-    completion_ids: list[int]  # [L], the stop token included where it was sampled
+    completion_ids: list[int]  # [L], including the stop token if one was sampled
     sampler_logps: list[float]  # [L], float32 values, at the sampling temperature
     finish_reason: str  # "stop" or "length"
-    version: int  # optimizer steps behind the weights that sampled it
+    version: int  # the policy's number of optimizer steps when it sampled this
     reward: float = math.nan  # NaN: not scored
-    rewards: list[float] = field(default_factory=list)  # one a reward function; NaN: does not apply
+    rewards: list[float] = field(default_factory=list)  # one per reward function; NaN: does not apply
     advantage: float = 0.0
     index: int = 0  # among the completions of its prompt
-    # Kept only between several updates on one rollout batch:
+    # Set only between updates on the same rollout batch:
     old_logps: list[float] | None = None  # [L]
     ref_logps: list[float] | None = None  # [L]
 
@@ -70,31 +70,30 @@ def load_prompts(
     needy: Sequence[str] = (),
     as_given: bool = False,
 ) -> tuple[list[Prompt], str]:
-    """Prompts as token ids, and how many were left out because they are longer than max_prompt_length; of the rows
-    `chosen`, or of all. Where `file` is JSON lines, rewards get its values as they are written: `datasets` makes 21 of
-    "21" if another row has a number, and times of text that looks like one.
+    """The prompts of the rows `chosen` (None: all) as token ids, and a text on those left out as too long. If `file` is
+    JSON lines, rewards get the values written there, because `datasets` converts some text to numbers or times.
 
-    `needy`: the rewards that need a gold answer. `as_given`, for trainer classes: text is no conversation but the
-    prompt itself, without chat template, and no system prompt is added.
+    `needy`: names of the rewards that need a gold answer. `as_given`, for trainer classes: a text is the prompt itself,
+    without chat template, and no system prompt is added.
 
     Raises:
-        ValueError: no prompt column, no column with the answer that a reward needs, a row that is no prompt or does not
-            show in the chat template, a system prompt that does not, or no prompt short enough.
+        ValueError: the prompt column or the answer column that a reward needs is missing, a row is not a prompt, the
+            chat template drops a prompt or the system prompt, or no prompt is short enough.
     """
     column = prompt_column(rows, arguments)
     written = json_lines(file)
-    assert len(written) in (0, len(rows)), f"{file} is not what the rows were read from"
+    assert len(written) in (0, len(rows)), f"the rows were not read from {file}"
     indices = range(len(rows)) if chosen is None else chosen
     rows = rows.select(indices)
     if needy and not {"solution", "answer"} & set(rows.column_names):
         raise ValueError(
-            f"{needy[0]} needs a column `solution` or `answer`; the data has {', '.join(rows.column_names)}."
+            f"{needy[0]} needs a column `solution` or `answer`; the data has {', '.join(rows.column_names)}: add one."
         )
     system = "" if as_given else SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
     role = "system" if not system or shows_system(tokenizer) else "user"
     require(
         as_given or role == "system" or config.system_prompt is None,
-        "the chat template has no system role and would lose "
+        "the chat template has no system role and would drop "
         "--system_prompt: write it into the prompts and give --system_prompt '', or give a --chat_template with "
         "that role.",
     )
@@ -106,9 +105,9 @@ def load_prompts(
             value, more = row.pop(column), options_of(row, config.chat_template_kwargs)
             if as_given and isinstance(value, str):
                 shown, ids = text_of(value, column), tokenizer(value)["input_ids"]
-                require(len(ids) > 0, f"`{column}` is empty.")
+                require(len(ids) > 0, f"`{column}` is empty: write a prompt, or leave the row out.")
                 lost = next(iter(more), None)
-                require(lost is None, f"plain text has no place for `{lost}`: make it messages, or take that out.")
+                require(lost is None, f"a text prompt cannot use `{lost}`: make it a list of messages, or drop that.")
             else:
                 messages = prompt_of(value, column)
                 shown = with_system(messages, system, role)
@@ -125,15 +124,15 @@ def load_prompts(
     if not prompts:
         raise ValueError(
             f"all {len(rows)} prompts are longer than max_prompt_length {config.max_prompt_length}: raise it"
-            + (f", or give --system_prompt '', without which {fit_without} fit." if fit_without else ".")
+            + (f", or give --system_prompt '', with which {fit_without} fit." if fit_without else ".")
         )
     left_out = f"{len(rows) - len(prompts)} longer than {config.max_prompt_length} tokens"
     if fit_without:
         left_out += f" ({fit_without} of them only with the system prompt)"
     if as_given and tokenizer.chat_template is not None and any(isinstance(prompt.messages, str) for prompt in prompts):
-        left_out += "; prompts that are text are not put into the chat template: make them lists of messages for that"
+        left_out += "; text prompts do not use the chat template: make them lists of messages if they should"
     if role == "user":
-        left_out += "; the template has no system role: the system prompt begins what the user says"
+        left_out += "; the template has no system role, so the system prompt begins the user's message"
     return prompts, left_out
 
 
@@ -149,7 +148,7 @@ def prompt_column(rows: Dataset, arguments: GRPOScriptArguments) -> str:
 
 
 def sample_seed(seed: int, step: int, group: int) -> int:
-    """Seed of a prompt's first sample; the next ones take the numbers after it."""
+    """The seed of a prompt's first sample. The seeds of its other samples are the numbers that follow."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {step} {group}".encode(), digest_size=4).digest()) >> 2
 
 
@@ -162,7 +161,7 @@ def sample_groups(
 ) -> list[Sample]:
     """`sampling.n` completions of each prompt (keyed by its group), from the engine's current weights.
 
-    `on_group` is called with each group as soon as all of it is there, while others are still sampled.
+    `on_group` is called with each group as soon as it is complete, while others are still being sampled.
     """
     groups = list(prompts)
     samples: dict[int, list[Sample]] = {}
@@ -180,7 +179,7 @@ def sample_groups(
 
 
 class Scorer:
-    """Gives samples their rewards, in the pool's worker processes; group by group while others are sampled.
+    """Sets the rewards of samples: the pool's worker processes score a group while others are still being sampled.
 
     scorer = Scorer(...); scorer.begin(group); ...; lines = scorer.finish()
     """
@@ -200,7 +199,7 @@ class Scorer:
         self.begun: list[tuple[list[Sample], Callable[[], Scores]]] = []
 
     def begin(self, samples: list[Sample]) -> None:
-        """`samples`: all of one group, or of several."""
+        """Start to score `samples`, all of one group or of several."""
         completions = [self.to_score(sample) for sample in samples]
         self.begun.append(
             (samples, start_scoring(self.reward_funcs, self.weights, completions, self.pool, self.trainer_state))
@@ -213,13 +212,13 @@ class Scorer:
             sample.completion_ids,
             sample.group,
             prompt.messages,
-            self.tokenizer.decode(prompt.ids[-16:]),  # its end, as rendered
+            self.tokenizer.decode(prompt.ids[-16:]),  # the end of the rendered prompt
             {name: prompt.columns.get(name) for name in self.columns},
         )
 
     def finish(self) -> list[str]:
-        """Wait for the rewards; returns what to say of it: what functions printed, a line for each function and type of
-        error that left completions unscored, and why where no completion has a reward."""
+        """Wait for the rewards and set them. Returns lines to print: what functions printed, one line per function and
+        type of error that left completions unscored, and the reasons if no completion has a reward."""
         gaps: list[tuple[str, str]] = []
         rewards: list[float] = []
         for samples, wait in self.begun:
@@ -240,7 +239,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the other ranks need to know of a sample: for advantages and for the step's metrics."""
+    """The part of a sample that ranks exchange, to compute advantages and the step's metrics."""
 
     group: int
     length: int
@@ -251,7 +250,7 @@ class Summary:
 
 
 def gather_summaries(samples: list[Sample]) -> list[Summary]:
-    """The summaries of all ranks' samples, one rank's after the other: a few bytes a completion. A collective."""
+    """The summaries of all ranks' samples, in the order of ranks: a few bytes per completion. A collective."""
     gathered: list[list[Summary]] = [[] for _ in range(dist.get_world_size())]
     local = [Summary(s.group, len(s.completion_ids), s.finish_reason, s.reward, s.rewards) for s in samples]
     dist.all_gather_object(gathered, local)
@@ -259,8 +258,8 @@ def gather_summaries(samples: list[Sample]) -> list[Summary]:
 
 
 def set_advantages(samples: list[Sample], config: GRPOConfig) -> None:
-    """Give every sample its advantage within its group. The rewards of the whole step travel: `scale_rewards="batch"`
-    needs them all. A collective."""
+    """Set every sample's advantage within its group. Ranks exchange the rewards of the whole step, which
+    `scale_rewards="batch"` needs. A collective."""
     every, mine = gather_summaries(samples), {sample.group for sample in samples}
     advantages = zip(every, advantages_of(every, config), strict=True)
     own = [advantage for summary, advantage in advantages if summary.group in mine]
@@ -269,7 +268,7 @@ def set_advantages(samples: list[Sample], config: GRPOConfig) -> None:
 
 
 def advantages_of(samples: Sequence[Sample | Summary], config: GRPOConfig) -> list[float]:
-    """Of all samples of a step; 0 for those that are not scored."""
+    """The advantages of all samples of a step; 0 for those that are not scored."""
     groups = [sample.group for sample in samples]
     if config.multi_objective_aggregation == "sum_then_normalize":
         return group_advantages([sample.reward for sample in samples], groups, config.scale_rewards).tolist()
@@ -278,12 +277,14 @@ def advantages_of(samples: Sequence[Sample | Summary], config: GRPOConfig) -> li
 
 
 def check_version(samples: Sequence[Sample], version: int) -> None:
-    """Raise RuntimeError unless the policy of `version` sampled them all."""
+    """Raise RuntimeError unless the policy of `version` sampled all samples."""
     if stale := {sample.version for sample in samples} - {version}:
-        raise RuntimeError(f"stale rollouts: policy version {sorted(stale)} sampled them, they are used at {version}.")
+        raise RuntimeError(
+            f"rollouts of policy version {sorted(stale)} cannot train version {version}: use the recording's options."
+        )
 
 
-# Recording and replay: one parquet file a step and rank, a row a completion.
+# Recording and replay: one parquet file per step and rank, with one row per completion.
 
 FORMAT = "2"
 
@@ -311,7 +312,7 @@ def schema(ranks: int) -> pa.Schema:
 
 
 def write_rollouts(folder: Path, step: int, samples: Sequence[Sample]) -> None:
-    """Record this rank's samples of `step`; a file appears whole or not at all."""
+    """Record this rank's samples of `step` in a file that is written atomically."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -324,19 +325,19 @@ def write_rollouts(folder: Path, step: int, samples: Sequence[Sample]) -> None:
 
 
 def read_rollouts(folder: Path, step: int) -> list[Sample]:
-    """Of the samples that were recorded for `step`, by any number of ranks, this rank's groups, whole.
+    """This rank's whole groups of the samples that any number of ranks recorded for `step`.
 
     Raises:
-        ValueError: this step was not recorded, not by all ranks, or by another version.
+        ValueError: the step was not recorded, the file of a rank is missing, or another version recorded it.
     """
     import pyarrow.parquet as pq
 
     files = {file.name: file for file in folder.rglob(f"step-{step:06d}-rank-*.parquet")}
     names = [f"step-{step:06d}-rank-00000.parquet"]
     if names[0] in files:
-        # It says how many ranks there were; what more ranks left from an earlier recording is ignored.
+        # Its metadata has the number of ranks. Files of further ranks, from an earlier recording, are ignored.
         about = pq.read_schema(files[names[0]]).metadata
-        require(about.get(b"format") == FORMAT.encode(), f"{files[names[0]]} is of another version: record it again.")
+        require(about.get(b"format") == FORMAT.encode(), f"{files[names[0]]} has another format: record it again.")
         names = [f"step-{step:06d}-rank-{rank:05d}.parquet" for rank in range(int(about[b"ranks"]))]
     if missing := [name for name in names if name not in files]:
         raise ValueError(f"{missing[0]} is not in {folder}: record it with --save_rollouts, or lower max_steps.")

@@ -1,7 +1,7 @@
-"""Dynamic sampling (DAPO, arXiv:2503.14476, 3.2): rounds of prompts, until enough of their groups have spread.
+"""Dynamic sampling (DAPO, arXiv:2503.14476, 3.2) samples rounds of prompts until enough groups have unequal rewards.
 
-Which groups are used follows from prompts and rewards alone, not from what was ready first, nor from the ranks. Left
-out on purpose: to keep what is over for the next step, whose policy is another.
+The selection of groups depends only on prompts and rewards, not on which group is ready first or on the number of
+ranks. Not supported, on purpose: keeping surplus groups for the next step, whose policy is a different one.
 """
 
 from collections import defaultdict
@@ -12,15 +12,16 @@ from grpo_core.rollout import Sample, Summary, advantages_of, gather_summaries
 
 
 class Rounds:
-    """The rounds of one rollout batch: its number of prompts each. Without dynamic_sampling one, all of it used."""
+    """The rounds of one rollout batch. Each samples as many prompts as the batch has. Without dynamic_sampling there is
+    one round, and all its groups are used."""
 
     def __init__(self, prompts: int, config: GRPOConfig) -> None:
         self.prompts, self.config = prompts, config
         self.most = prompts * (config.dynamic_sampling_max_batches if config.dynamic_sampling else 1)
-        self.sampled = 0  # prompts; the groups of the next round are numbered from here
-        self.samples: list[Sample] = []  # this rank's
-        self.summaries: list[Summary] = []  # all ranks', with the advantages that they have in their groups alone
-        self.used: list[int] = []  # groups, in the order of prompts
+        self.sampled = 0  # prompts so far; the next round numbers its groups from here
+        self.samples: list[Sample] = []  # of this rank
+        self.summaries: list[Summary] = []  # of all ranks, with advantages computed within each group
+        self.used: list[int] = []  # groups to use, in the order of prompts
 
     @property
     def go_on(self) -> bool:
@@ -28,10 +29,10 @@ class Rounds:
         return self.sampled < self.most and len(self.used) < self.prompts
 
     def add(self, samples: list[Sample]) -> None:
-        """This rank's samples of a round, scored. A collective.
+        """Add this rank's scored samples of a round. A collective.
 
-        A group has spread if not all its advantages are 0: these are so where its rewards are exactly equal, by
-        comparison (`advantage.py`), not by a mean or a std.
+        A group is used unless all its advantages are 0. They are 0 if its rewards are exactly equal: `advantage.py`
+        compares the rewards, not their std.
         """
         self.sampled += self.prompts
         self.samples += samples
@@ -45,16 +46,16 @@ class Rounds:
                 self.used.append(group)
 
     def rollouts(self) -> list[Sample]:
-        """This rank's samples of the groups that are used, which are numbered anew.
+        """This rank's samples of the groups to use, with new group numbers.
 
         Raises:
-            RuntimeError: there is none.
+            RuntimeError: no group can be used.
         """
         if not self.used:
             raise RuntimeError(
-                f"none of {self.sampled} groups sampled for a step has rewards that differ: there is nothing to learn "
-                "from. Take harder or easier data, or raise num_generations or dynamic_sampling_max_batches "
-                "(`python -m grpo_core.audit` says more)."
+                f"none of {self.sampled} groups sampled for a step has rewards that differ, so there is nothing to "
+                "learn: use harder or easier data, or raise num_generations or dynamic_sampling_max_batches "
+                "(`python -m grpo_core.audit` shows more)."
             )
         numbers = {group: number for number, group in enumerate(self.used)}
         return [replace(s, group=numbers[s.group]) for s in self.samples if s.group in numbers]

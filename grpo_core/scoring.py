@@ -1,7 +1,7 @@
-"""The step of the loop that scores completions: reward functions in killable worker processes, then their weighted sum.
+"""Scores completions: calls reward functions in worker processes with a timeout, then takes their weighted sum.
 
-What a reward function is, says `grpo_core/rewards.py`; what happens to a check that fails, `start_scoring` and, in the
-workers, `eval/workers.py`. The next file is `advantage.py`.
+`grpo_core/rewards.py` documents reward functions. `start_scoring` and `eval/workers.py` document what happens if a call
+fails. Read `advantage.py` next.
 """
 
 import asyncio
@@ -19,26 +19,26 @@ from typing import Any
 from eval.workers import Unscored, WorkerPool
 from grpo_core.rewards import RewardFunction, gold_text, reward_name
 
-# What a reward function gets as `trainer_state`: how far the run is, without transformers, which a worker lacks.
+# `trainer_state` for reward functions before the first step. A plain object, because workers lack transformers.
 BEFORE = SimpleNamespace(global_step=0, max_steps=0, epoch=0.0)
 
 
 @dataclass(frozen=True)
 class ToScore:
-    """A completion, and what else the reward functions are given with it."""
+    """A completion, with everything else that reward functions can receive about it."""
 
     text: str
     token_ids: list[int]
-    group: int  # completions of one prompt have the same
-    prompt: Any  # as the data has it
-    prompt_text: str  # as the chat template renders it, or its end: there a reward sees that `<think>` is open already
+    group: int  # the same for all completions of a prompt
+    prompt: Any  # text or messages
+    prompt_text: str  # the rendered prompt, or its end, which shows whether the template already opened `<think>`
     columns: dict[str, Any]  # the data's other columns
 
     def arguments(self) -> dict[str, Any]:
-        """By the names of a reward function's parameters, one value each.
+        """This completion's arguments for reward functions, by parameter name.
 
         Raises:
-            ValueError: a column has a name by which the functions are given something else.
+            ValueError: a column has the name of another argument.
         """
         ours = {
             "prompts": self.prompt,
@@ -48,22 +48,22 @@ class ToScore:
             "group_ids": self.group,
         }
         if taken := {*ours, "trainer_state"} & self.columns.keys():
-            raise ValueError(f"rename the data's column {min(taken)!r}: rewards are given something else by this name")
+            raise ValueError(f"rename the data's column {min(taken)!r}: rewards get another argument of this name")
         return with_gold(self.columns) | ours
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of n completions, in their order."""
+    """The scores of n completions, in their order."""
 
     rewards: list[float]  # [n]; NaN: unscored
-    values: list[list[float | None]]  # [n], one a function; None where it does not apply or failed
-    gaps: list[tuple[str, str]]  # for each None: function and None or type of error; the error's text or ""
+    values: list[list[float | None]]  # [n], one per function; None if it does not apply or failed
+    gaps: list[tuple[str, str]]  # for each None: the function with the kind of failure, and the error's text or ""
 
 
 def with_gold(columns: dict[str, Any]) -> dict[str, Any]:
-    """The columns, and as `solution` the gold answer as the data has it: `solution`, else `answer` (of text GSM8K's
-    part after `####`); where there is neither, the columns alone."""
+    """The columns, with the gold answer as `solution`: the column `solution`, else `answer` (if it is text, the part
+    after `####`, as in GSM8K). If the data has neither, the columns are unchanged."""
     if "solution" in columns or "answer" not in columns:
         return columns
     answer = columns["answer"]
@@ -71,18 +71,18 @@ def with_gold(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def gold_answers(prompts: Sequence[Any]) -> list | None:
-    """The gold answer of each prompt (`grpo_core.rollout.Prompt`); None if the first has no column for it."""
+    """The gold answer of each prompt (`grpo_core.rollout.Prompt`); None if the data has no column of gold answers."""
     golds = [with_gold(prompt.columns) for prompt in prompts]
     return [columns.get("solution") for columns in golds] if "solution" in golds[0] else None
 
 
 def unparseable_golds(golds: Sequence, pool: WorkerPool) -> list[int]:
-    """Indices of the gold answers that no completion can be compared with, because they are None or do not parse: rows
-    of no signal, to be left out before training. Each distinct gold is parsed once. One that was not parsed in time
-    counts as parseable, for what is left out must not depend on how busy a machine is.
+    """Indices of the gold answers that are None or cannot be parsed. Their rows give no signal and should be left out
+    before training. Each distinct gold is parsed once. A gold that was not parsed in time counts as parseable, because
+    the selection of rows must not depend on the machine's load.
 
     Raises:
-        ValueError: one is neither text nor a number.
+        ValueError: a gold is neither text nor a number.
     """
     from eval.verify import gold_is_parseable  # loads math-verify, which only data with gold answers needs
 
@@ -100,13 +100,13 @@ def accepted(function: RewardFunction, names: Iterable[str]) -> set[str]:
 
 
 def _call(task: tuple[RewardFunction, dict[str, list], int]) -> list[float | None]:
-    """In a worker: one reward function on one completion, or on one group. Rejects what is not a list of rewards."""
+    """Call one reward function on one completion or on one group. Rejects results that are not a list of rewards."""
     function, arguments, count = task
-    values = function(**copy.deepcopy(arguments))  # the next function is given the same objects
+    values = function(**copy.deepcopy(arguments))  # a copy, because the next function gets the same objects
     values = _plain(_awaited(values) if inspect.isawaitable(values) else values)
     name = reward_name(function)
     if not isinstance(values, (list, tuple)) or len(values) != count:
-        raise TypeError(f"{name} must return a list of {count} rewards, it returned {values!r:.100}")
+        raise TypeError(f"{name} must return a list of {count} rewards, but it returned {values!r:.100}")
     values = [_plain(value) for value in values]
     for value in values:
         if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value)):
@@ -115,7 +115,7 @@ def _call(task: tuple[RewardFunction, dict[str, list], int]) -> list[float | Non
 
 
 def _awaited(value: Awaitable) -> Any:
-    """The result of a coroutine, in a thread of its own: this one may have a running loop, as a notebook's has."""
+    """The result of a coroutine, run in a new thread: this one may have a running event loop, as in a notebook."""
 
     async def result() -> Any:
         return await value
@@ -127,12 +127,12 @@ def _awaited(value: Awaitable) -> Any:
 def _called_here(task: tuple[RewardFunction, dict[str, list], int]) -> list[float | None] | Unscored:
     try:
         return _call(task)
-    except Exception as error:  # as in a worker
+    except Exception as error:  # a worker does the same
         return Unscored("exception", f"{type(error).__name__}: {error}")
 
 
 def _plain(value: Any) -> Any:
-    """numpy's and torch's arrays as lists, their scalars as numbers."""
+    """Converts arrays of numpy and torch to lists, and their scalars to numbers."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -143,16 +143,16 @@ def start_scoring(
     pool: WorkerPool,
     trainer_state: SimpleNamespace = BEFORE,
 ) -> Callable[[], Scores]:
-    """Have the pool's workers begin; the function returned waits for the result:
+    """Start to score in the pool's workers. Returns a function that waits for the result:
     R = sum over functions of weight * value, in float64.
 
-    weights: one a function; None: all 1. A None value is left out of its completion's sum. A completion is unscored
-    (NaN) if any of its checks failed (time-out, crash, exception) or every function gave None. A check may take
-    `pool.timeout` seconds, one of a whole group as many times that as the group has completions.
+    weights: one per function; None: all 1. A value of None is left out of its completion's sum. A completion is
+    unscored (NaN) if any of its calls failed (timeout, crash, exception) or every function gave None. The timeout of a
+    call is `pool.timeout` seconds per completion that it scores.
     """
     weights = [1.0] * len(functions) if weights is None else weights
     if len(weights) != len(functions):
-        raise ValueError(f"reward_weights has {len(weights)} numbers for {len(functions)} reward_funcs")
+        raise ValueError(f"reward_weights has {len(weights)} numbers for {len(functions)} reward_funcs: give one each")
     names = [reward_name(function) for function in functions]
     assert len(set(names)) == len(names), f"reward functions of the same name: {names}"
     arguments = [completion.arguments() for completion in completions]
@@ -163,7 +163,7 @@ def start_scoring(
     groups: dict[int, list[int]] = {}
     for row, completion in enumerate(completions):
         groups.setdefault(completion.group, []).append(row)
-    # Rows outside, functions inside: a chunk of tasks then holds each text once for all its functions.
+    # With functions in the inner loop, a chunk of tasks contains each text once for all its functions.
     calls: list[tuple[int, list[int]]] = []  # (function, rows)
     by_group = [getattr(function, "batch", False) for function in functions]
     for rows in groups.values():
@@ -205,6 +205,6 @@ def start_scoring(
 
 
 def weighted_sum(weights: Sequence[float], values: Sequence[float | None]) -> float:
-    """Over the values that are not None; NaN where all are."""
+    """The weighted sum of the values that are not None; NaN if all are None."""
     terms = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
     return sum(terms) if terms else math.nan

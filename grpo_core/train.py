@@ -1,21 +1,21 @@
-"""GRPO: sample a group of completions for each prompt, reward them, and make the better ones of a group likelier.
+"""GRPO: sample a group of completions per prompt, reward them, and make the better ones of a group more likely.
 
     torchrun --nproc_per_node 8 -m grpo_core.train --config recipe.yaml [--field value ...]
     python -m grpo_core.train --model_name_or_path M --dataset_name problems.jsonl --output_dir runs/grpo
 
-It is `sft_core/train.py` with rollouts and advantages in front. One step, as the loop in `train` shows it:
+The loop is that of `sft_core/train.py`, with rollouts and advantages before the update. One step, as `train` makes it:
 
-    1 sync         the engine gets the policy's weights, and proves it
-    2 sample       G completions a prompt, scored by the reward functions; in rounds with dynamic_sampling
+    1 sync         the engine receives the policy's weights, and a probe verifies them
+    2 sample       G completions per prompt, scored by the reward functions; in rounds with dynamic_sampling
     3 advantage    each completion against the others of its group
-    4 pack         prompts and completions into micro-batches without padding, as much to do on every rank
+    4 pack         prompts and completions into micro-batches without padding, balanced over the ranks
     5 denominators the step's tokens and sequences over all ranks, before the first backward
     6 update       log-probs, objective, backward, clip, step
     7 log, evaluate, save
 
 The same command resumes from the last complete checkpoint. Read `nano.py`, `loss.py` and `advantage.py` before this
-file and `update.py`, the sixth phase, after it; README's table of what holds names the function for each question.
-Left out on purpose: value networks, reward models, asynchronous rollouts, top-p and the like.
+file, and `update.py`, the sixth phase, after it. A table in README.md names the function behind each guarantee.
+Not supported, on purpose: value networks, reward models, asynchronous rollouts, top-p and similar sampling options.
 """
 
 import sys
@@ -78,18 +78,19 @@ OPTIONS = (ModelConfig, GRPOScriptArguments, GRPOConfig)
 
 @dataclass
 class Progress(lifecycle.Progress):
-    updates: int = 0  # optimizer steps taken on the rollout batch at hand; 0: the next step samples
-    rollout_metrics: dict[str, float] = field(default_factory=dict)  # of the rollout batch at hand
+    updates: int = 0  # optimizer steps taken on the current rollout batch; 0: the next step samples
+    rollout_metrics: dict[str, float] = field(default_factory=dict)  # of the current rollout batch
     effective_groups: float = 0.0  # over all rollout batches
-    steps_unscored: int = 0  # rollout batches in a row in which nothing could be scored
-    steps_skipped: int = 0  # without a completion to train on: no weight was changed
-    entropy_coef: float = 0.0  # with use_adaptive_entropy, and
-    applied_entropy_coef: float = 0.0  # in the next step
+    steps_unscored: int = 0  # consecutive rollout batches in which nothing could be scored
+    steps_skipped: int = 0  # steps without a completion to train on, which changed no weight
+    entropy_coef: float = 0.0  # the current value, with use_adaptive_entropy
+    applied_entropy_coef: float = 0.0  # the value that the next step applies
 
 
 @disk_errors()
 def main(argv: list[str] | None = None) -> None:
-    """Train as `argv` says (default: the command line); exit code 2 for bad input, before weights are loaded."""
+    """Train with the options in `argv` (default: the command line). Bad input exits with code 2 before weights are
+    loaded."""
     start_logging()
     with distributed.usage_errors():
         run = prepare(*parse(OPTIONS, sys.argv[1:] if argv is None else argv))
@@ -104,10 +105,10 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
     progress, phases = training.progress, training.phases
     policy = training.load_policy()
     reference: Callable[..., Any] | None = None
-    following: Policy | None = None  # the reference, where it follows the policy
+    following: Policy | None = None  # the reference model, if sync_ref_model updates it
     if run.only_evaluates:
         pass  # without a reference model
-    elif config.sync_ref_model:  # frozen only after it was sharded: with float32 masters, which take small changes
+    elif config.sync_ref_model:  # frozen after sharding, to have float32 masters, which can take small changes
         reference = following = freeze(training.shard(load_policy(run.local_model, to_shard=True)))
     elif config.beta > 0:
         reference = (
@@ -117,7 +118,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         )
     progress.entropy_coef, quadratic = config.entropy_coef, attention_share(run.model_info)
     trained = training.resume(policy, following)
-    rollouts: list[Sample] = []  # the groups of the rollout batch that this rank has sampled
+    rollouts: list[Sample] = []  # the groups of the current rollout batch that this rank sampled
     if run.checkpoint is not None and progress.updates:
         rollouts = read_rollouts(run.checkpoint, progress.step)
     engine = start_engine(run)
@@ -128,7 +129,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
     training.start()
 
     def sync() -> None:
-        """The engine's weights := the policy's, version = steps behind them, checked by a probe."""
+        """Copy the policy's weights to the engine, with the number of steps as version, and check them by a probe."""
         if engine is None or engine.version == progress.step:
             return
         with phases("sync"):
@@ -148,10 +149,10 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
 
     def evaluate() -> dict[str, float]:
         sync()
-        with phases("eval", watchdog_s=0):  # no limit: it may take longer than any step
+        with phases("eval", watchdog_s=0):  # without a timeout: an evaluation may take longer than any step
             return evaluate_policy(engine, run, pool, trainer_state())
 
-    mini_batches: list[MiniBatch] = []  # of the rollouts; made anew for each rollout, and after a resume within one
+    mini_batches: list[MiniBatch] = []  # of `rollouts`; made for each rollout batch, and on resuming within one
 
     def save() -> None:
         if progress.updates:
@@ -168,10 +169,10 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         first_use = progress.updates == 0
         rounds = Rounds(run.prompts_per_rollout, config)
         if first_use and engine is not None:
-            # 1 sync: weights into the engine, and the proof that they arrived
+            # 1 sync: copy the weights to the engine, and verify that they arrived
             sync()
             # 2 sample and score: this rank's share of a round's prompts; a group is scored while others are sampled.
-            #   One round, or with dynamic_sampling as many as it takes
+            #   There is one round, or with dynamic_sampling as many as needed.
             order_seed = config.seed if config.shuffle_dataset else None
             while rounds.go_on:
                 first = progress.samples + rounds.sampled
@@ -190,7 +191,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             if len(rounds.used) < rounds.prompts and rank == 0:
                 tqdm.write(f"step {step}: {len(rounds.used)} of {rounds.sampled} groups have rewards that differ")
             if not rounds.used and training.saved_at != progress.step:
-                save()  # the run ends below
+                save()  # because rounds.rollouts() below stops the run
         elif first_use:
             rounds.add(read_rollouts(Path(config.rollouts_from or ""), step))
         if first_use:
@@ -207,12 +208,12 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
             if config.save_rollouts is not None:
                 write_rollouts(Path(config.save_rollouts), step, rollouts)
         if first_use or not mini_batches:
-            # 4 pack: without padding, for each of the optimizer steps on these rollouts, shared out among the ranks
+            # 4 pack: without padding, balanced over the ranks, for each optimizer step on these rollouts
             with phases("pack"):
                 mini_batches = []
                 for samples in deal(rollouts, config.num_generations, run.mini_batches):
                     mini_batches.append(make_mini_batch(samples, config, device, quadratic))
-            # 5 denominators: over all ranks, before the first backward; ranks with fewer micro-batches idle along
+            # 5 denominators: over all ranks, before the first backward; ranks with fewer micro-batches get idle ones
             for mini_batch in mini_batches:
                 packed = mini_batch.micro_batches
                 without_pass = sum(len(s.completion_ids) for s in mini_batch.skipped), len(mini_batch.skipped)
@@ -221,7 +222,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
                 packed += [idle_micro_batch(device, scored=not first_use) for _ in range(missing)]
         mini_batch = mini_batches[progress.updates % len(mini_batches)]
         trains = mini_batch.counts.trained_tokens > 0
-        # 6 update; where no rank has anything to train on there is no gradient, and nothing is stepped
+        # 6 update: if no rank has anything to train on, there is no gradient, and no weight changes
         if engine is not None and config.vllm_enable_sleep_mode:
             engine.sleep()  # the next sync wakes it
         with phases("train"):
@@ -249,7 +250,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
         if not trains:
             progress.steps_skipped += 1
             if rank == 0:
-                tqdm.write(f"step {step}: no completion gives a gradient: no weight is changed")
+                tqdm.write(f"step {step}: no completion gives a gradient, so no weight is changed")
         if config.use_adaptive_entropy and trains:
             progress.entropy_coef, progress.applied_entropy_coef = adapted_entropy_coef(
                 progress.entropy_coef, metrics.get("entropy_kept", metrics["entropy"]), config
@@ -270,8 +271,8 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
     training.end(policy, save, evaluate)
     if training.complete and rank == 0 and progress.effective_groups == 0:
         print(
-            "no group of this run had a gradient: the rewards of each were all equal, so nothing was learnt from them. "
-            "`python -m grpo_core.audit` with the same options says why."
+            "warning: no group of this run had a gradient, because rewards were equal within every group, so the model "
+            "learnt nothing from them: run `python -m grpo_core.audit` with the same options to find out why."
         )
 
 

@@ -1,4 +1,4 @@
-"""GRPO from Python, in TRL's names.
+"""GRPO from Python, under TRL's names.
 
     def reward_len(completions, **kwargs):
         return [-abs(20 - len(c)) for c in completions]
@@ -6,12 +6,12 @@
     trainer = GRPOTrainer(model="org/name", reward_funcs=reward_len, train_dataset=rows)
     trainer.train()
 
-See `sft_core/trainer.py`. Prompts are trained on as they are: a text is raw text, a list of messages goes through the
-chat template, and no system prompt is added (args.system_prompt is that of the benchmarks). A reward function is called
-with one completion at a time in a worker process, with a whole group where it has the attribute `batch = True`, and in
-this process without a time limit where it has `in_process = True` (`grpo_core/scoring.py`).
+The base class is in `sft_core/trainer.py`. Prompts are used unchanged: text is not put into the chat template, a list
+of messages is, and no system prompt is added (args.system_prompt applies only to benchmarks). A reward function is
+called with one completion at a time in a worker process. With the attribute `batch = True` it is called with a whole
+group, and with `in_process = True` it runs in this process without a timeout (`grpo_core/scoring.py`).
 
-Left out on purpose: reward models, tools, environments, rollout functions of one's own.
+Not supported, on purpose: reward models, tools, environments, custom rollout functions.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,10 +42,11 @@ class GRPOTrainer(Trainer):
         processing_class: Any = None,
         **more: Any,
     ) -> None:
-        """`reward_funcs`: a function, the name of one of `grpo_core.rewards`, or a list of these; else as the base's.
+        """`reward_funcs`: a function, the name of one of `grpo_core.rewards`, or a list of these. The other arguments
+        are those of the base class.
 
         Raises:
-            ValueError: what is handed over cannot be trained so.
+            ValueError: the arguments cannot be used for training.
         """
         self.reward_funcs = reward_funcs
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, **more)
@@ -53,7 +54,7 @@ class GRPOTrainer(Trainer):
     def _check(self) -> None:
         given = self.reward_funcs
         several = isinstance(given, Sequence) and not isinstance(given, str)
-        require(given not in (None, [], ()), "reward_funcs is missing: give a function, or several.")
+        require(given not in (None, [], ()), "reward_funcs is missing: pass a function, or several.")
         self.reward_funcs = [self._function(function) for function in (given if several else [given])]
         check_names(self.reward_funcs)
         super()._check()

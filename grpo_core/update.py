@@ -1,8 +1,8 @@
-"""The gradient of one optimizer step: reference -> score and loss -> metrics -> backward, a micro-batch at a time.
+"""The gradient of one optimizer step: reference -> score and loss -> metrics -> backward, one micro-batch at a time.
 
-The mathematics is in `loss.py`; packing before it, and clipping and the step after it, are the loop's (`train.py`).
-Every rank has as many micro-batches and makes the same passes. Nothing here waits for the device, but for a threshold
-over the step's entropies.
+The formulas are in `loss.py`. The loop (`train.py`) does the packing before this step, and clipping and the optimizer
+step after it. All ranks have the same number of micro-batches and make the same passes. Nothing here waits for the
+device, except for the threshold over the step's entropies.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,11 +35,11 @@ def update(
     first_use: bool,
     entropy_coef: float | None = None,
 ) -> dict[str, Tensor]:
-    """Add the step's gradient to the policy; returns this rank's share of the step's metrics, by name.
+    """Add the step's gradient to the policy. Returns this rank's share of the step's metrics, by name.
 
-    Old and reference log-probs are taken at the first update on a rollout batch and kept for the later ones. With one
-    update the old log-probs are the very ones that are trained, so every ratio is 1 and no extra pass is made.
-    `entropy_coef` takes the place of the option where it adapts.
+    Old and reference log-probs are computed in the first update on a rollout batch and kept for the later ones. In the
+    first update the log-probs being trained are the old ones, so every ratio is 1 and no extra pass is needed.
+    `entropy_coef` replaces the option's value if it is adaptive.
     """
     objective = config.objective()
     if entropy_coef is not None:
@@ -52,7 +52,7 @@ def update(
     for batch in micro_batches:
         tokens = batch.tokens(counts, config.old_logps)
         loss, logps, entropies = score(policy, batch, tokens, objective, config.temperature)
-        # The loss is over all tokens of the step; metrics are means over those that get a pass.
+        # The loss is over all tokens of the step. Metrics are means over the tokens that get a forward pass.
         seen = replace(tokens, num_tokens=counts.trained_tokens, num_sequences=counts.trained_sequences)
         metrics = loss_metrics(logps, seen, objective)
         metrics["loss"] = loss.detach()
@@ -75,8 +75,8 @@ def update(
 def score_ahead(
     policy: Policy, reference: Reference | None, micro_batches: Sequence[MicroBatch], temperature: float
 ) -> dict[str, Tensor]:
-    """Old and reference log-probs of those micro-batches that are trained after a step on others of their rollout
-    batch; returns this rank's share of the mismatch, as `update` does of the others."""
+    """Compute old and reference log-probs of the micro-batches that later optimizer steps on this rollout batch train.
+    Returns this rank's share of their mismatch metrics, as `update` does for the first step's."""
     if reference is not None:
         score_with_reference(reference, micro_batches, temperature)
     parts = []
@@ -88,7 +88,7 @@ def score_ahead(
 
 @torch.no_grad()
 def score_with_reference(reference: Reference, micro_batches: Sequence[MicroBatch], temperature: float) -> None:
-    """The reference model's log-probs of those micro-batches that have none yet."""
+    """Compute the reference model's log-probs of the micro-batches that have none yet."""
     for batch in micro_batches:
         if batch.ref_logps is None:
             batch.ref_logps, *_ = reference(batch.sequences, temperature)
@@ -100,7 +100,7 @@ def score_with_reference(reference: Reference, micro_batches: Sequence[MicroBatc
 def keep_high_entropies(
     policy: Policy, micro_batches: Sequence[MicroBatch], objective: Objective, temperature: float
 ) -> None:
-    """Mark the tokens that are kept, by a threshold over the entropies of the whole step: a pass over all of it."""
+    """Mark the tokens to keep, by a threshold over all entropies of the step, which take an extra forward pass."""
     own = [policy(batch.sequences, temperature)[1] for batch in micro_batches]
     parts: list[Tensor] = [torch.empty(0)] * dist.get_world_size()
     dist.all_gather_object(parts, torch.cat(own).cpu())
@@ -114,9 +114,9 @@ def keep_high_entropies(
 def score(
     policy: Policy, batch: MicroBatch, tokens: TokenBatch, objective: Objective, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:  # [], [N], [N]
-    """This micro-batch's share of the step's loss, with gradient; log-probs and entropies of its tokens."""
+    """This micro-batch's share of the step's loss, with gradient, and the log-probs and entropies of its tokens."""
     losses, bonus = token_loss(tokens, objective), objective.entropy_coef != 0
-    if objective.by_token:  # the head takes the loss with it, in one sweep
+    if objective.by_token:  # the head computes loss and gradient in one sweep
         active = batch.active if objective.by_advantage else None
         loss, logps, entropies, _ = policy(batch.sequences, temperature, losses, active=active, entropy_gradient=bonus)
         return loss, logps, entropies
@@ -125,8 +125,8 @@ def score(
 
 
 def adapted_entropy_coef(coef: float, entropy: float, config: GRPOConfig) -> tuple[float, float]:
-    """`coef` after a step in which the tokens kept had this mean entropy, and what of it applies in the next one:
-    nothing while the entropy is above its target."""
+    """The new `coef` after a step whose kept tokens had this mean entropy, and the one to apply in the next step: 0
+    while the entropy is above its target."""
     if entropy > config.entropy_target:
         return max(coef - config.entropy_coef_delta, config.entropy_coef_min), 0.0
     coef = min(coef + config.entropy_coef_delta, config.entropy_coef_max)

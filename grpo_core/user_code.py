@@ -1,4 +1,4 @@
-"""Functions of the user's own, named `module:function` on the command line."""
+"""Imports custom functions, which are named `module:function` on the command line."""
 
 import importlib
 from collections.abc import Callable
@@ -6,13 +6,13 @@ from typing import Any
 
 
 def import_function(path: str, what: str) -> Callable[..., Any]:
-    """The function at `module:function`; `what` it is for, in the sentence of the ValueError."""
+    """The function named `module:function`. `what` names its purpose in the message of a ValueError."""
     module, _, attribute = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # of a user's module anything
+    except Exception as error:  # custom code may raise anything
         raise ValueError(f"cannot import the {what} {path!r} (it must be module:function): {error!r}") from error
     if isinstance(function, type) or not callable(function):
         kind = type(function).__name__
-        raise ValueError(f"the {what} {path!r} is a {kind}, not a function (of a class, name an instance)")
+        raise ValueError(f"the {what} {path!r} is a {kind}, not a function (name an instance of a class)")
     return function

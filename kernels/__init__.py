@@ -1,1 +1,1 @@
-"""What the device runs: log-probs straight from hidden states, packed attention, and reference implementations."""
+"""Device code: log-probs computed from hidden states, packed attention, and their reference implementations."""

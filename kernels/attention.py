@@ -1,23 +1,23 @@
-"""Causal attention over packed rows: sequences end to end in one row, none seeing another, no padding in the model.
+"""Causal attention over packed rows: a row holds several sequences without padding, and none attends to another.
 
-On CUDA in half precision it is `torch.nn.attention.varlen.varlen_attn` (flash attention by cumulative lengths; its
-backward is not bit-repeatable but under torch.use_deterministic_algorithms).
-Elsewhere sequences of like length are gathered into right-padded batches for `scaled_dot_product_attention`: padding
-at the right needs no mask under causal attention, for no real token looks right. Both take grouped queries and
-sliding windows, both differentiate, and both are one node of a graph that torch.compile makes, whatever the lengths.
+On CUDA in half precision it uses `torch.nn.attention.varlen.varlen_attn` (flash attention with cumulative lengths; its
+backward is bit-repeatable only under torch.use_deterministic_algorithms).
+Elsewhere sequences of similar length are gathered into right-padded batches for `scaled_dot_product_attention`. Padding
+on the right needs no mask under causal attention, because no real token attends to its right. Both support grouped
+queries and sliding windows, both are differentiable, and both are one node in a graph of torch.compile for any lengths.
 The reference implementation is `kernels.reference.packed_attention`.
 
-A sequence may share its beginning with an earlier one (completions of one prompt): those tokens stand in the row once.
-The queries of its own tokens then see the keys and values of the shared ones, which are gathered for it, and autograd
-sums the gradients that they get. A window reaches into the shared tokens as into any others.
+A sequence may share its first tokens with an earlier one (completions of one prompt). The row then contains them once.
+The queries of the sequence's own tokens attend to gathered copies of the shared keys and values, and autograd sums the
+gradients of the copies. A sliding window treats shared tokens like all others.
 
-Left out on purpose: dropout, key-value caches, anything bidirectional.
+Not supported, on purpose: dropout, key-value caches, anything bidirectional.
 
     register()                                     # once, before the model is built
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="packed")
     layout = packed_layout([5, 3, 9], device)      # once per micro-batch
     model(input_ids=ids[None], position_ids=layout.position_ids[None], use_cache=False, packed=layout)
-    layout = packed_layout([7, 9, 6], device, shared=[0, 4, 4])  # all begin with the same 4 tokens; 14 are in the row
+    layout = packed_layout([7, 9, 6], device, shared=[0, 4, 4])  # all begin with the same 4 tokens; the row has 14
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ import torch.nn.functional as F
 from torch import Tensor, library
 from torch.nn.attention.varlen import varlen_attn
 
-# Grouped queries, for which torch 2.11 has no flag.
+# The flag for grouped queries, which torch 2.11 does not have.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-SHORTEST_IN_BATCH = 0.75  # of the batch's longest: bounds the padded work, costs one call per factor of 4/3 in length
+SHORTEST_IN_BATCH = 0.75  # of the batch's longest: bounds the padding, at one call per factor of 4/3 in length
 
 
 @dataclass(eq=False)
 class PackedLayout:
-    """Where each sequence of a packed row lies, made once per micro-batch and read by every layer."""
+    """The places of the sequences in a packed row, computed once per micro-batch and used by every layer."""
 
-    cu_seqlens: Tensor  # [S + 1] int32: sequence s, whole, is the tokens cu_seqlens[s] : cu_seqlens[s + 1]
-    cu_queries: Tensor  # [S + 1] int32: the same of its own tokens, as they lie in the row
+    cu_seqlens: Tensor  # [S + 1] int32: cumulative lengths of whole sequences, shared tokens included
+    cu_queries: Tensor  # [S + 1] int32: cumulative lengths without shared tokens, as the sequences are in the row
     max_seqlen: int
     position_ids: Tensor  # [T] int64, from 0 in each sequence
     lengths: tuple[int, ...]  # of whole sequences
-    prefixes: tuple[range, ...]  # the tokens of each that lie in the row before its own ones
-    places: Tensor  # [sum of lengths] int64: where the tokens of whole sequences lie in the row
-    shares: bool  # else the same
+    prefixes: tuple[range, ...]  # row indices of the shared tokens of each sequence
+    places: Tensor  # [sum of lengths] int64: row indices of the tokens of whole sequences
+    shares: bool  # whether any sequence shares tokens
 
     @cached_property
     def batches(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Right-padded batches of sequences of like length, for devices and dtypes without varlen attention.
+        """Right-padded batches of sequences of similar length, for devices and dtypes without varlen attention.
 
-        Queries [B, L] and keys [B, P + L] int64 of each are packed tokens, P being the length of the prefix that all of
-        them share; the second tensor, [T] int64, is each packed token's place in the flattened, concatenated queries.
-        Made when first asked for, once for all layers.
+        A batch has row indices of queries [B, L] and of keys [B, P + L], both int64. P is the length of the prefix that
+        all its sequences share. The second result, [T] int64, is the index of each token of the row in the flattened,
+        concatenated queries. Computed on first access, once for all layers.
         """
         device = self.position_ids.device
         own = [length - len(prefix) for length, prefix in zip(self.lengths, self.prefixes, strict=True)]
@@ -70,7 +70,7 @@ class PackedLayout:
         for members in _by_length(own, self.prefixes):
             column = torch.arange(int(sizes[members].max()))
             real = column < sizes[members, None]  # [B, L]
-            # A pad repeats a token of its own sequence: finite values, and nothing of another document.
+            # Padding repeats a token of the same sequence: its values are finite, and from no other document.
             tokens = starts[members, None] + column * real
             unbatch[tokens[real]] = offset + real.flatten().nonzero()[:, 0]
             offset += tokens.numel()
@@ -84,8 +84,8 @@ def packed_layout(
 ) -> PackedLayout:
     """The layout of sequences of the given lengths (all positive), in the order in which they are packed.
 
-    The first `shared[i]` tokens of sequence i are those of the last sequence before it that shares none (0), and lie in
-    the row only there. At least one token of each is its own.
+    The first `shared[i]` tokens of sequence i are those of the nearest earlier sequence that shares none (0), and the
+    row contains them only there. Each sequence has at least one token of its own.
     """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"a packed row needs sequences of at least one token, got lengths {list(lengths)}")
@@ -112,8 +112,8 @@ def packed_layout(
 
 
 def _by_length(lengths: Sequence[int], prefixes: Sequence[range]) -> list[list[int]]:
-    """Sequence numbers in groups of one prefix and like length, each group's shortest at least SHORTEST_IN_BATCH of its
-    longest."""
+    """Indices of sequences in groups of the same prefix and similar length: a group's shortest has at least
+    SHORTEST_IN_BATCH of the length of its longest."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (prefixes[i].start, len(prefixes[i]), -lengths[i])):
         first = groups[-1][0] if groups else -1
@@ -139,12 +139,12 @@ def packed_attention(
     position_ids: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:  # [1, T, H, Dv]
-    """Attention in the form transformers' `AttentionInterface` calls, `packed` having come through the model's kwargs.
+    """Attention with the signature of transformers' `AttentionInterface`; `packed` comes through the model's kwargs.
 
-    With a window of W a token sees itself and the W - 1 before it, as in transformers. Raises ValueError for what the
-    kernels cannot do: no layout, dropout, a batch of rows, a mask, anything but causal attention, and whatever else a
-    model asks for that would be dropped here (Gemma 2's `softcap`, gpt-oss's sinks `s_aux`). `position_ids` are the
-    layout's.
+    With a window of W a token attends to itself and the W - 1 tokens before it, as in transformers. `position_ids` are
+    the layout's and are ignored. Raises ValueError for what the kernels do not support: no layout, dropout, a batch of
+    rows, a mask, attention that is not causal, and any other argument of a model that would be dropped here (Gemma 2's
+    `softcap`, gpt-oss's sinks `s_aux`).
     """
     if packed is None:
         raise ValueError("attn_implementation='packed' needs packed=packed_layout(lengths, device) in the forward call")
@@ -158,7 +158,7 @@ def packed_attention(
             f"mask {None if attention_mask is None else tuple(attention_mask.shape)}"
         )
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise ValueError("packed attention is causal, and this model's is not")
+        raise ValueError("packed attention is causal: use another attn_implementation for this model, which is not")
     for name, setting in kwargs.items():
         if setting is not None and setting is not False:
             raise ValueError(f"packed attention has no {name}: use another attn_implementation for this model")
@@ -179,12 +179,12 @@ def flash_takes(dtype: torch.dtype, head_dim: int) -> bool:
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedLayout, scaling: float | None, window: int | None
 ) -> Tensor:  # [T, H, D], [T, Hkv, D], [T, Hkv, D] -> [T, H, D]
-    if packed.shares:  # through float32, in which the backward sums over the sequences that share a token
+    if packed.shares:  # through float32, so that the backward sums the gradients of a shared token in float32
         key, value = (x.float().index_select(0, packed.places).to(x.dtype) for x in (key, value))
     if not GROUPED:
         key, value = _repeat(query, key, value)
-    left = -1 if window is None else window - 1  # it counts the tokens to the left, not the token itself
-    # Where queries are fewer than keys, flash attention aligns both at their ends.
+    left = -1 if window is None else window - 1  # the number of tokens to the left, without the token itself
+    # If there are fewer queries than keys, flash attention aligns both at their ends.
     cu_queries, cu_keys, longest = packed.cu_queries, packed.cu_seqlens, packed.max_seqlen
     return varlen_attn(
         query, key, value, cu_queries, cu_keys, longest, longest, scale=scaling, window_size=(left, 0), **GROUPED
@@ -192,7 +192,7 @@ def _varlen(
 
 
 def _repeat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Key and value heads as many as query heads; [T, heads, D]."""
+    """Repeat key and value heads to the number of query heads. All are [T, heads, D]."""
     groups = query.shape[1] // key.shape[1]
     return (key, value) if groups == 1 else (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
 
@@ -200,7 +200,7 @@ def _repeat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 def _padded(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedLayout, scaling: float | None, window: int | None
 ) -> Tensor:  # [T, H, D], [T, Hkv, D], [T, Hkv, Dv] -> [T, H, Dv]
-    if query.is_cuda:  # with grouped queries its kernels of linear memory would not be taken
+    if query.is_cuda:  # with grouped queries SDPA would not choose its kernels with linear memory
         key, value = _repeat(query, key, value)
     batches, unbatch = packed.batches
     outputs = []
@@ -212,7 +212,7 @@ def _padded(
         mask, prefix = None, seen.shape[1] - tokens.shape[1]
         if prefix or window is not None and window < tokens.shape[1]:
             position = torch.arange(seen.shape[1], device=query.device)
-            behind = position[prefix:, None] - position[None, :]  # is_causal=True would align them at the top left
+            behind = position[prefix:, None] - position[None, :]  # is_causal=True would align both at their starts
             mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
@@ -221,8 +221,8 @@ def _padded(
     return torch.cat(outputs).index_select(0, unbatch)
 
 
-# `_padded` for torch.compile, which would make a graph of its own for each number of batches. Its backward computes the
-# forward again.
+# `_padded` as a custom op for torch.compile, which would otherwise compile a graph per number of batches. Its backward
+# computes the forward again.
 
 
 LAYOUT = "Tensor cu_queries, Tensor cu_seqlens, float? scaling, int? window"
@@ -250,7 +250,7 @@ def _layout_of(cu_queries: Tensor, cu_seqlens: Tensor) -> PackedLayout:
     return _layout(tuple(cu_queries.diff().tolist()), tuple(cu_seqlens.diff().tolist()), cu_seqlens.device)
 
 
-@lru_cache(maxsize=2)  # all layers ask for the same
+@lru_cache(maxsize=2)  # all layers have the same layout
 def _layout(own: tuple[int, ...], lengths: tuple[int, ...], device: torch.device) -> PackedLayout:
     return packed_layout(lengths, device, [length - n for length, n in zip(lengths, own, strict=True)])
 
@@ -270,10 +270,10 @@ _opaque.register_autograd(_differentiate, setup_context=_keep)
 
 
 def register() -> None:
-    """Make `attn_implementation="packed"` known to transformers. Calling it again changes nothing.
+    """Register `attn_implementation="packed"` with transformers. Calling it again changes nothing.
 
-    No mask function goes with it, on purpose: transformers then hands the attention no mask at all, and spares itself
-    the search of position_ids for packed sequences, which would wait for the device in every forward.
+    No mask function is registered, on purpose: transformers then passes no mask, and does not search position_ids for
+    packed sequences, which would wait for the device in every forward.
     """
     from transformers import AttentionInterface
 

@@ -1,21 +1,24 @@
-"""The head's loss, forward and backward, beside its peers in one run: time, TFLOP/s, memory, error against float64.
+"""Compares the head's loss, forward and backward, with its peers: time, TFLOP/s, memory, error against float64.
 
     python -m kernels.bench [--shape 0.5b 1.5b 7b] [--tokens 8192 65536] [--rounds 20] [--only NAME ...]
-                            [--chunk_elements N]         # another size of the head's chunks, in logits
+                            [--chunk_elements N]         # size of the head's chunks, in logits
 
-Everybody computes GRPO's clipped loss of the same tokens and its gradient by hidden states and weight, bf16 on a GPU.
-The states are mixed with the rows of their targets, so that the softmax is peaked as a trained model's is: on plain
-noise a peer that skips small gradients would skip them all. Rounds take a candidate and the bare products in turn, with
-the L2 cache cleared in between, for at most two seconds each; shown is the median, and its share of the products' in
-the same rounds. TFLOP/s counts three products, 6 T D V, whoever makes more. `peak` is what is allocated beyond the
-inputs at the worst moment, both gradients included; `workspace` is that less dX [T, D] in the states' dtype and less dW
-[V, D] in float32, also of a peer that keeps dW in half precision (its may be negative). Errors, against float64, are of
-the first 512 rows: the largest of a log-prob, the relative (Frobenius) of the gradients. `repeats`: loss and gradients
-are the same bits in a second run. Of all --tokens but the first only our memory is taken. A line is shown when it is
-measured. A candidate that fails is a note in its line, and the exit code is then 1; out of memory or not installed is a
-note alone:
+Every candidate computes GRPO's clipped loss of the same tokens and its gradients by hidden states and weight, in bf16
+on a GPU. The hidden states contain the weight rows of their targets, so that the softmax is as peaked as a trained
+model's: on pure noise, a peer that skips small gradients would skip them all.
 
-    pip install liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0      (in an environment of their own)
+A round runs the candidate and the bare GEMMs in turn, with the L2 cache cleared in between, for at most two seconds
+each. The table shows the candidate's median time and its ratio to that of the GEMMs. TFLOP/s counts three GEMMs,
+6 T D V, even if a candidate makes more. `peak` is the most memory allocated beyond the inputs, both gradients included.
+`workspace` is `peak` minus dX [T, D] in the states' dtype and dW [V, D] in float32; it may be negative for a peer whose
+dW is in half precision. Errors are those of the first 512 rows against float64: the largest error of a log-prob, and
+the relative (Frobenius) errors of the gradients. `repeats`: a second run gives the same bits of loss and gradients. For
+all --tokens but the first, only the memory of our loss is measured.
+
+Each line is printed once it is measured. A candidate that fails gets a note in its line, and the exit code is 1. If it
+runs out of memory or is not installed, it gets only the note:
+
+    pip install liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0      (in a separate environment)
 """
 
 import argparse
@@ -43,18 +46,18 @@ PEERS = ("liger_kernel", "cut_cross_entropy", "trl")
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl")
 ERROR_ROWS, PATIENCE = 512, 2000.0  # ms
 
-show = partial(print, flush=True)  # a bench that is cut off has shown what it had measured
+show = partial(print, flush=True)  # a bench that is killed has printed its results so far
 
 
 def machine(*packages: str) -> str:
-    """The card, and the versions of those packages that are there."""
+    """The GPU's name, and the versions of those packages that are installed."""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    found = {name: list(importlib.metadata.distributions(name=name)) for name in packages}  # the first counts
+    found = {name: list(importlib.metadata.distributions(name=name)) for name in packages}  # the first is imported
     return ", ".join([card, *(f"{name} {versions[0].version}" for name, versions in found.items() if versions)])
 
 
 def failure(error: Exception) -> str:
-    """What the table shows in place of figures; "failed" is the start of what should not have been (exit code 1)."""
+    """The note in place of a candidate's metrics. It begins with "failed" for an error that sets exit code 1."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of memory"
     if isinstance(error, ModuleNotFoundError) and error.name in PEERS:
@@ -66,10 +69,10 @@ def failure(error: Exception) -> str:
 
 @dataclass
 class Measured:
-    """Of one candidate at one shape; NaN: there is none."""
+    """The results of one candidate at one shape; NaN: not measured."""
 
     ms: float = math.nan
-    floor: float = math.nan  # ms of the bare products in the same rounds
+    floor: float = math.nan  # ms of the bare GEMMs in the same rounds
     peak: float = math.nan  # GiB
     workspace: float = math.nan  # GiB
     errors: tuple[float, float, float] = (math.nan,) * 3  # of log-probs, dX, dW
@@ -105,7 +108,7 @@ def milliseconds(run: Callable, case: Case, cache: Tensor | None) -> float:
 
 
 def in_turn(runs: Sequence[Callable], case: Case, cache: Tensor | None, rounds: int) -> list[float]:
-    """The median of each in ms."""
+    """The median time of each in ms. They run alternately."""
     taken: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for run, times in zip(runs, taken, strict=True):
@@ -115,7 +118,7 @@ def in_turn(runs: Sequence[Callable], case: Case, cache: Tensor | None, rounds: 
 
 
 def extra_memory(run: Callable, case: Case) -> tuple[float, float]:
-    """GiB at the peak, and what of it is neither dX nor a float32 dW."""
+    """GiB at the peak, and the part of it that is neither dX nor a float32 dW."""
     case.hidden.grad = case.weight.grad = None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -126,14 +129,15 @@ def extra_memory(run: Callable, case: Case) -> tuple[float, float]:
 
 
 def exactly(part: Case) -> Case:
-    """The same in float64, with log-probs in `seen`, and gradients."""
+    """The first rows in float64, with their gradients, and with their log-probs in `seen`."""
     exact = part.first(ERROR_ROWS, torch.float64)
     exact.loss(reference.linear_logprob(exact.hidden, exact.weight, exact.targets)[0]).sum().backward()
     return exact
 
 
 def errors(run: Callable, part: Case, exact: Case) -> tuple[float, float, float]:
-    """Largest of a log-prob (NaN where the candidate shows none), relative of dX and dW; infinite for a NaN found."""
+    """The largest error of a log-prob (NaN if the candidate does not expose them) and the relative errors of dX and dW;
+    infinite if a result is NaN."""
     if run(part) is None:
         return (math.nan,) * 3
     pairs = ((part.hidden.grad, exact.hidden.grad), (part.weight.grad, exact.weight.grad))
@@ -145,7 +149,7 @@ def errors(run: Callable, part: Case, exact: Case) -> tuple[float, float, float]
 
 
 def repeats(run: Callable, case: Case) -> bool | None:
-    """Whether two runs end in the same bits."""
+    """Whether two runs give the same bits."""
     results = []
     for _ in range(2):
         if (loss := run(case)) is None:
@@ -155,9 +159,9 @@ def repeats(run: Callable, case: Case) -> bool | None:
 
 
 def bench(shape: str, options: argparse.Namespace, device: torch.device) -> dict[str, Measured]:
-    """Show the shape's table line by line; returns its figures."""
+    """Print the table of a shape line by line. Returns its results."""
     (hidden, vocab), tokens = SHAPES[shape], options.tokens[0]
-    columns = ("ms", "TFLOP/s", "x products", "GiB peak", "workspace", "log-prob", "dX", "dW", "repeats")
+    columns = ("ms", "TFLOP/s", "x GEMMs", "GiB peak", "workspace", "log-prob", "dX", "dW", "repeats")
     show("\n" + tables.head(f"{shape}: T={tokens}, D={hidden}, V={vocab}", *columns))
     case = make_case(hidden, vocab, tokens, device)
     part = case.first(ERROR_ROWS)
@@ -192,7 +196,7 @@ def bench(shape: str, options: argparse.Namespace, device: torch.device) -> dict
 
 @contextmanager
 def tuned(device: torch.device, **constants: int) -> Iterator[None]:
-    """Other constants of `kernels.linear_logprob` (for this kind of device) and `kernels.rows_triton` meanwhile."""
+    """Replace constants of `kernels.linear_logprob` (for this device type) and `kernels.rows_triton` temporarily."""
     with ExitStack() as stack:
         for name, value in constants.items():
             if by_device := getattr(head, name, None):
@@ -205,8 +209,8 @@ def tuned(device: torch.device, **constants: int) -> Iterator[None]:
 def main(
     argv: list[str] | None = None, finished: Callable[[str, dict[str, Measured], float], None] | None = None
 ) -> None:
-    """`finished` is called with what was measured at a shape, and how many GiB more of our workspace the most tokens
-    take."""
+    """`finished` is called for each shape with its results, and with the growth of our workspace, in GiB, from the
+    first to the last --tokens."""
     parser = argparse.ArgumentParser(prog="kernels.bench", description=__doc__.split("\n")[0])
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")

@@ -1,6 +1,6 @@
-"""What `kernels/bench.py` measures: one GRPO loss of the same tokens, computed by us and by everybody else.
+"""The candidates of `kernels/bench.py`: one GRPO loss of the same tokens, implemented here and by other libraries.
 
-A candidate takes a `Case` and returns its loss [], to be differentiated by hidden states and weight.
+A candidate takes a `Case` and returns its loss [], differentiable in hidden states and weight.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from kernels.linear_loss import linear_loss
 
 SEQUENCE = 256  # tokens that share an advantage
 LOW, HIGH = 0.2, 0.28
-OURS, FLOOR, NAIVE = "linear_loss (here)", "bare products", "plain torch"
+OURS, FLOOR, NAIVE = "linear_loss (here)", "bare GEMMs", "plain torch"
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Case:
     targets: Tensor  # [T]
     old_logps: Tensor  # [T]
     advantages: Tensor  # [T], the same for a sequence's tokens
-    seen: list[Tensor] = field(default_factory=list)  # the log-probs that `loss` was given
+    seen: list[Tensor] = field(default_factory=list)  # the log-probs passed to `loss`
 
     def first(self, rows: int, dtype: torch.dtype | None = None) -> "Case":
         dtype = dtype or self.hidden.dtype
@@ -32,7 +32,7 @@ class Case:
         return Case(hidden, weight, self.targets[:rows], self.old_logps[:rows], self.advantages[:rows])
 
     def loss(self, logps: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Clipped, weighted by 1 / T. [C] -> [C]"""
+        """The clipped loss per token, weighted by 1 / T. [C] -> [C]"""
         self.seen.append(logps.detach())
         ratio, advantages = (logps - self.old_logps[rows]).exp(), self.advantages[rows]
         clipped = torch.minimum(ratio * advantages, ratio.clamp(1 - LOW, 1 + HIGH) * advantages)
@@ -57,7 +57,7 @@ def make_case(hidden: int, vocab: int, tokens: int, device: torch.device) -> Cas
 
 
 def products(case: Case) -> None:
-    """The three products alone, on one gradient of the logits [C, V] that is there already: the floor."""
+    """The three GEMMs alone, with a given gradient of the logits [C, V]: the lower bound of the time."""
     chunk = min(4096, len(case.targets))
     hidden, weight = case.hidden.detach(), case.weight.detach()
     gradient = torch.empty(chunk, weight.shape[0], dtype=weight.dtype, device=weight.device).normal_()
@@ -114,7 +114,7 @@ def cut_cross_entropy() -> Callable[[Case], Tensor]:
 
 
 def trl_chunked() -> Callable[[Case], Tensor]:
-    """As the GRPOTrainer of 1.16 calls it, the entropies for its log included."""
+    """As the GRPOTrainer of TRL 1.16 calls it, including the entropies that it logs."""
     from trl.kernels import ChunkedLogProbFunction
 
     how = (1.0, 32768, None, 1.0, ("log_probs", "entropy"))
@@ -123,7 +123,7 @@ def trl_chunked() -> Callable[[Case], Tensor]:
     ).sum()
 
 
-CANDIDATES: dict[str, Callable] = {  # what makes each
+CANDIDATES: dict[str, Callable] = {  # name -> function that makes the candidate
     FLOOR: lambda: products,
     OURS: lambda: one_sweep,
     "linear_logprob (here)": lambda: log_probs,

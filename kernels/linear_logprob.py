@@ -1,17 +1,17 @@
-"""Log-prob and entropy of given tokens (and the best token's log-prob), straight from hidden states and head weight.
+"""Log-prob and entropy of given tokens, and the likeliest token's log-prob, from hidden states and head weight.
 
-The logits [N, V] never exist: rows are taken in chunks, and the backward computes a chunk's logits again, so the extra
-memory is a buffer for a chunk's logits, one for their gradient and a [V, D] accumulator, whatever N is. Logits are
-float32 (float64 for float64 input) for every caller: bfloat16 logits move log-probs by 0.02 on average, which a ratio
-of policies feels. On CUDA bfloat16 operands keep their tensor cores (`torch.mm(..., out_dtype=torch.float32)`).
+The logits [N, V] never exist in full: rows are computed in chunks, and the backward computes a chunk's logits again.
+For any N, the extra memory is a buffer for a chunk's logits, one for their gradient and a [V, D] accumulator. Logits
+are float32 (float64 for float64 input) for every caller: bfloat16 logits change log-probs by 0.02 on average, which
+distorts ratios of policies. On CUDA bfloat16 operands use tensor cores (`torch.mm(..., out_dtype=torch.float32)`).
 
-Any gradient of both outputs can come back, at four matrix products in all. Where the loss is a sum over tokens,
-`kernels.linear_loss` takes three. The reference implementation is `kernels.reference.linear_logprob`.
+The backward takes any gradients of log-probs and entropies. Forward and backward make four GEMMs. If the loss is a sum
+over tokens, `kernels.linear_loss` makes three. The reference implementation is `kernels.reference.linear_logprob`.
 
-Left out on purpose: vocabulary sharding, biases, soft-capping.
+Not supported, on purpose: vocabulary sharding, biases, soft-capping.
 
-Under FSDP2 call it inside the forward of the module that owns `weight`: there the parameter is whole, its storage is
-gathered again before the backward, and the gradient is returned to autograd, which adds a tied embedding's own.
+Under FSDP2 call it inside the forward of the module that owns `weight`. There the parameter is unsharded, its storage
+is gathered again before the backward, and autograd receives the gradient and adds that of a tied embedding.
 
     logps, entropies, best_logps = linear_logprob(hidden, head.weight, token_ids, temperature=0.9)
 """
@@ -29,9 +29,9 @@ from torch.distributed.tensor import DTensor
 
 from kernels.rows import Stats, logits_gradient, softmax_stats
 
-# Chunks whose gradients of the logits are kept, in the compute dtype, for one pair of matrix products; elements of a
-# chunk of float32 logits [C, V]. On a GPU both buffers together take at most 1.5 GiB in bfloat16: a pair reads and
-# writes the whole float32 gradient of the weight, so few long ones are wanted; for logits 512 rows ought to be enough.
+# The number of chunks whose logits' gradients are kept, in the compute dtype, for one pair of GEMMs, and the number of
+# float32 logits [C, V] in a chunk. On a GPU both buffers together take at most 1.5 GiB in bfloat16. A pair of GEMMs
+# reads and writes the whole float32 gradient of the weight, so a few long pairs are best. 512 rows suffice for logits.
 CHUNKS_IN_BLOCK = {"cpu": 1, "cuda": 8}
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 3 * 2**29 // (4 + 2 * CHUNKS_IN_BLOCK["cuda"])}
 TILE = 128
@@ -47,13 +47,13 @@ def linear_logprob(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # logps [N], entropies [N], best_logps [N]
-    """log p(target), entropy -sum p log p (nats) and max log p of softmax(hidden @ weight.T / temperature), row by row.
+    """log p(target), entropy -sum p log p (nats) and max log p of softmax(hidden @ weight.T / temperature), per row.
 
-    All are float32 (float64 for float64 `hidden`). The first two are differentiable in `hidden` and `weight`; gradients
-    come back in those tensors' own dtypes, that of `weight` accumulated in float32 over the chunks. A target is the
-    likeliest token where logps >= best_logps, exactly. `chunk_size` is in rows and changes memory and speed only.
+    All are float32 (float64 for float64 `hidden`). The first two are differentiable in `hidden` and `weight`. Gradients
+    have the dtypes of these tensors; that of `weight` is accumulated in float32 over the chunks. A target is the
+    likeliest token if and only if logps >= best_logps. `chunk_size` is in rows and changes only memory and speed.
 
-    Raises ValueError for shapes that do not fit, a temperature that is not positive, a sharded `weight`.
+    Raises ValueError for shapes that do not fit, a temperature that is not positive, or a sharded `weight`.
     """
     chunk_size = check(hidden, weight, targets, temperature, chunk_size)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
@@ -63,7 +63,7 @@ def linear_logprob(
 
 
 def check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int | None) -> int:
-    """Rows in a chunk; ValueError for what cannot be computed."""
+    """The number of rows per chunk. Raises ValueError for arguments that cannot be computed."""
     if isinstance(weight, DTensor):
         raise ValueError("weight is a sharded DTensor: call this inside the FSDP module's forward")
     if hidden.ndim != 2 or weight.ndim != 2 or targets.shape != hidden.shape[:1] or hidden.shape[1] != weight.shape[1]:
@@ -79,7 +79,7 @@ def check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, c
 
 
 def chunk_rows(vocab: int, device: str) -> int:
-    """Rows of a chunk by default; on a GPU whole tiles of matrix products."""
+    """The default number of rows per chunk; on a GPU a multiple of a GEMM's tile."""
     rows = CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]) // vocab
     return max(1, rows - rows % TILE if device == "cuda" and rows > TILE else rows)
 
@@ -121,17 +121,17 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 class HeadSweep:
-    """The head's logits, a chunk of rows at a time, and their gradient, a block of chunks at a time, in buffers that
-    are used again; what comes of them: statistics of each row, and the gradients of hidden states and weight.
+    """Computes the head's logits one chunk of rows at a time, and their gradient one block of chunks at a time, in
+    buffers that are reused. The results are statistics per row, and the gradients of hidden states and weight.
 
     A block is computed in one of two orders:
 
-        immediate   chunk by chunk: statistics, then the gradient of the logits
-        deferred    both at once, the gradient less a factor a row; the factors join the block's GEMMs. The logits are
-                    read once less. Not where entropies have gradients, which are no factor a row.
+        immediate   for each chunk, first its statistics, then the gradient of its logits
+        deferred    for each chunk both at once, except for one factor per row of the gradient, which is applied in the
+                    block's GEMMs. This saves one read of the logits. It is impossible if entropies have gradients.
 
-    `row_gradients` is the caller's: from statistics, the rows that they are of and whether these learn, it gives the
-    gradients of the caller's loss by log-prob and by entropy (None where there is none).
+    The caller provides `row_gradients`. It gets statistics, the rows that they belong to and whether these rows need a
+    gradient, and returns the gradients of the caller's loss by log-prob and by entropy (None: no such gradient).
 
         chunk of `hidden`  --GEMM-->  `buffer`, the logits [C, V]  --row pass-->  `out`, their gradient [block, V]
         `out` of a block   --GEMM-->  `grad_hidden`[rows]  and, added up over the blocks,  `grad_weight`
@@ -144,23 +144,23 @@ class HeadSweep:
         targets: Tensor,  # [N]
         temperature: float,
         chunk_size: int,
-        needed: tuple[bool, bool] = (False, False),  # the gradients of hidden states and weight
+        needed: tuple[bool, bool] = (False, False),  # whether to compute the gradients of hidden states and weight
     ) -> None:
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         half = hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
-        # What the GEMMs take: half precision only where the product can come out in float32.
+        # The dtype of the GEMMs' operands: half precision only where their result can be float32.
         self.operand = hidden.dtype if half else self.dtype
         self.hidden, self.targets, self.temperature, self.chunk_size = hidden, targets, temperature, chunk_size
         self.head = weight.detach().to(self.operand)  # [V, D]
         size, self.device = hidden.shape[0], hidden.device
         self.block = chunk_size * CHUNKS_IN_BLOCK.get(self.device.type, 1)
-        # Rows begin where GEMMs can read 16 bytes at once, whatever the vocabulary.
+        # Rows are aligned so that GEMMs can read 16 bytes at once, for any size of the vocabulary.
         vocab = weight.shape[0]
         wide = -(-vocab // 64) * 64 if hidden.is_cuda else vocab
         empty = partial(torch.empty, device=self.device)
         self.buffer = empty(min(chunk_size, size), wide, dtype=self.dtype)[:, :vocab]
         self.out: Tensor | None = None
-        if any(needed) or not hidden.is_cuda:  # scratch memory too on a CPU
+        if any(needed) or not hidden.is_cuda:  # on a CPU also used as scratch memory
             self.out = empty(min(self.block, size), wide, dtype=self.operand)[:, :vocab]
         self.logps, self.entropies, self.best_logps = (empty(size, dtype=self.dtype) for _ in range(3))
         self.grad_hidden = torch.zeros_like(hidden) if needed[0] else None
@@ -168,7 +168,7 @@ class HeadSweep:
         self.empty = True  # grad_weight is not written yet
 
     def immediate(self, rows: Rows, learns: bool, row_gradients: RowGradients) -> None:
-        """A block of at most `self.block` rows; `row_gradients` is called with each chunk of it."""
+        """Compute a block of at most `self.block` rows. `row_gradients` is called with each of its chunks."""
         states, targets = self.hidden[rows].to(self.operand), self.targets[rows]  # [B, D], [B]
         stats = Stats.empty(len(targets), self.buffer)
         with torch.autocast(self.device.type, enabled=False):
@@ -183,7 +183,7 @@ class HeadSweep:
         self.keep(rows, stats)
 
     def deferred(self, rows: Rows, learns: bool, row_gradients: RowGradients) -> None:
-        """The same; `row_gradients` is called once, with the block."""
+        """Compute a block of at most `self.block` rows. `row_gradients` is called once, with the whole block."""
         states, targets = self.hidden[rows].to(self.operand), self.targets[rows]  # [B, D], [B]
         stats = Stats.empty(len(targets), self.buffer)
         with torch.autocast(self.device.type, enabled=False):
@@ -200,7 +200,7 @@ class HeadSweep:
         self.logps[rows], self.entropies[rows], self.best_logps[rows] = stats.logps, stats.entropies, stats.best_logps
 
     def logits(self, states: Tensor, part: slice) -> tuple[Tensor, Tensor | None]:
-        """states @ head.T [C, V], and where in the block their gradient goes."""
+        """states @ head.T [C, V], and the part of the block's buffer for their gradient."""
         logits = self.buffer[: len(states)]
         if states.dtype == logits.dtype:
             torch.mm(states, self.head.T, out=logits)
@@ -209,7 +209,8 @@ class HeadSweep:
         return logits, None if self.out is None else self.out[part][: len(states)]
 
     def products(self, rows: Rows, states: Tensor, factors: Tensor | None = None) -> None:
-        """From the block's gradient, each row times its factor: that of hidden[rows], and its part of the weight's."""
+        """Multiply the rows of the block's gradient by their factors, then compute the gradient of hidden[rows] and add
+        to that of the weight."""
         assert self.out is not None
         gradient = self.out[: len(states)]  # [B, V]
         if self.grad_hidden is not None:
@@ -230,7 +231,7 @@ class HeadSweep:
         self.empty = False
 
     def take_gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of hidden states, and of the weight in float32; the buffers are let go."""
+        """The gradients of hidden states, and of the weight in float32. Frees the buffers."""
         if self.grad_weight is not None and self.empty:
             self.grad_weight.zero_()
         del self.buffer, self.out

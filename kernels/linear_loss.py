@@ -1,13 +1,13 @@
-"""A loss that is a sum over tokens, straight from hidden states and head weight, in one sweep: three GEMMs.
+"""A loss that is a sum over tokens, computed from hidden states and head weight in one sweep of three GEMMs.
 
 `kernels.linear_logprob.HeadSweep` computes the logits, each row's log-prob and entropy, and the gradient of the logits
-in the compute dtype. Between them autograd differentiates the caller's loss by log-probs and entropies, one value a
-row, so that the objective stays one formula in plain torch: on a GPU in the deferred order, if it can be.
-`kernels.linear_logprob`, which does not know the loss, has to compute the logits again. The result's backward only
-scales what is there. Rows that are not `active` (a zero advantage) are taken last, and cost their logits alone.
+in the compute dtype. In between, autograd differentiates the caller's loss by log-probs and entropies, which are one
+value per row, so that the objective stays a formula in plain torch. On a GPU the deferred order is used if possible.
+`kernels.linear_logprob` does not know the loss and has to compute the logits again. The backward here only scales the
+gradients, which are already computed. Rows that are not `active` (advantage 0) come last, and cost only their logits.
 
-Left out on purpose: losses in which a token's gradient depends on another token (sequence-level ratios): they take
-`linear_logprob`. The reference implementation is `kernels.reference.linear_loss`.
+Not supported, on purpose: losses in which a token's gradient depends on another token (sequence-level ratios), which
+use `linear_logprob`. The reference implementation is `kernels.reference.linear_loss`.
 
     loss, logps, entropies, best_logps = linear_loss(hidden, head.weight, ids, lambda logps, _, rows: -logps / count)
 """
@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from kernels.linear_logprob import HeadSweep, Rows, check, row_slices
 from kernels.rows import Stats
 
-# (log-probs [R], entropies [R], which rows: an index into [N]) -> losses [R], weights and all
+# (log-probs [R], entropies [R], rows: an index into [N]) -> weighted losses [R]
 TokenLoss = Callable[[Tensor, Tensor, Rows], Tensor]
 
 
@@ -38,13 +38,13 @@ def linear_loss(
     active: Tensor | None = None,  # [N] bool, on the CPU
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss [], logps [N], entropies [N], best_logps [N]
-    """The sum of `token_loss` over all rows, differentiable in `hidden` and `weight`; the rest as `linear_logprob` has
-    it, without gradient.
+    """The sum of `token_loss` over all rows, differentiable in `hidden` and `weight`, and the results of
+    `linear_logprob` without gradient.
 
-    `token_loss` must treat each row alone, and close over nothing that needs a gradient; where it depends on the
-    entropies, `entropy_gradient` must say so. Rows that are not `active` add to the loss and get no gradient. The loss
-    is float32 (float64 for float64 input); accumulation, chunks and errors are those of `linear_logprob`. ValueError
-    too for a loss that depends on entropies unannounced.
+    `token_loss` must compute each row independently, and must not use other tensors that need a gradient. If it depends
+    on the entropies, set `entropy_gradient`, else ValueError is raised. Rows that are not `active` add to the loss and
+    get no gradient. The loss is float32 (float64 for float64 input). Accumulation, chunks and other errors are those of
+    `linear_logprob`.
     """
     chunk_size = check(hidden, weight, targets, temperature, chunk_size)
     # The gradients by hidden states and weight are computed here; the backward pass only scales them.
@@ -74,7 +74,7 @@ def linear_loss(
 
 
 class _KnownGradients(torch.autograd.Function):
-    """A loss [] whose gradients by hidden states and weight are there already."""
+    """A loss [] whose gradients by hidden states and weight are already computed."""
 
     @staticmethod
     def forward(ctx, hidden, weight, loss, gradients):
@@ -86,7 +86,7 @@ class _KnownGradients(torch.autograd.Function):
     def backward(ctx, grad_loss):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("linear_loss can be differentiated once: its gradients are given away")
+            raise RuntimeError("linear_loss can be differentiated once, as backward frees its gradients: call it again")
         scaled = [
             None if gradient is None else _times(gradient, grad_loss, dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
@@ -95,12 +95,12 @@ class _KnownGradients(torch.autograd.Function):
 
 
 def can_be_deferred(sweep: HeadSweep) -> bool:
-    """On a GPU, where it saves a read of the logits in four; not in float16, which the gradient may overflow."""
+    """On a GPU, where it saves one of four reads of the logits, but not in float16, which the gradient may overflow."""
     return sweep.device.type == "cuda" and sweep.operand != torch.float16
 
 
 def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor in `dtype`, in one pass; the gradient is spent."""
+    """gradient * factor in `dtype`, in one pass. It may overwrite the gradient."""
     out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient, factor, out=out)
 
@@ -112,7 +112,7 @@ def _blocks(hidden: Tensor, active: Tensor | None, size: int, needs_gradient: bo
     active = active.cpu()
     order = torch.cat([active.nonzero(), (~active).nonzero()])[:, 0]
     if hidden.is_cuda:
-        order = order.pin_memory()  # or the copy may wait for the device
+        order = order.pin_memory()  # otherwise the copy may wait for the device
     order, count = order.to(hidden.device, non_blocking=True), int(active.sum())
     learning, others = order[:count].split(size), order[count:].split(size)
     blocks = [(rows, True) for rows in learning] + [(rows, False) for rows in others]

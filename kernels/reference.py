@@ -1,7 +1,7 @@
-"""Reference implementations, in plain torch, of everything in `kernels`: short, slow, holding [N, V] or [T, T].
+"""Reference implementations of everything in `kernels`, in plain torch: short, slow, with full [N, V] or [T, T].
 
-The tests compare every fast path with these; run them in float64 to have a reference beyond rounding.
-Left out on purpose: chunking, custom gradients, packing tricks. Autograd differentiates all of it.
+The tests compare every fast path with these functions. Run them in float64 for a reference with negligible rounding.
+Left out, on purpose: chunking, custom gradients, packing optimisations. Autograd computes all gradients.
 
     hidden, weight = torch.randn(5, 8).double(), torch.randn(11, 8).double()
     logps, entropies, best_logps = linear_logprob(hidden, weight, torch.tensor([0, 3, 3, 10, 7]), temperature=0.7)
@@ -42,7 +42,7 @@ def linear_loss(
     *,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [], [N], [N], [N]
-    """The sum of token_loss(logps, entropies, rows) over all rows, and what `linear_logprob` gives."""
+    """The sum of token_loss(logps, entropies, rows) over all rows, and the results of `linear_logprob`."""
     logps, entropies, best_logps = linear_logprob(hidden, weight, targets, temperature=temperature)
     return token_loss(logps, entropies, slice(None)).sum(), logps.detach(), entropies.detach(), best_logps
 
@@ -51,7 +51,7 @@ def packed_attention(
     query: Tensor,  # [1, H, T, D]
     key: Tensor,  # [1, Hkv, T, D]
     value: Tensor,  # [1, Hkv, T, D]
-    lengths: Sequence[int],  # sum, less that of `shared` = T
+    lengths: Sequence[int],  # sum(lengths) - sum(shared) = T
     shared: Sequence[int] | None = None,
     *,
     scaling: float,
@@ -59,8 +59,8 @@ def packed_attention(
 ) -> Tensor:  # [1, T, H, D]
     """Causal softmax attention inside each packed sequence, by one [T, T] mask.
 
-    With a window of W a token sees itself and the W - 1 before it. Query head h reads key head h // (H // Hkv).
-    The first `shared[i]` tokens of sequence i are those of the last one before it that shares none, and stand there.
+    With a window of W a token attends to itself and the W - 1 before it. Query head h uses key head h // (H // Hkv).
+    The first `shared[i]` tokens of sequence i are those of the nearest earlier one that shares none, stored only there.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -1,17 +1,17 @@
 """The row pass over a chunk of logits: statistics of softmax(logits / temperature), and the gradient of the logits.
 
-    stats = softmax_stats(logits, targets, temperature, scratch)             log-prob, entropy, best log-prob a row
+    stats = softmax_stats(logits, targets, temperature, scratch)             log-prob, entropy, best log-prob per row
     logits_gradient(logits, stats, targets, temperature, (g, g_H), out)      gradient of any function of the first two
 
-With p the softmax and H its entropy, dlogp/dz = 1_target - p and dH/dz = -p (log p + H), z = logits / temperature. All
-sums are float32 (float64 for float64 logits), of differences to one logit of the row: logsumexp - sum(p z) would cancel
-where logits are large, and the target's p - 1 is formed before it is rounded.
+With z = logits / temperature, p = softmax(z) and its entropy H: dlogp/dz = 1_target - p and dH/dz = -p (log p + H). All
+sums are float32 (float64 for float64 logits), over differences to one logit of the row, because logsumexp - sum(p z)
+would cancel if logits are large. The target's p - 1 is computed before it is rounded.
 
-A function of the log-probs alone needs one look at the logits: softmax_stats writes `unscaled`, the gradient less a
-factor a row, as it sums; -g / temperature * stats.scales is the factor, once g is known.
+A function of only the log-probs needs one read of the logits. While softmax_stats sums, it also writes `unscaled`, the
+gradient without one factor per row. The factor is -g / temperature * stats.scales, once g is known.
 
-On CUDA it is a Triton kernel for each of the two (`kernels/rows_triton.py`); in plain torch, here, it takes a pass an
-operation, and the logits hold log p in between.
+On CUDA each of the two functions is a Triton kernel (`kernels/rows_triton.py`). The plain torch version in this file
+makes one pass per operation, and stores log p in the buffer of the logits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 @dataclass
 class Stats:
-    """What rows say. `scales` belong to the unscaled gradient; `normalisers` are the kernels' own."""
+    """Statistics of C rows. `scales` belong to the unscaled gradient; only the Triton kernels use `normalisers`."""
 
     logps: Tensor  # [C] of the targets
     entropies: Tensor  # [C] nats
@@ -46,12 +46,12 @@ def softmax_stats(
     temperature: float,
     scratch: Tensor | None = None,  # [C, V]
     *,
-    unscaled: Tensor | None = None,  # [C, V], written: the gradient less a factor a row
-    into: Stats | None = None,  # of C rows, written
+    unscaled: Tensor | None = None,  # [C, V], output: the gradient without one factor per row
+    into: Stats | None = None,  # output, of C rows
 ) -> Stats:
-    """Statistics of the rows. The logits are spent: only `logits_gradient` may read them now.
+    """Statistics of the rows. May overwrite the logits: only `logits_gradient` can use them afterwards.
 
-    `scratch` spares the plain path an allocation: a CPU pays for fresh pages more than for the sums.
+    `scratch` saves the plain torch version an allocation: on a CPU new memory pages cost more than the sums.
     """
     stats = Stats.empty(len(logits), logits) if into is None else into
     if _fused(logits):
@@ -63,7 +63,7 @@ def softmax_stats(
     log_probs.sub_(log_probs.amax(-1, keepdim=True))
     probs = torch.exp(log_probs, out=scratch)
     log_total = probs.sum(-1, keepdim=True).log_()
-    torch.neg(log_total[:, 0], out=stats.best_logps)  # the largest was 0 before
+    torch.neg(log_total[:, 0], out=stats.best_logps)  # the largest shifted logit is 0
     log_probs.sub_(log_total)
     torch.exp(log_probs, out=probs)
     stats.logps.copy_(log_probs.gather(-1, targets[:, None])[:, 0])
@@ -81,9 +81,9 @@ def logits_gradient(
     targets: Tensor,  # [C]
     temperature: float,
     gradients: tuple[Tensor, Tensor | None],  # by log-probs [C], by entropies [C]
-    out: Tensor,  # [C, V], written
+    out: Tensor,  # [C, V], output
 ) -> None:
-    """The gradient of the logits of a function with these gradients of log-probs and entropies; spends the logits."""
+    """Compute the gradient by the logits from these gradients by log-probs and entropies. May overwrite the logits."""
     if _fused(logits):
         from kernels.rows_triton import logits_gradient as fused
 

@@ -1,7 +1,7 @@
-"""The row pass in Triton: one program a row, two kernels. `kernels/rows.py` says what they compute.
+"""The row pass as two Triton kernels, with one program per row. `kernels/rows.py` describes what they compute.
 
-Rows are taken by their 64-bit offset: rows x vocabulary passes 2^31 at 14,000 rows. Logits are float32, so are the
-sums, which are kept by lane and added up once a row.
+Row offsets are 64-bit, because rows x vocabulary exceeds 2^31 at 14,000 rows. Logits and sums are float32. Sums are
+kept per lane and added up once per row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from kernels.rows import Stats
 
-# Elements of a row at a time, and warps: 8 a thread, and few enough registers that all rows of a chunk run at once.
+# Elements of a row per iteration, and warps: 8 elements per thread, and registers for all rows of a chunk at once.
 BLOCK, WARPS = 2048, 8
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -24,9 +24,9 @@ FAR = tl.constexpr(32.0)  # in powers of two
 
 @triton.jit
 def _sweep(logits, unscaled, target, base, vocab, scale, block: tl.constexpr):
-    """The largest logit; s = sum w and t = sum d w of the others than the target, w = 2^d, d = (logit - base) scale.
+    """The largest logit, and sum w and sum d w over all tokens but the target: w = 2^d, d = (logit - base) * scale.
 
-    w is written to `unscaled`, 0 for the target.
+    Writes w to `unscaled`, and 0 for the target.
     """
     best = tl.full((block,), -float("inf"), tl.float32)
     total = tl.full((block,), 0.0, tl.float32)
@@ -35,7 +35,7 @@ def _sweep(logits, unscaled, target, base, vocab, scale, block: tl.constexpr):
     following = tl.load(logits + lanes, mask=lanes < vocab, other=-float("inf"))
     for start in range(0, vocab, block):
         columns = start + lanes
-        z = following  # the next block is on its way while this one is summed
+        z = following  # the next block is being loaded while this one is summed
         following = tl.load(logits + columns + block, mask=columns + block < vocab, other=-float("inf"))
         best = tl.maximum(best, z)
         distance = tl.where(columns == target, -float("inf"), (z - base) * scale)
@@ -63,7 +63,8 @@ def _stats_kernel(
     scale,
     block: tl.constexpr,
 ):
-    """One row, relative to the target's logit: read once, but for a target 2^-32 as likely as the likeliest token."""
+    """One row, relative to the target's logit. It is read once, or twice if the target is less than 2^-32 times as
+    likely as the likeliest token."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     if unscaled is not None:
@@ -74,7 +75,7 @@ def _stats_kernel(
     best, others, moment = _sweep(logits, unscaled, target, base, vocab, scale, block)
     if (best - at_target) * scale > FAR:
         base = best
-        tl.debug_barrier()  # what was written is written again, maybe by other threads
+        tl.debug_barrier()  # the same places are written again, maybe by other threads
         _, others, moment = _sweep(logits, unscaled, target, base, vocab, scale, block)
     distance = (at_target - base) * scale
     weight = tl.exp2(distance)
@@ -84,12 +85,12 @@ def _stats_kernel(
     logp = (distance - log_total) * LN2
     tl.store(logps + row, logp)
     tl.store(entropies + row, (log_total - moment / total) * LN2)
-    # Equal bits where the target is the likeliest: the difference is taken before anything is rounded.
+    # If the target is the likeliest token, best - at_target is exactly 0, and logp and best have the same bits.
     tl.store(bests + row, tl.where(base == at_target, logp + (best - at_target) * scale * LN2, -log_total * LN2))
     tl.store(scales + row, 1.0 / total)
     tl.store(normalisers + row, base * scale + log_total)
     if unscaled is not None:
-        tl.debug_barrier()  # after the 0 that stands there
+        tl.debug_barrier()  # so that this overwrites the 0 of _sweep
         tl.store(unscaled + target, (-others).to(unscaled.dtype.element_ty))  # p - 1 without cancellation
 
 
@@ -133,7 +134,7 @@ def _gradient_kernel(
 
 
 def softmax_stats(logits: Tensor, targets: Tensor, temperature: float, unscaled: Tensor | None, stats: Stats) -> None:
-    """Of float32 logits [C, V], written to `stats`."""
+    """Write the statistics of float32 logits [C, V] to `stats`."""
     rows, vocab = logits.shape
     if rows:
         _stats_kernel[(rows,)](
@@ -162,7 +163,7 @@ def logits_gradient(
     gradients: tuple[Tensor, Tensor | None],
     out: Tensor,
 ) -> None:
-    """The gradient [C, V], written to `out`."""
+    """Write the gradient [C, V] to `out`."""
     grad_logps, grad_entropies = gradients
     rows, vocab = logits.shape
     if rows:

@@ -1,4 +1,4 @@
-"""Tables in Markdown: all at once with aligned columns, or a line at a time as results come in."""
+"""Markdown tables, either whole with aligned columns, or one line at a time as results arrive."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,7 +8,7 @@ def line(*cells: object) -> str:
 
 
 def head(*names: str) -> str:
-    """The first two lines of a table that is shown a line at a time."""
+    """The first two lines of a table that is printed one line at a time."""
     return f"{line(*names)}\n|{'---|' * len(names)}"
 
 

@@ -15,7 +15,7 @@ from kernels import tables
 from kernels.bench import Measured
 from kernels.bench_peers import NAIVE, OURS
 
-OVER_PRODUCTS = {"0.5b": 1.45, "1.5b": 1.25, "7b": 1.15}  # time over bare products, at 8,192 tokens on an H100
+OVER_PRODUCTS = {"0.5b": 1.45, "1.5b": 1.25, "7b": 1.15}  # time over bare GEMMs, at 8,192 tokens on an H100
 FASTER = {"Liger GRPO": 12.0, "cut cross entropy, unfiltered": 2.5, NAIVE: 1.35}
 RATES = {  # (shape, checkpointing) -> TFLOP/s of the pass and of the whole step, 16,384 tokens on one H100
     ("0.5b", False): (400.0,),
@@ -39,7 +39,7 @@ def of_the_head(shape: str, found: dict[str, Measured], growth: float) -> list[s
     ours, naive = (found.get(name, Measured()) for name in (OURS, NAIVE))
     worst = max(mine / theirs for mine, theirs in zip(ours.errors[1:], naive.errors[1:], strict=True))
     rows = [
-        ("one sweep, time over three bare products", ours.ratio, OVER_PRODUCTS[shape]),
+        ("one sweep, time over three bare GEMMs", ours.ratio, OVER_PRODUCTS[shape]),
         ("GiB beyond dX and the float32 dW", ours.workspace, 1.5),
         ("GiB more of that at the most tokens", growth, 0.01),
         ("error of dX and dW over plain torch's", worst, 1.1),

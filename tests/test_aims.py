@@ -44,7 +44,7 @@ def test_the_aims_of_a_shape():
         "missed",
         "met",
     ]
-    assert lines[0] == "| met | 1.5b: one sweep, time over three bare products | 1.25 | <= 1.25 |"
+    assert lines[0] == "| met | 1.5b: one sweep, time over three bare GEMMs | 1.25 | <= 1.25 |"
     del full["Liger GRPO"]
     assert sum("not measured" in line for line in aims.of_the_head("1.5b", full, math.nan)) == 2
     assert all("not measured" in line for line in aims.of_the_head("7b", {}, math.nan))

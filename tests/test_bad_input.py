@@ -76,7 +76,7 @@ BEST = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strate
         (BEST, "metric_for_best_model loss is not a metric of the evaluation: give one of reward, reward_std"),
         (BEST | {"metric_for_best_model": "eval_rewards/digit/mean"}, "of reward, reward_std, frac_reward_zero_std"),
         ({"save_steps": 0}, "save_steps must be above 0"),
-        ({"engine": "vllm", "vllm_tensor_parallel_size": 3}, "does not divide 1 ranks"),
+        ({"engine": "vllm", "vllm_tensor_parallel_size": 3}, "must divide the number of ranks, 1"),
         ({"rollouts_from": "./no/rollouts"}, "no folder of rollouts at ./no/rollouts"),
         ({"rollouts_from": "tests", "dynamic_sampling": "true"}, "a replay of rollouts samples nothing"),
         ({"output_dir": ""}, "--output_dir is missing"),

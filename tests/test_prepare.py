@@ -124,7 +124,10 @@ def test_what_the_rewards_would_not_pay_is_left_out(script, tmp_path):
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"question": "What?", "answer": "No mark, 3"}, "ends in a line `#### N`; this one does not: 'No mark, 3'"),
+        (
+            {"question": "What?", "answer": "No mark, 3"},
+            "must end in a line `#### N`, but this one does not: 'No mark, 3'",
+        ),
         ({"text": "What?"}, "this one has text"),
         (None, "there is no data file at"),
     ],

@@ -1,12 +1,12 @@
-"""The task of `make quickstart`: arithmetic word problems made by a seeded program, and a small decoder to learn them.
+"""The task of `make quickstart`: generated arithmetic word problems with a fixed seed, and a small decoder to train.
 
-A problem is about two numbers from 10 to 99 that have to be added or subtracted, without carrying or borrowing. The
-demonstrations work the ones and then the tens, and are those of a careless student: one column in five is wrong, and so
-then is the answer. Imitation can at best become as careless; a reward for right answers can do better. That is the case
-reinforcement learning is for, and what makes it visible within minutes.
+A problem asks to add or subtract two numbers from 10 to 99, without carrying or borrowing. A demonstration works out
+the ones and then the tens. One column in five is wrong in it, which makes the answer wrong too. A model that imitates
+the demonstrations makes as many errors; a reward for correct answers can remove them. GRPO's effect is therefore
+visible within minutes.
 
-Splits share no sum: neither the same two numbers under the same operation, nor the same addition turned round.
-Left out on purpose: more steps, other operations, prose in the working. Run it:
+No problem of one split is in another, neither with the same numbers and operation nor as the same addition with its
+numbers swapped. Not supported, on purpose: more steps, other operations, prose in the working. Run it:
 
     python -m grpo_core.quickstart.task FOLDER     # FOLDER/model, demonstrations.jsonl, train.jsonl, heldout.jsonl
 """
@@ -64,7 +64,7 @@ def write_problem(rng: random.Random, operation: str, a: int, b: int) -> Problem
 
 
 def columns(problem: Problem) -> list[tuple[str, int]]:
-    """What to work out and the result, ones before tens: 47+32 is [("7+2", 9), ("4+3", 7)]."""
+    """The columns to work out with their results, ones before tens: 47+32 is [("7+2", 9), ("4+3", 7)]."""
     (a_tens, a_ones), (b_tens, b_ones) = divmod(problem.a, 10), divmod(problem.b, 10)
     sign = 1 if problem.operation == "+" else -1
     return [
@@ -74,7 +74,7 @@ def columns(problem: Problem) -> list[tuple[str, int]]:
 
 
 def write_demonstration(problem: Problem, rng: random.Random, slips: float) -> str:
-    """A working in which each column is wrong by one or two with probability `slips`, and the answer that follows."""
+    """A working in which each column is wrong by 1 or 2 with probability `slips`, and the answer that results."""
     lines, digits = [], []
     for task, result in columns(problem):
         if rng.random() < slips:
@@ -86,13 +86,13 @@ def write_demonstration(problem: Problem, rng: random.Random, slips: float) -> s
 
 
 def make_splits(seed: int, sizes: dict[str, int]) -> dict[str, list[Problem]]:
-    """Problems for every split of `sizes`, no key twice, additions and subtractions half and half on average."""
+    """Problems for every split of `sizes`, all different. On average half are additions and half subtractions."""
     rng = random.Random(seed)
     additions = [(a, b) for a in range(10, 90) for b in range(10, min(a, 99 - a) + 1) if a % 10 + b % 10 < 10]
     subtractions = [(a, b) for a in range(10, 100) for b in range(10, a) if a % 10 >= b % 10]
     keys = [("+", a, b) for a, b in additions] + [("-", a, b) for a, b in rng.sample(subtractions, len(additions))]
     if sum(sizes.values()) > len(keys):
-        raise ValueError(f"{sum(sizes.values())} problems asked for, {len(keys)} exist: ask for fewer")
+        raise ValueError(f"{sum(sizes.values())} problems are requested, but {len(keys)} exist: request fewer")
     rng.shuffle(keys)
     splits = {}
     for split, size in sizes.items():
@@ -132,7 +132,7 @@ def write_data(
 
 
 def make_tokenizer():
-    """Byte-level BPE in which every word of the task is one token and so is every digit; any text round-trips."""
+    """A byte-level BPE tokenizer with one token for each word of the task and for each digit. Any text round-trips."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -169,7 +169,7 @@ def make_tokenizer():
 
 
 def write_model(folder: str | Path, seed: int = 0) -> Path:
-    """Write a randomly initialised Llama of 2.5 million parameters, and its tokenizer, as a Hugging Face folder."""
+    """Write a randomly initialised Llama with 2.5 million parameters, and its tokenizer, as a Hugging Face folder."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -179,9 +179,9 @@ def write_model(folder: str | Path, seed: int = 0) -> Path:
         hidden_size=256,
         intermediate_size=704,
         num_hidden_layers=3,
-        num_attention_heads=8,  # heads of 32: the smallest that vLLM takes on the CPU
+        num_attention_heads=8,  # head size 32, the smallest that vLLM supports on the CPU
         num_key_value_heads=8,
-        initializer_range=0.06,  # 0.02 suits wider models; here it doubles the steps until the model copies numbers
+        initializer_range=0.06,  # 0.02 is for wider models; here it doubles the steps until the model copies numbers
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,

@@ -1,21 +1,22 @@
-"""Data of the warm start: maths problems whose demonstrations look exactly as GRPO's rewards want answers to look.
+"""Prepares the data of the warm start: maths problems with demonstrations in the format that GRPO's rewards require.
 
     python recipes/SmolLM2-135M-Instruct/prepare.py                       # GSM8K from the Hub, into data/think
     python recipes/SmolLM2-135M-Instruct/prepare.py --dataset_name gsm8k_train.jsonl problems.jsonl --output_dir D
     python recipes/SmolLM2-135M-Instruct/prepare.py --short --held_out 0.22 --dataset_name problems.jsonl --output_dir D
 
-A data set (Hub id or .jsonl) is either GSM8K, or like it: `question`, and `answer` with worked steps, then `#### N`; or
-`problem` and `answer`, a bare number. Written are
+A data set (Hub id or .jsonl) has GSM8K's columns (`question`, and `answer` with worked steps and a last line `#### N`),
+or `problem` and `answer`, a bare number. The script writes
 
     sft_train.jsonl, sft_heldout.jsonl      `messages`: GRPO's system prompt, the problem, <think> and <answer>
     grpo_train.jsonl, grpo_heldout.jsonl    all problems as `problem` and `solution`
 
-With --short there is no system prompt, and a demonstration is the working alone, which ends in \\boxed{answer}: cheap
-to sample on a CPU. A hash of a problem's text decides whether it is held out, so it stays there whatever else is in the
-data. Left out and counted are problems that occur again, and those whose answer cannot be parsed or whose demonstration
-the rewards (`accuracy`, without --short `format` too) would not pay in full. GSM8K's calculator marks (`<<48/2=24>>`)
-are removed. A bare number comes without working, and none is made up beyond the one operation on the problem's only two
-numbers that gives it; the other problems are left to GRPO alone, for an answer out of nowhere would teach guessing.
+With --short there is no system prompt, and a demonstration is the working only, which ends in \\boxed{answer}: cheap
+to sample on a CPU. A hash of a problem's text decides whether it is held out, so its split does not depend on the other
+data. A problem is left out and counted if it occurred before, if its answer cannot be parsed, or if the rewards
+(`accuracy`, without --short also `format`) do not give 1 to its demonstration. GSM8K's calculator marks (`<<48/2=24>>`)
+are removed. A bare number has no working. It gets one only if the problem has exactly two numbers and one operation on
+them gives the answer. All other such problems are used for GRPO only, because demonstrating an answer without working
+would teach guessing.
 """
 
 import argparse
@@ -35,27 +36,27 @@ from sft_core.run.options import require
 
 
 def read_problem(row: dict[str, Any]) -> tuple[str, str | None, str]:
-    """Problem, thought (None: no working is known) and answer of a row of either kind.
+    """Problem, thought (None: no working is known) and answer of a row of either format.
 
     Raises:
-        ValueError: it is of neither kind.
+        ValueError: the row has neither format.
     """
     if {"question", "answer"} <= row.keys():
         steps, mark, answer = str(row["answer"]).rpartition("####")
         if not mark:
             raise ValueError(
-                "an `answer` beside a `question` ends in a line `#### N`; this one does not: "
+                "an `answer` next to a `question` must end in a line `#### N`, but this one does not: "
                 f"{str(row['answer'])[-80:]!r}."
             )
         return row["question"].strip(), re.sub(r"<<.*?>>", "", steps).strip(), answer.strip().replace(",", "")
     if {"problem", "answer"} <= row.keys():
         problem, answer = str(row["problem"]).strip(), str(row["answer"]).strip()
         return problem, operation(problem, answer), answer
-    raise ValueError(f"a row has `question` and `answer`, or `problem` and `answer`; this one has {', '.join(row)}.")
+    raise ValueError(f"a row needs `question` and `answer`, or `problem` and `answer`; this one has {', '.join(row)}.")
 
 
 def operation(problem: str, answer: str) -> str | None:
-    """The one operation on the only two numbers of `problem` that gives `answer`, written out; else None.
+    """The operation on the only two numbers of `problem` that gives `answer`; None unless there is exactly one.
 
     >>> operation("Ben has 7 pens and finds 2.", "9")
     '7 + 2 = 9'
@@ -83,7 +84,7 @@ def is_paid(text: str, answer: str, short: bool) -> bool:
 
 
 def prepare(names: list[str], folder: Path, short: bool = False, held_out: float = 0.05) -> Counter[str]:
-    """Write the four files; returns how many rows went where. ValueError: the input, in one sentence."""
+    """Write the four files. Returns the number of rows in each. Raises ValueError for bad input, in one sentence."""
     files: dict[str, list[dict[str, Any]]] = {f"{a}_{b}": [] for a in ("sft", "grpo") for b in ("train", "heldout")}
     left_out, seen = 0, set[str]()
     for name in names:

@@ -66,7 +66,7 @@ def test_rewards_that_tell_nothing_apart_are_no_signal(tiny_model, problems, tmp
     code, output = run("grpo_core.audit", argv, tmp_path / "log")
     assert code == 1 and "NO SIGNAL" in output and "Traceback" not in output, output
     verdict = output.partition("NO SIGNAL")[2]
-    assert "no group of 6 has spread" in verdict and "take easier data" in verdict
+    assert "no group of 6 has rewards that differ" in verdict and "use easier data" in verdict
     assert re.search("repetition_penalty_reward gives -?0 to every completion", verdict)
 
 

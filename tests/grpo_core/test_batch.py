@@ -111,7 +111,7 @@ def test_the_largest_share_of_a_rollout():
         ({"generation_batch_size": 24}, "must be a multiple of num_generations 8 and of the 16 completions that an"),
         ({"per_device_train_batch_size": 2, "generation_batch_size": 12}, "takes: give 8, or"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "a multiple of gradient_accumulation_steps 4"),
-        ({"steps_per_generation": 2, "generation_batch_size": 16}, "say the same: give one"),
+        ({"steps_per_generation": 2, "generation_batch_size": 16}, "set the same thing: give only one"),
     ],
 )
 def test_prompts_and_optimizer_steps_of_a_rollout(options, expected):
@@ -127,5 +127,5 @@ def test_prompts_and_optimizer_steps_of_a_rollout(options, expected):
 def test_a_recording_of_another_version_is_refused(tmp_path):
     table = pa.table({"group": [0]}).replace_schema_metadata({"ranks": "1"})
     pq.write_table(table, tmp_path / "step-000001-rank-00000.parquet")
-    with pytest.raises(ValueError, match="step-000001-rank-00000.parquet is of another version: record it again"):
+    with pytest.raises(ValueError, match="step-000001-rank-00000.parquet has another format: record it again"):
         read_rollouts(tmp_path, 1)

@@ -106,7 +106,7 @@ def test_which_head_an_objective_takes(options, by_token):
         ({"sapo_temperature_pos": 0.0}, "sapo_temperature_pos must be above 0"),
         ({"sapo_temperature_neg": -1.0}, "sapo_temperature_neg"),
         ({"vespo_k_neg": -1.0}, "vespo_k_neg must be at least 0"),
-        ({"loss_type": "vespo", f"{RATIO}_mode": "sequence_mask"}, "takes .* token_mask, not sequence_mask"),
+        ({"loss_type": "vespo", f"{RATIO}_mode": "sequence_mask"}, "needs .* token_mask, not sequence_mask"),
         ({"vespo_lambda_pos": 0.0}, "vespo_lambda_pos must be at least 0.0001"),
     ],
 )
@@ -182,12 +182,12 @@ def test_a_function_of_ones_own_takes_the_place_of_the_policy_term(level):
         ("no_such_module:loss", "cannot import the loss_type 'no_such_module:loss'"),
         (f"{HERE}:nothing", "cannot import"),
         (f"{HERE}:HERE", "is a str, not a function"),
-        (f"{HERE}:of_three", r"cannot be called as \(logps, log_ratios, advantages, objective\)"),
-        (f"{HERE}:summed", r"must return \(3,\) losses, torch.float32, but returns torch.float32 \(\)"),
-        (f"{HERE}:in_double", "but returns torch.float64 .3,."),
-        (f"{HERE}:as_list", "but returns list"),
-        (f"{HERE}:constant", "do not depend on logps"),
-        (f"{HERE}:centred", "must give each token a loss of its own"),
+        (f"{HERE}:of_three", r"must accept \(logps, log_ratios, advantages, objective\)"),
+        (f"{HERE}:summed", r"must return losses \(3,\) of torch.float32, not torch.float32 \(\)"),
+        (f"{HERE}:in_double", "not torch.float64 .3,."),
+        (f"{HERE}:as_list", "not list"),
+        (f"{HERE}:constant", "must compute its losses from logps"),
+        (f"{HERE}:centred", "must compute each token's loss from that token alone"),
     ],
 )
 def test_a_function_that_cannot_be_used_is_refused_at_once(function, says):
@@ -219,14 +219,14 @@ def test_a_function_that_cannot_be_used_is_refused_at_once(function, says):
 )
 def test_an_option_without_effect_is_refused(options):
     name, value = next(iter(options.items()))
-    with pytest.raises(ValueError, match=f"^{name} {value} would have no effect: it needs .*; leave it out"):
+    with pytest.raises(ValueError, match=f"^{name} {value} would have no effect: it needs .* leave it out"):
         GRPOConfig("out", **options)
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"loss_type": "vespo", f"{RATIO}_mode": "sequence_mask"}, "loss_type vespo takes .* not sequence_mask"),
+        ({"loss_type": "vespo", f"{RATIO}_mode": "sequence_mask"}, "loss_type vespo needs .* not sequence_mask"),
         ({"use_adaptive_entropy": True, "entropy_coef": 2.0}, "must lie between entropy_coef_min"),
         ({"use_adaptive_entropy": True, "entropy_coef_min": 0.1}, "must lie between entropy_coef_min"),
         ({"loss_type": "sapo", "sapo_temperature_pos": 0.0}, "sapo_temperature_pos must be above 0"),

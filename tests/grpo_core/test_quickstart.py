@@ -99,7 +99,7 @@ def test_one_seed_one_task(tmp_path, data):
 
 
 def test_too_many_problems_is_a_clear_error(tmp_path):
-    with pytest.raises(ValueError, match="ask for fewer"):
+    with pytest.raises(ValueError, match="request fewer"):
         task.write_data(tmp_path, train=10**6)
 
 

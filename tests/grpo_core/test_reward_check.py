@@ -116,7 +116,7 @@ def accept(argv):
     [
         ("own:waits", None),
         ("own:yields", "yields must return a list of 1 rewards"),
-        ("own:no_such_column", "missing 1 required positional argument: 'difficulty'): mend it"),
+        ("own:no_such_column", "missing 1 required positional argument: 'difficulty'): fix it"),
         ("own:no_such_column", "prompt_texts, group_ids, solution"),
         ("own:no_argument", None),
         ("own:one_too_many", "one_too_many must return a list of 1 rewards"),
@@ -124,25 +124,25 @@ def accept(argv):
         ("own:text", "text must return finite numbers, or None where it does not apply, not '1.0'"),
         ("own:nan", "nan must return finite numbers, or None where it does not apply, not nan"),
         ("own:square", "square must return finite numbers"),
-        ("own:raises", "raises failed with ZeroDivisionError on a real row with the completion"),
-        ("own:exits", "exits failed with SystemExit on a real row"),
-        ("own:dies", "dies failed with crash on a real row"),
+        ("own:raises", "raises failed with ZeroDivisionError on a row of the data with the completion"),
+        ("own:exits", "exits failed with SystemExit on a row of the data"),
+        ("own:dies", "dies failed with crash on a row of the data"),
         (
             "own:slow",
-            "slow failed with timeout on a real row with the completion '10' (took too long): mend "
+            "slow failed with timeout on a row of the data with the completion '10' (took too long): fix "
             "it, or raise --reward_timeout",
         ),
-        ("own:Reward", "the reward 'own:Reward' is a type, not a function (of a class, name an instance)"),
+        ("own:Reward", "the reward 'own:Reward' is a type, not a function (name an instance of a class)"),
         ("own:not_callable", "the reward 'own:not_callable' is a int, not a function"),
-        ("own:locked", "Locked cannot be called where rewards run: it cannot be sent to a worker"),
-        ("own:relative", "relative gives several completions other values together than one at a time"),
+        ("own:locked", "Locked cannot be called in a worker process: it cannot be sent to a worker"),
+        ("own:relative", "relative gives completions different values together than one at a time"),
         ("own:whole_group", None),
         ("own:chance", None),
         ("own:logs", None),
         ("own:nameless", None),
         ("own:closure", None),
         ("own:undecorated", None),
-        ("here_only:reward", "reward cannot be called where rewards run"),
+        ("here_only:reward", "reward cannot be called in a worker process"),
         ("broken:reward", "cannot import the reward 'broken:reward' (it must be module:function): SyntaxError"),
         ("fails:reward", "cannot import the reward 'fails:reward' (it must be module:function): RuntimeError"),
         ("own:instance", None),
@@ -156,7 +156,7 @@ def test_a_dry_call_of_every_reward(own, tiny_model, problems, tmp_path, capsys,
     argv = options(tiny_model, problems, tmp_path / "out", reward_funcs=[reward, "format"], reward_timeout=1)
     if says is None:
         accept(argv)
-        assert ("logs is not given log_metric" in capsys.readouterr().out) == (reward == "own:logs")
+        assert ("logs does not receive log_metric" in capsys.readouterr().out) == (reward == "own:logs")
     else:
         assert says in refusal(grpo_core.train.main, argv, capsys)
 
@@ -184,8 +184,8 @@ BLOCK = 10 << 20  # characters that `datasets` reads before it settles the types
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        (["21", 3], "row 2 of the data: `solution` is 3 in a column of several types, which begins as str: write one"),
-        ([21, "x"], "row 2 of the data: `solution` is 'x' in a column of several types, which begins as number"),
+        (["21", 3], "row 2 of the data: `solution` is 3 in a column of several types (the first is str): write one"),
+        ([21, "x"], "row 2 of the data: `solution` is 'x' in a column of several types (the first is number)"),
         ([None, 21, None, 2.5, "21"], "row 5 of the data: `solution` is '21' in"),
         (["3", ["3", "4"]], "row 2 of the data: `solution` is ['3', '4'] in"),
         ([1, True], "row 2 of the data: `solution` is True in"),
@@ -240,7 +240,7 @@ def test_the_rows_of_a_mixture_keep_their_columns(own, tiny_model, tmp_path):
 
 def test_mixed_types_in_data_that_is_no_local_file_of_lines(own, tiny_model, tmp_path, capsys):
     """A folder, a list in .json, and a saved set, of which the written form is not known."""
-    said = "of the data: `solution` is 21 in a column of several types, which begins as number"
+    said = "of the data: `solution` is 21 in a column of several types (the first is number)"
     for values in (["21", 3], [21, "x"]):
         (folder := tmp_path / f"folder{values[1]}").mkdir()
         rows_file(folder, values)
@@ -287,7 +287,7 @@ def test_what_a_run_says_of_its_rewards(own, tiny_model, problems, tmp_path):
 
     argv = options(tiny_model, problems, tmp_path / "none", reward_funcs=["own:never", "own:sometimes"], seed=1)
     code, output = run(TRAIN, argv, tmp_path / "log2")
-    assert code == 1 and "no completion of the last three rollouts could be scored" in output
+    assert code == 1 and "no completion of the last three rollout batches could be scored" in output
     for step in (1, 2, 3):
         assert f"step {step}: 12 completions are unscored: sometimes failed with ValueError, ValueError: odd" in output
         assert f"step {step}: no completion has a reward: never gave None 12 times, sometimes failed with" in output

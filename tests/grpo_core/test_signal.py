@@ -112,7 +112,7 @@ def test_a_step_without_signal_changes_nothing(tiny_model, problems, tmp_path):
         code, output = run(TRAIN, name, tmp_path / "log")
         assert code == 0, output
     for step in (1, 2):
-        assert output.count(f"step {step}: no completion gives a gradient: no weight is changed") == 1, output
+        assert output.count(f"step {step}: no completion gives a gradient, so no weight is changed") == 1, output
     rows = metrics(tmp_path / "whole")
     assert [row["steps_skipped"] for row in rows] == [1, 2, 2]
     assert [row["grad_norm"] > 0 for row in rows] == ["entropy" in row for row in rows] == [False, False, True]

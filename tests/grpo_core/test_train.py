@@ -198,7 +198,7 @@ def test_stale_rollouts_are_refused(tiny_model, problems, tmp_path):
     second.write_bytes(first.read_bytes())
     replay = options(tiny_model, problems, tmp_path / "again", rollouts_from=tmp_path / "rollouts", max_steps=3)
     code, output = run(TRAIN, replay, tmp_path / "log2")
-    assert code == 1 and "policy version [0] sampled them, they are used at 1" in output
+    assert code == 1 and "rollouts of policy version [0] cannot train version 1" in output
     second.unlink()
     code, output = run(TRAIN, replay + flags(output_dir=tmp_path / "more"), tmp_path / "log3")
     assert code == 1 and "step-000002-rank-00000.parquet is not in" in output

@@ -88,7 +88,7 @@ def test_rewards_of_every_kind_inside_a_running_loop(tiny_model, tmp_path, capsy
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     raw = {tokenizer.decode(tokenizer(row["prompt"])["input_ids"]) for row in rows}
     assert {row["prompt"] for row in shown} <= raw
-    assert "text are not put into the chat template" in capsys.readouterr().out
+    assert "text prompts do not use the chat template" in capsys.readouterr().out
     evaluated = trainer.evaluate()
     assert evaluated["eval_samples"] == 8 and evaluated["eval_rewards/waits/mean"] == 0.5
     assert trainer.evaluate()["eval_reward"] == evaluated["eval_reward"]  # the same weights, seeds and prompts
@@ -165,10 +165,10 @@ def test_what_cannot_be_trained_is_said_when_the_trainer_is_made(tiny_model, tmp
 @pytest.mark.parametrize(
     ("gives", "says"),
     [
-        (lambda n: [1.0] * (n + 1), "reward must return a list of 1 rewards, it returned [1.0, 1.0]"),
+        (lambda n: [1.0] * (n + 1), "reward must return a list of 1 rewards, but it returned [1.0, 1.0]"),
         (lambda n: [float("nan")] * n, "reward must return finite numbers, or None where it does not apply, not nan"),
         (lambda n: ["1"] * n, "reward must return finite numbers, or None where it does not apply, not '1'"),
-        (lambda n: "1", "reward must return a list of 1 rewards, it returned '1'"),
+        (lambda n: "1", "reward must return a list of 1 rewards, but it returned '1'"),
         (lambda n: 1 / 0, "reward failed with ZeroDivisionError"),
     ],
 )

@@ -263,7 +263,7 @@ def test_templates_without_a_system_role(tokenizer, body):
         assert found.messages == [{"role": "user", "content": f"{SYSTEM_PROMPT}\n\nBen has 4"}]
         assert SYSTEM_PROMPT[:40] in tokenizer.decode(found.ids) and "the template has no system role" in said
     with pytest.raises(
-        ValueError, match="has no system role and would lose --system_prompt: .* give --system_prompt ''"
+        ValueError, match="has no system role and would drop --system_prompt: .* give --system_prompt ''"
     ):
         prompt(tokenizer, {"prompt": "Ben has 4"}, system_prompt="Add.")
     assert "Ben has 4" in prompt(tokenizer, {"prompt": "Ben has 4"})
@@ -277,9 +277,7 @@ def test_templates_without_a_system_role(tokenizer, body):
 def test_prompts_too_long_only_because_of_the_system_prompt_are_said_so(tokenizer):
     rows = [{"prompt": "Ben has 4"}, {"prompt": "Ben has 4 " * 99}, {"prompt": "4"}]
     system = {"system_prompt": "Think. " * 20}
-    with pytest.raises(
-        ValueError, match="all 3 prompts .* 60: raise it, or give --system_prompt '', without which 2 fit"
-    ):
+    with pytest.raises(ValueError, match="all 3 prompts .* 60: raise it, or give --system_prompt '', with which 2 fit"):
         load(tokenizer, rows, max_prompt_length=60, **system)
     own = {"prompt": [{"role": "system", "content": "Add."}, USER]}  # of the data: not ours to count
     prompts, said = load(tokenizer, [{"prompt": row["prompt"]} for row in rows], max_prompt_length=60)
