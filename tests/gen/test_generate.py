@@ -116,7 +116,7 @@ def test_stopped_it_keeps_what_is_in_flight_and_asks_nothing_twice(server, data,
         time.sleep(0.02)
     os.kill(process.pid, number)
     assert launch.wait([process]) == 130, log.read_text()
-    assert "stopping when what is in flight is answered" in log.read_text()
+    assert "stopping after the requests in flight" in log.read_text()
     assert 23 <= len(rows(folder)) == server.answered == len(server.requests) < 40
     assert generate(server.url, data, folder, **more)[0] == 0
     assert len(server.requests) == 100 and [row["generation"] for row in rows(folder)] == expected(1)
@@ -125,7 +125,7 @@ def test_stopped_it_keeps_what_is_in_flight_and_asks_nothing_twice(server, data,
 def test_no_server_any_more_keeps_what_is_done(server, data, tmp_path):
     server.behave = lambda number, request: "ok" if number <= 60 else 503
     code, log = generate(server.url, data, tmp_path / "out", timeout=1, max_concurrent=4)
-    assert code == 1 and "answers 503" in log and "goes on from there" in log and "Traceback" not in log, log
+    assert code == 1 and "answers 503" in log and "same command to resume" in log and "Traceback" not in log, log
     done = len(rows(tmp_path / "out"))
     assert 24 <= done <= 30
     server.behave, before = lambda number, request: "ok", server.answered
@@ -137,7 +137,7 @@ def test_no_server_any_more_keeps_what_is_done(server, data, tmp_path):
 def test_a_dead_engine_behind_a_living_front_costs_few_prompts(server, data, tmp_path):
     server.behave = lambda number, request: "ok" if number <= 60 else 500
     code, log = generate(server.url, data, tmp_path / "out", timeout=3, max_concurrent=4)
-    assert code == 1 and "answers 500" in log and "goes on from there" in log and "Traceback" not in log, log
+    assert code == 1 and "answers 500" in log and "same command to resume" in log and "Traceback" not in log, log
     failed = [json.loads(line) for line in (tmp_path / "out" / "failed.jsonl").read_text().splitlines()]
     assert 1 <= len(failed) < 20 and len(server.requests) < 90
     server.behave = lambda number, request: "ok"
@@ -191,7 +191,7 @@ def test_a_full_disk_stops_it_cleanly(server, data, tmp_path):
 
 def test_bad_input_is_one_sentence(server, data, tmp_path, capsys):
     cases = {
-        "serves served, other; give --model": {"model": "gone"},
+        "set --model to what it serves (served, other)": {"model": "gone"},
         "cannot be reached": {"vllm_server_url": "http://127.0.0.1:9/v1"},
         "'topic', but the data has prompt, n, why": {"prompt_template": "{{ instruction }} on {{ topic }}"},
         "--prompt-column names a column 'problem', but the data has prompt, n, why": {"prompt_column": "problem"},
@@ -201,7 +201,7 @@ def test_bad_input_is_one_sentence(server, data, tmp_path, capsys):
         "set OPENAI_API_KEY instead": {"vllm_server_url": "http://me:secret@host/v1"},
         "--vllm-server-url is empty": {"vllm_server_url": ","},
         "its address may lack /v1": {"vllm_server_url": server.url.removesuffix("/v1")},
-        "holds int64: choose a column of texts": {"prompt_column": "n"},
+        "has type int64: choose a text column": {"prompt_column": "n"},
         "no data file": {"hf_dataset": tmp_path / "absent.jsonl"},
     }
     server.models = ("served", "other")
