@@ -184,7 +184,7 @@ def test_another_metric_judges_the_answers_again(tiny_model, data, tmp_path):
         ({"metric": "[]"}, "a list whose first entry has compute"),
         ({"metric": "[type('M', (), {'compute': lambda *_: 1.0})()]"}, "must pickle"),
         ({"name": "../out"}, "a name is of letters"),
-        ({"choices": "[]"}, "can make no question of row 0"),
+        ({"choices": "[]"}, "fails on row 0"),
         ({"choices": "[None]"}, "has no problem or no right answer"),
         ({"choices": "line['answer'] +"}, "SyntaxError"),
     ],

@@ -126,11 +126,11 @@ def test_a_server_that_does_not_know_the_model_is_asked_once(server, data, tmp_p
     "url, key, says",
     [
         ("http://127.0.0.1:9/v1", "k", "cannot be reached"),
-        ("localhost:8000", "k", "is no address"),
+        ("localhost:8000", "k", "is not a valid address"),
         ("{bare}", "k", "its address may lack /v1"),
         ("http://me:secret@host/v1", "k", "set OPENAI_API_KEY instead"),
-        ("{url}", "a\nb", "OPENAI_API_KEY holds a line end"),
-        ("{url}", "k", "does not serve 'gone': it serves served; give --model"),
+        ("{url}", "a\nb", "OPENAI_API_KEY contains a line end"),
+        ("{url}", "k", "does not serve 'gone': set --model to what it serves (served)"),
     ],
 )
 def test_a_server_that_cannot_be_asked_is_one_sentence(url, key, says, server, data, tmp_path, monkeypatch):
