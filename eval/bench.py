@@ -136,7 +136,7 @@ def main() -> None:
     tasks = [(path, checker, read_pairs(path)) for path in args.pairs for checker in CHECKERS]
     tasks += [(path, "ours", read_golds(path)) for path in args.files]
     line = "{:20}{:>12}" + "{:>10}" * 6
-    print(line.format("file", "checker", "pairs", "right", "false +", "false -", "unscored", "per second"))
+    print(line.format("file", "checker", "pairs", "right", "false +", "false -", "unscored", "pairs/s"))
     with WorkerPool(os.cpu_count() or 1) as pool:
         for path, checker, pairs in tasks:
             figures, wrong = judge(checker, pairs, pool)

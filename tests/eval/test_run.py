@@ -200,7 +200,7 @@ def test_right_answers_that_the_metric_cannot_read(tiny_model, tmp_path):
     data = write(tmp_path / "rows.jsonl", rows)
     options = {"num_samples": 1, "max_new_tokens": 4}
     code, log = launch.run("eval.run", arguments(tiny_model, data, tmp_path / "a", **options), tmp_path / "log")
-    assert code == 0 and "2 of 4 right answers (the first of problem 1) hold nothing" in log
+    assert code == 0 and "2 of 4 right answers (the first of problem 1) contain nothing" in log
     for bad, says in (("a fox", "4 of 4 right answers"), (None, "row 0 of")):
         write(data, [row | {"answer": bad} for row in rows])
         code, log = launch.run("eval.run", arguments(tiny_model, data, tmp_path / "b", **options), tmp_path / f"{bad}")
