@@ -11,8 +11,8 @@ wrong ones change a number or the whole answer, or are the answers of other rows
 and right answers in another form.
 
 "false +" counts wrong answers that were accepted, "false -" right answers that were refused. "unscored" counts
-timeouts, crashes of the checker, and golds that our checker cannot parse; an unscored pair is not accepted. "per
-second" is pairs per second of CPU time on one core. The pairs that our checker misjudges are printed.
+timeouts, crashes of the checker, and golds that our checker cannot parse; an unscored pair is not accepted. "pairs/s"
+is pairs per second of CPU time on one core. The pairs that our checker misjudges are printed.
 
     python -m eval.bench FILE...
     python -m eval.bench --pairs PAIRS.jsonl

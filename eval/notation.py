@@ -3,9 +3,9 @@ r"""The notation of answers: `read` converts the text of an answer to a sympy ob
 Tables of rules rewrite the different notations of a value to one that latex2sympy (math-verify's parser) reads
 correctly: characters, markup, numbers, units, words, operators, in this order. Each rule is applied to the result of
 the previous one. If the result contains words, it is prose: its answer is its only number or formula with its unit, as
-in `63 apples` or `63\text{ km}/\text{h}`, but not in `5 or 6`. Quantities of the same kind are added, as in `5\text{
-hours }30\text{ minutes}`. Without words it is mathematics, where `6xy` is a product. Decimals become fractions, so that
-values are exact. An answer that does not parse is kept and compared as text.
+in `63 apples` or `63\text{ km}/\text{h}`, but not in `5 or 6`. Quantities of the same kind are added, as in
+`5\text{ hours }30\text{ minutes}`. Without words it is mathematics, where `6xy` is a product. Decimals become
+fractions, so that values are exact. An answer that does not parse is kept and compared as text.
 
     PYTHONPATH=. python -c "from eval.notation import read; print(read(r'2\frac12\text{ cm}'))"
 """
