@@ -168,7 +168,7 @@ def sample_missing(
 
 
 def sample(work: Work, file: Path, problems: range, sampler: TextSampler) -> list[Sample]:
-    """Sample answers to these problems of the task. Answers that the file already has are kept (servers may fail)."""
+    """Sample answers to these problems of the task. Answers in `file`, from a run whose servers failed, are kept."""
     prompts = [work.prompts[p] for p in problems]
     if isinstance(sampler, ServerSampler):
         kept = {

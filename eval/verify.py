@@ -5,10 +5,10 @@ values are compared. math-verify's own settings accept wrong answers (`3t` for 3
 without real solutions), and its timeouts (SIGALRM) cannot stop code that blocks in C. Run checks that may hang in an
 `eval.workers.WorkerPool`.
 
-`_spans` searches a completion for its answer in these places; the first match wins:
-  0. Only the text after the last thought (`</think>`, `</thinking>`, `<|end_of_thought|>`) is searched.
+Only the text after the last thought (`</think>`, `</thinking>`, `<|end_of_thought|>`) of a completion is searched for
+its answer. `_spans` tries these places in order:
   1. `\boxed{...}`, `\fbox{...}` or `<answer>...</answer>`: of those that are closed, the one that opens last, which
-     skips the boxes of intermediate results. Boxes that only `,`, "and" or "or" separates are one answer.
+     skips the boxes of intermediate results. Boxes separated only by `,`, "and" or "or" are one answer.
   2. The text after the last `####` (GSM8K), up to the end of its line.
   3. The text after "answer is", "answer would be", "answer:", a heading "Final Answer" or 答案: the last of them
      that is followed by a sentence, or a first clause, that can be parsed.
@@ -185,7 +185,7 @@ def _same(gold: Any, answer: Any) -> bool:
 
 def _is_rounded(exact: sympy.Expr, decimal: sympy.Expr, text: str, ratio: sympy.Expr) -> bool:
     """Whether `decimal`, which has six or more digits, is `exact` rounded (relative error 1e-6). `ratio` is the
-    decimal's unit divided by the other's. Numbers that terminate within these digits must not be rounded."""
+    decimal's unit divided by the other's. An `exact` that terminates within these digits must match exactly."""
     match = _DECIMAL.fullmatch(text.removesuffix("%"))
     if not match or len((match[1] + match[2]).lstrip("0")) < 6 or not exact.is_number or exact.is_infinite:
         return False

@@ -112,7 +112,7 @@ class _Worker:
             return 0.0
         try:
             stat = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:  # no such process, or no Linux
+        except OSError:  # no such process, or not Linux
             return 0.0
         used = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
         return self.limit - (used - self.used) if stat[0] == "R" else 0.0
