@@ -6,13 +6,13 @@
 Each request goes to the server with the fewest requests in flight. How a failure is handled depends on its cause:
 
 * The server is unavailable: it cannot be reached, it broke the connection and is down, or it answers 429 or 503. The
-  client pauses the server (longer each time, with jitter) and sends the request to another server, or waits. This uses
-  up no retry. A server that was down must answer /v1/models before it gets requests again. When no server has answered
-  anything for `patience` seconds, the client raises ServerError.
+  client leaves the server alone for a while (longer each time, with jitter) and sends the request to another server, or
+  waits. This uses up no retry. A server that was down must answer /v1/models before it gets requests again. When no
+  server has answered anything for `patience` seconds, the client raises ServerError.
 * The request may be the cause: the server answers 408, another 5xx or something that is not a chat completion, or it
   is up but breaks the connection or does not answer within `timeout`. This uses up one of the request's `retries`,
-  after a pause that doubles each time. A server that has failed STREAK times in a row is paused and then gets one
-  request at a time until it answers one: a crashed engine behind a running HTTP server then costs few prompts.
+  after a wait that doubles each time. A server that has failed STREAK times in a row is left alone, too, and then gets
+  one request at a time until it answers one: a crashed engine behind a running HTTP server then costs few prompts.
 * The request is the cause: any other 4xx is final for this request. But 401, 403, 404, 405 and redirects would hit
   every request, so that server is not used again; when no server is left, the client raises ServerError. It also does
   so when many requests in a row have failed and no server has answered for `patience` seconds, or ever.
@@ -86,7 +86,7 @@ class _Server:
 
     def rest(self) -> None:
         now = time.monotonic()
-        if self.rest_until <= now:  # when many requests fail together, only one lengthens the pause
+        if self.rest_until <= now:  # when many requests fail together, only one counts
             self.rests += 1
             self.rest_until = now + wait_before(self.rests) / 2
 

@@ -1,12 +1,12 @@
-"""The output folder of a generation run. Every file in it is complete.
+"""The output folder of a generation run: its files, and which batches are missing. A parquet file in it is complete.
 
     settings.json              what the generations depend on (gen/folder.py)
     batches/000007.parquet     complete answers to the rows from 7 * input_batch_size on, with the rows' positions
     failed.jsonl               prompts that failed in this run: position, error, prompt; the same command retries them
     train.parquet              rows and answers in order as one data set, written when a run ends
 
-The file of an interrupted batch (failed prompts, Ctrl-C) contains the complete rows; the next run replaces it. There is
-no other state, so the files determine what is missing, whatever killed a run.
+After an interruption (failed prompts, Ctrl-C) the file of a batch contains the rows that are complete, and the next run
+replaces it. There is no other state, so the files determine what is missing, whatever killed a run.
 Rows are read from the memory-mapped data set and written batch by batch, so memory use does not grow with their number.
 Only the answers of open batches are in memory, and the number of open batches is at most that of requests in flight.
 

@@ -159,7 +159,7 @@ def check_request(prompts: list[list[int]], seeds: list[int], max_model_len: int
         raise ValueError(f"pass one seed per prompt: got {len(seeds)} seeds for {len(prompts)} prompts")
     longest = max((len(ids) for ids in prompts), default=1)
     if min((len(ids) for ids in prompts), default=1) < 1:
-        raise ValueError("a prompt without tokens cannot be continued: start it with the beginning-of-text token.")
+        raise ValueError("a prompt without tokens cannot be continued: start it with the beginning-of-text token")
     if longest >= max_model_len:
         raise ValueError(
             f"the longest prompt ({longest} tokens) leaves no room in the engine's max_model_len ({max_model_len}): "

@@ -90,9 +90,9 @@ def sync_weights(
     def watched() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
             if name not in expected:
-                raise RuntimeError(f"weight sync {version}: {name!r} is not a parameter of the policy")
+                raise RuntimeError(f"weight sync {version}: {name!r} is not a parameter of the policy: send only these")
             if name in sent.kinds:
-                raise RuntimeError(f"weight sync {version}: {name!r} was sent twice")
+                raise RuntimeError(f"weight sync {version}: {name!r} was sent twice: send it once")
             sent.add(name, tensor)
             yield name, tensor
 
@@ -119,9 +119,9 @@ def sync_weights(
     for what, names in faults.items():
         if names:
             shown = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
-            raise RuntimeError(f"weight sync {version}: {len(names)} {what}: {shown}")
+            raise RuntimeError(f"weight sync {version}: {len(names)} {what}: {shown} (try another --engine)")
     if engine.version != version:
-        raise RuntimeError(f"weight sync {version}: the engine still reports version {engine.version}")
+        raise RuntimeError(f"weight sync {version}: load_weights must set it, but version is still {engine.version}")
     engine.synced = now
 
 
@@ -200,7 +200,7 @@ def probe(
     ours = policy_logps(prompt_ids, [completion.token_ids for completion in completions]).detach().double().cpu()
     theirs = torch.tensor([logp for completion in completions for logp in completion.logps], dtype=torch.float64)
     if ours.shape != theirs.shape:
-        raise RuntimeError(f"probe: the policy scored {tuple(ours.shape)} tokens, the engine sampled {len(theirs)}")
+        raise RuntimeError(f"probe: policy_logps scored {tuple(ours.shape)} of {len(theirs)} tokens: it must score all")
     for whose, logps in (("the engine's", theirs), ("the policy's", ours)):
         if not logps.isfinite().all():
             raise RuntimeError(f"probe: {whose} log-probs (weights version {engine.version}) are not finite")
@@ -214,6 +214,6 @@ def probe(
         raise RuntimeError(
             f"probe: the engine's log-probs (weights version {engine.version}) differ from the policy's by "
             f"{figures['mean_abs']:.4g} on average and {figures['max_abs']:.4g} at most over {len(difference)} tokens, "
-            f"more than the tolerance {tolerance:g}: the engine does not sample from the policy"
+            f"more than {tolerance:g} (max_logp_difference): the engine does not sample from the policy; use another"
         )
     return figures
