@@ -1,6 +1,6 @@
-"""Real gold answers against themselves in three notations and five near-misses: the verdicts, file by file.
+"""Real gold answers compared with themselves in three notations and with five wrong answers, file by file.
 
-pytest tests/eval/test_real_answers.py --log-cli-level=INFO     (prints the figures)
+pytest tests/eval/test_real_answers.py --log-cli-level=INFO     (prints the counts)
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""`python -m gen.generate` as users run it, against servers that fail, and killed, stopped and short of disk itself."""
+"""`python -m gen.generate` as users run it: servers fail, and the run is killed, stopped, and has no disk space."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def rows(folder: Path) -> list[dict]:
 
 
 def expected(n: int = 2, count: int = 100) -> list[list[str]]:
-    """What the server says to every prompt, in order."""
+    """The server's answers to all prompts, in order."""
     asked = [
         [{"messages": [{"role": "user", "content": f"Say {i}."}], "seed": 1_000_003 + i * n + j} for j in range(n)]
         for i in range(count)
@@ -64,7 +64,7 @@ def test_nothing_is_lost_or_repeated_by_a_server_that_misbehaves(server, data, t
     code, log = generate(server.url, data, tmp_path / "out", timeout=2, retries=8)
     assert code == 0, log
     assert [row["generation"] for row in rows(tmp_path / "out")] == expected()
-    assert server.answered == 200 and len(server.requests) > 220  # no sample is asked again for its sibling's sake
+    assert server.answered == 200 and len(server.requests) > 220  # samples are retried one by one
     assert {(r["temperature"], r["max_tokens"], "top_p" in r, "n" in r) for r in server.requests} == {
         (0.7, 8192, False, False)
     }
@@ -214,7 +214,7 @@ def test_bad_input_is_one_sentence(server, data, tmp_path, capsys):
     settings = tmp_path / "out" / "settings.json"
     before = json.loads(settings.read_text())
     del before["format"]
-    settings.write_text(json.dumps(before))  # of a version whose files were different
+    settings.write_text(json.dumps(before))  # as if written by a version with other files
     says = launch.refusal(main, options(server.url, data, tmp_path / "out", limit=8), capsys)
     assert "format (None, now 2)" in says
 
@@ -231,7 +231,7 @@ def test_what_may_differ_in_a_restart(server, data, tmp_path):
 
 
 def test_rows_that_change_where_the_prompt_does_not(server, tmp_path):
-    """One row of many is other data, and refused; and what a template may name."""
+    """If one row of many changes, the data are refused. It also tests the names that a template may use."""
     lines = [{"prompt": f"Say {i}.", "range": "x", "hint": None if i % 2 else "!", "old": i} for i in range(1500)]
     file = tmp_path / "rows.jsonl"
     more = {"num_generations": 1, "input_batch_size": 500, "prompt_template": "{{ range }}{{ hint }} {{ instruction }}"}
@@ -241,7 +241,7 @@ def test_rows_that_change_where_the_prompt_does_not(server, tmp_path):
         found, log = generate(server.url, file, tmp_path / "out", **more)
         assert found == code and (code == 0 or "holds results of other settings: rows" in log), log
         assert rows(tmp_path / "out")[1]["old"] == 1 and len(rows(tmp_path / "out")) == 1500
-    assert len(server.requests) == 1500  # nothing is asked again
+    assert len(server.requests) == 1500  # no request is repeated
     assert [r["messages"][0]["content"] for r in server.requests[:2]] == ["x! Say 0.", "x Say 1."]
 
 
@@ -280,7 +280,7 @@ def test_an_engine_in_process_needs_no_server(tiny_model, data, tmp_path):
     }
     file = tmp_path / "some.jsonl"
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("Say 1.", "Say 2. " * 60)))
-    for _ in range(2):  # nothing is left that fits, which is no reason to refuse what is there
+    for _ in range(2):  # no missing prompt fits, but the finished ones must not be refused
         code, log = generate("http://127.0.0.1:9/v1", file, tmp_path / "some", **(more | {"limit": 2}))
         assert code == 0 and "failed prompts          1" in log and len(rows(tmp_path / "some")) == 1, log
     code, log = generate("http://127.0.0.1:9/v1", data, tmp_path / "long", **(more | {"max_new_tokens": 250}))
@@ -307,7 +307,7 @@ def test_the_pipeline_has_the_face_of_distilabels(server, data, tmp_path, monkey
     assert "seed" not in server.requests[0] and len(server.requests) == 60
     for _ in range(2):
         assert pipeline.run(dataset=given)["default"]["train"].to_list() == train.to_list()
-    assert len(server.requests) == 120  # the second with the cache asks nothing
+    assert len(server.requests) == 120  # the second run with the cache sends no request
     pushed = []
     monkeypatch.setattr("datasets.DatasetDict.push_to_hub", lambda self, *a, **k: pushed.append((list(self), a, k)))
     result.push_to_hub("me/mine", private=True)
