@@ -189,7 +189,7 @@ def test_vllm_serve_says_what_vllm_in_process_says(tiny_model, data, tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     said = [
         [
-            (row["completion"].rstrip("\ufffd"), row["length"], row["finish_reason"])  # incomplete characters are dropped
+            (row["completion"].rstrip("\ufffd"), row["length"], row["finish_reason"])  # a server drops half characters
             for row in samples(tmp_path / name)
         ]
         for name in ("http", "here")

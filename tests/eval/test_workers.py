@@ -88,7 +88,7 @@ def test_small_jobs_are_done_while_their_caller_is_busy(pool):
 
 
 def test_a_crowded_machine_is_not_the_fault_of_a_check():
-    """With eight other processes on its core, half a second of work takes longer than the timeout, but is not stopped."""
+    """With eight other processes on its core, half a second of work exceeds the timeout, but must not be stopped."""
     pin = f"import os, time\nos.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})\n"
     work = (
         pin + "start = time.monotonic()\nwhile time.process_time() < used + 0.5: pass\nwall = time.monotonic() - start"

@@ -148,7 +148,7 @@ def changed(policy):
 
 
 def leave_one(engine):
-    """The loader leaves one parameter out, but reports that it wrote it."""
+    """One parameter keeps its old value, although the loader reports that it wrote it."""
     name = "model.layers.0.mlp.up_proj.weight"
     load, old = engine.load_weights, engine.model.get_parameter(name).clone()
 
