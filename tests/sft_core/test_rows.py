@@ -153,7 +153,7 @@ def test_command_line_over_yaml_over_defaults(tmp_path, monkeypatch):
 
 
 def test_when_something_is_due():
-    """Every n steps, at shares of all steps, or at the ends of 2.5-step epochs (3, 5, 8, 10); the last one is logged."""
+    """Every n steps, at shares of all steps, or at the ends of 2.5-step epochs (3, 5, 8, 10); the last is logged."""
     [config] = parse(
         (SFTConfig,), ["--output_dir=x", "--save_steps=0.25", "--eval_strategy=epoch", "--logging_steps=4"]
     )
