@@ -239,7 +239,7 @@ def test_the_rows_of_a_mixture_keep_their_columns(own, tiny_model, tmp_path):
 
 
 def test_mixed_types_in_data_that_is_no_local_file_of_lines(own, tiny_model, tmp_path, capsys):
-    """A folder, a list in .json, and a saved data set, whose original notation is not known."""
+    """A folder, a list in .json, and a saved set, of which the written form is not known."""
     said = "of the data: `solution` is 21 in a column of several types, which begins as number"
     for values in (["21", 3], [21, "x"]):
         (folder := tmp_path / f"folder{values[1]}").mkdir()

@@ -35,7 +35,7 @@ HEAD = "a head with a bias, a scale or a cap"
 SENTENCES = {
     MIXES: "packed, tokens have other log-probs than alone",
     ASKS: r"packed attention has no (softcap|s_aux|position_bias)|and no mask|NoneType' object is not subscriptable"
-    "|packed, tokens have other log-probs than alone",  # XGLM's own attention is causal only by its mask
+    "|packed, tokens have other log-probs than alone",  # XGLM's own attention is causal by its mask alone
     POSITIONS: "packed, tokens have other log-probs than alone",
     CLASS: r"has no list of blocks|KeyError\('packed'\)|needs packed=packed_layout",
     HEAD: "a head that is not one matrix|packed, tokens have other log-probs than alone",

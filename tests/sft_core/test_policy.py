@@ -70,7 +70,7 @@ def test_a_template_of_another_model_comes_with_its_tokens_and_its_eos(tiny_mode
     _, tokenizer = load_tokenizer(ModelConfig(tiny_model), str(tmp_path / "other"))
     assert tokenizer.chat_template == other.chat_template and tokenizer.eos_token == "<|turn|>"
     assert tokenizer.convert_tokens_to_ids("<|turn|>") == len(own) == len(tokenizer) - 1
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else the client retries for a minute
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it tries again for a minute
     with pytest.raises(ValueError, match="no model 'nobody/nothing' to be had.*check --chat_template"):
         load_tokenizer(ModelConfig(tiny_model), "nobody/nothing")
     other.chat_template = None

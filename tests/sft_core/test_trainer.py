@@ -139,7 +139,7 @@ def test_a_model_and_a_tokenizer_that_are_handed_over(tiny_model, tmp_path, caps
     assert done[0].metrics["train_loss"] == one
     printed = capsys.readouterr().out
     assert printed.count("is written to") == 1 and printed.count("moved what was in") == 1
-    with torch.no_grad():  # the next call starts with weights that the caller changes
+    with torch.no_grad():  # weights that the caller changes are those that the next call begins with
         model.get_input_embeddings().weight.mul_(0.5)
     trainer.args.do_eval = True
     assert trainer.train().metrics["train_loss"] != one

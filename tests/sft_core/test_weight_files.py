@@ -66,7 +66,7 @@ def test_what_no_rank_can_read_alone_is_loaded_whole_or_refused(tmp_path):
     whole = load_file(file)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    with pytest.raises(ValueError, match="not equal, though tied"):  # the files also contain a different head
+    with pytest.raises(ValueError, match="not equal, though tied"):  # the head is in the files too, and is another
         load_policy(model, to_shard=True)
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({name: tensor for name, tensor in whole.items() if "layers.1.mlp" not in name}, file)
