@@ -1,4 +1,4 @@
-r"""LightEval's answer metrics: its extraction rules on top of math-verify. They give the same verdicts as LightEval.
+r"""LightEval's answer metrics: its extraction rules on top of math-verify. They follow LightEval's verdicts.
 
 A metric finds answers with regular expressions, each with a priority. The lowest number wins, and among its matches the
 last one in the text. math-verify converts the match to sympy and compares it with the gold. Since math-verify was

@@ -4,8 +4,7 @@ The page is one file that needs no network. Formulas are shown as MathML, or as 
 button "as written" shows the answers unchanged. Of a long answer, only the end is shown. `report.html#wrong` opens the
 page with the filter "wrong". The samples as data are in details/.
 
-Model output must not run in the reader's browser, so a converted formula is used only if it contains nothing but
-MathML.
+Model output must not run in the reader's browser, so a converted formula is used only if it is pure MathML.
 
 Not supported, on purpose: more than `LIMIT` samples, which browsers cannot handle; each verdict gets its share of them.
 """

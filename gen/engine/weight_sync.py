@@ -33,7 +33,7 @@ class Checksums:
     """Checksums of tensors by name. They are computed on the tensors' device and read together, with one device sync.
 
     A checksum consists of the tensor's dtype and shape, and of sum_i (2 i + 1) * word_i modulo 2^64 over its bytes as
-    64-bit words, which is the same on every device. Since the weights are odd, it detects any single changed word;
+    64-bit words, which is the same on every device. Since the factors are odd, it detects any single changed word;
     since they differ, it detects two swapped words. It is not cryptographic.
     """
 
