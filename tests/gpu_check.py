@@ -108,7 +108,7 @@ def table(head: str, aims: list[str], rows: list[list[str]]) -> str:
         [
             head,
             "",
-            "| aim | what | figure | bound |",
+            "| aim | what | value | bound |",
             "|---|---|---|---|",
             *aims,
             "",
@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.gpu_check", description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
     parser.add_argument(
-        "--model", help="of the whole step; default: HuggingFaceTB/SmolLM2-135M-Instruct, or a tiny one"
+        "--model", help="model of the whole step; default: HuggingFaceTB/SmolLM2-135M-Instruct, or a tiny one"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu-check.md")
     options = parser.parse_args()
