@@ -1,3 +1,3 @@
-"""Evaluation: answer checking, tasks, metrics, the runner. Imports next to nothing: a checking worker stays light."""
+"""Evaluation: answer checking, tasks, metrics, and the runner. It imports little, to keep checking workers small."""
 
-import sft_core  # noqa: F401 (what it refuses is said before anything else is imported)
+import sft_core  # noqa: F401 (it checks the environment before anything else is imported)

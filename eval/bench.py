@@ -1,18 +1,18 @@
-r"""How well and how fast answers are checked: on labelled pairs, and on each gold answer of a data file.
+r"""Benchmark of the answer checker: accuracy and speed on labelled pairs, and on the gold answers of a data file.
 
-A line of a file of pairs (JSON) is {"gold", "completion", "right": 0 or 1}. For these our verdicts, those of
-math-verify as it comes, and those with the settings of open-r1's accuracy reward stand below each other. Golds are put
-in a box for all three.
+Each line of a file of pairs is JSON: {"gold", "completion", "right": 0 or 1}. Such a file is checked by three checkers:
+ours, math-verify with its defaults, and math-verify with the settings of open-r1's accuracy reward. For all three, the
+gold is put in \boxed{}.
 
-A line of a data file has `answer` and perhaps `solution`. The gold is the whole `solution`, else the whole `answer`
-(GSM8K's ends in `#### 72`), as training has it. Each answer is checked in three notations and against five near-misses.
-The notations mark it in different ways and write it in different ways (`\frac` or `\dfrac`, `1,234` or `1234`, `\left(`
-or `(`); the near-misses change a number, the whole, or take the answer of another row. Left out: the prose around an
-answer, and answers that are right in another form.
+Each line of a data file has `answer` and optionally `solution`. As in training, the gold is the whole `solution`, else
+the whole `answer` (in GSM8K it ends in `#### 72`). Each gold is compared with three right and five wrong answers. The
+right ones mark and write the answer in different ways (`\frac` or `\dfrac`, `1,234` or `1234`, `\left(` or `(`). The
+wrong ones change a number or the whole answer, or are the answers of other rows. Not covered: prose around an answer,
+and right answers in another form.
 
-False + are wrong answers accepted, false - right ones refused. Unscored is what took too long or crashed the checker,
-and our None for a gold that cannot be parsed; it accepts nothing. Pairs a second are by processor time, of one core.
-The pairs that we misjudge are printed.
+"false +" counts wrong answers that were accepted, "false -" right answers that were refused. "unscored" counts
+timeouts, crashes of the checker, and golds that our checker cannot parse; an unscored pair is not accepted. "pairs/s"
+is pairs per second of CPU time on one core. The pairs that our checker misjudges are printed.
 
     python -m eval.bench FILE...
     python -m eval.bench --pairs PAIRS.jsonl
@@ -33,11 +33,11 @@ from eval.verify import check_answer
 from eval.workers import Unscored, WorkerPool
 
 Pair = tuple[str, str, bool]  # gold, completion, whether its answer is the gold one
-_SAME = re.compile(r"[\s$]|\\d?frac|^[a-z]=")  # spellings of one value: `x=5` in another row is no near-miss of 5
+_SAME = re.compile(r"[\s$]|\\d?frac|^[a-z]=")  # is removed for comparison: `x=5` is not a wrong answer for 5
 
 
 def notations(answer: str) -> list[str]:
-    """A right answer, marked and written in three ways."""
+    """Three right answers that mark and write `answer` in different ways."""
     number = answer.replace(",", "").replace("\\!", "").replace(" ", "")
     other = answer
     if re.fullmatch(r"-?\d{4,}", number):
@@ -48,7 +48,7 @@ def notations(answer: str) -> list[str]:
 
 
 def near_misses(answer: str, others: list[str]) -> list[str]:
-    """Five different wrong answers: changed integers, the whole plus one, then the answers of other rows."""
+    """Five different wrong answers: changed integers, the answer plus one, then the answers of other rows."""
     integers = list(re.finditer(r"\d+", answer))
     misses = {_SAME.sub("", answer): answer}
     wrong = [
@@ -66,7 +66,7 @@ def _rows(path: Path) -> list[dict]:
 
 
 def read_golds(path: Path) -> list[Pair]:
-    """Each gold of a data file: 3 right notations, 5 wrong ones."""
+    """The pairs of a data file: for each gold, 3 right answers and 5 wrong ones."""
     rows = _rows(path)
     answers = [str(row["answer"]).rpartition("####")[2].strip() for row in rows]
     pairs = []
@@ -79,10 +79,10 @@ def read_golds(path: Path) -> list[Pair]:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Labelled pairs, each gold in a box."""
+    r"""The pairs of a file of labelled pairs, each gold in \boxed{}."""
     pairs = []
     for row in _rows(path):
-        gold = row["gold"].rpartition("####")[2].strip()  # GSM8K's mark, which math-verify does not know
+        gold = row["gold"].rpartition("####")[2].strip()  # GSM8K's marker, which math-verify does not know
         boxed = gold if r"\boxed" in gold else rf"\boxed{{{gold}}}"
         pairs.append((boxed, row["completion"], bool(row["right"])))
     return pairs
@@ -116,7 +116,7 @@ def _timed(item: tuple[str, Pair]) -> tuple[float | None, float]:
 
 
 def judge(checker: str, pairs: list[Pair], pool: WorkerPool) -> tuple[list[int], list[Pair]]:
-    """How many pairs, right verdicts, false +, false -, unscored, pairs a second and core; the pairs it misjudges."""
+    """[pairs, right verdicts, false +, false -, unscored, pairs per second per core], and the misjudged pairs."""
     found: list[Any] = pool.map(_timed, [(checker, pair) for pair in pairs])
     results = [(None, 0.0) if isinstance(result, Unscored) else result for result in found]
     wrong = [pair for pair, (verdict, _) in zip(pairs, results, strict=True) if (verdict == 1.0) != pair[2]]
@@ -127,16 +127,16 @@ def judge(checker: str, pairs: list[Pair], pool: WorkerPool) -> tuple[list[int],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How well and how fast answers are checked.")
+    parser = argparse.ArgumentParser(description="Benchmark of the answer checker.")
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
-    parser.add_argument("--pairs", nargs="*", type=Path, default=[], metavar="FILE", help="labelled pairs, see above")
+    parser.add_argument("--pairs", nargs="*", type=Path, default=[], metavar="FILE", help="labelled pairs")
     args = parser.parse_args()
     if missing := [str(path) for path in args.files + args.pairs if not path.is_file()]:
-        parser.error(f"no file {', '.join(missing)}")
+        parser.error(f"no such file: {', '.join(missing)}")
     tasks = [(path, checker, read_pairs(path)) for path in args.pairs for checker in CHECKERS]
     tasks += [(path, "ours", read_golds(path)) for path in args.files]
     line = "{:20}{:>12}" + "{:>10}" * 6
-    print(line.format("file", "checker", "pairs", "right", "false +", "false -", "unscored", "a second"))
+    print(line.format("file", "checker", "pairs", "right", "false +", "false -", "unscored", "pairs/s"))
     with WorkerPool(os.cpu_count() or 1) as pool:
         for path, checker, pairs in tasks:
             figures, wrong = judge(checker, pairs, pool)
@@ -146,6 +146,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from eval import bench  # the workers import its functions by name, and have another `__main__`
+    from eval import bench  # workers import the functions by name, and their `__main__` is another module
 
     bench.main()

@@ -1,8 +1,8 @@
-"""Whether `eval.run` could start with these options: their names and values, the tasks, the engine. Nothing is loaded.
+"""Check whether `eval.run` accepts these options: their names and values, the tasks and the engine. It loads nothing.
 
     python -m eval.check --model MODEL --tasks math_500 --output_dir out ...
 
-Exit code 2 and one line where it could not. A trainer asks before it trains for hours.
+If not, it prints one line and exits with code 2. A trainer runs this check before it trains for hours.
 """
 
 import sys

@@ -1,10 +1,11 @@
-"""Is one model better than another? Two runs of `eval.run`, compared problem by problem.
+"""Compare two runs of `eval.run` problem by problem: is one model better than the other?
 
     python -m eval.compare A B            (folders that eval.run wrote)
 
-The same problems are hard for both, so the difference of a problem's two scores varies less than the scores do: the
-interval is of the mean of these differences, and can exclude zero where those of A and B overlap. Problems are paired
-by their text. Prints, task by task, both scores, B minus A, the settings that differ, and the problems that flipped.
+Hard problems are usually hard for both models, so the difference of a problem's two scores varies less than the scores.
+The interval printed is that of the mean difference: it can exclude zero even if the intervals of A and B overlap.
+Problems are paired by their text. For each task it prints both scores, B minus A, the settings that differ, and the
+problems that one run solved and the other did not.
 """
 
 import argparse
@@ -15,14 +16,14 @@ from pathlib import Path
 from eval.report import mean_and_error, read_rows, t_quantile
 from sft_core.run.distributed import usage_errors
 
-SHOWN = 20  # flipped problems printed a task
+SHOWN = 20  # flipped problems printed per task
 
 
 def read_run(folder: Path) -> tuple[dict[str, dict], dict[str, dict]]:
-    """task -> its options; task -> (problem, right answer) -> mean score and the problem's number. Samples that no
-    server has answered are left out."""
+    """Two dicts: task -> its options; and task -> (problem, right answer) -> mean score and the problem's number.
+    Samples that no server has answered are excluded."""
     if not (folder / "results.json").exists():
-        raise ValueError(f"there are no results in {folder}: name a folder that python -m eval.run has written to.")
+        raise ValueError(f"there are no results in {folder}: name a folder that python -m eval.run has written.")
     config = json.loads((folder / "results.json").read_text())["config"]
     found: dict[str, dict] = defaultdict(lambda: defaultdict(list))
     columns = ["task", "problem", "query", "gold", "score", "finish_reason"]
@@ -37,11 +38,11 @@ def read_run(folder: Path) -> tuple[dict[str, dict], dict[str, dict]]:
 
 
 def compare(a: Path, b: Path) -> dict[str, dict]:
-    """Per task: both models and scores, the difference (B - A), its standard error and 95 % interval, the settings that
-    differ with both values, and [problem, A's score, B's, its number in A] of flips.
+    """For each task: both models and scores, the difference (B - A), its standard error and 95 % interval, the settings
+    that differ, with both values, and the flipped problems as [problem, A's score, B's score, its number in A].
 
     Raises:
-        ValueError: a folder holds no results, or the two have no problem in common.
+        ValueError: a folder contains no results, or the two have no problem in common.
     """
     (config_a, tasks_a), (config_b, tasks_b) = read_run(a), read_run(b)
     result = {}
@@ -50,7 +51,7 @@ def compare(a: Path, b: Path) -> dict[str, dict]:
         pairs = [(q[0], first[q][0], second[q][0], first[q][1]) for q in first if q in second]
         if pairs:
             mean, error = mean_and_error([after - before for _, before, after, _ in pairs])
-            half = t_quantile(len(pairs) - 1) * error if error > 0 else None  # all differ alike
+            half = t_quantile(len(pairs) - 1) * error if error > 0 else None  # None: all differences are equal
             options = [config_a[task], config_b[task]]
             result[task] = {
                 "models": [side["model"] for side in options],
@@ -77,14 +78,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("a", type=lambda text: Path(text).expanduser())
     parser.add_argument("b", type=lambda text: Path(text).expanduser())
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(argv)
     with usage_errors():
         result = compare(arguments.a, arguments.b)
     if arguments.json:
         return print(json.dumps(result, indent=1))
     for task, r in result.items():
-        between = "no interval: all differ alike"
+        between = "no interval: all differences are equal"
         if r["ci95_low"] is not None:
             between = f"95 % interval {100 * r['ci95_low']:+.1f} to {100 * r['ci95_high']:+.1f}"
         partly = "" if r["of"] == [r["problems"]] * 2 else f" in common, of {r['of'][0]} and {r['of'][1]}"
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
             sign = "solved" if after > before else "lost  "
             print(f"  {sign}  problem {number}: {before:.2f} -> {after:.2f}  {' '.join(query.split())[:80]}")
         if len(r["flipped"]) > SHOWN:
-            print(f"  and {len(r['flipped']) - SHOWN} more: --json lists all")
+            print(f"  and {len(r['flipped']) - SHOWN} more: use --json to list all")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rows of data sets: the questions of a benchmark, and the columns of texts that the data tools read."""
+"""Loading of rows: the questions of a benchmark, and the text columns that the data tools read."""
 
 import re
 
@@ -9,25 +9,25 @@ from sft_core.data.rows import load_rows
 from sft_core.run.options import require
 
 TEXT = re.compile(r"(large_)?string")
-TEXTS = re.compile(r"(large_)?(string|list<\w+: (large_)?string>)")  # or a list of them
+TEXTS = re.compile(r"(large_)?(string|list<\w+: (large_)?string>)")  # a text, or a list of texts
 
 
 def load(
     name: str, config: str | None, split: str, columns: dict[str, tuple[str, re.Pattern]], limit: int | None = None
 ) -> Dataset:
-    """The rows, once they are seen to have the columns that these flags name: {flag: (column, TEXT or TEXTS)}."""
+    """Load the rows. Raises ValueError if they lack one of the `columns`: {flag: (column, TEXT or TEXTS)}."""
     rows = load_rows(name, config, split, option="--dataset")
     for flag, (column, wanted) in columns.items():
         there = f"it has {', '.join(rows.column_names)}"
         require(column in rows.column_names, f"{name} has no column {column!r}: {there}. Choose one with --{flag}.")
         kind = str(rows.features.arrow_schema.field(column).type)
-        remedy = f"choose a column of texts with --{flag}"
-        require(bool(wanted.fullmatch(kind)), f"column {column!r} of {name} holds {kind}: {remedy}.")
+        remedy = f"choose a text column with --{flag}"
+        require(bool(wanted.fullmatch(kind)), f"column {column!r} of {name} has type {kind}: {remedy}.")
     return rows.select(range(min(len(rows), limit or len(rows))))
 
 
 def places_of(tasks: list[LightevalTaskConfig], entries: list[str], option: str) -> dict[str, str]:
-    """{task's name: where its rows are}: what `option` says in entries of task=place, else what the task says."""
+    """{task name: location of its rows}: from the `entries` (task=place) of `option`, else from the task."""
     places = {task.name: task.hf_repo for task in tasks}
     for entry in entries:
         name, _, place = entry.partition("=")
@@ -48,15 +48,15 @@ def load_docs(task: LightevalTaskConfig, place: str, limit: int | None) -> list[
             golds = doc.get_golds()
         except KeyError as error:
             columns = ", ".join(rows.column_names)
-            remedy = "rename columns, or describe the data by a task of your own (--custom_tasks)"
+            remedy = "rename its columns, or write a custom task for it (--custom_tasks)"
             raise ValueError(
                 f"{place} has no column {error} that {task.name} needs, only {columns}: {remedy}."
             ) from error
-        except Exception as error:  # of a user's task anything
-            said = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{task.name} can make no question of row {i} of {place} ({said}).") from error
+        except Exception as error:  # a custom task may raise anything
+            said = f"task {task.name} fails on row {i} of {place} ({type(error).__name__}: {error})"
+            raise ValueError(f"{said}: correct the row or the task's prompt_function.") from error
         texts = [doc.query, *golds]
         sound = len(texts) > 1 and all(isinstance(text, str) and text.strip() for text in texts)
-        require(sound, f"row {i} of {place} has no problem or no right answer: leave it out.")
+        require(sound, f"row {i} of {place} has no problem or no right answer: remove it.")
         docs.append(doc)
     return docs

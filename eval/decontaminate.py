@@ -1,22 +1,22 @@
-r"""Training problems that are in the evaluation sets: found by shared runs of words, reported, and left out.
+r"""Find training problems that are in the evaluation sets, by shared word n-grams; report them, or remove them.
 
     python -m eval.decontaminate --dataset D --output_dir O [--cleanup --ngram_size 8 --eval_dataset task=file ...]
 
-A row is flagged that shares `ngram_size` words in a row with a problem of an evaluation set, as open-r1 does it. What
-counts as a word is what is left of a text when notation is taken away (`words`): `$\frac{1}{2}x^2$`, `\dfrac12 x^{2}`
-and `1/2 x²` are all `1 2 x 2`. A problem of fewer words is found where a row is equal to it as a whole; open-r1 never
-finds it. Runs that three problems have are stock phrases ("where m and n are relatively prime positive
-integers", GPQA's instructions): copies are found by what else they say, and other rows not for the phrase alone.
+A row is flagged if it shares an n-gram, `ngram_size` consecutive words, with a problem of an evaluation set, as in
+open-r1. Before that, `words` removes notation: `$\frac{1}{2}x^2$`, `\dfrac12 x^{2}` and `1/2 x²` all become `1 2 x 2`.
+A problem with fewer words matches a row with exactly the same words; open-r1 never finds such problems. N-grams that
+occur in three or more problems are stock phrases ("where m and n are relatively prime positive integers", GPQA's
+instructions) and are ignored, unless a problem has no others: copies are found by their other n-grams.
 
-What it writes to O; the same command goes on with the chunks that are missing:
+It writes these files to O; the same command resumes with the missing chunks:
 
-    report.json, report.txt    how many rows each evaluation set flags, and the first of them
-    matches.jsonl              a line a row and set: the problem, a shared run of words, how many of its runs are shared
-    rows.parquet               the rows that are left (--cleanup), else all with columns contaminated_<task>
-    verdicts/*.json            matches of a chunk of rows
+    report.json, report.txt    the number of rows that each evaluation set flags, and the first of them
+    matches.jsonl              one line per row and set: the problem, a shared n-gram, how many n-grams are shared
+    rows.parquet               the rows that are not flagged (--cleanup), else all with columns contaminated_<task>
+    verdicts/*.json            the matches of a chunk of rows
 
-Left out on purpose: paraphrases, translations, other numbers in the same words (that takes a model to see), open-r1's
-LiveCodeBench, and data that does not fit the disk.
+Not supported, on purpose: paraphrases, translations, and the same words with other numbers (finding them takes a
+model), open-r1's LiveCodeBench, and data that does not fit on the disk.
 """
 
 import json
@@ -41,9 +41,9 @@ from sft_core.run.files import disk_errors, whole_file, write_atomically
 from sft_core.run.hub import check_dataset_push, push_dataset
 
 CHUNK = 1000  # rows
-STOCK = 3  # a run in as many problems is a phrase
+STOCK = 3  # an n-gram that occurs in this many problems is a stock phrase
 SHOWN = 20  # matches printed
-Place = tuple[str, int]  # a task's name, a problem of it
+Place = tuple[str, int]  # (task name, number of the problem)
 
 _GREEK = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma sigma tau "
@@ -51,7 +51,7 @@ _GREEK = (
 ).split()
 _NAMES = {ord("α") + i: f" {name} " for i, name in enumerate(_GREEK)} | {ord("√"): " sqrt "}
 _FUNCTIONS = "sin cos tan cot sec csc log ln exp lim max min gcd lcm det dim deg arcsin arccos arctan sqrt".split()
-_KEPT = {*_GREEK, *_FUNCTIONS}  # commands that are words of their own in plain text; all others are notation
+_KEPT = {*_GREEK, *_FUNCTIONS}  # commands that plain text writes as words; all others are notation
 
 _RAISED = re.compile(r"[²³¹⁰-ⁿ]+|[₀-ₜ]+|[¼-¾⅐-⅞]")  # NFKC would join x10² to x102, and ₀¹ to 01
 _PICTURE = re.compile(r"\[asy\](?:(?!\[asy\]).)*?\[/asy\]|\\(?:begin|end)\s*\{[^{}]*\}(?:\{[lcr|\s]*\})?", re.DOTALL)
@@ -62,10 +62,11 @@ _WORD = re.compile(r"[^\W\d_]+|\d+")
 
 
 def words(text: str) -> list[str]:
-    r"""What a text says, without its notation: words in small letters, and numbers.
+    r"""The words of a text without notation: lower-case words, and numbers.
 
-    LaTeX commands go, but for functions and Greek letters, whose names stand for both spellings (`\pi`, π); braces,
-    dollars, spacing, operators and punctuation go; digits and letters are parted (`2x` is `2 x`).
+    It removes braces, dollar signs, spacing, operators, punctuation, and all LaTeX commands but functions and Greek
+    letters. These keep their names, which also replace the characters (`\pi`, π). It separates digits from letters
+    (`2x` becomes `2 x`).
 
     >>> words(r"Find $\dfrac12x^{10}$ for $x=1{,}000$.") == words("find 1/2 x¹⁰ for x = 1000")
     True
@@ -76,13 +77,13 @@ def words(text: str) -> list[str]:
 
 
 def runs(text: str, size: int) -> list[str]:
-    """Every run of `size` words of a text, each once; of a shorter text the whole."""
+    """The different n-grams of `size` words in a text; if the text is shorter, all of its words as one."""
     found = words(text)
     return list(dict.fromkeys(" ".join(found[i : i + size]) for i in range(max(1, len(found) - size + 1)) if found))
 
 
 class Index:
-    """Where in the evaluation sets ({task: problems}) a run of words occurs."""
+    """An index from n-grams to the problems of the evaluation sets ({task: problems}) that contain them."""
 
     def __init__(self, sets: dict[str, list[str]], size: int) -> None:
         self.size = size
@@ -97,7 +98,7 @@ class Index:
             self.runs_of[place] = len(said)
 
     def matches(self, text: str) -> list[dict[str, Any]]:
-        """For every set that has a run of `text`: the problem that shares most of its own, one of them, how many."""
+        """For each set that shares an n-gram with `text`: the problem with the largest share, an n-gram, and counts."""
         shared: dict[Place, list[str]] = defaultdict(list)
         for run in runs(text, self.size):
             for place in self.places.get(run, ()):
@@ -121,7 +122,7 @@ class Index:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with usage_errors():
-        # --config is the data set's, as in open-r1
+        # --config names the configuration of the data set, as in open-r1
         argv = [re.sub(r"^--config(?=$|=)", "--dataset_config", text) for text in argv]
         (config,) = parse((DecontaminateConfig,), argv)
         sets = load_sets(config)
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load_sets(config: DecontaminateConfig) -> dict[str, list[str]]:
-    """{task: the questions it asks}."""
+    """{task: its questions}."""
     tasks = find_tasks(config.tasks, load_custom_tasks(config.custom_tasks) if config.custom_tasks else ())
     places = places_of(tasks, config.eval_dataset, "--eval_dataset")
     sets = {}
@@ -157,8 +158,8 @@ def load_sets(config: DecontaminateConfig) -> dict[str, list[str]]:
         try:
             docs = load_docs(task, places[task.name], None)
         except ValueError as error:
-            remedy = f"give its rows as --eval_dataset {task.name}=FILE, or choose others with --tasks"
-            raise ValueError(f"evaluation set {task.name}: {remedy}. {error}") from error
+            remedy = f"give its rows as --eval_dataset {task.name}=FILE, or choose other sets with --tasks"
+            raise ValueError(f"evaluation set {task.name} cannot be loaded: {remedy}. {error}") from error
         sets[task.name] = [doc.query for doc in docs]
     return sets
 
@@ -166,7 +167,7 @@ def load_sets(config: DecontaminateConfig) -> dict[str, list[str]]:
 def report(
     config: DecontaminateConfig, batches: list[Batch], rows: Dataset, sets: dict[str, list[str]]
 ) -> dict[str, set[int]]:
-    """Write matches.jsonl, report.json and report.txt, and print the last; returns {evaluation set: rows flagged}."""
+    """Write matches.jsonl, report.json and report.txt, print report.txt, and return {evaluation set: flagged rows}."""
     flagged: dict[str, set[int]] = {task: set() for task in sets}
     shown: list[str] = []
     folder = Path(config.output_dir)
@@ -178,14 +179,14 @@ def report(
                 texts = {"problem_text": sets[task][problem], "row_text": rows[match["row"]][config.problem_column]}
                 file.write(json.dumps(match | texts) + "\n")
                 if len(shown) < SHOWN:
-                    shared = f'{match["shared"]} of {match["of"]} runs, "{match["ngram"]}"'
+                    shared = f'{match["shared"]} of {match["of"]} n-grams, "{match["ngram"]}"'
                     shown.append(f"row {match['row']}: {task} {problem}, {shared}")
     total, matches = len(set().union(*flagged.values())), sum(map(len, flagged.values()))
     lines = [[task, len(problems), len(flagged[task])] for task, problems in sets.items()]
     text = table(["evaluation set", "problems", "rows flagged"], lines)
-    text += "\n".join(["", f"{total} of {len(rows)} rows flagged, {len(rows) - total} are left.", *shown, ""])
+    text += "\n".join(["", f"{total} of {len(rows)} rows flagged, {len(rows) - total} are not.", *shown, ""])
     if matches > SHOWN:
-        text += f"and {matches - SHOWN} more: matches.jsonl has all\n"
+        text += f"and {matches - SHOWN} more: matches.jsonl lists all\n"
     content = {
         "dataset": config.dataset,
         "rows": len(rows),
@@ -200,7 +201,7 @@ def report(
 
 
 def with_verdicts(rows: Dataset, flagged: dict[str, set[int]], cleanup: bool) -> Dataset:
-    """The rows that are not flagged, or all with a column for each evaluation set that says so."""
+    """The rows that are not flagged (`cleanup`), or all rows with one bool column per evaluation set."""
     if cleanup:
         found = set().union(*flagged.values())
         return rows.select([row for row in range(len(rows)) if row not in found])

@@ -1,8 +1,8 @@
-"""The samples of an evaluation on the disk: what they are of, which batches are whole, and whose verdicts they carry.
+"""The sample files of an evaluation: their settings, which batches are complete, and which checker gave the verdicts.
 
-A batch of a task is one parquet file (`gen/folder.py`). Beside the files of a task lies `settings.json`, what the
-samples depend on; samples of other settings are refused. Verdicts depend on more (the metric, the checker's version,
-its time limit): a file says on which its verdicts do, and where that has changed the same answers are checked again.
+Each batch of a task is one parquet file (`gen/folder.py`). `settings.json` next to the files of a task records what the
+samples depend on; samples with other settings are refused. Verdicts also depend on the metric, the checker's version
+and its timeout. Each file stores a digest of these; if it has changed, the stored answers are checked again.
 """
 
 import importlib.metadata
@@ -30,18 +30,18 @@ from sft_core.run.files import keep_settings
 from sft_core.run.options import require
 
 CHECKERS = ("math-verify", "latex2sympy2_extended", "sympy")
-MISSING = "there is no text"
+MISSING = "there is no text"  # starts the error of a sample without an answer
 
 
 @dataclass(frozen=True)
 class Work:
-    """A task made ready: its questions, their prompts, how long answers may be, and the files for its samples."""
+    """A prepared task: its questions, their prompts, the sampling options, and the files for its samples."""
 
     task: LightevalTaskConfig
     docs: list[Doc]
-    prompts: list[Any]  # as the sampler has encoded them
+    prompts: list[Any]  # encoded by the sampler
     sampling: TextSampling
-    context: int  # tokens of a prompt with its answer
+    context: int  # maximum tokens of a prompt plus its answer
     batches: list[Batch]
 
     @property
@@ -51,17 +51,17 @@ class Work:
 
 class Sample(NamedTuple):
     doc: Doc
-    text: str | None  # to check; None: there is none
-    row: dict[str, Any]  # of the file
+    text: str | None  # the text to check; None: no server answered
+    row: dict[str, Any]  # the sample's row in the file
 
 
 def task_folder(output_dir: str, task: LightevalTaskConfig) -> Path:
-    """Where the samples of a task lie: no two names share one."""
+    """The folder of a task's sample files, different for each task name."""
     return Path(output_dir) / "details" / task.name.replace(":", "~")
 
 
 def remember(config: EvalConfig, works: list[Work]) -> None:
-    """Write down what the samples in this folder depend on; refuse a folder whose samples are of something else."""
+    """Write settings.json for each task. Raises ValueError if the folder has samples with other settings."""
     identity: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in NOT_IDENTITY}
     identity["engine"] = "server" if config.base_url else config.engine
     identity["weights"] = weights_of(config.model)
@@ -74,7 +74,7 @@ def remember(config: EvalConfig, works: list[Work]) -> None:
 
 
 def verdicts_by(config: EvalConfig, task: LightevalTaskConfig) -> str:
-    """A digest of all that a verdict depends on beside the text: the metric with the source it is from, the checker."""
+    """A digest of what a verdict depends on besides the text: the metric, its source code, and the checker."""
     metric = task.metric[0]
     try:
         source = inspect.getsource(sys.modules[type(metric).__module__])
@@ -86,7 +86,7 @@ def verdicts_by(config: EvalConfig, task: LightevalTaskConfig) -> str:
 
 
 def has_verdicts(path: Path, config: EvalConfig, task: LightevalTaskConfig) -> bool:
-    """Whether the file is there, with the verdicts that would be given today."""
+    """Whether the file exists and its verdicts are those of the current checker."""
     wanted = verdicts_by(config, task).encode()
     return path.exists() and (pq.read_schema(path).metadata or {}).get(b"verdicts") == wanted
 
@@ -96,7 +96,7 @@ def checkers(config: EvalConfig) -> WorkerPool:
 
 
 def check_golds(config: EvalConfig, works: list[Work]) -> None:
-    """Say of new tasks how many answers their metric finds nothing in; refuse one in which it finds none at all."""
+    """For new tasks, print how many right answers their metric cannot read. Raises ValueError if it can read none."""
     fresh = [work for work in works if not any(path.exists() for path in work.paths)]
     asked = [(work.task.metric[0], doc) for work in fresh for doc in work.docs]
     with checkers(config) as pool:
@@ -105,13 +105,13 @@ def check_golds(config: EvalConfig, works: list[Work]) -> None:
         unread = [i for i, _ in enumerate(work.docs) if next(found) is not True]
         if unread:
             which = f"{len(unread)} of {len(work.docs)} right answers (the first of problem {unread[0]})"
-            said = f"{work.task.name}: {which} hold nothing that its metric can compare with"
+            said = f"{work.task.name}: {which} contain nothing that its metric can compare with"
             require(len(unread) < len(work.docs), f"{said}: check the data's answers, or choose another metric.")
-            print(f"{said}: those problems cannot be solved.", file=sys.stderr)
+            print(f"warning: {said}: these problems cannot be solved.", file=sys.stderr)
 
 
 def refresh(config: EvalConfig, works: list[Work]) -> None:
-    """Take away files that are not whole, and check again what was checked by something else."""
+    """Delete damaged files, and check answers again if another checker gave their verdicts."""
     stale = []
     for work in works:
         for batch in work.batches:
@@ -123,13 +123,13 @@ def refresh(config: EvalConfig, works: list[Work]) -> None:
             except (OSError, pa.ArrowException, KeyError):
                 whole = False
             if not whole:
-                print(f"{batch.path} is damaged: its problems are sampled again.", file=sys.stderr)
+                print(f"warning: {batch.path} is damaged: its problems are sampled again.", file=sys.stderr)
                 batch.path.unlink()
                 continue
             if not has_verdicts(batch.path, config, work.task):
                 stale.append((work, batch))
     if stale:
-        print(f"{len(stale)} batches were checked in another way: their answers are checked again.", file=sys.stderr)
+        print(f"note: the checker has changed: {len(stale)} batches are checked again.", file=sys.stderr)
         fill(config, stale, old_samples)
 
 
@@ -139,17 +139,17 @@ def old_samples(work: Work, batch: Batch) -> list[Sample]:
 
 
 def unanswered(paths: list[Path]) -> list[dict[str, Any]]:
-    """Of the samples in these files, those that no server has answered: they have no finish reason."""
+    """The samples in these files that no server has answered; they have no finish reason."""
     rows = report.read_rows(paths, ["task", "problem", "sample", "finish_reason", "error"])
     return [row for row in rows if row["finish_reason"] is None]
 
 
 def all_answered(works: list[Work]) -> None:
-    """End with exit code 1 where samples have no answer; the good ones of their batches are kept."""
+    """Exit with code 1 if samples have no answer. The answered samples of their batches are kept."""
     if lost := unanswered([path for work in works for path in work.paths]):
         first = "{task}, problem {problem}, sample {sample}: {error}".format(**lost[0])
         raise SystemExit(
-            f"error: {len(lost)} samples got no answer; the same command asks for them alone. The first is {first}"
+            f"error: {len(lost)} samples got no answer: run the same command to retry only them. The first is {first}"
         )
 
 
@@ -159,7 +159,7 @@ def fill(
     samples_of: Callable[[Work, Batch], list[Sample] | None],
     shown: bool = True,
 ) -> None:
-    """Check the samples of each batch and write its file; `samples_of` gives None where another rank does that."""
+    """Check the samples of each batch and write its file. `samples_of` returns None if another rank does that."""
     total = sum(len(batch.rows) for _, batch in batches)
     scores: list[float] = []
     with (
@@ -177,7 +177,7 @@ def fill(
 
 
 def check(task: LightevalTaskConfig, samples: list[Sample], pool: WorkerPool) -> None:
-    """Add to each row `score` (None: there is no verdict), `extracted` ("": no answer found) and `error`."""
+    """Add `score` (None: no verdict), `extracted` ("": no answer found) and `error` to each row."""
     there = [sample for sample in samples if sample.text is not None]
     verdicts = pool.map(judge, [(task.metric[0], sample.doc, sample.text) for sample in there])
     for sample in samples:
@@ -190,6 +190,6 @@ def check(task: LightevalTaskConfig, samples: list[Sample], pool: WorkerPool) ->
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], verdicts: str = "") -> None:
-    """`verdicts`: whose they are, by `verdicts_by`."""
+    """Write a file of samples. `verdicts` is the digest of `verdicts_by`."""
     schema = report.SCHEMA.with_metadata({"verdicts": verdicts})
     write_tables(path, schema, [pa.Table.from_pylist(rows, schema=schema)])

@@ -1,13 +1,13 @@
-r"""Is this text's answer the gold one, as LightEval would say: its extraction rules on top of math-verify.
+r"""LightEval's answer metrics: its extraction rules on top of math-verify. They follow LightEval's verdicts.
 
-A metric looks for answers by regular expressions, each with a priority; the lowest number wins, in it the rightmost
-match. math-verify turns what is found into sympy and compares; it grew out of LightEval, so only the rules that differ
-are here: a space before a colon, percentages, thousands, lists joined by "and", choice letters. The names are
-LightEval's, and so are its habits that one would do otherwise (any number in the text is an answer if nothing better
-is there): a score is to be comparable. Rewards do not use this, see `eval.verify`.
+A metric finds answers with regular expressions, each with a priority. The lowest number wins, and among its matches the
+last one in the text. math-verify converts the match to sympy and compares it with the gold. Since math-verify was
+derived from LightEval, only the rules that differ are here: a space before a colon, percentages, thousands, lists
+joined by "and", choice letters. The names are LightEval's. Its questionable rules are kept (any number in the text is
+an answer if nothing better is found), so that scores are comparable. Rewards use `eval.verify` instead.
 
-Left out on purpose: languages other than English, LightEval's time limits (SIGALRM, which C code ignores): call
-`judge` through an `eval.workers.WorkerPool`. Nothing here imports torch.
+Not supported, on purpose: languages other than English, and LightEval's timeouts (SIGALRM, which C code ignores); call
+`judge` through an `eval.workers.WorkerPool` instead. This module does not import torch.
 
     PYTHONPATH=. python -c "from eval.metrics import *; from eval.tasks import Doc; \
         print(latex_gold_metric.compute(Doc(query='', choices=['\$1/2\$']), ['so \$0.5\$']))"
@@ -30,15 +30,15 @@ from math_verify.grader import is_equation, take_last_relation
 from math_verify.parser import extract_target_from_pred, make_latex_env_pattern
 from sympy import And, Symbol, UnevaluatedExpr
 
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns that its time limits are off
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns that its timeouts are off
 
-# LightEval's parser drops units in \text alone; the one here would also drop letters: the t of 3t, the h of 2\pi h.
-_NO_BARE_UNIT = re.compile(r"(?!)()")  # never matches; its group is asked for
+# LightEval's parser removes units in \text only; math-verify's would also remove the t of 3t and the h of 2\pi h.
+_NO_BARE_UNIT = re.compile(r"(?!)()")  # never matches; math-verify needs its group
 _NORMALIZATION = NormalizationConfig(basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="all")
 
 
 class Language(Enum):
-    """Languages that answers are looked for in."""
+    """The supported languages of answers."""
 
     ENGLISH = "english"
 
@@ -50,7 +50,7 @@ class ExprExtractionConfig(math_verify.parser.ExprExtractionConfig):
 
 @dataclass(frozen=True)
 class LatexExtractionConfig(math_verify.parser.LatexExtractionConfig):
-    r"""LaTeX between delimiters, and `\boxed{}` at a priority of its own (0: before all else; -1: never)."""
+    r"""LaTeX between delimiters, and `\boxed{}` with its own priority (0: before everything else; -1: never)."""
 
     boxed_match_priority: int = 55
     normalization_config: NormalizationConfig = field(default=_NORMALIZATION)
@@ -58,7 +58,7 @@ class LatexExtractionConfig(math_verify.parser.LatexExtractionConfig):
 
 @dataclass(frozen=True)
 class IndicesExtractionConfig:
-    """Letters (or numbers) of the choices of a question."""
+    """The letters (or numbers) of a question's choices."""
 
     prefix_for_extraction: str = "NativeLetters"
     try_extract_without_anchor: bool = False
@@ -76,7 +76,7 @@ _CURRENCY = re.escape("$€£¥₹₽₪₩₫฿₡₢₣₤₥₦₧₨₭₮�
 
 
 def _anchored(value: str, before: str = r"\s*") -> list[tuple[str, int]]:
-    """`value` where English announces an answer, with priorities."""
+    """Patterns, with priorities, for `value` after phrases that announce a final answer."""
     return [
         (rf"(?i:final answer is):?\s*{value}\.?\s?I hope", 0),
         (rf"(?i:final answer.{{0,100}}?)\s+is:?{before}{value}", 50),
@@ -85,7 +85,7 @@ def _anchored(value: str, before: str = r"\s*") -> list[tuple[str, int]]:
 
 @lru_cache
 def _expr_patterns(config: ExprExtractionConfig) -> Patterns:
-    digits = "[0-9]"  # no other scripts' digits: sympy refuses them
+    digits = "[0-9]"  # not \d, which matches digits of other scripts that sympy refuses
     number = (
         rf"(?:(?P<integer1>-?{digits}{{1,3}}(?:[ ,]{digits}{{3}})+)(?P<decimal1>\.{digits}+)?"
         rf"|(?P<integer2>-?{digits}+)(?P<decimal2>[.,]{digits}+)|(?P<decimal3>\.{digits}+)|(?P<integer3>-?{digits}+))"
@@ -95,7 +95,7 @@ def _expr_patterns(config: ExprExtractionConfig) -> Patterns:
     formula = rf"(?P<expr>-?\(?-?[0-9][0-9.\s{operators}]*[{operators}][0-9.\s{operators}]+\)?)"
     start = r"(?:^|\s|=)(?:\*\*)?"
     formula = rf"(?:{start}{formula}(?:\*\*)?(?:[.,\s)$]|\s?:|$))"
-    number = rf"(?:{start}[{_CURRENCY}]?{number})"  # no end is asked for, so that 100m2 is found
+    number = rf"(?:{start}[{_CURRENCY}]?{number})"  # without an end, so that 100m2 is found
     value = rf"(?:{formula}|{number})"
     after = rf"(?:.{{0,100}}=\s*|.{{0,50}}?){value}(?!\s*=)"
     patterns = [*_anchored(value, ""), (rf"(?i:answer)\s?:{after}", 100), (rf"(?i:answer){after}", 200)]
@@ -117,8 +117,8 @@ def _latex_patterns(config: LatexExtractionConfig) -> Patterns:
     if config.try_extract_without_anchor:
         patterns.append((value, 300))
     if config.boxed_match_priority >= 0:
-        # Bare: the last box, with those before it that only "and", "or" or a comma keeps apart; where it ends, the
-        # normalisation finds out. Left alone, that joins any boxes that a comma stands between.
+        # The pattern `bare` matches the last box, and the boxes before it that only "and", "or" or a comma separates;
+        # the normalisation finds its end. Without it, the normalisation would join any boxes with a comma between them.
         bare = r"(?P<first_latexBoxed>\\boxed{(?:(?!\\boxed).|\}\s*(?:and|or|,)\s*\\boxed)+})(?!.*\\boxed{.*})"
         patterns += [(up_to_six("boxed"), config.boxed_match_priority), (bare, config.boxed_match_priority)]
     return [(re.compile(pattern, re.DOTALL), priority) for pattern, priority in patterns]
@@ -142,13 +142,13 @@ def _index_patterns(config: IndicesExtractionConfig, choices: int) -> Patterns:
     return [(re.compile(pattern), priority) for pattern, priority in patterns]
 
 
-# Tells math-verify to take the group `string_keys` as it is.
+# With this target math-verify returns the group `string_keys` unchanged.
 _LETTERS = math_verify.parser.StringExtractionConfig(lowercase=False)
 
 
 @dataclass(frozen=True)
 class ExtractiveMatch:
-    """A metric; make it by `multilingual_extractive_match_metric`. `compute(doc, predictions)` is its face."""
+    """A metric. Create it with `multilingual_extractive_match_metric` and call `compute(doc, predictions)`."""
 
     gold_extraction_target: tuple[Target, ...]
     pred_extraction_target: tuple[Target, ...]
@@ -158,7 +158,7 @@ class ExtractiveMatch:
     precision: int
 
     def extract(self, text: str, targets: Iterable[Target], choices: int) -> list:
-        """What `text` answers: sympy objects and, last, the text as it was found; [] where nothing is found."""
+        """The answer in `text`: sympy objects and, as the last element, the matched text; [] if there is none."""
         found: list = []
         for target in sorted(targets, key=lambda t: (not isinstance(t, IndicesExtractionConfig), not _is_latex(t))):
             if isinstance(target, IndicesExtractionConfig):
@@ -170,7 +170,7 @@ class ExtractiveMatch:
         return [value if isinstance(value, str) else _as_lighteval(value) for value in values]
 
     def judge(self, doc: Any, prediction: str) -> tuple[float, list, list[list]]:
-        """(1.0 or 0.0, what was extracted from the prediction, what from each gold answer)."""
+        """(1.0 or 0.0, what was extracted from the prediction, what was extracted from each gold answer)."""
         golds = self._golds(doc)
         if not all(golds):
             golds = [[gold] for gold in doc.get_golds()]
@@ -178,7 +178,7 @@ class ExtractiveMatch:
         return float(any(self._equal(gold, answer) for gold in golds)), answer, golds
 
     def reads(self, doc: Any) -> bool:
-        """Whether something is found in every right answer."""
+        """Whether the metric can extract something from every right answer."""
         return all(self._golds(doc))
 
     def _golds(self, doc: Any) -> list[list]:
@@ -189,26 +189,27 @@ class ExtractiveMatch:
             return False
         if verify(gold, answer, float_rounding=self.precision, timeout_seconds=None):
             return True
-        # Symbols that differ only in what sympy assumes of them, like the i of `3 + 4i` and `3+4\\,i`.
+        # Symbols may differ only in sympy's assumptions, like the i of `3 + 4i` and `3+4\\,i`.
         values = [[str(value) for value in side if not isinstance(value, str)] for side in (gold, answer)]
         return bool(set(values[0]) & set(values[1]))
 
     def compute(self, doc: Any, predictions: Sequence[str]) -> float:
-        """The aggregate over the predictions of 1.0 for a right one, 0.0 for a wrong one. May take for ever on
-        hostile input."""
+        """Aggregate the scores of the predictions: 1.0 for a right one, 0.0 for a wrong one. This may never return on
+        malicious input."""
         return self.aggregation_function([self.judge(doc, text)[0] for text in predictions])
 
 
 def _as_lighteval(value: Any) -> Any:
-    """A percentage is its hundredth (math-verify would also let 15 % pass for 15), and `a = b = 5` says 5."""
+    """Convert a percentage to its value (math-verify would also accept 15 % for 15), and `a = b = 5` to 5."""
     if isinstance(value, And) and is_equation(value):
         return take_last_relation(value).rhs
     return value.doit() if value.has(UnevaluatedExpr) else value
 
 
 def _differ_in_case(gold: list, answer: list) -> bool:
-    """x is not X: latex2sympy has made all symbols small, so what was written is looked at, where symbols are in it. A
-    word in \\text may be answered without, `Even` (a product) for `\\text{even}` (a symbol)."""
+    """Whether the answers differ only in case: x is not X. latex2sympy makes all symbols lower-case, so this compares
+    the matched texts if they contain symbols. A word in \\text may be answered without \\text: `Even` (a product) for
+    `\\text{even}` (a symbol)."""
     if not gold or not answer or not getattr(answer[0], "free_symbols", False):
         return False
     if isinstance(gold[0], Symbol) != isinstance(answer[0], Symbol):
@@ -232,14 +233,14 @@ def multilingual_extractive_match_metric(
 ) -> ExtractiveMatch:
     """LightEval's metric of that name.
 
-    fallback_mode: "first_match" also compares the first found text as text; "no_fallback" does not.
-    extraction_mode: "any_match" goes on where the first match cannot be parsed; "first_match" does not.
-    precision: decimals that two numbers share, where one is written as a decimal.
+    fallback_mode: with "first_match" the first matched text is also compared as text; with "no_fallback" it is not.
+    extraction_mode: with "any_match" later matches are tried if the first one cannot be parsed; "first_match" stops.
+    precision: number of decimals that two numbers must share if one of them is written as a decimal.
     """
     if getattr(language, "name", "").upper() != "ENGLISH":
         raise ValueError(f"answers can be extracted from English only, not {language}: use Language.ENGLISH")
     if fallback_mode not in ("first_match", "no_fallback") or extraction_mode not in ("first_match", "any_match"):
-        raise ValueError("fallback_mode is first_match or no_fallback, extraction_mode is first_match or any_match")
+        raise ValueError("set fallback_mode to first_match or no_fallback, extraction_mode to first_match or any_match")
     return ExtractiveMatch(
         tuple(gold_extraction_target),
         tuple(pred_extraction_target),
@@ -264,11 +265,11 @@ gpqa_metric = multilingual_extractive_match_metric(
 )
 
 
-# ------------------------------------------------------------------------------------------- what a worker is asked
+# ------------------------------------------------------------------------------------- functions that the workers run
 
 
 def without_thoughts(text: str) -> str:
-    """The text without its `<think>...</think>`, as LightEval scores it; a thought that does not end stays."""
+    """The text without `<think>...</think>`, as in LightEval. An unclosed `<think>` is kept."""
     while True:
         before, _, rest = text.partition("<think>")
         _, closed, after = rest.partition("</think>")
@@ -278,14 +279,14 @@ def without_thoughts(text: str) -> str:
 
 
 def gold_is_read(item: tuple[Any, Any]) -> bool:
-    """Whether the metric finds something to compare with, of (metric, doc); True for one that does not tell."""
+    """Whether the metric of (metric, doc) can read the doc's gold; True if the metric has no method `reads`."""
     metric, doc = item
     return metric.reads(doc) if hasattr(metric, "reads") else True
 
 
 def judge(item: tuple[Any, Any, str]) -> dict[str, Any]:
-    """{"score", "extracted": str, "" for none, "parsed_gold": str} of (metric, doc, text); a metric needs `compute`
-    alone, and then no more than the score is known."""
+    """Judge (metric, doc, text): {"score", "extracted": str ("": none), "parsed_gold": str}. A metric must have
+    `compute`; without `judge`, only the score is known."""
     metric, doc, text = item
     if not hasattr(metric, "reads_thoughts"):
         text = without_thoughts(text)
@@ -295,5 +296,5 @@ def judge(item: tuple[Any, Any, str]) -> dict[str, Any]:
         return {"score": score, "extracted": str(extracted[0]) if extracted else "", "parsed_gold": parsed}
     score = float(metric.compute(doc, [text]))
     if not 0 <= score <= 1:
-        raise ValueError(f"a score lies between 0 and 1, the metric gave {score}")
+        raise ValueError(f"compute must return a score between 0 and 1, got {score}: correct the metric")
     return {"score": score, "extracted": None}

@@ -1,11 +1,11 @@
-r"""How answers are written: `read` takes what a box, a tag or a sentence says to a sympy object and its unit.
+r"""The notation of answers: `read` converts the text of an answer to a sympy object and its unit.
 
-Tables of rules rewrite the many ways to write one thing to one that latex2sympy (math-verify's parser) reads rightly:
-characters, markup, numbers, units, words, operators, in this order, each rule on what the one before has left. Then,
-with words in it, an answer is prose and says the one number or formula that is in it, and its unit: `63 apples`,
-`63\text{ km}/\text{h}`; not `5 or 6`. Quantities of one kind (`5\text{ hours }30\text{ minutes}`) are their sum.
-Without words it is mathematics, `6xy` a product. Decimals become fractions, so that values are exact. What does not
-parse is its text, and is compared as that.
+Tables of rules rewrite the different notations of a value to one that latex2sympy (math-verify's parser) reads
+correctly: characters, markup, numbers, units, words, operators, in this order. Each rule is applied to the result of
+the previous one. If the result contains words, it is prose: its answer is its only number or formula with its unit, as
+in `63 apples` or `63\text{ km}/\text{h}`, but not in `5 or 6`. Quantities of the same kind are added, as in
+`5\text{ hours }30\text{ minutes}`. Without words it is mathematics, where `6xy` is a product. Decimals become
+fractions, so that values are exact. An answer that does not parse is kept and compared as text.
 
     PYTHONPATH=. python -c "from eval.notation import read; print(read(r'2\frac12\text{ cm}'))"
 """
@@ -20,10 +20,10 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 MAX_LENGTH = 500  # characters of an answer
 PERCENT = sympy.Rational(1, 100)
 
-# A rule a line: pattern => replacement. ␣ is a space; ARG a group in braces; TOK what TeX takes for an argument without
-# braces; SPACE any space of TeX; NUM a number; UNIT a unit that may stand without \text.
+# One rule per line: pattern => replacement. ␣ is a space; ARG a group in braces; TOK an argument without braces as TeX
+# reads it; SPACE any TeX space; NUM a number; UNIT a unit that needs no \text.
 
-# Characters. In: any text. Out: none that latex2sympy does not read, but currency signs: ¤ is the dollar.
+# Characters. Input: any text. Output: only characters that latex2sympy reads, and currency signs (¤ for the dollar).
 _CHARACTERS = r"""
     ∞ => \\infty␣
     √ => \\sqrt␣
@@ -43,7 +43,7 @@ _CHARACTERS = r"""
     (\d\.\d+)(?:\.{3}|…) => \1\\ldots␣
     ¢ => ␣cents
 """
-# Markup. Out: no Markdown, sizes, colours, delimiters of formulas nor punctuation around it; \text for all fonts.
+# Markup. Output: no Markdown, sizes, colours, formula delimiters or surrounding punctuation; \text for all fonts.
 _MARKUP = r"""
     \\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.? =>
     \\(?:text)?color\s*\{\w*\}|\\(?:display|text)style(?![a-zA-Z])|` =>
@@ -57,7 +57,7 @@ _MARKUP = r"""
     \\(?:math(?:rm|it|sf)|text(?:bf|it|rm|normal)|mbox|textup)\s*\{ => \\text{
     ^\\(?:text|mathbf)\s*\{([^{}]*)\}$ => \1
 """
-# Numbers. Out: digits without separators, periods written out, powers of ten for words; % after the number itself.
+# Numbers. Output: digits without separators, \overline for repeating decimals, powers of ten for words, % for percent.
 _NUMBERS = r"""
     (?<=\d)(?:,?\\[,!;:␣]|\{,\}|~)\s*(?=\d{3}(?!\d)) =>
     (?<![\d\\({,.␣])(?<!\d␣)(\d{1,3})␣(?=\d{3}(?!\d)) => \1
@@ -76,8 +76,9 @@ _NUMBERS = r"""
     (?<=[\d}])\s*(?:\\text\{\s*percent\s*\}|percent\b|\\%) => %
     (?<![\d.])(\d+)␣(\d+)/(\d+) => \1\\frac{\2}{\3}
 """
-# Units. Out: the unit of the whole in words or \text; degrees within a formula are left out, or radians in sin and cos.
-# One letter is a unit where TeX keeps it apart. 52_8 is 52 of a unit base^8: latex2sympy would read it as 52.
+# Units. Output: the unit of the whole answer in words or \text. Degrees in a formula are removed, or converted to
+# radians in sin and cos. One letter is a unit if a TeX space separates it. 52_8 becomes 52 with the unit base^8, since
+# latex2sympy would read it as 52.
 _UNITS = r"""
     (\\?(?:sin|cos|tan|cot|sec|csc)\s*\(?)\s*([\d.]+)\s*\^\s*\{?\\circ\s*\}? => \1{\\frac{\2\\pi}{180}}
     (?<=[\d}])\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?)\s*(?:\\text\s*\{)?\s*([CF]?)\}?$ => \\text{␣degrees␣\1}
@@ -94,8 +95,8 @@ _UNITS = r"""
     (?<=[\d}])SPACE*(UNIT)(?:\^?\{?(\d)\}?)?$ => \\text{␣\1}^{\2}
     (?<=[\d}])\s*(?:\\[,;␣]|~)\s*([mgshLNJWVA])(?:\^?\{?(\d)\}?)?$ => \\text{␣\1}^{\2}
 """
-# Words. Out: one letter, or one word, for a choice, a yes, a time; commas for "and" and "or"; no TeX spaces; a
-# backslash before what is a function or a Greek letter, and the imaginary unit as I.
+# Words. Output: one letter or word for a choice, yes or no, or a time; commas for "and" and "or"; no TeX spaces; a
+# backslash before functions and Greek letters; I for the imaginary unit.
 _WORDS = r"""
     ^\(?([A-Z])[).:]\s+(?!and\b|or\b|\()\S.*$ => \1
     ^(\d+)(?:\\!)?\s*:(?:\\!)?\s*(\d\d)\W*(?:\\text\W*)?([AaPp])\W?[Mm]\W*$ => \1:\2\\text{␣\3m}
@@ -114,7 +115,7 @@ _WORDS = r"""
     (?<![\\a-zA-Z])(log|ln|exp|sqrt|max|min|gcd|lcm|pi|theta|alpha|beta|infty)(?![a-zA-Z]{2}) => \\\1
     (?<!vec\{)(?<![a-zA-Z\\_])i(?![a-zA-Z=]) => I
 """
-# Operators. Out: arguments in braces, sets without the name of their element, and names for what has no operator.
+# Operators. Output: arguments in braces, sets without the name of their element, names for signs that do not parse.
 _OPERATORS = r"""
     \\varnothing => \\emptyset
     \*\* => ^
@@ -130,7 +131,7 @@ _OPERATORS = r"""
     \\[lc]?dots => \\tilde{z}
     (?<![a-zA-Z\\])d(?=[\\\s])(?!.*\\int) => {d}
 """
-# What a unit is worth: value: its names; plurals in s are names too.
+# Values of units. Each line is "value: names"; plurals in s are recognised, too.
 _WORTH = """
     m: m meter metre 米
     1000*m: km kilometer kilometre 千米 公里
@@ -221,8 +222,8 @@ _FULL_WIDTH = {0xFEE0 + code: code for code in range(0x21, 0x7F)}
 
 
 class Answer(NamedTuple):
-    """What was read: a sympy object, or the text where it is one or does not parse; the unit, 1 without one; the text
-    that was parsed."""
+    """A parsed answer: its value (a sympy object, or a text if it is one or does not parse), its unit (1: none), and
+    the text that was parsed."""
 
     value: Any
     unit: sympy.Expr
@@ -230,11 +231,11 @@ class Answer(NamedTuple):
 
 
 def unit_of(phrase: str) -> sympy.Expr:
-    r"""The unit with which a phrase begins, in metres, grams, seconds, dollars...; 1 where that is no unit we know."""
+    r"""The unit at the beginning of a phrase, in metres, grams, seconds, dollars...; 1 if it is not a known unit."""
     unit, sign = sympy.S.One, 1
     for per, name, power in _UNIT_WORD.findall(re.sub(r"\\text|\\cdot", " ", phrase)):
         known = _UNIT.get(name) or _UNIT.get(name.lower().removesuffix("s"))
-        # 5 dollars per hour may be said as 5 dollars, or 5 per hour
+        # 5 dollars per hour may be written as 5 dollars, or as 5 per hour
         if not known or (per and (unit == 1 or unit.has(_UNIT["dollar"]))):
             break
         sign = -1 if per else sign
@@ -243,7 +244,7 @@ def unit_of(phrase: str) -> sympy.Expr:
     return temperature if temperature in TEMPERATURES else unit
 
 
-_PLAIN = r"[^\d$\\=<>^+{}*]"  # no mathematics
+_PLAIN = r"[^\d$\\=<>^+{}*]"  # a character that is not mathematics
 _SENTENCE = re.compile(
     rf"({_PLAIN}*?)(\$[^$]+\$|(?<![\w^]){_written_out(_NUMBER)})"
     rf"((?! (?:is|are) )(?:{_PLAIN}|(?<=[a-z\u4e00-\u9fff])\^?\d)*)"
@@ -262,13 +263,13 @@ _UNREADABLE = re.compile(r"(?<![_^\d])\d+\s+\d|:.*:|^\d+:\d\d$")
 
 
 def is_too_much(text: str) -> bool:
-    """Longer than any answer, or brackets open more than 20 deep."""
+    """Whether the text is too long for an answer, or its brackets are nested more than 20 deep."""
     steps = ((c in "([{") - (c in ")]}") for c in text[:MAX_LENGTH])
     return len(text) > MAX_LENGTH or max(accumulate(steps), default=0) > 20
 
 
 def has_words(text: str) -> bool:
-    """Whether there are letters that nobody writes as a product of variables: `apples`, not `6xy`, `abc` or `AB`."""
+    """Whether the text contains words, not just products of variables: `apples`, but not `6xy`, `abc` or `AB`."""
     for word in _WORD.findall(re.sub(r"\\(?:begin|end|operatorname)\s*\{[a-z]+\*?\}", "", text)):
         spoken = len(word) > 2 and re.search("[aeiou]", word.lower()) and [*word.lower()] != sorted({*word.lower()})
         if spoken or word in "No|no|is|of" or not word.isascii():
@@ -290,13 +291,13 @@ def _parse(text: str) -> Any:
     try:
         conversion = ConversionConfig(lowercase_symbols=False)
         return latex2sympy(formula, is_real=True, normalization_config=None, conversion_config=conversion)
-    except Exception:  # what latex2sympy raises for a syntax error
+    except Exception:  # latex2sympy raises many types for syntax errors
         return text
 
 
 def _total(text: str) -> Answer | None:
-    """Several quantities of one kind, each in a smaller unit, `2 hours and 15 minutes`, as one in the first unit; not a
-    list, `3 cm and 4 cm`."""
+    """The sum, in the first unit, of quantities of the same kind in ever smaller units, such as `2 hours and 15
+    minutes`. None for other texts, such as the list `3 cm and 4 cm`."""
     plain = re.sub(r"\\(?:text|mathrm|mbox)|\\[,;:! ()]|\band\b|\*\*|[{}$~,]|\.$", " ", text)
     parts = _QUANTITY.findall(plain)
     if len(parts) < 2 or _QUANTITY.sub("", plain).strip():
@@ -310,7 +311,7 @@ def _total(text: str) -> Answer | None:
 
 
 def read(text: str) -> Answer | None:
-    """The answer that a text is; None for one that says nothing."""
+    """Parse the text of an answer; None if it contains none."""
     if is_too_much(text):
         return None
     text = text.strip().translate(_FULL_WIDTH)

@@ -1,11 +1,12 @@
-r"""A page to read a run's answers on: problem, answer, what was extracted, verdict; filters for what went wrong.
+r"""The HTML page of a run's answers: it shows problem, answer, extracted answer and verdict, and can filter by verdict.
 
-One file that needs nothing else and no network. Mathematics is shown as MathML, what cannot be converted as it was
-written; the button "as written" shows the answers word for word. Of a long answer the end is shown. `report.html#wrong`
-opens with that filter on. The samples as data are in details/.
+The page is one file that needs no network. Formulas are shown as MathML, or as written if they cannot be converted. The
+button "as written" shows the answers unchanged. Of a long answer, only the end is shown. `report.html#wrong` opens the
+page with the filter "wrong". The samples as data are in details/.
 
-What a model writes must not run in the reader's browser: a formula is let through only if it is MathML and nothing
-else. Left out on purpose: more than `LIMIT` samples, where a browser gives up; each verdict has its share of them.
+Model output must not run in the reader's browser, so a converted formula is used only if it is pure MathML.
+
+Not supported, on purpose: more than `LIMIT` samples, which browsers cannot handle; each verdict gets its share of them.
 """
 
 import html
@@ -20,8 +21,8 @@ from eval.report import table, verdicts
 
 LIMIT, LONGEST = 1000, 4000  # samples shown; characters of an answer
 _MATH = re.compile(
-    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|(\\begin\{(align|equation|gather)(\*?)\}.+?\\end\{\4\5\})"  # on lines of their own
-    r"|\\\((.+?)\\\)|(?<!\\)\$(?=\S)((?:\\.|[^$\\\n]|\n(?!\n))+?)(?<=\S)\$(?!\d)",  # as in pandoc: prices are none
+    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|(\\begin\{(align|equation|gather)(\*?)\}.+?\\end\{\4\5\})"  # displayed formulas
+    r"|\\\((.+?)\\\)|(?<!\\)\$(?=\S)((?:\\.|[^$\\\n]|\n(?!\n))+?)(?<=\S)\$(?!\d)",  # inline formulas, as in pandoc
     re.DOTALL,
 )
 _NAMESPACE = "http://www.w3.org/1998/Math/MathML"
@@ -66,7 +67,7 @@ document.querySelector(`[data-show=${location.hash.slice(1) || 'all'}]`).click()
 
 
 def page(title: str, results: dict[str, dict[str, Any]], rows: list[dict[str, Any]], counts: Counter[str]) -> str:
-    """The page of a run: its table, and these of its samples; `counts`: of all there are, by verdict and all."""
+    """The page of a run: its table of results and these samples. `counts`: number of samples, by verdict and in all."""
     rows = sorted(rows, key=lambda row: (row["task"], row["problem"], row["sample"]))
     names, lines = table(results)
     head = "".join(f"<th>{name}</th>" for name in names)
@@ -75,7 +76,7 @@ def page(title: str, results: dict[str, dict[str, Any]], rows: list[dict[str, An
         f'<button data-show="{name}">{name} {counts[name]}</button> '
         for name in ("all", "right", "wrong", "cut", "unparsed")
     )
-    left_out = f" of {counts['all']}; the rest is in details/" if counts["all"] > len(rows) else ""
+    left_out = f" of {counts['all']}; the others are in details/" if counts["all"] > len(rows) else ""
     return (
         f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
@@ -103,7 +104,7 @@ def _article(row: dict[str, Any]) -> str:
 
 
 def with_math(text: str) -> str:
-    """Text as HTML, its mathematics as MathML where that can be made."""
+    """The text as HTML, with its formulas as MathML if they can be converted."""
     parts, done = [], 0
     for match in _MATH.finditer(text):
         block = match[1] or match[2] or match[3]
@@ -118,10 +119,10 @@ def _plain(text: str) -> str:
 
 
 def _mathml(tex: str, display: str) -> str | None:
-    """MathML of a formula; None where the converter refuses it or writes anything but MathML (it copies `\\text`)."""
+    """The MathML of a formula; None if the converter fails or its output is not pure MathML (it copies `\\text`)."""
     try:
         formula = ElementTree.fromstring(convert(tex, display=display))
-    except Exception:  # it refuses much that TeX takes, with errors of many kinds
+    except Exception:  # the converter fails on much valid TeX, with many types of errors
         return None
     for element in formula.iter():
         if not _ATTRIBUTES.issuperset(element.attrib) or element.tag.removeprefix(f"{{{_NAMESPACE}}}") not in _ELEMENTS:

@@ -1,24 +1,24 @@
-r"""How often a problem is solved, and the problems that are neither too easy nor too hard to learn from.
+r"""Measure each problem's pass rate, and select the problems that are neither too easy nor too hard to learn from.
 
     python -m eval.pass_rate --model M --dataset D --output_dir O [--num_generations 4 --field value ...]
     python -m eval.pass_rate --generations_column generation --dataset D --output_dir O
 
-The first samples answers as eval.run does, with its options, batches and processes; the second checks those that a
-data set has (a text or a list a row, as gen.generate writes them). Verdicts are the accuracy reward's
-(`eval.verify.check_answer`), in workers that can be killed. What it writes to O; the same command goes on with the
-batches that are missing, and one of another range filters anew:
+The first command samples answers like eval.run, with its options, batches and processes. The second checks the answers
+in a column of the data set (one text or list per row, as gen.generate writes them). The verdicts are those of the
+accuracy reward (`eval.verify.check_answer`), computed in workers that can be killed. It writes these files to O; the
+same command resumes with the missing batches, and only filters again if the range has changed:
 
-    scored.parquet      the rows with `correct` (a bool a generation, null where the check gave up), `pass_rate` (mean
-                        of the others, null where there are none), and `generation` where it was sampled here
-    filtered.parquet    the rows with pass_rate_min < pass_rate < pass_rate_max: strictly between, as in open-r1
-    report.json         numbers and histogram, as printed
-    details/pass_rate/  a row a sample, a file a batch
+    scored.parquet      the rows with `correct` (one bool per generation, null if the check was given up), `pass_rate`
+                        (the mean of the non-null ones; null if there are none), and the `generation`s sampled here
+    filtered.parquet    the rows with pass_rate_min < pass_rate < pass_rate_max, both strict as in open-r1
+    report.json         the printed numbers and histogram
+    details/pass_rate/  one row per sample, one file per batch
 
-A gold answer that cannot be parsed makes every verdict of its row null: such rows are counted, and not in the filtered
-set. Where many generations are without an answer, ask for one that the checker reads, as with
+If a gold answer cannot be parsed, all verdicts of its row are null. Such rows are counted, but are not in the filtered
+set. If many generations have no answer, ask for one that the checker reads, for example with
 --system_prompt 'Put your final answer within \boxed{}.'
 
-Left out on purpose: other rewards than right or wrong (open-r1's mean is that of its first reward function).
+Not supported, on purpose: rewards other than right or wrong (open-r1 averages its first reward function).
 """
 
 import json
@@ -49,8 +49,8 @@ from sft_core.run.files import disk_errors, write_atomically
 from sft_core.run.hub import check_dataset_push, push_dataset
 from sft_core.run.options import require
 
-NAME = "pass_rate"  # of the task
-CHUNK = 256  # rows checked between two files
+NAME = "pass_rate"  # name of the task
+CHUNK = 256  # rows per file if a column is checked
 
 
 @disk_errors()
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(config.output_dir)
         if not config.shard:
             other = folder / "settings.json" if config.model else folder / "details" / NAME / "settings.json"
-            require(not other.exists(), f"{folder} holds results of another kind: choose another --output_dir.")
+            require(not other.exists(), f"{folder} contains results of another kind: choose another --output_dir.")
             check_dataset_push(config.output_dataset_name, config.private)
     task = make_task(config)
     if config.generations_column:
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_task(config: PassRateConfig) -> LightevalTaskConfig:
-    """The data set as a task of eval.run."""
+    """Describe the data set as a task of eval.run."""
 
     def ask(row: dict[str, Any], task_name: str | None = None) -> Doc:
         query = "" if config.generations_column else row[config.prompt_column] or ""
@@ -106,7 +106,7 @@ def make_task(config: PassRateConfig) -> LightevalTaskConfig:
 
 
 def check_column(config: PassRateConfig, task: LightevalTaskConfig, rows: Dataset) -> list[Batch]:
-    """Check the generations that the rows have; files as eval.run's, without the texts."""
+    """Check the generations in the rows. The files are like those of eval.run, but without the texts."""
     assert config.generations_column is not None
     columns = [config.solution_column, config.generations_column]
     with usage_errors():
@@ -134,11 +134,11 @@ def check_column(config: PassRateConfig, task: LightevalTaskConfig, rows: Datase
 def scored(
     rows: Dataset, batches: list[Batch], sampled: bool, counts: Counter[str]
 ) -> tuple[pa.Schema, Iterator[pa.Table]]:
-    """Schema and tables of the rows with their verdicts; `counts` is filled on the way."""
+    """Schema and tables of the rows with their verdicts. Iterating over the tables fills `counts`."""
     new: dict[str, Any] = {"generation": List(Value("string"))} if sampled else {}
     new |= {"correct": List(Value("bool")), "pass_rate": Value("float64")}
     if old := [name for name in new if name in rows.column_names]:
-        print(f"columns of these names are replaced: {', '.join(old)}.", file=sys.stderr)
+        print(f"note: the output replaces these columns of the input: {', '.join(old)}.", file=sys.stderr)
     kept = rows.remove_columns(old).with_format("arrow")
     schema = Features(kept.features | new).arrow_schema
 
@@ -185,13 +185,13 @@ def filtered(file: Path, config: PassRateConfig) -> tuple[pa.Schema, Iterator[pa
         for batch in pq.ParquetFile(file).iter_batches(CHUNK):
             rate = batch.column("pass_rate")
             inside = pc.and_(pc.greater(rate, config.pass_rate_min), pc.less(rate, config.pass_rate_max))
-            yield pa.Table.from_batches([batch.filter(inside)])  # null is not inside
+            yield pa.Table.from_batches([batch.filter(inside)])  # rows with null are not inside
 
     return pq.read_schema(file), tables()
 
 
 def report(config: PassRateConfig, counts: Counter[str]) -> None:
-    """report.json, and the same printed."""
+    """Write report.json and print its contents."""
     folder = Path(config.output_dir)
     column = pq.read_table(folder / "scored.parquet", columns=["pass_rate"])[0]
     rates = column.drop_null().to_pylist()

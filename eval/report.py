@@ -1,18 +1,18 @@
-"""What a run's samples say: scores with intervals, and a table.
+"""Metrics of a run's samples: scores with intervals, and a table.
 
-A task's metrics, all plain numbers:
+The metrics of a task are plain numbers:
 
     pass@1                    mean score over all samples
-    pass@1_stderr             its standard error: over problems, since samples of one problem are not independent
-    pass@1_ci95_low, _high    95 % interval, over problems: see `interval`
-    pass@k                    share of problems solved within k tries, unbiased (Chen et al., arXiv:2107.03374, eq. 1)
-    maj@n                     score of the most frequent answer (all right ones are one; others equal as printed; ties
-                              shared); not there where the metric does not say what it found
-    mean_length, cut_off      tokens a sample (null: no server said); share ended by the length limit
-    unparsed, unscored        share with no answer to be found; share whose check was given up (both count as wrong)
-    problems, samples         how many
+    pass@1_stderr             its standard error over problems, since samples of one problem are not independent
+    pass@1_ci95_low, _high    its 95 % interval over problems, see `interval`
+    pass@k                    share of problems solved in k attempts, unbiased (Chen et al., arXiv:2107.03374, eq. 1)
+    maj@n                     score of the most frequent answer; all right answers count as one answer, others if they
+                              print equally; ties are averaged; absent if the metric does not report extracted answers
+    mean_length, cut_off      mean tokens per sample (null: no server reported them); share cut off by the length limit
+    unparsed, unscored        share without an answer; share whose check was given up (both count as wrong)
+    problems, samples         their numbers
 
-Left out on purpose: an average over tasks.
+Not supported, on purpose: an average over tasks.
 """
 
 import math
@@ -29,23 +29,23 @@ SCHEMA = pa.schema(
     + [("score", pa.float64())]
     + [(name, pa.string()) for name in _STRINGS]
 )
-NEEDED = ["problem", "sample", "length", "score", "finish_reason", "extracted", "error"]  # what `summarise` needs
+NEEDED = ["problem", "sample", "length", "score", "finish_reason", "extracted", "error"]  # columns for `summarise`
 
 
 def read_rows(paths: list[Path], columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """The samples in these files, as dicts: all columns, or these."""
+    """The samples in these files as dicts, with these columns (None: all)."""
     return [row for path in paths for row in pq.read_table(path, columns=columns).to_pylist()]
 
 
 def verdicts(row: dict[str, Any]) -> list[str]:
-    """What is to be said of a sample: right or wrong, cut, unparsed."""
+    """The labels of a sample: right or wrong, then cut and unparsed if they apply."""
     cut, unparsed = row["finish_reason"] == "length", row["extracted"] == ""
     return ["right" if row["score"] == 1.0 else "wrong"] + ["cut"] * cut + ["unparsed"] * unparsed
 
 
 def pick(paths: list[Path], limit: int) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """At most `limit` of the samples in these files, every kind of verdict having as many places while it can fill
-    them; and how many samples there are of each, and of all. What is not picked is not held."""
+    """Pick at most `limit` of the samples in these files, equally many of each kind of verdict as far as possible. Also
+    returns the number of samples by verdict and in all. Only the picked samples are kept in memory."""
     places, counts, kinds = [], Counter[str](), Counter[tuple[str, ...]]()
     for file, path in enumerate(paths):
         for i, row in enumerate(read_rows([path], ["score", "finish_reason", "extracted"])):
@@ -61,7 +61,7 @@ def pick(paths: list[Path], limit: int) -> tuple[list[dict[str, Any]], Counter[s
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The metrics of one task's samples; every problem has equally many."""
+    """The metrics of one task's samples. All problems must have the same number of samples."""
     groups: dict[int, list[dict]] = defaultdict(list)
     for row in rows:
         groups[row["problem"]].append(row)
@@ -95,11 +95,11 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def interval(means: list[float]) -> tuple[float, float, float, float]:
-    """Mean, standard error, and 95 % interval of the mean of `means`, one a problem, in [0, 1].
+    """Mean, standard error, and 95 % interval (low, high) of the mean of `means`, one value in [0, 1] per problem.
 
-    Samples of a problem are not independent, so the error is that between problems. For the interval one problem always
-    solved and one never are added (as Agresti and Coull add to a count), and the quantile is Student's: the plain
-    interval is empty where all fail, and too narrow where few of 30 problems have all the hits.
+    Samples of a problem are not independent, so the error is computed over problems. For the interval, one problem that
+    is always solved and one that never is are added (as Agresti and Coull do for counts), and the quantile is that of
+    Student's t. Else the interval would be empty if all problems fail, and too narrow if few of 30 are ever solved.
     """
     mean, error = mean_and_error(means)
     middle, wider = mean_and_error([*means, 0.0, 1.0])
@@ -108,7 +108,7 @@ def interval(means: list[float]) -> tuple[float, float, float, float]:
 
 
 def t_quantile(freedom: int) -> float:
-    """The 97.5 % point of Student's distribution, to 1 % (Abramowitz and Stegun 26.7.5)."""
+    """The 97.5 % quantile of Student's t distribution, accurate to 1 % (Abramowitz and Stegun 26.7.5)."""
     if freedom == 1:
         return 12.706
     z, v = 1.959964, freedom
@@ -118,12 +118,12 @@ def t_quantile(freedom: int) -> float:
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Probability that k of n samples, drawn without replacement, hold a correct one."""
+    """Probability that k of n samples, drawn without replacement, contain a correct one."""
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def majority(group: list[dict[str, Any]]) -> float:
-    """Score of the most frequent answer; where several are, their mean. Samples without an answer have no vote."""
+    """Score of the most frequent answer; ties are averaged. Samples without an answer do not vote."""
     votes: dict[str, list[float]] = defaultdict(list)
     for row in group:
         if row["extracted"]:
@@ -133,7 +133,7 @@ def majority(group: list[dict[str, Any]]) -> float:
 
 
 def _canonical(answer: str) -> str:
-    """18.0000 and Eq(x, 18) as 18, 1/2 as 0.5."""
+    """A canonical form: 18.0000 and Eq(x, 18) become 18, 1/2 becomes 0.5."""
     answer = answer.removesuffix(")").rpartition(", ")[2] if answer.startswith("Eq(") else answer
     above, _, below = answer.partition("/")
     try:
@@ -144,7 +144,7 @@ def _canonical(answer: str) -> str:
 
 
 def shown_metrics(result: dict[str, Any]) -> dict[str, str]:
-    """What a task's line in a table says: column -> text. pass@k and maj@n are those of the largest k."""
+    """A task's line in the table: column -> text, with pass@k for the largest k only."""
     percent = {name: f"{100 * value:.1f} %" for name, value in result.items() if value is not None}
     more = [name for name in result if name.startswith(("pass@", "maj@")) and "_" not in name and name != "pass@1"]
     interval = f"{100 * result['pass@1_ci95_low']:.1f} to {100 * result['pass@1_ci95_high']:.1f}"
@@ -158,7 +158,7 @@ def shown_metrics(result: dict[str, Any]) -> dict[str, str]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Names of the columns and a row for each task. What a task does not have (maj@n) is left empty."""
+    """The column names, and one row per task. Metrics that a task lacks (maj@n) are empty."""
     lines = [{"task": task} | shown_metrics(result) for task, result in results.items()]
     names = list(dict.fromkeys(name for line in lines for name in line))
     return names, [[line.get(name, "") for name in names] for line in lines]

@@ -1,17 +1,18 @@
-"""Score a model on benchmarks: one command, every GPU, intervals with every number.
+"""Score a model on benchmarks: one command that uses all GPUs and reports confidence intervals.
 
     python -m eval.run --model M --tasks math_500,aime24 --output_dir D [--num_samples 4 --limit 100 --field value ...]
 
-Needs no launcher: it starts one process a GPU (or a group of `tensor_parallel_size`) itself. What it writes to D:
+It needs no launcher: it starts one process per GPU (or per group of `tensor_parallel_size` GPUs). It writes to D:
 
     results.json              {"results": {task: {"pass@1": ...}}, "config": ..., "versions": ...}, see eval/report.py
-    details/<task>/*.parquet  a row a sample: prompt, completion, what was extracted, verdict; a file a batch
-    report.html               the same to look at (eval/page.py); eval/compare.py compares two such folders
+    details/<task>/*.parquet  one file per batch, one row per sample: prompt, completion, extracted answer, verdict
+    report.html               a page with the samples (eval/page.py)
 
-Work is cut into batches that depend on nothing but the options, and each is drained before the next begins. So the
-same command goes on after a kill with the batches that are missing, and ends with what an unbroken run would have.
+eval/compare.py compares two such folders. The work is split into batches that depend only on the options, and each is
+finished before the next one starts. So after a kill the same command resumes with the missing batches, and its results
+equal those of an uninterrupted run.
 
-Left out on purpose: few-shot prompts, log-likelihood tasks, judges.
+Not supported, on purpose: few-shot prompts, log-likelihood tasks, model judges.
 """
 
 import importlib.metadata
@@ -48,7 +49,7 @@ from sft_core.run.parent import die_with_parent
 
 @disk_errors()
 def main(argv: list[str] | None = None) -> None:
-    """Evaluate by the options in `argv` (default: the command line). Exit code 2 for bad input, 1 for a failure."""
+    """Evaluate with the options in `argv` (default: the command line). Exit code: 2 for bad input, 1 for a failure."""
     argv = sys.argv[1:] if argv is None else argv
     with distributed.usage_errors():
         (config,) = parse((EvalConfig,), argv)
@@ -61,12 +62,15 @@ def main(argv: list[str] | None = None) -> None:
 def run(
     config: EvalConfig, argv: list[str], custom: tuple[LightevalTaskConfig, ...] = (), module: str = "eval.run"
 ) -> list[Work]:
-    """Sample and check what the output folder lacks. `custom`: tasks beside the table's; `module`: what was started
-    with `argv`, for the processes of further GPUs."""
+    """Sample and check the batches that the output folder lacks.
+
+    custom: tasks in addition to the built-in ones. module: the program that was started with `argv`; the processes for
+    the other GPUs run it, too.
+    """
     with distributed.usage_errors():
         if config.shard:
             die_with_parent()
-        else:  # a trainer that starts this is a rank of torchrun, this process is not
+        else:  # if a trainer started this process, it inherited the variables of a torchrun rank, which it is not
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
                 os.environ.pop(name, None)
         sampler, works = prepare(config, custom)
@@ -93,8 +97,8 @@ def run(
             start_shards(module, argv, copies, config.tensor_parallel_size)
     except ServerError as error:
         raise SystemExit(
-            f"error: {error}. See to the server (--base_url) or change what is asked (see --help); the same command "
-            "goes on with what is missing."
+            f"error: {error}. Fix the server (--base_url) or change the sampling options, then run the same command to "
+            "resume."
         ) from None
     except ShardsFailed as error:
         raise SystemExit(f"error: {error}") from None
@@ -102,7 +106,7 @@ def run(
 
 
 def prepare(config: EvalConfig, custom: tuple[LightevalTaskConfig, ...] = ()) -> tuple[TextSampler, list[Work]]:
-    """Everything that can be refused before weights are loaded."""
+    """Prepare the sampler and the tasks. Raises ValueError for all bad input, before any weights are loaded."""
     tasks = find_tasks(config.tasks, load_custom_tasks(config.custom_tasks) if config.custom_tasks else custom)
     places = places_of(tasks, config.dataset, "--dataset")
     sampler: TextSampler
@@ -121,10 +125,10 @@ def prepare(config: EvalConfig, custom: tuple[LightevalTaskConfig, ...] = ()) ->
         context = min(sampler.positions, longest + wanted)
         if context < longest + wanted:
             sizes = f"{task.name}: {wanted} new tokens and the longest prompt ({longest}) exceed the {context} tokens"
-            remedy = "add --fit_context to let answers end with it, or give --max_new_tokens"
+            remedy = "lower --max_new_tokens, or add --fit_context to let the context cut answers off"
             remedy = remedy if longest < context else "use a model with a longer context"
             require(config.fit_context and longest < context, f"{sizes} of the model's context: {remedy}.")
-            print(f"{sizes} of the model's context: answers end with it.", file=sys.stderr)
+            print(f"note: {sizes} of the model's context, which may cut answers off.", file=sys.stderr)
         files = task_folder(config.output_dir, task)
         problems = ranges(len(docs), max(1, config.batch_size // config.num_samples))
         batches = [Batch(files / f"{part.start:05}.parquet", part) for part in problems]
@@ -135,7 +139,7 @@ def prepare(config: EvalConfig, custom: tuple[LightevalTaskConfig, ...] = ()) ->
 def sample_missing(
     config: EvalConfig, works: list[Work], missing: list[tuple[Work, Batch]], sampler: TextSampler
 ) -> None:
-    """Sample and check the missing batches, each into its file."""
+    """Sample and check the missing batches, and write each to its file."""
     together = config.tensor_parallel_size > 1 and not config.base_url
     rank = distributed.init_distributed()[0] if together else 0
     if isinstance(sampler, EngineSampler):
@@ -152,7 +156,7 @@ def sample_missing(
         )
 
     def samples_of(work: Work, batch: Batch) -> list[Sample] | None:
-        # Ranks that share a model call together; the first asks and gets all of the answers.
+        # Ranks that share a model call together. Only the first one passes prompts, and it gets all answers.
         samples = sample(work, batch.path, batch.rows if rank == 0 else range(0), sampler)
         return samples if rank == 0 else None
 
@@ -164,7 +168,7 @@ def sample_missing(
 
 
 def sample(work: Work, file: Path, problems: range, sampler: TextSampler) -> list[Sample]:
-    """Answers to these problems of the task. Those in the file, of a run whose servers failed, are kept."""
+    """Sample answers to these problems of the task. Answers in `file`, from a run whose servers failed, are kept."""
     prompts = [work.prompts[p] for p in problems]
     if isinstance(sampler, ServerSampler):
         kept = {
@@ -200,17 +204,20 @@ def sample(work: Work, file: Path, problems: range, sampler: TextSampler) -> lis
 
 
 def finish(config: EvalConfig, works: list[Work]) -> None:
-    """Results of all tasks whose samples lie in this folder's files, old ones kept; exit code 1 if none was scored."""
+    """Write results.json and report.html and print the results. Results of other tasks in results.json are kept.
+
+    Exits with code 1 if no sample could be scored.
+    """
     file = Path(config.output_dir) / "results.json"
     try:
         old = json.loads(file.read_text())
         content = {name: dict(old[name]) for name in ("results", "config")}
-    except (OSError, ValueError, LookupError, TypeError):  # not there, or damaged: it is made of the samples
+    except (OSError, ValueError, LookupError, TypeError):  # missing or damaged: it is written again
         content = {"results": {}, "config": {}}
     options = {k: v for k, v in asdict(config).items() if k != "shard"}
     results = {}
     for work in works:
-        rows = report.read_rows(work.paths, report.NEEDED)  # without their texts, which may be long
+        rows = report.read_rows(work.paths, report.NEEDED)  # without the texts, which may be long
         results[work.task.name] = report.summarise(rows)
         errors = Counter(row["error"] for row in rows if row["error"])
         for error, count in errors.most_common(3):
@@ -225,9 +232,9 @@ def finish(config: EvalConfig, works: list[Work]) -> None:
     samples, counts = report.pick([path for work in works for path in work.paths], LIMIT)
     write_atomically(file.with_name("report.html"), page(config.model, results, samples, counts))
     print(table(*report.table(results)))
-    print(f"results: {file}\nto read: {file.with_name('report.html')}")
+    print(f"results: {file}\npage: {file.with_name('report.html')}")
     if all(result["unscored"] == 1 for result in results.values()):
-        raise SystemExit("error: no answer could be checked (see above).")
+        raise SystemExit("error: no answer could be checked: see the errors above.")
 
 
 if __name__ == "__main__":

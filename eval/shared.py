@@ -1,6 +1,6 @@
-"""Objects that a pool's workers are given once: each lies in a file, by cloudpickle, and a worker reads it once.
+"""Objects that are sent to each worker only once: cloudpickle writes each to a file, which a worker reads once.
 
-So a closure, a lambda or a function of `__main__` travels, and nothing large travels with each item.
+So closures, lambdas and functions of `__main__` can be sent, and large objects are not sent again with each item.
 """
 
 import pickle
@@ -15,7 +15,7 @@ import cloudpickle
 
 @dataclass(frozen=True)
 class Shared:
-    """Pickled as the name of its file, it arrives as `value`."""
+    """It is pickled as the name of its file and unpickled as `value`."""
 
     path: str
     value: Any
@@ -26,19 +26,19 @@ class Shared:
 
 class SharedObjects:
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory()  # removed when nobody holds this any more
+        self._folder = tempfile.TemporaryDirectory()  # removed together with this object
         self._shared: dict[int, Shared] = {}
 
     def __call__(self, value: Any) -> Shared:
-        """What stands for `value` in what is sent to workers. Raises ValueError where it cannot be pickled."""
+        """An object to send to workers in place of `value`. Raises ValueError if `value` cannot be pickled."""
         if id(value) not in self._shared:
             try:
                 message = cloudpickle.dumps(value)
-            except Exception as error:  # of a user's object anything
+            except Exception as error:  # a user's object may raise anything
                 raise ValueError(f"it cannot be sent to a worker ({' '.join(str(error).split())[:300]})") from error
             path = Path(self._folder.name) / str(len(self._shared))
             path.write_bytes(message)
-            self._shared[id(value)] = Shared(str(path), value)  # which keeps the object, and so its id, alive
+            self._shared[id(value)] = Shared(str(path), value)  # keeps `value` alive, so that its id stays unique
         return self._shared[id(value)]
 
 

@@ -1,11 +1,11 @@
-"""The evaluation tasks: which rows, what is asked, what is right. open-r1's four, with gsm8k and aime25 beside them.
+"""The evaluation tasks: their data, prompts and metrics. These are open-r1's four tasks, gsm8k and aime25.
 
-`Doc` and `LightevalTaskConfig` have LightEval's names and fields, so that a file of custom tasks written for it is
-ported by changing its imports; `load_custom_tasks` reads its TASKS_TABLE.
+`Doc` and `LightevalTaskConfig` have LightEval's names and fields. To port a file of custom tasks from LightEval, change
+its imports; `load_custom_tasks` reads its TASKS_TABLE.
 
-Left out on purpose: few-shot examples (the documented tasks have none) and log-likelihood tasks.
+Not supported, on purpose: few-shot examples (open-r1's tasks have none) and log-likelihood tasks.
 
-    python -m eval.tasks            prints the names of the table and how many there are
+    python -m eval.tasks            prints the names of the tasks in TASKS_TABLE and their number
 """
 
 import difflib
@@ -23,7 +23,7 @@ from typing import Any
 from eval.metrics import expr_gold_metric, gpqa_metric, latex_gold_metric
 
 MAX_NEW_TOKENS = 32768
-GPQA_QUERY = (  # simple-evals' words: a score depends on them
+GPQA_QUERY = (  # the wording of simple-evals, since scores depend on it
     "Answer the following multiple choice question. The last line of your response should be of the following format: "
     "'Answer: $LETTER' (without quotes) where LETTER is one of ABCD. Think step by step before answering.\n\n"
     "{question}\n\nA) {0}\nB) {1}\nC) {2}\nD) {3}"
@@ -32,7 +32,7 @@ GPQA_QUERY = (  # simple-evals' words: a score depends on them
 
 @dataclass
 class Doc:
-    """One question: what is asked (`query`), the possible answers, and which of them is right."""
+    """One question (`query`), its possible answers, and the indices of the right ones."""
 
     query: str
     choices: list[str]
@@ -48,7 +48,7 @@ class Doc:
 
 @dataclass
 class LightevalTaskConfig:
-    """A task. `prompt_function(row, task_name)` makes the Doc; `metric` a list whose first decides right or wrong."""
+    """A task. `prompt_function(row, task_name)` creates the Doc; the first entry of `metric` judges the answers."""
 
     name: str
     prompt_function: Callable[..., Doc]
@@ -70,20 +70,20 @@ class LightevalTaskConfig:
 
 
 def prompt_fn(line: dict[str, Any], task_name: str | None = None) -> Doc:
-    r"""The problem as it stands; right is what its worked solution ends in (`\boxed{}`)."""
+    r"""The unchanged problem; the right answer is in the `\boxed{}` of its solution."""
     return Doc(task_name=task_name, query=line["problem"], choices=[line["solution"]], gold_index=0)
 
 
 def aime_prompt_fn(line: dict[str, Any], task_name: str | None = None) -> Doc:
-    """The problem as it stands; right is the number in `answer`."""
+    """The unchanged problem; the right answer is the number in `answer`."""
     return Doc(
         task_name=task_name, query=line["problem"], choices=["" if line["answer"] is None else str(line["answer"])]
     )
 
 
 def gpqa_prompt_fn(line: dict[str, Any], task_name: str | None = None) -> Doc:
-    """A question with four choices. Where the right one stands is drawn from a seed of the row's own: it is the same
-    in every run (open-r1 draws anew), and knows nothing of other rows."""
+    """A question with four choices. The position of the right one is drawn with a seed that depends only on the
+    question, so it is the same in every run (open-r1 draws it again in each run)."""
     gold_index = random.Random(zlib.crc32(line["Question"].encode())).randint(0, 3)
     choices = [line[f"Incorrect Answer {i}"] for i in (1, 2, 3)]
     choices.insert(gold_index, line["Correct Answer"])
@@ -92,7 +92,7 @@ def gpqa_prompt_fn(line: dict[str, Any], task_name: str | None = None) -> Doc:
 
 
 def gsm8k_prompt_fn(line: dict[str, Any], task_name: str | None = None) -> Doc:
-    """The question as it stands; right is the number after `####`."""
+    """The unchanged question; the right answer is the number after `####`."""
     gold = line["answer"].rpartition("####")[2].strip()
     return Doc(task_name=task_name, query=line["question"], choices=[gold], gold_index=0)
 
@@ -130,10 +130,10 @@ ALIASES = {"aime25_part1": "aime25:part1", "gpqa": "gpqa:diamond", "gpqa_diamond
 
 
 def load_custom_tasks(file: str) -> list[LightevalTaskConfig]:
-    """The TASKS_TABLE of a Python file. Its folder joins sys.path, so that checking workers can import it too.
+    """The TASKS_TABLE of a Python file. Its folder is added to sys.path, so that checking workers can import it, too.
 
     Raises:
-        ValueError: no such file, or no table in it.
+        ValueError: the file does not exist, cannot be imported, or has no TASKS_TABLE.
     """
     path = Path(file).expanduser().resolve()
     if not path.is_file() or path.suffix != ".py":
@@ -141,22 +141,22 @@ def load_custom_tasks(file: str) -> list[LightevalTaskConfig]:
     sys.path.append(str(path.parent))
     try:
         module = importlib.import_module(path.stem)
-    except Exception as error:  # of a user's file anything
-        remedy = "Doc and LightevalTaskConfig are in eval.tasks here, metrics in eval.metrics"
+    except Exception as error:  # a user's file may raise anything
+        remedy = "import Doc and LightevalTaskConfig from eval.tasks, metrics from eval.metrics"
         raise ValueError(f"{file} cannot be imported ({type(error).__name__}: {error}): {remedy}.") from error
     if Path(module.__file__ or "") != path:
         raise ValueError(f"{file} has the name of another module ({module.__file__ or 'built in'}): rename it.")
     table = getattr(module, "TASKS_TABLE", None)
     if not isinstance(table, list):
-        raise ValueError(f"{file} defines no list TASKS_TABLE: collect its LightevalTaskConfigs in one.")
+        raise ValueError(f"{file} defines no list TASKS_TABLE: put its LightevalTaskConfigs into one.")
     return table
 
 
 def check_task(task: LightevalTaskConfig) -> None:
-    """Raise ValueError for a task that cannot be run, before anything is loaded."""
+    """Raise ValueError if the task cannot be run. This loads nothing."""
     wrong = None
     if not re.fullmatch(r"\w[\w:.-]*", task.name):
-        wrong = "a name is of letters, digits, and _ : . -"
+        wrong = "its name may contain only letters, digits, and _ : . -"
     elif not isinstance(task.metric, list) or not task.metric or not hasattr(task.metric[0], "compute"):
         wrong = "metric must be a list whose first entry has compute(doc, predictions)"
     elif len(task.evaluation_splits) != 1:
@@ -165,16 +165,18 @@ def check_task(task: LightevalTaskConfig) -> None:
         try:
             pickle.dumps(task.metric[0])
         except Exception as error:
-            wrong = f"its metric must pickle, so define it in the file by name, without lambda ({error})"
+            wrong = f"its metric must pickle, so define it by name in the file, without lambda ({error})"
     if wrong:
         raise ValueError(f"task {task.name!r} cannot be run: {wrong}.")
 
 
 def find_tasks(names: str, custom: Iterable[LightevalTaskConfig] = ()) -> list[LightevalTaskConfig]:
-    """The tasks of a comma-separated list of names or of LightEval's `suite|task|shots|truncate`; "all": the table.
+    """Find tasks by a comma-separated list of names or of LightEval's `suite|task|shots|truncate`.
+
+    "all" means TASKS_TABLE and the custom tasks.
 
     Raises:
-        ValueError: a name is unknown, or few-shot examples are asked for.
+        ValueError: a name is unknown, or few-shot examples are requested.
     """
     known = {task.name: task for task in [*TASKS_TABLE, *MORE_TASKS, *custom]}
     found = []
@@ -182,12 +184,12 @@ def find_tasks(names: str, custom: Iterable[LightevalTaskConfig] = ()) -> list[L
         parts = text.split("|")
         name = parts[0] if len(parts) == 1 else parts[1]
         if len(parts) > 2 and parts[2] != "0":
-            raise ValueError(f"{text} asks for {parts[2]} examples in the prompt, the tasks here have none: write 0.")
+            raise ValueError(f"{text} asks for {parts[2]} examples in the prompt, which is not supported: write 0.")
         name = ALIASES.get(name, name)
         if name not in known and name != "all":
             close = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=0.4)
             hint = f"did you mean {close[0]}? " if close else ""
-            raise ValueError(f"unknown task {name!r}: {hint}Known are {', '.join(known)}, and all.")
+            raise ValueError(f"unknown task {name!r}: {hint}Use one of {', '.join(known)}, or all.")
         found += [*TASKS_TABLE, *custom] if name == "all" else [known[name]]
     if not found:
         raise ValueError(f"no task is named: give --tasks one or more of {', '.join(known)}, or all.")

@@ -1,33 +1,33 @@
-r"""The answer checker of the rewards: is a completion's answer equal to the gold one? Pure functions.
+r"""The answer checker of the rewards: pure functions that decide whether a completion's answer equals the gold answer.
 
-math-verify parses and compares; where the answer is looked for, what is no mathematics in it, and what is compared with
-what is decided here. With its own settings it pays for wrong answers (`3t` for 3, `2^{-99}` for `2^{-98}`, equations
-without real solutions), and its time limits (SIGALRM) cannot stop code that blocks in C. What may hang runs in an
+math-verify parses and compares values. This module finds the answer, separates mathematics from words, and decides how
+values are compared. math-verify's own settings accept wrong answers (`3t` for 3, `2^{-99}` for `2^{-98}`, equations
+without real solutions), and its timeouts (SIGALRM) cannot stop code that blocks in C. Run checks that may hang in an
 `eval.workers.WorkerPool`.
 
-Where the answer of a completion is looked for (`_spans`), first hit wins:
-  0. Only the text after the last thought (`</think>`, `</thinking>`, `<|end_of_thought|>`) is read.
-  1. `\boxed{...}`, `\fbox{...}` or `<answer>...</answer>`: of those that close, the one that opens last, so that an
-     answer counts and not a box on the way to it. Boxes that only `,`, "and" or "or" separates are one answer.
-  2. what follows the last `####` (GSM8K), to the end of its line
-  3. what follows the last "answer is", "answer would be", "answer:", a heading "Final Answer" or 答案: the last of them
-     after which a sentence, or its first clause, can be read
-  4. the whole text, if it is one formula and nothing else (`63`, `$\frac12$`)
-A number in running prose ("so she has 63 left") is no answer: it would pay a model for listing numbers. Nor is anything
-of more than 500 characters (the longest of MATH-500 has 53) or 20 nested brackets.
+Only the text after the last thought (`</think>`, `</thinking>`, `<|end_of_thought|>`) of a completion is searched for
+its answer. `_spans` tries these places in order:
+  1. `\boxed{...}`, `\fbox{...}` or `<answer>...</answer>`: of those that are closed, the one that opens last, which
+     skips the boxes of intermediate results. Boxes separated only by `,`, "and" or "or" are one answer.
+  2. The text after the last `####` (GSM8K), up to the end of its line.
+  3. The text after "answer is", "answer would be", "answer:", a heading "Final Answer" or 答案: the last of them
+     that is followed by a sentence, or a first clause, that can be parsed.
+  4. The whole text, if it is one formula and nothing else (`63`, `$\frac12$`).
+A number in prose ("so she has 63 left") is not an answer, since this would reward a model for listing numbers. A text
+with more than 500 characters (the longest answer of MATH-500 has 53) or 20 nested brackets is not an answer, either.
 
-How it is read: `eval/notation.py`. With words in it, it is prose and says the one number or formula that is in it
-(`63 apples`; not `5 or 6`) or the sum of its quantities (`5 hours 30 minutes`); without, it is mathematics (`6xy` is a
-product), in which only a listed unit right after a number is one. What cannot be parsed is compared as text.
+`eval/notation.py` parses the answer. An answer with words is prose: its value is its only number or formula
+(`63 apples`; not `5 or 6`) or the sum of its quantities (`5 hours 30 minutes`). Without words it is mathematics: `6xy`
+is a product, and only known units right after a number are units. An answer that cannot be parsed is compared as text.
 
-How two values are compared (`_same`): by math-verify, on exact numbers; before that, equations are compared up to a
-factor, inequalities made sets, `x=1, y=2` the values of its names. A decimal of six or more digits may be rounded
-(relative 1e-6).
-Units are compared where both sides have one that `eval/notation.py` knows, and converted: 120 minutes are 2 hours, 3 m
-are not 3 km. Where one side has none, they are not (15 cm^2 is 15, as in open-r1), nor are other words: 5 oranges are 5
-apples; nor is what money is paid for, per hour or per day. 12 % is 12 and 0.12, 0.4 % is 0.004 alone. The base of a
-number is such a unit.
-Left out: a gold of words without LaTeX ("Paris") is not parseable; `\text{Evelyn}` and single letters are.
+`_same` compares two values with math-verify, on exact numbers. Before that, equations are compared up to a factor,
+inequalities are converted to sets, and `x=1, y=2` to the values of its names. A decimal with six or more digits may be
+rounded (relative error 1e-6).
+If both sides have a known unit, units are converted and compared: 120 minutes equal 2 hours, 3 m do not equal 3 km. If
+one side has no unit, units are ignored (15 cm^2 equals 15, as in open-r1). Other words are always ignored (5 oranges
+equal 5 apples), and so is "per hour" or "per day" after money. 12 % equals 12 and 0.12, but 0.4 % equals only 0.004.
+The base of a number is treated as a unit.
+Not supported: a gold of words without LaTeX ("Paris") cannot be parsed; `\text{Evelyn}` and single letters can.
 
     PYTHONPATH=. python -c "from eval.verify import check_answer; print(check_answer('63', r'so \boxed{63}'))"
 """
@@ -44,12 +44,12 @@ from sympy.core.relational import Relational
 
 from eval.notation import DEGREE, MAX_LENGTH, PERCENT, TEMPERATURES, Answer, has_words, read
 
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns that its time limits are off
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns that its timeouts are off
 
-MAX_EXPONENT = 5000  # and argument of a factorial: beyond it, values are compared as text
+MAX_EXPONENT = 5000  # also for arguments of factorials; larger values are compared as text
 _THOUGHT = re.compile(r"</think(?:ing)?>|<\|end_of_thought\|>")
 _BRACES = r"\{(?:[^{}\\]|\\.)*+\}"
-for _ in range(9):  # ++ and *+ never go back, so that thousands of boxes that do not close cost linear time
+for _ in range(9):  # ++ and *+ do not backtrack, so that thousands of unclosed boxes take linear time
     _BRACES = rf"\{{(?:[^{{}}\\]|\\.|{_BRACES})*+\}}"
 _BOX = re.compile(rf"\\(?:boxed|fbox)\s*+(?:{_BRACES}|(?<=\s)\w)", re.DOTALL)
 _AND = re.compile(r"(?:[,;$\s}]|\\(?:text|mbox)\s*\{|\\q?quad|\\[ ,;]|and|or|\b[a-z]\s*=)+")
@@ -64,8 +64,8 @@ _DECIMAL = re.compile(r"-?(\d*)\.(\d+)")
 
 
 def _last_boxed(text: str) -> tuple[int, str]:
-    r"""Where the last `\boxed{...}` whose braces close opens, and its content, joined to that of the boxes right before
-    it; (-1, "") without one. A box in a box wins over it."""
+    r"""The start of the last closed `\boxed{...}`, and its content, joined with that of the boxes directly before it;
+    (-1, "") if there is none. The content of a nested box takes precedence."""
     boxes = list(_BOX.finditer(text))
     if not boxes:
         return -1, ""
@@ -78,12 +78,12 @@ def _last_boxed(text: str) -> tuple[int, str]:
 
 
 def _spans(text: str) -> Iterator[str]:
-    """The places of the answer in a text, the likeliest first: what is marked, then each anchor's sentence and its
-    first clause, the last anchor first."""
+    """Candidate texts for the answer, the most likely first: the marked answer, then the sentence and the first clause
+    after each anchor, from the last anchor to the first."""
     boxed_at, boxed = _last_boxed(text)
-    # Not a regular expression: a lazy one takes quadratic time on tags that never close.
+    # Not a regular expression: a lazy one takes quadratic time if many tags are not closed.
     before, opened, tagged = text.rpartition("</answer>")[0].rpartition("<answer>")
-    tagged = tagged.partition("</answer>")[0]  # closed twice, say
+    tagged = tagged.partition("</answer>")[0]  # the tag may be closed twice
     if boxed_at >= (len(before) if opened else 0):
         yield boxed
         text = boxed
@@ -101,15 +101,15 @@ def _spans(text: str) -> Iterator[str]:
 
 
 def _best(spans: list[str]) -> Answer | None:
-    """The first of the spans that is mathematics, else the first that can be read at all."""
+    """The first span that is mathematics, else the first one that can be parsed."""
     answers = [answer for answer in map(read, spans) if answer]
     return next((answer for answer in answers if not isinstance(answer.value, str)), answers[0] if answers else None)
 
 
-@lru_cache(maxsize=1024)  # the G completions of a prompt share their gold
+@lru_cache(maxsize=1024)  # the G completions of a prompt have the same gold
 def parse_gold(text: str) -> Answer | None:
-    """Parse a gold answer: a marked one as in a completion, else the text as a number or formula (`63`, `x^2+1`), else
-    its last formula. None when there is none."""
+    """Parse a gold answer: a marked answer as in a completion, else the whole text as a number or formula (`63`,
+    `x^2+1`), else the last formula in it. None if there is none."""
     spans = list(_spans(text))
     found = _best(spans or [text])
     if not spans and (not found or isinstance(found.value, str)):
@@ -119,19 +119,19 @@ def parse_gold(text: str) -> Answer | None:
 
 
 def gold_is_parseable(text: str) -> bool:
-    """Whether a completion can be compared with this gold; leave out the rows where it cannot. Parsing can
-    hang like checking can: call it through a `WorkerPool` on data you have not seen."""
+    """Whether completions can be compared with this gold; remove rows whose gold cannot be parsed. Parsing can hang, so
+    call this in a `WorkerPool` on unknown data."""
     return bool(parse_gold(text))
 
 
 def parse_answer(text: str) -> Answer | None:
-    """Parse the answer of a completion, looked for as the module docstring says; None without one."""
+    """Find and parse the answer of a completion, see the module docstring; None if there is none."""
     text = _THOUGHT.split(text)[-1].strip()
     return _best(list(_spans(text)) or ([] if has_words(text) else [text]))
 
 
 def _equations(value: Any) -> dict:
-    """{left side: right side} of an equation, of a chain a = b = 5, of a list of them; {} for anything else."""
+    """{left side: right side} of an equation, a chain a = b = 5, or a list of equations; {} for anything else."""
     parts = list(getattr(value, "_unsorted_args", [value]))
     if not all(isinstance(part, sympy.Eq) for part in parts):
         return {}
@@ -146,7 +146,7 @@ def _equations(value: Any) -> dict:
 
 
 def _solutions(value: Any) -> Any:
-    """The set that inequalities of one variable describe; other values as they are."""
+    """Convert inequalities in one variable to the set of their solutions; return other values unchanged."""
     parts = list(getattr(value, "_unsorted_args", [value]))
     if all(isinstance(part, Relational | sympy.And) for part in parts) and len(value.free_symbols) == 1:
         sets = [sympy.And(part).as_set() for part in parts]
@@ -156,14 +156,14 @@ def _solutions(value: Any) -> Any:
 
 
 def _is_name(value: sympy.Expr) -> bool:
-    """What an equation may give a value to: x, f(x), AB, dy/dx, a + b, 60 + 3; not xy, which is a product, nor 2x."""
+    """Whether an equation with this left side gives it a value: x, f(x), AB, dy/dx, a + b, 60 + 3; not xy or 2x."""
     names = [str(name) for name in value.free_symbols]
     has_number = not value.atoms(sympy.Number) <= {sympy.S.NegativeOne}
     return not names or not (has_number or (value.is_Mul and any(name.islower() and len(name) == 1 for name in names)))
 
 
 def _same(gold: Any, answer: Any) -> bool:
-    """Whether two parsed values say the same."""
+    """Whether two parsed values are equal."""
     if isinstance(answer, sympy.FiniteSet) and len(getattr(answer, "_unsorted_args", ())) > len(answer):  # 8, 8: not 8
         return bool(gold == answer)
     named = [_equations(side) for side in (gold, answer)]
@@ -184,8 +184,8 @@ def _same(gold: Any, answer: Any) -> bool:
 
 
 def _is_rounded(exact: sympy.Expr, decimal: sympy.Expr, text: str, ratio: sympy.Expr) -> bool:
-    """Whether a decimal of six or more digits, in a unit of `ratio` of the exact number's, is that number to 1e-6; one
-    that ends is not rounded."""
+    """Whether `decimal`, which has six or more digits, is `exact` rounded (relative error 1e-6). `ratio` is the
+    decimal's unit divided by the other's. An `exact` that terminates within these digits must match exactly."""
     match = _DECIMAL.fullmatch(text.removesuffix("%"))
     if not match or len((match[1] + match[2]).lstrip("0")) < 6 or not exact.is_number or exact.is_infinite:
         return False
@@ -194,7 +194,7 @@ def _is_rounded(exact: sympy.Expr, decimal: sympy.Expr, text: str, ratio: sympy.
 
 
 def _is_too_big(value: Any) -> bool:
-    """Powers and factorials that would take for ever to compute; inner ones are looked at first."""
+    """Whether the value contains a power or factorial that is too big to compute. Inner ones are checked first."""
     return any(
         isinstance(part, sympy.Pow | sympy.factorial) and part.args[-1].is_number and abs(part.args[-1]) > MAX_EXPONENT
         for part in sympy.postorder_traversal(value)
@@ -202,8 +202,8 @@ def _is_too_big(value: Any) -> bool:
 
 
 def _comparable(gold: Answer, answer: Answer) -> bool:
-    """Whether both are written as the same kind of thing: with the same brackets, as a ratio or not, in units of which
-    one converts to the other. Without a unit on one side, units are not compared."""
+    """Whether both are of the same kind: the same brackets, both ratios or neither, and units that convert into each
+    other. Units are not compared if one side has none."""
     brackets = {match[0] for match in map(_BRACKET.match, (gold.text, answer.text)) if match}
     are_sets = isinstance(gold.value, sympy.FiniteSet) and isinstance(answer.value, sympy.FiniteSet)
     if len(brackets) > 1 and not are_sets:
@@ -216,16 +216,16 @@ def _comparable(gold: Answer, answer: Answer) -> bool:
 
 
 def _said(text: str) -> str:
-    """The text of an answer that is no mathematics, or too big to compute, without markup, case, articles, plurals and
-    blanks."""
+    """Normalise an answer that is not mathematics, or too big to compute: remove markup, case, articles, plurals and
+    spaces."""
     plain = re.sub(r"\\text\{([^{}]*)\}|[$()]|\{(?=\w\})|(?<=\{\w)\}", r"\1", text)
-    # Of words alone: a single letter is a choice or a variable.
+    # This applies to words only: a single letter is a choice or a variable.
     words = r"\b(?:an?|the)\s+(?=[a-z]{2})|(?<=[a-z]{3} )solutions?\b|(?<=[a-z]{3})s\b"
     return "".join(re.sub(words, "", plain.lower()).split())
 
 
 def _equal(gold: Answer, answer: Answer) -> bool:
-    """Whether two comparable answers say the same."""
+    """Whether two comparable answers are equal."""
     is_text = isinstance(gold.value, str)
     if is_text != isinstance(answer.value, str):
         return False
@@ -236,7 +236,7 @@ def _equal(gold: Answer, answer: Answer) -> bool:
         if 1 not in (gold.unit, answer.unit):
             ratios = [ratio if ratio.is_number else 1]
         elif PERCENT in (gold.unit, answer.unit):
-            # 40 % may be written as 0.4, and where the percentage is asked for as 40; but 0.4 % is not 0.4
+            # 40 % may be written as 0.4, or as 40 if a percentage is asked for; but 0.4 % is not 0.4
             plain = answer.value if gold.unit == PERCENT else gold.value
             ratios = [1, ratio] if plain.is_number and abs(plain) >= 1 else [ratio]
         else:
@@ -252,8 +252,8 @@ def _equal(gold: Answer, answer: Answer) -> bool:
 
 
 def check_answer(gold: str, completion: str) -> float | None:
-    """1.0 if the completion's answer equals the gold one, 0.0 if it does not or there is none; None for a gold that
-    cannot be parsed. May take for ever on hostile input: run it in a `WorkerPool`."""
+    """1.0 if the completion's answer equals the gold answer, 0.0 if it does not or is missing, None if the gold cannot
+    be parsed. This may never return on malicious input: run it in a `WorkerPool`."""
     expected, given = parse_gold(gold), parse_answer(completion)
     if not expected:
         return None
@@ -263,9 +263,9 @@ def check_answer(gold: str, completion: str) -> float | None:
 
 
 class AnswerMetric:
-    """`check_answer` as the metric of a task (`eval/tasks.py`): a score of None for a gold that cannot be parsed."""
+    """`check_answer` as the metric of a task (`eval/tasks.py`); the score is None if the gold cannot be parsed."""
 
-    reads_thoughts = True  # itself, so that verdicts are the reward's
+    reads_thoughts = True  # it handles thoughts itself, so that its verdicts equal the reward's
 
     def compute(self, doc: Any, predictions: list[str]) -> float:
         return max(self.judge(doc, text)[0] or 0.0 for text in predictions)

@@ -1,8 +1,8 @@
-"""A checking worker's side of `eval/workers.py`: it takes chunks of items, and sends a message for each item done.
+"""The worker's side of `eval/workers.py`: a worker receives chunks of items and sends a message for each finished item.
 
-It sends (kind, value, seconds of processor time that it has used). The kinds are "ready" once, after its imports; then
-for each chunk (function, items) "started" and for each item "value" with the result or "exception" with a line; or
-"unloadable" with a line where the chunk cannot be unpickled.
+A message is (kind, value, seconds of CPU time used so far). The worker sends "ready" once, after its imports. For each
+chunk (function, items) it sends "started", and then for each item "value" with the result or "exception" with an error
+line. If the chunk cannot be unpickled, it sends "unloadable" with an error line.
 """
 
 import os
@@ -19,19 +19,19 @@ from sft_core.run.parent import die_with_parent
 
 
 def main() -> None:
-    """Arguments: descriptor of the socket, the parent's process id, memory limit in bytes (0: none)."""
+    """Arguments: file descriptor of the socket, the parent's process id, memory limit in bytes (0: none)."""
     descriptor, parent, memory_limit = map(int, sys.argv[1:])
-    die_with_parent(parent)  # a fork of it may hold the socket open
+    die_with_parent(parent)  # closing the socket is not enough: a fork of the parent may keep it open
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     if memory_limit and (hard == resource.RLIM_INFINITY or memory_limit < hard):
         resource.setrlimit(resource.RLIMIT_AS, (memory_limit, hard))
-    check_answer("1", "the answer is $1$, 1")  # compiles math-verify's expressions, so that no item pays for them
+    check_answer("1", "the answer is $1$, 1")  # compiles math-verify's patterns before the first item
     os.set_inheritable(descriptor, False)
     connection = Connection(descriptor)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # until here the user should see what goes wrong
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # errors up to here are shown to the user
 
     connection.send_bytes(pickle.dumps(("ready", None, 0.0)))
     while True:
@@ -48,7 +48,7 @@ def main() -> None:
         for item in items:
             try:
                 answer = pickle.dumps(("value", function(item), time.process_time()))
-            except BaseException as error:  # a SystemExit of a check is that check's failure too
+            except BaseException as error:  # a check that raises SystemExit has failed, too
                 answer = pickle.dumps(("exception", _one_line(error), time.process_time()))
             connection.send_bytes(answer)
 

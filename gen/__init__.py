@@ -1,3 +1,3 @@
-"""Text from models: one `Engine` protocol, its two makers (vLLM and plain torch), and the weight sync between them."""
+"""Text generation: the `Engine` protocol, its two implementations (vLLM and plain torch), and weight sync."""
 
-import sft_core  # noqa: F401 (what it refuses is said before anything else is imported)
+import sft_core  # noqa: F401 (it checks the environment before anything else is imported)

@@ -1,10 +1,10 @@
-"""What the client costs: requests per second of a core, and memory over a long run.
+"""Benchmark of the client: requests per second per core, and memory over a long run.
 
     python -m gen.bench [--requests 5000] [--rows 100000]
 
-First the same short requests through `gen/client.py` and through the plain openai client (if it is installed), 64 in
-flight, against a server in another process that answers at once; CPU time is that of the client's process alone. Then
-`gen.generate` over so many prompts against that server, with its resident memory on the way.
+The first part sends the same short requests through `gen/client.py` and through the openai client (if it is installed),
+64 in flight, to a server in another process that answers immediately. Only the client's CPU time is counted. The second
+part runs `gen.generate` over `--rows` prompts against that server and prints its resident memory during the run.
 """
 
 import argparse
@@ -38,7 +38,7 @@ REPLY = {
 
 
 def serve(listener: socket.socket) -> None:
-    """A server that answers every request at once."""
+    """Run a server that answers every request immediately."""
     models, reply = (json.dumps(content).encode() for content in ({"data": [{"id": "m"}]}, REPLY))
 
     async def answer(request: web.Request) -> web.Response:
@@ -50,7 +50,7 @@ def serve(listener: socket.socket) -> None:
 
 
 async def rate(ask: Callable[[], Awaitable[Any]], requests: int) -> float:
-    """Requests per second of CPU time, after some that are not timed."""
+    """Requests per second of CPU time, after a warm-up that is not timed."""
     await in_parallel(lambda _: ask(), range(200), AT_ONCE)
     start = time.process_time()
     await in_parallel(lambda _: ask(), range(requests), AT_ONCE)
@@ -70,7 +70,7 @@ async def clients(url: str, requests: int) -> None:
 
 
 def memory(url: str, rows: int) -> None:
-    """Resident memory at every tenth of a run."""
+    """Print the resident memory after each tenth of a run."""
     process, seen, written = psutil.Process(), list[str](), count(1)
 
     def see() -> None:
@@ -91,10 +91,10 @@ def memory(url: str, rows: int) -> None:
         run.store.write = watch  # type: ignore[method-assign]
         start = time.process_time()
         run.work(SimpleNamespace(requested=False), [])
-        print(f"gen.generate: {rows / (time.process_time() - start):.0f} prompts/s per core, files and all")
+        print(f"gen.generate: {rows / (time.process_time() - start):.0f} prompts/s per core, including file writes")
         run.store.finish()
         see()
-        print(f"resident MiB at each tenth of {rows} prompts, and with the data set written: {' '.join(seen)}")
+        print(f"resident MiB after each tenth of {rows} prompts, then with the data set written: {' '.join(seen)}")
 
 
 def main() -> None:

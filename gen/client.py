@@ -1,24 +1,26 @@
-"""Chat completions from one or several OpenAI-compatible servers, over asyncio; what failed decides what is done.
+"""An asyncio client for chat completions from one or more OpenAI-compatible servers.
 
     async with Client(["http://a:8000/v1", "http://b:8000/v1"], timeout=600, retries=2) as client:
         answer = await client.ask({"model": "m", "messages": [...], "seed": 7})
 
-A request goes to the server with the fewest in flight. What becomes of a failure depends on who is to blame:
+Each request goes to the server with the fewest requests in flight. How a failure is handled depends on its cause:
 
-* the server's state: it cannot be reached, broke the connection and is down, or says 429 or 503. It rests (longer each
-  time, with jitter), one that was down is asked for /v1/models before it gets work again, and the request goes to
-  another or waits, at no cost. When no server has answered anything for `patience` seconds, the run is over;
-* perhaps the request: another 5xx, no answer within `timeout` or a broken connection though the server is well, or
-  garbage. That costs one of its `retries`, after a pause that doubles. A server that has failed STREAK times in a row
-  rests, and gets one request at a time until it answers: a dead engine behind a living front costs few prompts;
-* certainly the request: any other 4xx is final. 401, 403, 404 and redirects would meet every request: that server is
-  not asked again, and with the last one the run ends. So it does when many in a row are lost and nothing was ever
-  answered, or nothing for `patience` seconds.
+* The server is unavailable: it cannot be reached, it broke the connection and is down, or it answers 429 or 503. The
+  client leaves the server alone for a while (longer each time, with jitter) and sends the request to another server, or
+  waits. This uses up no retry. A server that was down must answer /v1/models before it gets requests again. When no
+  server has answered anything for `patience` seconds, the client raises ServerError.
+* The request may be the cause: the server answers 408, another 5xx or something that is not a chat completion, or it
+  is up but breaks the connection or does not answer within `timeout`. This uses up one of the request's `retries`,
+  after a wait that doubles each time. A server that has failed STREAK times in a row is left alone, too, and then gets
+  one request at a time until it answers one: a crashed engine behind a running HTTP server then costs few prompts.
+* The request is the cause: any other 4xx is final for this request. But 401, 403, 404, 405 and redirects would hit
+  every request, so that server is not used again; when no server is left, the client raises ServerError. It also does
+  so when many requests in a row have failed and no server has answered for `patience` seconds, or ever.
 
-A sample is a request of its own, with a seed of its own: not every server takes n > 1, and a sample that came back is
-not asked for again when its sibling fails. The key is OPENAI_API_KEY where a server wants one.
+Each sample is a separate request with its own seed: some servers do not support n > 1, and when one sample fails, the
+other samples of its prompt need not be repeated. Set OPENAI_API_KEY if a server needs a key.
 
-Left out on purpose: streaming, log-probs, proxies, servers that speak another protocol.
+Not supported, on purpose: streaming, log-probs, proxies, other protocols.
 """
 
 import asyncio
@@ -40,62 +42,62 @@ T = TypeVar("T")
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
 PROBE_TIMEOUT = 5.0
 STREAK = 5
-LOST = 10  # requests in a row, and twice as many as are in flight
+LOST = 10  # failed requests in a row before the client gives up; or twice the number in flight if that is more
 
 
 class ServerError(RuntimeError):
-    """No server can be used; the message is for the user."""
+    """No server can be used. The message is shown to the user."""
 
 
 class RequestError(RuntimeError):
-    """This request cannot be answered, others may; the message is for the user."""
+    """This request cannot be answered, but others may be. The message is shown to the user."""
 
 
 class Stopped(RuntimeError):
-    """`stopping` said so while a request waited to be sent (again)."""
+    """`stopping` returned True while a request waited to be sent or to be retried."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     text: str
-    tokens: int | None  # None: the server does not say
+    tokens: int | None  # None: the server does not report it
     prompt_tokens: int | None
     finish_reason: str
-    thought: str = ""  # what a server's reasoning parser has taken out of the text
-    token_ids: Sequence[int] = ()  # of the completion; a server does not say
+    thought: str = ""  # the reasoning, if the server's reasoning parser separated it from the text
+    token_ids: Sequence[int] = ()  # of the completion; empty for a server's answer
 
 
 @dataclass(frozen=True, slots=True)
 class _Trouble:
     what: str
-    costs: bool  # one of the request's tries
-    final: bool = False  # all of them
+    costs: bool  # the failure uses up one of the request's retries
+    final: bool = False  # the request is not retried
 
 
 class _Server:
     def __init__(self, url: str) -> None:
         self.url = url.strip().rstrip("/")
         self.chat = f"{self.url}/chat/completions"
-        self.in_flight = self.failures = self.rests = 0  # the latter two since its last answer
+        self.in_flight = self.failures = self.rests = 0  # failures and rests since its last answer
         self.rest_until = 0.0
         self.down = False
-        self.trouble = "cannot be used"  # the last
+        self.trouble = "cannot be used"  # the last failure
         self.probe: asyncio.Task[bool] | None = None
 
     def rest(self) -> None:
         now = time.monotonic()
-        if self.rest_until <= now:  # of many requests that fail together one counts
+        if self.rest_until <= now:  # when many requests fail together, only one counts
             self.rests += 1
             self.rest_until = now + wait_before(self.rests) / 2
 
 
 def wait_before(attempt: int) -> float:
-    """Seconds before the attempt-th retry: doubling, with jitter, so that a crowd does not come back at once."""
+    """Seconds before the attempt-th retry: it doubles, with jitter, so that retries do not all arrive together."""
     return min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(attempt - 1, 10)) * random.uniform(0.5, 1.5)
 
 
 async def in_parallel(work: Callable[[T], Awaitable[None]], items: Iterable[T], at_once: int) -> None:
-    """Do `work` for all items, `at_once` of them at a time; the first error ends the others."""
+    """Run `work` for all items, `at_once` of them at a time. The first error cancels the others."""
     line = iter(items)
 
     async def draw() -> None:
@@ -128,12 +130,12 @@ class Client:
         self.patience = timeout if patience is None else patience
         self.stopping = stopping
         self.last_answer = 0.0
-        self.lost = 0  # requests given up since the last answer
+        self.lost = 0  # failed requests since the last answer
 
     async def __aenter__(self) -> "Client":
         key = os.environ.get("OPENAI_API_KEY", "none")
         self.session = aiohttp.ClientSession(
-            # An idle connection is dropped before the server drops it (uvicorn: 5 s), or a request would meet its end.
+            # Idle connections close before the server closes them (uvicorn: 5 s): else a request could hit the close.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0),
             timeout=aiohttp.ClientTimeout(total=self.timeout, sock_connect=10.0),
             headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
@@ -148,9 +150,10 @@ class Client:
         await self.session.close()
 
     async def ask(self, request: dict[str, Any]) -> Answer:
-        """The answer to a chat completion request.
+        """Send a chat completion request and return its answer.
 
-        Raises RequestError if this one cannot be had, ServerError if none can, Stopped when it would have to wait.
+        Raises RequestError if this request fails, ServerError if no server can be used, and Stopped if `stopping`
+        returned True before the request was sent.
         """
         body = json.dumps(request).encode()
         failures, since, failed_on = 0, 0.0, None
@@ -174,27 +177,27 @@ class Client:
             since = since or now
             if not costs and now - since > self.patience:
                 self._give_up_if_idle(since, server)
-                costs = self.last_answer > since  # others were answered all the while: this request is the cause
+                costs = self.last_answer > since  # other requests were answered meanwhile: this request is the cause
             if not costs:
                 continue
             failures, since, failed_on = failures + 1, 0.0, server
             if failures > self.retries:
-                tries = "" if failures == 1 else f", also at try {failures}"
+                tries = "" if failures == 1 else f" ({failures} attempts)"
                 self._lose(f"{server.chat} {outcome.what}{tries}")
             wake = time.monotonic() + wait_before(failures)
             while not self.stopping() and (rest := wake - time.monotonic()) > 0:
                 await asyncio.sleep(min(rest, 0.2))
 
     def _lose(self, why: str) -> NoReturn:
-        """Give a request up; or all, where none is answered any more."""
+        """Raise RequestError; or ServerError if no request is answered any more."""
         self.lost += 1
         idle = not self.last_answer or time.monotonic() - self.last_answer > self.patience
         if idle and self.lost > max(LOST, 2 * sum(server.in_flight for server in self.servers)):
-            raise ServerError(f"{self.lost} requests in a row got no answer; the last: {why}")
+            raise ServerError(f"{self.lost} requests in a row failed: {why}")
         raise RequestError(why)
 
     async def _choose(self, failed_on: _Server | None) -> _Server:
-        """The server with the fewest requests in flight, another than `failed_on` if there is; waits for one."""
+        """Wait for a usable server. Return the one with the fewest requests in flight, not `failed_on` if avoidable."""
         since = 0.0
         while True:
             if self.stopping():
@@ -216,8 +219,8 @@ class Client:
 
     def _give_up_if_idle(self, since: float, server: _Server) -> None:
         if self.last_answer <= since and not any(server.in_flight for server in self.servers):
-            alone = "" if len(self.servers) == 1 else f" (nor have the other {len(self.servers) - 1} servers answered)"
-            raise ServerError(f"{server.chat} {server.trouble}, for {self.patience:g} s by now{alone}")
+            alone = "" if len(self.servers) == 1 else f" (nor do the other {len(self.servers) - 1} servers answer)"
+            raise ServerError(f"{server.chat} {server.trouble}, for {self.patience:g} s now{alone}: check the server")
 
     async def _post(self, server: _Server, body: bytes) -> Answer | _Trouble:
         try:
@@ -236,7 +239,7 @@ class Client:
             try:
                 return read_answer(content)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                return _Trouble(f"answers what is no chat completion: {_text(content)}", costs=True)
+                return _Trouble(f"answers with something that is not a chat completion: {_text(content)}", costs=True)
         what = f"answers {status}: {location or _text(content)}"
         if status == 400 and re.search("context|max_tokens", what):
             what += " (lower --max_new_tokens)"
@@ -269,13 +272,13 @@ class Client:
         return well
 
     async def models(self, server: _Server) -> list[str] | str:
-        """What a server says it serves (nothing, if it has no such list), or why it cannot be used."""
+        """The models that a server lists ([] if it has no such list), or a text that says why it cannot be used."""
         try:
             async with self.session.get(f"{server.url}/models", timeout=aiohttp.ClientTimeout(PROBE_TIMEOUT)) as reply:
                 if reply.status in (401, 403):
-                    return f"answers {reply.status}, so OPENAI_API_KEY must hold its key"
+                    return f"answers {reply.status} (set OPENAI_API_KEY to its key)"
                 if reply.status == 404:
-                    return "has no list of models (404), so its address may lack /v1 at the end"
+                    return "has no list of models (404; its address may lack /v1 at the end)"
                 return [str(entry["id"]) for entry in (await reply.json())["data"]]
         except TimeoutError:
             return f"does not answer within {PROBE_TIMEOUT:g} s"
@@ -286,12 +289,12 @@ class Client:
 
 
 def check_servers(urls: list[str], model: str, option: str) -> None:
-    """Raise ValueError unless a server is there, and those that are serve `model`. Takes a few seconds at most.
+    """Raise ValueError unless a server can be reached, and all that can be reached serve `model`.
 
-    option: what the servers were named by, for the message.
+    option: the option that named the servers, for the message. The check takes a few seconds at most.
     """
     key = os.environ.get("OPENAI_API_KEY", "none")
-    require(key.isprintable(), "OPENAI_API_KEY holds a line end or another control character: set it without.")
+    require(key.isprintable(), "OPENAI_API_KEY contains a line end or another control character: remove it.")
 
     async def ask() -> list[list[str] | str]:
         async with Client(urls, timeout=PROBE_TIMEOUT, retries=0) as client:
@@ -300,32 +303,32 @@ def check_servers(urls: list[str], model: str, option: str) -> None:
     found = asyncio.run(ask())
     reasons = [text for text in found if isinstance(text, str)]
     if len(reasons) == len(urls):
-        raise ValueError(f"{urls[0]} {reasons[0]}: start it (vllm serve {model}), or check {option}.")
+        raise ValueError(f"{urls[0]} {reasons[0]}: check {option} and that it runs (vllm serve {model}).")
     for url, served in zip(urls, found, strict=True):
         if isinstance(served, list) and served and model not in served:
-            raise ValueError(f"{url} does not serve {model!r}: it serves {', '.join(served)}; give --model.")
+            raise ValueError(f"{url} does not serve {model!r}: set --model to what it serves ({', '.join(served)}).")
 
 
 def read_answer(content: bytes) -> Answer:
-    """The answer in a chat completion; raises ValueError, LookupError, TypeError and others for what is none."""
+    """Parse a chat completion. Raises ValueError, LookupError, TypeError and others if it is not one."""
     found = json.loads(content)
     choice, usage = found["choices"][0], found.get("usage")
     message = choice["message"]
-    thought = message.get("reasoning") or message.get("reasoning_content") or ""  # of vLLM now, and before
-    text = message.get("content") if thought else message["content"]  # null: nothing was said
+    thought = message.get("reasoning") or message.get("reasoning_content") or ""  # vLLM's new and old names
+    text = message.get("content") if thought else message["content"]  # null: an empty answer
     tokens, prompt_tokens = (_count(usage, name) for name in ("completion_tokens", "prompt_tokens"))
     reason = choice.get("finish_reason")
     return Answer(_sound(text or ""), tokens, prompt_tokens, _sound(reason or ""), _sound(thought))
 
 
 def _count(usage: Any, name: str) -> int | None:
-    """A number of tokens, where the server gives one."""
+    """A number of tokens, or None if the server reports none."""
     count = usage.get(name) if isinstance(usage, dict) else None
     return count if type(count) is int and 0 <= count < 1 << 40 else None
 
 
 def _sound(text: str) -> str:
-    """Without half characters, which no file takes. Raises AttributeError for what is no text."""
+    """The text without lone surrogates, which cannot be written to a file. Raises AttributeError if it is no text."""
     return text.encode("utf-8", "replace").decode()
 
 

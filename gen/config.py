@@ -1,4 +1,4 @@
-"""Options of `gen.generate`: open-r1's flags and defaults, and a few of ours, in one flat frozen dataclass."""
+"""Options of `gen.generate`: open-r1's flags and defaults plus a few more, in one flat dataclass."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from sft_core.run.options import Options, option, require
 
-# What a generation depends on, besides the rows and the model's weights: may not differ when a run is continued.
+# The options that the generations depend on, besides the rows and the weights: a resumed run must have the same.
 IDENTITY = (
     "model",
     "prompt_column",
@@ -24,13 +24,13 @@ IDENTITY = (
 
 @dataclass(frozen=True)
 class TextSampling:
-    """How every prompt is continued. Sample i of the prompt at position p has the seed `seed_of(p) + i`."""
+    """Sampling options for all prompts. Sample i of the prompt at position p has the seed `seed_of(p) + i`."""
 
-    n: int  # answers to each prompt
-    max_tokens: int  # of an answer
-    temperature: float | None = None  # 0: the most likely token; None: the server's default, and 1 in this process
-    top_p: float | None = None  # None: the same
-    seed: int | None = None  # None: no seed for a server, and 0 in this process
+    n: int  # answers per prompt
+    max_tokens: int  # per answer
+    temperature: float | None = None  # 0: greedy; None: the server's default, or 1 for an engine in this process
+    top_p: float | None = None  # None: the server's default, or 1 for an engine in this process
+    seed: int | None = None  # None: a server gets no seed, an engine in this process gets 0
 
     def __post_init__(self) -> None:
         require(
@@ -43,7 +43,7 @@ class TextSampling:
         return (self.seed or 0) * 1_000_003 + position * self.n
 
     def request(self, model: str, messages: list[dict[str, str]], position: int, i: int) -> dict[str, Any]:
-        """What a server is asked for sample `i` of the prompt at `position`."""
+        """The request to a server for sample `i` of the prompt at `position`."""
         seed = None if self.seed is None else self.seed_of(position) + i
         options = {"temperature": self.temperature, "top_p": self.top_p, "seed": seed}
         set_options = {name: value for name, value in options.items() if value is not None}
@@ -55,13 +55,13 @@ def split_urls(text: str) -> list[str]:
 
 
 def check_urls(urls: list[str], option: str) -> None:
-    """Raise ValueError unless these, given with `option`, can be addresses of servers."""
+    """Raise ValueError unless these values of `option` are valid server addresses."""
     require(bool(urls), f"{option} is empty: write it as http://host:8000/v1.")
     for url in urls:
         secret = re.match(r"https?://[^/]*@", url)
-        require(secret is None, f"{option} holds a user name or password before @: set OPENAI_API_KEY instead.")
+        require(secret is None, f"{option} contains a user name or password before @: set OPENAI_API_KEY instead.")
         address = re.match(r"https?://[^/]", url)
-        require(address is not None, f"{option} {url!r} is no address: write it as http://host:8000/v1.")
+        require(address is not None, f"{option} {url!r} is not a valid address: write it as http://host:8000/v1.")
 
 
 @dataclass
@@ -69,54 +69,54 @@ class GenerateConfig(Options):
     hf_dataset: str = option(
         "", "Prompts: a Hub id, a .json/.jsonl/.parquet file (JSON also as .gz), or a saved data set."
     )
-    model: str = option("", "Model by the name that the server knows; in process a Hub id or a folder.")
+    model: str = option("", "Model: the name under which the server serves it; in process, a Hub id or a folder.")
     hf_dataset_config: str | None = option(None, "Configuration (subset) of a Hub data set.")
     hf_dataset_split: str = option("train", "Split of the data set.")
-    prompt_column: str = option("prompt", "Column that the template knows as `instruction`.")
-    prompt_template: str = option("{{ instruction }}", "Jinja; knows the other columns by their names.")
+    prompt_column: str = option("prompt", "Column that the template uses as `instruction`.")
+    prompt_template: str = option("{{ instruction }}", "Jinja template; it can use the other columns by name.")
     system_prompt: str | None = option(None, "System message before each prompt.")
     vllm_server_url: list[str] = option(
-        ["http://localhost:8000/v1"], "OpenAI-compatible servers: repeat the flag, or put commas between."
+        ["http://localhost:8000/v1"], "OpenAI-compatible servers: repeat the flag, or separate them with commas."
     )
     temperature: float | None = option(None, "Sampling temperature; default: the server's (in process 1).", ge=0)
     top_p: float | None = option(None, "Nucleus sampling; default: the server's (in process 1).", gt=0, le=1)
-    max_new_tokens: int = option(8192, "Longest generation in tokens.", ge=1)
-    num_generations: int = option(1, "Generations to each prompt.", ge=1)
+    max_new_tokens: int = option(8192, "Maximum number of tokens per generation.", ge=1)
+    num_generations: int = option(1, "Generations per prompt.", ge=1)
     seed: int | None = option(
-        None, "Sample i of prompt p gets seed * 1000003 + p * num_generations + i; default: none."
+        None, "Seed: sample i of prompt p gets seed * 1000003 + p * num_generations + i; default: none."
     )
-    limit: int | None = option(None, "Only the first so many rows.", ge=1)
+    limit: int | None = option(None, "Use only this many rows, the first ones.", ge=1)
     output_dir: str | None = option(
-        None, "Folder for what is generated; the same command goes on there. Default: data/generated/ and a hash."
+        None, "Output folder; the same command resumes there. Default: data/generated/ and a hash."
     )
     hf_output_dataset: str | None = option(None, "Hub data set to push to at the end.")
-    private: bool = option(False, "Make it private where it is new.")
-    input_batch_size: int = option(64, "Prompts to a file.", ge=1)
-    client_replicas: int = option(1, "Multiplies the requests in flight; with --executor ray, its workers.", ge=1)
+    private: bool = option(False, "Create the Hub data set as private.")
+    input_batch_size: int = option(64, "Prompts per output file.", ge=1)
+    client_replicas: int = option(1, "Multiplies the requests in flight; with --executor ray: number of workers.", ge=1)
     max_concurrent: int | None = option(
         None,
-        "Requests in flight, all servers together; default: client_replicas x input_batch_size x num_generations.",
+        "Requests in flight, over all servers; default: client_replicas x input_batch_size x num_generations.",
         ge=1,
     )
-    timeout: float = option(600, "Seconds that one request may take, and that no server may be usable.", gt=0)
-    retries: int = option(0, "Times a request is sent again that failed while its server is well.", ge=0)
+    timeout: float = option(600, "Seconds until a request times out, or until a run with no usable server ends.", gt=0)
+    retries: int = option(0, "Retries of a request that failed while its server was up.", ge=0)
     engine: Literal["server", "vllm", "torch"] = option(
-        "server", "What samples: a server, or in this process (one a GPU) vLLM or plain torch."
+        "server", "Where to sample: on servers, or in this process (one per GPU) with vLLM or plain torch."
     )
-    executor: Literal["local", "ray"] = option("local", "What asks the servers: this process, or workers of Ray Data.")
-    shard: str | None = option(None, "For internal use: the part i/n of the batches that this process does.")
+    executor: Literal["local", "ray"] = option("local", "What sends the requests: this process, or Ray Data workers.")
+    shard: str | None = option(None, "For internal use: this process does part i/n of the batches.")
 
     def check(self) -> None:
         require(self.hf_dataset != "", "--hf-dataset is missing: give a Hub id or a data file.")
-        require(self.model != "", "--model is missing: give the name that the server knows.")
+        require(self.model != "", "--model is missing: give the name under which the server serves it.")
         super().check()
         require(
             self.executor == "local" or self.engine == "server",
-            "--executor ray asks servers: start them (vllm serve), or use --executor local, which has an engine "
-            "on every GPU of this machine.",
+            "--executor ray works with servers only: start them (vllm serve), or use --executor local, which runs an "
+            "engine on every GPU of this machine.",
         )
         check_urls(self.urls, "--vllm-server-url")
-        self.sampling()  # it is checked when it is made
+        self.sampling()  # raises ValueError for bad values
 
     def sampling(self) -> TextSampling:
         return TextSampling(self.num_generations, self.max_new_tokens, self.temperature, self.top_p, self.seed)

@@ -1,8 +1,8 @@
-"""A folder of results that a command fills file by file: it can be killed, and the same command goes on.
+"""Resumable output folders: a command writes its results file by file, and the same command resumes after a kill.
 
-`eval.run`, `eval.pass_rate`, `eval.decontaminate` and `gen.generate` cut their records into batches. The results of a
-batch are one file, which is written aside and renamed: it is whole or not there, and nothing else is remembered.
-`settings.json` says what the results depend on; a folder of other settings is refused.
+`eval.run`, `eval.pass_rate`, `eval.decontaminate` and `gen.generate` split their records into batches and write one
+file per batch. Each file is written under a temporary name and renamed, so a file that exists is complete; there is no
+other state. `settings.json` records what the results depend on; a folder with other settings is refused.
 """
 
 import hashlib
@@ -20,34 +20,34 @@ from sft_core.run.files import keep_settings, whole_file
 
 
 class Batch(NamedTuple):
-    path: Path  # of its results
-    rows: range  # positions of its records in the data
+    path: Path  # file of its results
+    rows: range  # positions of its records in the data set
 
 
 def open_folder(folder: str | Path, settings: dict[str, Any], files: str, option: str = "--output_dir") -> None:
-    """Lock the folder, write down what its results depend on, and remove what a killed run left half written.
+    """Lock the folder, write settings.json, and remove temporary files that a killed run left.
 
-    files: pattern of the files of results.
+    files: glob pattern of the result files.
 
     Raises:
-        ValueError: another run has the folder, or its results are of other settings.
+        ValueError: another run has locked the folder, or its results have other settings.
     """
     folder = Path(folder)
     distributed.lock_output_dir(folder)
     used = (folder / "settings.json").exists() or any(folder.glob(files))
     keep_settings(folder, settings, used, option)
-    for pattern in (".*.*.tmp", str(Path(files).with_name(".*.*.tmp"))):  # below lie folders of other runs, perhaps
+    for pattern in (".*.*.tmp", str(Path(files).with_name(".*.*.tmp"))):  # deeper ones may belong to other runs
         for leftover in folder.glob(pattern):
             leftover.unlink()
 
 
 def ranges(count: int, size: int) -> list[range]:
-    """0 to `count` in pieces of `size`."""
+    """Split range(count) into ranges of length `size`; the last may be shorter."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def batches_by_content(folder: Path, suffix: str, rows: Dataset, columns: list[str], size: int) -> list[Batch]:
-    """Batches whose files are named by what their rows have in `columns`: other data are another file."""
+    """Batches whose file names contain a hash of their rows' `columns`, so that other data get other files."""
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for i, chunk in enumerate(rows.select_columns(columns).with_format(None).iter(size)):
@@ -57,7 +57,7 @@ def batches_by_content(folder: Path, suffix: str, rows: Dataset, columns: list[s
 
 
 def write_tables(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], **options: Any) -> None:
-    """A parquet file of these tables."""
+    """Write these tables to one parquet file."""
     with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema, **options) as writer:
         for table in tables:
             writer.write_table(table.cast(schema))

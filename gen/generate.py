@@ -1,15 +1,15 @@
-"""Synthetic data: n generations to each prompt of a data set, without losing or repeating one.
+"""Synthetic data: n generations per prompt of a data set. A killed run resumes without losing or repeating one.
 
     vllm serve M &
     python -m gen.generate --hf-dataset D --prompt-column problem --model M --temperature 0.6 --num-generations 4 \\
         --output-dir runs/gen [--vllm-server-url http://a:8000/v1,http://b:8000/v1 --field value ...]
 
-The flags are those of open-r1's generate.py, the columns those of distilabel (`gen/store.py`), and
-`build_distilabel_pipeline` stands in for open-r1's. The same command again goes on with what is missing, however the
-run ended. A server's failures are the business of `gen/client.py`; `--engine vllm` needs none
-(`gen/sampler.py`), `--executor ray` asks from the workers of a Ray cluster (`gen/ray.py`).
+The flags are those of open-r1's generate.py and the columns are distilabel's (`gen/store.py`);
+`build_distilabel_pipeline` replaces open-r1's function. However a run ended, the same command generates what is
+missing. `gen/client.py` handles failures of servers. `--engine vllm` needs no server (`gen/sampler.py`), and
+`--executor ray` sends the requests from the workers of a Ray cluster (`gen/ray.py`).
 
-Left out on purpose: pipelines of several steps, structured output, tools. Starting the servers is yours (README).
+Not supported, on purpose: pipelines of several steps, structured output, tools, and starting the servers.
 """
 
 import asyncio
@@ -44,10 +44,10 @@ from sft_core.run.parent import die_with_parent
 
 @disk_errors()
 def main(argv: list[str] | None = None) -> None:
-    """Generate by the options in `argv` (default: the command line).
+    """Generate with the options in `argv` (default: the command line).
 
-    Exit code 2 for bad input, 1 for a failure, 130 when stopped by Ctrl-C or SIGTERM. Failed prompts are no failure,
-    unless there is nothing else.
+    Exit code: 2 for bad input, 1 for a failure, 130 after Ctrl-C or SIGTERM. A run with failed prompts ends with 0 if
+    it has any generation.
     """
     argv = sys.argv[1:] if argv is None else argv
     with distributed.usage_errors():
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         if config.shard:
             die_with_parent()
         run = Run(config, open_rows(config))
-    stop = distributed.StopSignal("stopping when what is in flight is answered")
+    stop = distributed.StopSignal("stopping after the requests in flight")
     lost = ""
     try:
         try:
@@ -66,11 +66,11 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(130 if stop.requested else 0)
         numbers = run.finish()
         if lost:
-            raise SystemExit(f"error: {lost}. What is done is kept; the same command goes on from there.")
+            raise SystemExit(f"error: {lost}. The finished generations are kept: run the same command to resume.")
         if not stop.requested:
             push_dataset(run.store.folder / "train.parquet", config.hf_output_dataset, config.private)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last whole file.", file=sys.stderr)
+        print("stopped: run the same command to resume from the last complete file.", file=sys.stderr)
         raise SystemExit(130) from None
     if stop.requested:
         raise SystemExit(130)
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class Run:
-    """A run, made ready: all that can be refused was refused, and the folder is this run's."""
+    """A checked run that has locked its folder. Creating it raises ValueError for any bad input."""
 
     def __init__(self, config: GenerateConfig, rows: Dataset) -> None:
         self.config, self.store = config, Store(config, rows)
@@ -114,7 +114,7 @@ class Run:
             asyncio.run(work.ask_servers(self.indices, config.at_once))
 
     def finish(self) -> dict[str, Any]:
-        """Put the data set together and say what is in it."""
+        """Write the data set and print a summary of it."""
         seconds, asked = time.monotonic() - self.done.begin, self.done.counts
         self.done.bar.close()
         numbers = self.store.finish()
@@ -125,8 +125,8 @@ class Run:
         failed = self.store.folder / "failed.jsonl"
         if failed.exists():
             errors = Counter(json.loads(line)["error"] for line in open(failed, encoding="utf-8"))
-            shown["failed prompts"] = f"{errors.total()} (in {failed}; the same command asks them again)"
-            shown["most often"] = errors.most_common(1)[0][0]
+            shown["failed prompts"] = f"{errors.total()} (in {failed}; the same command retries them)"
+            shown["most common error"] = errors.most_common(1)[0][0]
         shown["prompts missing"] = self.store.num_rows - numbers["prompts"]
         shown["data set"] = self.store.folder / "train.parquet"
         print("\n".join(f"{name:24}{value}" for name, value in shown.items()))
@@ -137,7 +137,7 @@ class Run:
         if pq.read_metadata(file).num_rows:
             rows = Dataset.from_parquet(str(file), cache_dir=str(self.store.folder / ".cache"))
         else:
-            rows = Dataset(pq.read_table(file))  # of no rows `datasets` makes an error
+            rows = Dataset(pq.read_table(file))  # `from_parquet` fails for a file without rows
         return Distiset(default=DatasetDict(train=rows))
 
 
@@ -145,7 +145,7 @@ class Run:
 
 
 class Distiset(dict):
-    """{"default": DatasetDict(train=...)}, as distilabel has it."""
+    """{"default": DatasetDict(train=...)}, as in distilabel."""
 
     def push_to_hub(self, repo_id: str, private: bool = False, **options: Any) -> None:
         for name, splits in self.items():
@@ -154,24 +154,24 @@ class Distiset(dict):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What `build_distilabel_pipeline` returns."""
+    """The result of `build_distilabel_pipeline`."""
 
     options: dict[str, Any]
 
     def run(
         self, dataset: Dataset | list[dict[str, Any]], dataset_batch_size: int | None = None, use_cache: bool = True
     ) -> Distiset:
-        """Generate for `dataset`. Ctrl-C keeps what is done and raises KeyboardInterrupt.
+        """Generate for `dataset`. Ctrl-C keeps the finished generations and raises KeyboardInterrupt.
 
-        dataset_batch_size   taken and not needed: rows are read as they are asked
-        use_cache            go on from what an earlier run of the same pipeline on the same rows has done, in
-                             data/generated; without it all is asked anew, in a new folder under /tmp
+        dataset_batch_size   ignored: rows are read when they are needed
+        use_cache            resume from an earlier run of the same pipeline on the same rows, in data/generated;
+                             if False, generate everything again in a new folder under /tmp
 
-        Raises ValueError for bad input, ServerError when no server is left (with the cache, what is done is kept).
+        Raises ValueError for bad input, ServerError when no server is left (the cache keeps the finished generations).
         """
         require(isinstance(dataset, Dataset | list), "dataset must be a datasets.Dataset (not streamed) or a list.")
         rows = dataset if isinstance(dataset, Dataset) else Dataset.from_list(dataset)
-        require(len(rows) > 0, "the data set has no rows.")
+        require(len(rows) > 0, "the data set has no rows: pass one with at least one row.")
         folder = None if use_cache else tempfile.mkdtemp(prefix="generated-")
         config = GenerateConfig(hf_dataset="(rows)", output_dir=folder, **self.options)
         stop = SimpleNamespace(requested=False)
@@ -185,7 +185,7 @@ class Pipeline:
             finally:
                 run.store.close()
 
-        with ThreadPoolExecutor(1) as pool:  # a notebook has an event loop in this thread
+        with ThreadPoolExecutor(1) as pool:  # a notebook already runs an event loop in this thread
             future = pool.submit(work)
             try:
                 return future.result()
@@ -208,7 +208,7 @@ def build_distilabel_pipeline(
     timeout: int = 900,
     retries: int = 0,
 ) -> Pipeline:
-    """open-r1's function of this name; without a `prompt_column` the prompts are in `instruction`."""
+    """open-r1's function of this name. `prompt_column` defaults to `instruction`."""
     return Pipeline(
         {
             "model": model,

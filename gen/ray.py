@@ -1,8 +1,8 @@
-"""The same requests from the workers of a Ray cluster: `--executor ray`, for more than one machine's clients.
+"""`--executor ray`: send the requests from the workers of a Ray cluster, that is, from several machines.
 
-Batches are numbers to Ray Data. Each worker reads the rows itself (memory-mapped, from the same Hub id or file), asks
-the servers for its batches as the local executor does, and writes them into the same folder, which therefore must be on
-a file system that all nodes share. Ray starts a worker anew that dies; what it had written is not asked again.
+Ray Data distributes only the numbers of batches. Each worker reads the rows itself (memory-mapped, from the same Hub id
+or file), sends the requests of its batches like the local executor, and writes the results into the same folder, which
+must be on a file system that all nodes share. Ray restarts a worker that dies; batches that it wrote are not repeated.
 """
 
 import asyncio
@@ -17,12 +17,12 @@ from gen.store import Store, open_rows
 
 
 class Worker:
-    """An actor: numbers of batches in, one row of counts out."""
+    """A Ray actor that takes numbers of batches and returns one row of counts."""
 
     def __init__(self, config: GenerateConfig, folder: str, digest: str) -> None:
         self.store = Store(replace(config, output_dir=folder), open_rows(config))
         if self.store.digest != digest:
-            raise RuntimeError(f"{config.hf_dataset} has other rows on this node than where the run was started.")
+            raise RuntimeError(f"{config.hf_dataset} has other rows on this node: copy the same data to all nodes.")
 
     def __call__(self, numbers: dict[str, Any]) -> dict[str, list[Any]]:
         config, trouble = self.store.config, ""
@@ -35,7 +35,7 @@ class Worker:
 
 
 def ask_on_ray(work: Work) -> None:
-    """Have `client_replicas` workers answer what is missing; once stopped they are dropped, not drained.
+    """Generate the missing batches with `client_replicas` workers. A stop request drops their unfinished requests.
 
     Raises ServerError if no server is left.
     """
@@ -43,13 +43,13 @@ def ask_on_ray(work: Work) -> None:
 
     store = work.store
     replicas, batches = store.config.client_replicas, len(store.batch_rows)
-    together = max(1, min(16, batches // (4 * replicas)))  # enough for a worker to have no slow tail
+    together = max(1, min(16, batches // (4 * replicas)))  # several, so that a worker idles less at the end of a batch
     blocks = -(-batches // together)
     done = ray.data.range(batches, override_num_blocks=blocks).map_batches(
         Worker,
         batch_size=together,
         concurrency=replicas,
-        num_cpus=0.01,  # it waits; on few cores Ray would, for it
+        num_cpus=0.01,  # a worker mostly waits; with 1, Ray would start few workers on few cores
         fn_constructor_args=(store.config, str(store.folder.absolute()), store.digest),
     )
     for row in done.iter_rows():

@@ -1,8 +1,8 @@
-"""The work of a generation run: samples that are missing, asked from servers or sampled here, into the store.
+"""The work of a generation run: it generates the missing samples, on servers or in this process, and stores them.
 
-From servers, requests are kept in flight by workers that draw from one line of samples, batch after batch. So a batch's
-slow tail idles nobody, and no more batches are open than there are requests in flight. An engine in this process
-samples batch by batch, each drained before the next begins: give a large --input-batch-size.
+With servers, the tasks that send requests draw from one queue of samples that spans the batches. So no task waits for
+the slowest requests of a batch, and the number of open batches is at most the number of requests in flight. An engine
+in this process finishes each batch before it starts the next one, so use a large --input-batch-size.
 """
 
 import asyncio
@@ -20,13 +20,13 @@ from gen.engine.base import EngineConfig
 from gen.sampler import EngineSampler
 from gen.store import Batch, Store
 
-COUNTS = ("prompts", "generations", "tokens", "failed")  # of a run
+COUNTS = ("prompts", "generations", "tokens", "failed")  # what a run counts
 
 
 class Work:
-    """What is missing of a store, the counts of what this run has done of it, and a bar that shows them.
+    """Generates the missing samples of a store, counts them, and shows the counts in a progress bar.
 
-    Once `stop.requested`, nothing more is begun.
+    Once `stop.requested` is set, it starts nothing new.
     """
 
     def __init__(self, store: Store, stop: Any, shown: bool) -> None:
@@ -35,13 +35,13 @@ class Work:
         self.begin, self.counts = time.monotonic(), Counter[str]()
 
     def open(self, indices: Iterable[int]) -> Iterator[Batch]:
-        """These batches, each read as its turn comes."""
+        """Yield these batches, each read when it is needed."""
         for index in indices:
             if self.stop.requested:
                 return
             batch = self.store.batch(index)
             if not self.bar.disable:
-                self.bar.initial += batch.kept  # or the time to go would be too short
+                self.bar.initial += batch.kept  # else the bar's remaining time would be too short
             self.bar.update(batch.kept)
             yield batch
 
@@ -62,18 +62,20 @@ class Work:
         self.bar.update(counts["prompts"])
 
     async def ask_servers(self, indices: Iterable[int], at_once: int) -> None:
-        """Have the servers answer what is missing of these batches, `at_once` requests at a time.
+        """Generate the missing samples of these batches on the servers, `at_once` requests at a time.
 
-        However it ends, complete rows of batches that are not are written too. Raises ServerError if no server is left.
+        However it ends, it also writes the complete rows of unfinished batches.
+
+        Raises ServerError if no server is left.
         """
         config, sampling, unfinished = self.config, self.config.sampling(), dict[Path, Batch]()
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is an open file
 
         def missing() -> Iterator[tuple[Batch, int, int]]:
-            """Every sample that is missing, as (batch, row, sample)."""
+            """Every missing sample as (batch, row, sample)."""
             for batch in self.open(indices):
-                if not batch.left:  # complete, or without a prompt that could be asked
+                if not batch.left:  # it is complete, or has no valid prompt
                     self.close(batch)
                     continue
                 unfinished[batch.path] = batch
@@ -85,7 +87,7 @@ class Work:
 
         async def ask(sample: tuple[Batch, int, int]) -> None:
             batch, row, i = sample
-            if row not in batch.failed:  # else a sibling gave the prompt up
+            if row not in batch.failed:  # else another sample of the prompt has failed
                 try:
                     request = sampling.request(config.model, batch.prompts[row], row, i)
                     batch.answers[row][i] = await client.ask(request)
@@ -109,9 +111,9 @@ class Work:
                     self.close(batch)
 
     def sample_here(self, sampler: EngineSampler, longest: int, indices: Iterable[int]) -> None:
-        """Sample what is missing of these batches; `longest`: tokens of their longest prompt that fits, 0: none does.
+        """Generate the missing samples of these batches with the engine in this process.
 
-        Prompts that leave no room for the answer fail.
+        longest: tokens of the longest prompt that fits; 0: none fits. Prompts that leave too little room fail.
         """
         config, room = self.config, sampler.positions - self.config.max_new_tokens
         if longest:
@@ -128,7 +130,7 @@ class Work:
         for batch in self.open(indices):
             prompts = {row: sampler.encode(messages) for row, messages in batch.prompts.items()}
             for row, length in [(row, len(prompt)) for row, prompt in prompts.items() if len(prompt) > room]:
-                batch.failed[row] = f"{length} tokens, and only {room} fit before {config.max_new_tokens} new ones"
+                batch.failed[row] = f"the prompt has {length} tokens, but only {room} fit: lower --max-new-tokens"
                 del prompts[row]
             if prompts:
                 groups = sampler.sample([*prompts.values()], [*prompts], config.sampling())
@@ -139,9 +141,9 @@ class Work:
 
 
 def longest_prompt(store: Store, sampler: EngineSampler, indices: Iterable[int]) -> int:
-    """Tokens of the longest missing prompt that fits the model's context; 0: there is none.
+    """Tokens of the longest missing prompt that fits the model's context; 0 if there is none.
 
-    Raises ValueError if nothing is done and no prompt fits.
+    Raises ValueError if no prompt fits and none is done.
     """
     room = sampler.positions - store.config.max_new_tokens
     lengths: list[int] = []
@@ -153,7 +155,7 @@ def longest_prompt(store: Store, sampler: EngineSampler, indices: Iterable[int])
     longest = max((length for length in lengths if length <= room), default=0)
     if lengths and not longest and not kept:
         raise ValueError(
-            f"no prompt fits: the shortest has {min(lengths)} tokens, and {store.config.max_new_tokens} new ones leave "
-            f"{room} of the model's context of {sampler.positions}: lower --max-new-tokens."
+            f"no prompt fits: the shortest has {min(lengths)} tokens, but {store.config.max_new_tokens} new ones leave "
+            f"room for {room} in the model's context of {sampler.positions}: lower --max-new-tokens."
         )
     return longest

@@ -1,4 +1,4 @@
-"""The one way to sample text: conversations in; texts, token ids and finish reasons out.
+"""Text sampling: it takes conversations and returns texts, token ids and finish reasons.
 
     sampler = EngineSampler("vllm", "path/to/model")                    # an engine in this process
     sampler.start(EngineConfig("path/to/model", max_model_len=2048))    # loads the weights
@@ -7,10 +7,11 @@
     prompts = [sampler.encode(messages) for messages in conversations]
     [[answer, ...], ...] = sampler.sample(prompts, range(len(prompts)), TextSampling(n=4, max_tokens=512))
 
-Prompts are made by the model's own chat template. Left out on purpose: the log-probs of the tokens, their policy
-version, and scoring while others are sampled. Training, its evaluation and its audit need these and no text: they take
-samples from the engine (`grpo_core/rollout.py`). `gen.generate` has servers answer one batch while another begins, and
-so asks them itself (`gen/requests.py`), with the requests that are made here.
+The model's own chat template renders the prompts.
+
+Not supported, on purpose: log-probs, policy versions, and scoring during sampling. Training, its evaluation and its
+audit need these but no text, so they call the engine directly (`grpo_core/rollout.py`). `gen.generate` overlaps its
+batches on the servers, so it sends its own requests (`gen/requests.py`).
 """
 
 import asyncio
@@ -31,21 +32,21 @@ from sft_core.run.distributed import usage_errors
 
 Messages = list[dict[str, str]]
 NO_LIMIT = 1 << 30  # tokens
-TRIES, AT_ONCE = 5, 256  # of a request; requests
-TIMEOUT, PATIENCE = 3600.0, 10.0  # seconds: a long answer takes long, a server that is not there does not come soon
+TRIES, AT_ONCE = 5, 256  # attempts per request; requests in flight
+TIMEOUT, PATIENCE = 3600.0, 10.0  # seconds: for one (possibly long) answer; without any usable server
 
 
 class EngineSampler:
-    """A model's tokenizer, stop tokens and context, and once `start` was called its engine.
+    """A model's tokenizer, stop tokens and context length, and after `start` its engine.
 
-    Raises ValueError for a model that cannot be had, before any weights are loaded.
+    Raises ValueError if the model cannot be found, before any weights are loaded.
     """
 
     def __init__(self, engine: str, model: str, revision: str = "main") -> None:
         check_engine_available(engine)
         self.source = source = ModelConfig(model_name_or_path=model, model_revision=revision)
         model_config, self.tokenizer = load_tokenizer(source)
-        set_up(self.tokenizer, None, conversations=True, chatml_default=False)  # what ends a turn ends an answer
+        set_up(self.tokenizer, None, conversations=True, chatml_default=False)  # the end of a turn ends an answer
         self.stop_ids = stop_token_ids(self.tokenizer, source)
         self.positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
         self.engine_name = engine
@@ -58,15 +59,15 @@ class EngineSampler:
         return self.tokenizer.decode(prompt)
 
     def start(self, config: EngineConfig) -> None:
-        if self.source.model_revision != "main":  # engines know no revisions: they get a copy of its files
+        if self.source.model_revision != "main":  # engines have no revision option: they get a local copy
             config = replace(config, model_path=local_copy(self.source).model_name_or_path)
-        with usage_errors():  # weights that are not the model's
+        with usage_errors():  # for example, if the weights do not belong to the model
             self.engine = make_engine(self.engine_name, config)
 
     def sample(
         self, prompts: Sequence[list[int]], positions: Sequence[int], sampling: TextSampling
     ) -> list[list[Answer]]:
-        """`sampling.n` answers to each prompt. Ranks that hold a model together call together."""
+        """`sampling.n` answers per prompt. Ranks that share a copy of the model must call together."""
         assert self.engine is not None, "start it first"
         tokens = Sampling(
             sampling.n,
@@ -99,7 +100,7 @@ class EngineSampler:
 
 
 class ServerSampler:
-    """Servers at `urls` (".../v1") that know `model`; they keep tokenizer and context to themselves."""
+    """Servers at `urls` (".../v1") that serve `model`. The tokenizer and the context length are not known here."""
 
     positions = NO_LIMIT
 
@@ -120,11 +121,11 @@ class ServerSampler:
         sampling: TextSampling,
         kept: dict[tuple[int, int], Answer] | None = None,
     ) -> list[list[Answer | str]]:
-        """`sampling.n` answers to each prompt; in place of one that cannot be had a text that says why.
+        """`sampling.n` answers per prompt. A failed answer is replaced by a text that says why.
 
-        kept: answers that are there already, by their prompts' positions and their numbers.
+        kept: existing answers, by prompt position and sample number.
 
-        Raises ServerError where an earlier call has met one, and where none of several prompts has an answer.
+        Raises ServerError if an earlier call lost all servers, or if none of several prompts is answered.
         """
         if self.failed:
             raise self.failed
@@ -166,6 +167,6 @@ TextSampler = EngineSampler | ServerSampler
 
 
 def weights_of(model: str) -> list[Any]:
-    """Names, sizes and times of a model folder's weights, by which others are noticed; nothing for a Hub id."""
+    """Names, sizes and times of a model folder's weight files, to detect changed weights; [] for a Hub id."""
     files = sorted(Path(model).glob("*.safetensors"))
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]

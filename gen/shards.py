@@ -1,7 +1,9 @@
-"""Copies of a command side by side on the GPUs of this machine, each with a part of the batches.
+"""Run copies of a command in parallel on the GPUs of this machine, each with a part of the batches.
 
-For commands that cut their work into files and go on with those that are missing (`eval.run`, `gen.generate`): a copy
-gets its part by `--shard=i/n`; one that dies takes no finished file with it. Left out on purpose: several machines.
+This works for commands that write their work file by file and resume with the missing files (`eval.run` and
+`gen.generate`). Each copy gets its part by `--shard=i/n`. If a copy dies, its finished files remain.
+
+Not supported, on purpose: several machines.
 """
 
 import os
@@ -19,19 +21,19 @@ T = TypeVar("T")
 
 
 class ShardsFailed(RuntimeError):
-    """Copies ended in failure, each having said why; the message is for the user."""
+    """Some copies failed and have printed why. The message is shown to the user."""
 
 
 def of_shard(batches: Sequence[T], shard: str | None) -> Sequence[T]:
-    """The batches of --shard `shard`, as i/n; None: all."""
+    """The batches of part i of n, where `shard` is "i/n"; None: all batches."""
     first, step = map(int, (shard or "0/1").split("/"))
     return batches[first::step]
 
 
 def start_shards(module: str, argv: list[str], copies: int, width: int = 1, stop: StopSignal | None = None) -> None:
-    """Run `copies` of `python -m module argv`, each on `width` other GPUs, to their ends.
+    """Run `copies` of `python -m module argv`, each on its own `width` GPUs, and wait for them.
 
-    A request to `stop` is passed on. Raises ShardsFailed if a copy fails (a stopped one, exit code 130, does not).
+    A request to `stop` is passed on. Raises ShardsFailed if a copy fails (exit code 130, stopped, is not a failure).
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
@@ -49,4 +51,4 @@ def start_shards(module: str, argv: list[str], copies: int, width: int = 1, stop
     codes = [child.wait() for child in children]
     failed = sum(code not in (0, 130) for code in codes)
     if failed:
-        raise ShardsFailed(f"{failed} of {copies} processes failed; the same command goes on from here.")
+        raise ShardsFailed(f"{failed} of {copies} processes failed (see above): run the same command to resume.")

@@ -1,19 +1,19 @@
-"""The folder of a generation run: what is there, what is missing, and files that are whole or not there.
+"""The output folder of a generation run: its files, and which batches are missing. A parquet file in it is complete.
 
     settings.json              what the generations depend on (gen/folder.py)
-    batches/000007.parquet     the answers to rows 7 * input_batch_size and on that are complete, by their positions
-    failed.jsonl               prompts that this run gave up: position, error, prompt; the same command asks them again
-    train.parquet              rows and answers in order as one data set, made when a run ends
+    batches/000007.parquet     complete answers to the rows from 7 * input_batch_size on, with the rows' positions
+    failed.jsonl               prompts that failed in this run: position, error, prompt; the same command retries them
+    train.parquet              rows and answers in order as one data set, written when a run ends
 
-A batch that is cut short (failed prompts, Ctrl-C) holds what is complete; when more is, the file is replaced. Nothing
-else is remembered, so whatever kills a run, the files say what there is to do.
-Rows are read from the memory-mapped data set a batch at a time and written so: memory does not grow with their number.
-What is held is the answers of open batches, at most as many batches as there are requests in flight.
+After an interruption (failed prompts, Ctrl-C) the file of a batch contains the rows that are complete, and the next run
+replaces it. There is no other state, so the files determine what is missing, whatever killed a run.
+Rows are read from the memory-mapped data set and written batch by batch, so memory use does not grow with their number.
+Only the answers of open batches are in memory, and the number of open batches is at most that of requests in flight.
 
-A reasoning model's thoughts, which a server's parser has parted from the text, go before it again, in <think> tags.
+If a server's reasoning parser has separated a model's reasoning from the text, it is put back in <think> tags.
 
-The columns are distilabel's (TextGeneration, group_generations): the input's, `generation`, `distilabel_metadata` (to
-each generation its raw output, raw input, token counts and, of ours, the finish reason) and `model_name`.
+The columns are distilabel's (TextGeneration, group_generations): the input columns, `generation`, `distilabel_metadata`
+(raw output, raw input and token counts of each generation, and additionally the finish reason) and `model_name`.
 """
 
 import json
@@ -55,8 +55,8 @@ METADATA = pa.list_(
 )
 ADDED = {"generation": pa.list_(pa.string()), "distilabel_metadata": METADATA, "model_name": pa.string()}
 BATCH = pa.schema([("position", pa.int64()), *ADDED.items()])
-FORMAT = 2  # of the files in batches/
-ROW_GROUP, GROUP_BYTES = 1024, 64 << 20  # rows, and bytes, of train.parquet that are in memory together
+FORMAT = 2  # version of the files in batches/
+ROW_GROUP, GROUP_BYTES = 1024, 64 << 20  # a row group of train.parquet is written at this many rows or bytes
 
 
 def open_rows(config: GenerateConfig) -> Dataset:
@@ -65,14 +65,14 @@ def open_rows(config: GenerateConfig) -> Dataset:
 
 @dataclass
 class Batch:
-    """Some neighbouring rows on their way. They are known by their positions in the data set."""
+    """Neighbouring rows whose answers are being generated. The keys are positions in the data set."""
 
     path: Path
-    prompts: dict[int, list[dict[str, str]]]  # conversations of the rows that are missing
-    kept: int  # rows that an earlier run has finished
+    prompts: dict[int, list[dict[str, str]]]  # the conversations of the missing rows
+    kept: int  # number of rows that an earlier run has finished
     failed: dict[int, str]  # why a row has no prompt or no answer
-    answers: dict[int, list[Answer | None]]  # of each prompt, by sample
-    left: int  # requests that have not come to an end
+    answers: dict[int, list[Answer | None]]  # for each prompt, its samples
+    left: int  # number of unfinished requests
 
     @property
     def done(self) -> list[int]:
@@ -80,7 +80,7 @@ class Batch:
 
 
 class Store:
-    """Batches of `rows` in a folder. Raises ValueError for a template that does not fit them."""
+    """Batches of `rows` in a folder. Raises ValueError if the prompt template does not fit the rows."""
 
     def __init__(self, config: GenerateConfig, rows: Dataset) -> None:
         self.config, self.rows = config, rows.with_format("arrow")
@@ -95,23 +95,23 @@ class Store:
         self.batch_rows = ranges(self.num_rows, config.input_batch_size)
 
     def open(self) -> None:
-        """Take the folder for this run. Raises ValueError if another has it, or has filled it with other things."""
+        """Lock the folder. Raises ValueError if another run has locked it, or if its results have other settings."""
         names = [name for name in ADDED if name in self.rows.column_names]
         if names:
-            print(f"columns of these names are replaced: {', '.join(names)}.", file=sys.stderr)
+            print(f"note: the output replaces these columns of the input: {', '.join(names)}.", file=sys.stderr)
         open_folder(self.folder, self.identity, "batches/*.parquet", option="--output-dir")
         (self.folder / "batches").mkdir(exist_ok=True)
-        (self.folder / "failed.jsonl").unlink(missing_ok=True)  # all of them are asked again
+        (self.folder / "failed.jsonl").unlink(missing_ok=True)  # all of them are retried
 
     def close(self) -> None:
-        """Let another run of this process have the folder."""
+        """Unlock the folder, for another run in this process."""
         distributed.unlock_output_dir(self.folder)
 
     def path(self, index: int) -> Path:
         return self.folder / "batches" / f"{index:06}.parquet"
 
     def batch(self, index: int) -> Batch:
-        """The batch with what is missing of it."""
+        """The batch with its missing prompts."""
         path, rows, n = self.path(index), self.batch_rows[index], self.config.num_generations
         done = pq.read_table(path, columns=["position"])["position"].to_pylist() if path.exists() else []
         kept = set(rows).intersection(done)
@@ -128,7 +128,7 @@ class Store:
         return Batch(path, prompts, len(kept), failed, answers, left=n * len(prompts))
 
     def write(self, batch: Batch) -> None:
-        """Put the batch's complete rows where they stay, and note the failed ones."""
+        """Write the batch's complete rows to its file, and its failed rows to failed.jsonl."""
         if batch.done:
             records = [self._record(batch, row) for row in batch.done]
             tables = [pa.Table.from_pylist(records, schema=BATCH)]
@@ -161,7 +161,7 @@ class Store:
         return {"position": row} | added
 
     def finish(self) -> dict[str, Any]:
-        """Make train.parquet of the batches; returns the numbers of what is in it."""
+        """Write train.parquet from the batches. Returns counts of its contents."""
         numbers = Counter(dict.fromkeys(("prompts", "generations", "input tokens", "output tokens"), 0))
         reasons: Counter[str] = Counter()
 
@@ -187,7 +187,7 @@ class Store:
         return dict(numbers) | {f"finish reason {name or 'none'}": count for name, count in sorted(reasons.items())}
 
     def _finished(self, index: int) -> pa.Table:
-        """The rows of a batch that are done and within the limit, with the columns that are added."""
+        """The finished rows of a batch that are within the limit, with the added columns."""
         done = pq.read_table(self.path(index))
         done = done.filter(pc.less(done["position"], self.num_rows))
         rows = self.rows[done["position"].to_pylist()]
@@ -196,19 +196,20 @@ class Store:
 
 
 def _schema(rows: Dataset) -> pa.Schema:
-    """The output's columns; without the notes of `datasets`, which would describe the input's alone."""
+    """The output's columns, without the metadata of `datasets`, which describes only the input's columns."""
     columns = rows.features.arrow_schema.remove_metadata()
     kept = [field for field in columns if field.name not in ADDED]
     schema = pa.schema([*kept, *(pa.field(*item) for item in ADDED.items())])
     try:
         pq.ParquetWriter(pa.BufferOutputStream(), schema).close()
     except pa.ArrowNotImplementedError as error:
-        raise ValueError(f"a column cannot be kept in a parquet file: {error}. Leave it out.") from error
+        raise ValueError(f"a column of the data cannot be written to parquet: {error}: remove it.") from error
     return schema
 
 
 def full_text(answer: Answer) -> str:
-    """What the model said: the thought, which stays open where it was cut, before the text, unless that has it too."""
+    """The model's full output: the thought in <think> tags, then the text. The tag is not closed if the thought was cut
+    off, and the thought is not repeated if the text contains it."""
     thought, text = answer.thought.strip(), answer.text.strip()
     if not thought or (thought in text and "</think>" in text):
         return answer.text
@@ -218,33 +219,36 @@ def full_text(answer: Answer) -> str:
 
 
 def _renderer(config: GenerateConfig, schema: pa.Schema) -> Callable[[pa.Table], list[list[dict[str, str]] | str]]:
-    """From rows to conversations (or why a row has none). Raises ValueError for a template that does not fit them."""
+    """A function from rows to conversations, or to texts that say why a row has none.
+
+    Raises ValueError if the prompt template does not fit the rows.
+    """
     environment = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined)
-    for name in schema.names:  # a column named like one of Jinja's own functions is the column
+    for name in schema.names:  # a column takes precedence over a Jinja function of the same name
         environment.globals.pop(name, None)
     try:
         names = jinja2.meta.find_undeclared_variables(environment.parse(config.prompt_template))
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"--prompt-template is not valid Jinja: {error}.") from error
+        raise ValueError(f"--prompt-template is not valid Jinja: {error}: correct it.") from error
     template = environment.from_string(config.prompt_template)
     columns = {name: config.prompt_column if name == "instruction" else name for name in names}
     for name, column in columns.items():
         flag = "--prompt-column" if name == "instruction" else "--prompt-template"
         there = ", ".join(schema.names)
-        require(column in schema.names, f"{flag} names a column {column!r}, but the data has {there}.")
+        require(column in schema.names, f"{flag} names a column {column!r}, but the data has {there}: use one of them.")
         kind = str(schema.field(column).type)
         text = name != "instruction" or kind in ("string", "large_string", "null")
-        require(text, f"column {column!r} holds {kind}: choose a column of texts with --prompt-column.")
+        require(text, f"column {column!r} has type {kind}: choose a text column with --prompt-column.")
     system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
 
     def conversation(row: dict[str, Any]) -> list[dict[str, str]] | str:
         if "instruction" in columns and row[config.prompt_column] is None:
-            return f"no text in {config.prompt_column}"
+            return f"column {config.prompt_column!r} has no text"
         values = {name: "" if row[column] is None else row[column] for name, column in columns.items()}
         try:
             text_of(values.get("instruction", ""), config.prompt_column)
             return [*system, {"role": "user", "content": template.render(values)}]
-        except Exception as error:  # whatever a template's own expressions raise
-            return f"no prompt can be made of it: {error}"
+        except Exception as error:  # anything that the template's expressions raise
+            return f"--prompt-template cannot render it: {error}"
 
     return lambda table: [conversation(row) for row in table.select([*{*columns.values()}]).to_pylist()]

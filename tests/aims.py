@@ -1,4 +1,4 @@
-"""What the GPU check aims at: runs a bench and says which of its aims were met, a line each, as soon as it knows.
+"""The aims of the GPU check: run a bench and print, one line per aim, whether it was met, as soon as it is known.
 
 python -m tests.aims kernels.bench [its options]           or grpo_core.bench
 """
@@ -17,7 +17,7 @@ from kernels.bench_peers import NAIVE, OURS
 
 OVER_PRODUCTS = {"0.5b": 1.45, "1.5b": 1.25, "7b": 1.15}  # time over bare GEMMs, at 8,192 tokens on an H100
 FASTER = {"Liger GRPO": 12.0, "cut cross entropy, unfiltered": 2.5, NAIVE: 1.35}
-RATES = {  # (shape, checkpointing) -> TFLOP/s of the pass and of the whole step, 16,384 tokens on one H100
+RATES = {  # (shape, checkpointing) -> TFLOP/s of the pass and of the whole step, for 16,384 tokens on one H100
     ("0.5b", False): (400.0,),
     ("1.5b", False): (500.0, 460.0),
     ("1.5b", True): (400.0,),
@@ -25,7 +25,7 @@ RATES = {  # (shape, checkpointing) -> TFLOP/s of the pass and of the whole step
 
 
 def verdict(what: str, figure: float, aim: float, at_least: bool = False) -> str:
-    """A line for `make gpu-check` to gather; NaN is a figure that was not taken."""
+    """A line that `make gpu-check` collects; NaN means that the value was not measured."""
     met = (figure >= aim) if at_least else (figure <= aim)
     shown = "not measured" if math.isnan(figure) else "met" if met else "missed"
     bound = f"{'>=' if at_least else '<='} {aim:.3g}"
@@ -33,7 +33,7 @@ def verdict(what: str, figure: float, aim: float, at_least: bool = False) -> str
 
 
 def of_the_head(shape: str, found: dict[str, Measured], growth: float) -> list[str]:
-    """`growth`: GiB of our workspace at the last --tokens less that at the first."""
+    """`growth`: GiB of our workspace at the last --tokens minus that at the first."""
     if shape not in OVER_PRODUCTS:
         return []
     ours, naive = (found.get(name, Measured()) for name in (OURS, NAIVE))

@@ -1,4 +1,4 @@
-"""How tests start processes of their own."""
+"""How tests start child processes."""
 
 import os
 import sys
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-# Then their number. A port of its own: jobs of several tests at once, or one before that lingers, do not meet.
+# The number of processes follows. Each job gets its own port, so that jobs of several tests do not collide.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
 def environment(place: Path = ROOT, **more: str) -> dict[str, Any]:
-    """This process's, with `place` before what PYTHONPATH holds: packages may lie there alone."""
+    """This process's environment, with `place` before the entries of PYTHONPATH, which may be needed, too."""
     places = [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(places)} | more

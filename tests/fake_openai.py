@@ -1,12 +1,12 @@
-"""An OpenAI-compatible server that misbehaves on command, in a thread of the test or, to be killed, in a process.
+"""An OpenAI-compatible server that fails on command. It runs in a thread of the test, or in a process to be killed.
 
     with FakeServer() as server:
         server.behave = lambda number, request: 503 if number % 3 == 1 else "ok"
 
-What it says depends on question and seed alone, so runs can be compared. `behave` gets the number of the request (from
-1) and its body, and returns "ok", a status, one of "hang", "cut" (no answer), "cut body", "garbage", or a dict of
-what differs from a good answer (`content` and other fields of the message, `finish_reason`, `usage`). As a process:
-`python -m tests.fake_openai PORT [LATENCY]`.
+Its answers depend only on the question and the seed, so that runs can be compared. `behave` gets the number of the
+request (from 1) and its body. It returns "ok", a status code, "hang", "cut" (no answer), "cut body", "garbage", or a
+dict of fields that replace those of a good answer (`content` and other fields of the message, `finish_reason`,
+`usage`). To run it as a process: `python -m tests.fake_openai PORT [LATENCY]`.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from aiohttp import web
 
 
 def words(request: dict[str, Any]) -> str:
-    """What the server says to a request."""
+    """The server's answer to a request."""
     text = json.dumps([request["messages"], request.get("seed")])
     return f"{request['messages'][-1]['content']} -> {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
@@ -32,7 +32,7 @@ class FakeServer:
         self.port, self.latency, self.models = port, latency, models
         self.behave: Callable[[int, dict[str, Any]], str | int | dict[str, Any]] = lambda number, request: "ok"
         self.say: Callable[[dict[str, Any]], str] = words
-        self.stalled_until = 0.0  # until this time.monotonic() nothing is answered, /v1/models neither
+        self.stalled_until = 0.0  # the server answers nothing before this time.monotonic(), not even /v1/models
         self.requests: list[dict[str, Any]] = []
         self.answered = self.most_at_once = self.at_once = 0
 

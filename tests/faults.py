@@ -1,4 +1,4 @@
-"""Ways to break a run from within, put in before `main` starts (see `tests/launch.py`)."""
+"""Faults that are injected into a run before `main` starts (see `tests/launch.py`)."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from gen.engine.weight_sync import checksums
 
 
 def wake_with_the_old_weights():
-    """An engine that kept the weights it was started with, and serves them after its sleep."""
+    """The engine keeps its initial weights and uses them after its sleep."""
     load, slept = TorchEngine.load_weights, []
 
     def load_weights(self, weights, version):
@@ -34,7 +34,7 @@ def wake_with_the_old_weights():
 
 
 def skip_sync():
-    """The engine says it has loaded the weights and has not."""
+    """The engine reports that it has loaded the weights, but has not."""
 
     def load_weights(self, weights, version):
         self.version = version
@@ -53,7 +53,7 @@ def untie(engine):
 
 
 def write_nothing_to_the_head():
-    """An engine whose head is not tied to the embedding, as the policy's is."""
+    """The engine's head is not tied to the embedding, unlike the policy's."""
     load = TorchEngine.load_weights
 
     def load_weights(self, weights, version):
@@ -64,7 +64,7 @@ def write_nothing_to_the_head():
 
 
 def with_layers_exchanged(load, engine, weights, version):
-    """What the loader is given is right; that it holds two layers in each other's place only the engine can tell."""
+    """The loader gets the right tensors but swaps two layers. Only the engine's checksums show this."""
     loaded = load(engine, weights, version)
     a, b = engine.model.model.layers[:2]
     for one, other in zip(a.parameters(), b.parameters(), strict=True):
@@ -113,7 +113,7 @@ def targets_off_by_one():
 
 
 def mask_the_stop_token():
-    """Leave the last token of every sequence out of the scored ones."""
+    """Do not score the last token of any sequence."""
     pack = sft_core.data.packing.pack_sequences
     grpo_core.batch.pack_sequences = lambda sequences, masks, *more: pack(
         sequences, [[*mask[:-1], False] for mask in masks], *more
@@ -172,5 +172,5 @@ def windows_of_six_rows():
 
 
 def skip_no_group():
-    """Groups without advantages get their passes as the others."""
+    """Groups without advantages get forward and backward passes like the others."""
     grpo_core.config.GRPOConfig.skips_groups = False

@@ -1,10 +1,10 @@
-"""`make gpu-check`: the tests that need a GPU, then the benches whose figures have an aim; one table of all, last.
+"""`make gpu-check`: run the tests that need a GPU, then the benches that have aims, and print one table at the end.
 
     python -m tests.gpu_check [PART ...] [--model HuggingFaceTB/SmolLM2-135M-Instruct] [--output build/gpu-check.md]
 
-Parts run in the order given, each once. One that fails keeps no other from running; the exit code is then 1. The table
-is written anew whenever a part begins, finds a figure with an aim or ends, and all that is printed is in the file of
-the same name with .log. Without a GPU it is a rehearsal: tests are skipped, benches take tiny shapes, no aim is judged.
+The parts run in the order given, each once. If one fails, the others still run, and the exit code is 1. The table is
+rewritten whenever a part starts, measures an aim or ends. All output is in the file with the same name and .log.
+Without a GPU this is a rehearsal: tests are skipped, benches use tiny shapes, and no aim is judged.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-# Their files alone, and on several processes only where pytest-xdist is: a machine may lack what the other tests need.
+# Only these files, since a machine may lack what other tests need; in parallel only if pytest-xdist is installed.
 GPU_TESTS = [
     str(path.relative_to(ROOT))
     for path in sorted(ROOT.glob("tests/**/test_*.py"))
     if "pytest.mark.gpu" in path.read_text()
 ]
 AT_ONCE = ["-n", "4", "--dist", "load"] if importlib.util.find_spec("xdist") else []
-BLOCKS = "tests/sft_core/test_compile.py"  # in one process: inductor's own do not bear others of pytest-xdist
+BLOCKS = "tests/sft_core/test_compile.py"  # in one process: inductor's processes do not work with those of pytest-xdist
 OTHERS = [path for path in GPU_TESTS if path != BLOCKS]
 COMPILED, TINY = ["--torch_compile", "--steps", "3"], ["--shape", "tiny", "--steps", "1"]
 
@@ -36,14 +36,14 @@ COMPILED, TINY = ["--torch_compile", "--steps", "3"], ["--shape", "tiny", "--ste
 class Step(NamedTuple):
     part: str
     command: list[str]  # python -m ...
-    seconds: int  # it should take on one H100: reckoned, not measured; three times that is its limit
-    on_cpu: list[str] = []  # instead, if it is another
+    seconds: int  # estimated (not measured) time on one H100; the timeout is three times that
+    on_cpu: list[str] = []  # the command without a GPU, if it differs
 
 
 STEPS = [
     Step("tests", ["pytest", "-m", "gpu", "-k", "not vllm", *AT_ONCE, *OTHERS], 70),  # five short SFT runs
     Step("tests", ["pytest", "-m", "gpu", BLOCKS], 40),
-    # Alone: vLLM, while it measures free memory, does not bear that others give some back.
+    # Alone, since vLLM fails if other processes free memory while it measures the free memory.
     Step("vllm", ["pytest", "-m", "gpu", "-k", "vllm", *GPU_TESTS], 100),  # three starts of a tiny model
     # 50 s of rounds, 20 of errors and memory, the rest compilation of the peers
     Step("kernels", ["tests.aims", "kernels.bench"], 130),
@@ -77,7 +77,7 @@ PACKAGES = ("torch", "triton", "transformers", "vllm", "trl", "liger-kernel", "c
 
 
 def run(command: list[str], limit: float, log: Path, see: Callable[[str], None]) -> int:
-    """Exit code (-9: it took too long); `see` gets each line, which is shown and logged as it comes."""
+    """Run a command and return its exit code (-9: timeout). Each line is printed, logged, and passed to `see`."""
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
         cwd=ROOT,
@@ -102,13 +102,13 @@ def run(command: list[str], limit: float, log: Path, see: Callable[[str], None])
 
 
 def table(head: str, aims: list[str], rows: list[list[str]]) -> str:
-    """`rows`: command, seconds, what became of it."""
+    """`rows`: command, seconds, result."""
     parts = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(
         [
             head,
             "",
-            "| aim | what | figure | bound |",
+            "| aim | what | value | bound |",
             "|---|---|---|---|",
             *aims,
             "",
@@ -121,14 +121,14 @@ def table(head: str, aims: list[str], rows: list[list[str]]) -> str:
 
 
 def check(steps: list[Step], head: str, output: Path, on_gpu: bool = True) -> int:
-    """Run the steps, write and show the table; 1 where one failed."""
+    """Run the steps, write and print the table, and return 1 if one failed."""
     output.parent.mkdir(parents=True, exist_ok=True)
     log, failed = output.with_suffix(".log"), False
     log.write_text(head + "\n")
     aims, rows = list[str](), [[" ".join(step.command), "", "not run yet"] for step in steps]
 
     def write() -> None:
-        whole = output.with_suffix(".new")  # there is a whole table at any moment
+        whole = output.with_suffix(".new")  # so that the table is complete at any time
         whole.write_text(table(head, aims, rows))
         whole.replace(output)
 
@@ -148,7 +148,7 @@ def check(steps: list[Step], head: str, output: Path, on_gpu: bool = True) -> in
         code = run(command, 3 * expected, log, see)
         failed |= code != 0
         row[1], row[2] = f"{time.perf_counter() - start:.0f}", f"exit code {code}" if code else "ok"
-        if not code and command[0] == "pytest":  # what it says last: how many passed, and were skipped
+        if not code and command[0] == "pytest":  # its last line: how many tests passed and were skipped
             row[2] = f"{'ok' if on_gpu else 'needs a GPU'}: {last[0]}"
         write()
     print(f"\n{output.read_text()}")
@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.gpu_check", description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
     parser.add_argument(
-        "--model", help="of the whole step; default: HuggingFaceTB/SmolLM2-135M-Instruct, or a tiny one"
+        "--model", help="model of the whole step; default: HuggingFaceTB/SmolLM2-135M-Instruct, or a tiny one"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu-check.md")
     options = parser.parse_args()
@@ -186,7 +186,7 @@ def main() -> None:
 
 
 def chosen(parts: list[str], on_gpu: bool) -> list[Step]:
-    """The steps of these parts in their order, each part once, with the commands for this machine."""
+    """The steps of these parts in this order, each part once, with the commands for this machine."""
     steps = [step for part in dict.fromkeys(parts) for step in STEPS if step.part == part]
     return [step._replace(command=step.command if on_gpu else step.on_cpu or step.command) for step in steps]
 

@@ -1,12 +1,12 @@
-"""A Hub on the loopback that speaks what huggingface_hub's client says: repositories, branches, commits, LFS uploads.
-Data sets are repositories like models here.
+"""A Hub server on the loopback for huggingface_hub's client: repositories, branches, commits, LFS uploads. Here data
+sets are repositories like models.
 
     with HubServer() as hub:
         subprocess.run([...], env=os.environ | hub.environment())
         hub.repos["me/model"].files("main")["config.json"]      # the bytes that were pushed
         hub.fail_next(503, times=2, path="/commit/")            # the next two such requests
 
-Left out: the xet protocol (the environment turns it off in the client), pull requests, downloads of whole snapshots.
+Not supported: the xet protocol (the environment turns it off in the client), pull requests, snapshot downloads.
 """
 
 import base64
@@ -86,7 +86,7 @@ class HubServer:
         self._server.server_close()
 
     def environment(self, token: str = TOKEN) -> dict[str, str]:
-        """What a child process needs to take this for the Hub; `token=""` for one that is not logged in."""
+        """The environment with which a child process uses this server as the Hub; `token=""`: it is not logged in."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": token,
@@ -98,7 +98,7 @@ class HubServer:
         }
 
     def take_over(self, monkeypatch: Any) -> None:
-        """The same for the client in this process, which read its environment when it was imported."""
+        """Make the client in this process use this server, too; it reads the environment only at import."""
         template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
         for name, value in {
             "ENDPOINT": self.url,

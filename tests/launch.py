@@ -1,7 +1,7 @@
-"""Start trainers as real processes, one a rank, without paying for their imports each time.
+"""Start trainers as real processes, one per rank, without importing everything again each time.
 
-A fork server imports the trainers once; every rank is a fork of it with its own environment, output file and, where a
-test wants one, a fault put in before `main` runs. Ranks meet by `env://` as under torchrun.
+A fork server imports the trainers once. Every rank is a fork of it with its own environment, output file and, if the
+test needs one, a fault that is injected before `main` runs. Ranks find each other by `env://`, as under torchrun.
 """
 
 import importlib
@@ -26,7 +26,7 @@ _context.set_forkserver_preload(["grpo_core.train", "sft_core.train", "peft"])
 def start(
     module: str, argv: list[str], log: Path, *, ranks: int = 1, fault: Callable[[], None] | None = None
 ) -> list[Any]:
-    """Processes that run `module`.main(argv), writing what they print to `log`."""
+    """Start processes that run `module`.main(argv) and write their output to `log`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -39,13 +39,13 @@ def start(
 
 
 def run(module: str, argv: list[str], log: Path, timeout: float = 300, **options: Any) -> tuple[int, str]:
-    """Run to the end; returns the largest exit code of a rank (a signal counts as 128 + its number) and the output."""
+    """Run to the end. Returns the largest exit code of a rank (128 + number for a signal) and the output."""
     processes = start(module, argv, log, **options)
     return wait(processes, timeout), log.read_text()
 
 
 def refusal(main: Callable[[list[str]], Any], argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What `main`, called here, says of bad input: one line, and exit code 2."""
+    """Call `main` with bad input and return its error: one line, with exit code 2."""
     with pytest.raises(SystemExit) as stopped:
         main(argv)
     assert stopped.value.code == 2
@@ -94,7 +94,7 @@ def _rank(
 
 @contextmanager
 def locks_released() -> Iterator[None]:
-    """Let go, at the end, of the folders that a `main` has locked for the life of its process, which goes on here."""
+    """At the end, unlock the folders that a `main` has locked until its process ends, which is this one."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A training script in the manner of open-r1's, of our own: what such scripts call, assign and read, in that order.
+"""A training script in the style of open-r1's: it calls, assigns and reads what such scripts do, in the same order.
 
 torchrun --nproc_per_node 2 tests/open_r1_script.py sft --model_name_or_path M --dataset_name FOLDER ...
 """

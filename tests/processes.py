@@ -1,4 +1,4 @@
-"""Processes for tests: ranks of a job and children to be killed, forked from a server that has torch loaded already."""
+"""Processes for tests: ranks of a job, and children to kill. They are forked from a server that has loaded torch."""
 
 import multiprocessing
 import os
@@ -22,7 +22,7 @@ _context.set_forkserver_preload(
 
 
 def start(function: Callable[..., None], *args: Any, stderr: Path | None = None) -> BaseProcess:
-    """Run `function(*args)` in a process of its own, its stderr in a file if one is given."""
+    """Run `function(*args)` in a new process, with its stderr in a file if one is given."""
     process = _context.Process(target=_child, args=(function, args, stderr), daemon=True)
     process.start()
     return process
@@ -35,9 +35,9 @@ def _child(function: Callable[..., None], args: tuple[Any, ...], stderr: Path | 
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """`function(*args)` on each of `world_size` ranks, as torchrun would start them; returns what each rank returns.
+    """Run `function(*args)` on each of `world_size` ranks, as torchrun would, and return the results of all ranks.
 
-    The function joins the process group itself, by `init_distributed`. A rank that raises fails the test.
+    The function joins the process group itself, with `init_distributed`. If a rank raises, the test fails.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,14 +1,14 @@
-"""Rewards with spread on the text of an untrained model, and objectives."""
+"""Rewards that differ between texts of an untrained model, and custom objectives."""
 
 
 def digits(completions, **kwargs):
-    """Share of a completion's characters that are digits."""
+    """The share of a completion's characters that are digits."""
     texts = [completion[0]["content"] for completion in completions]
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in texts]
 
 
 def digits_of_a_third(completions, solution, trainer_state, **kwargs):
-    """Of the problems; for the others, and for all after four steps, a constant that no binary fraction is."""
+    """`digits` for a third of the problems; else, and after four steps, a constant that is not a binary fraction."""
     rewards = zip(digits(completions), solution, strict=True)
     return [x if int(gold) % 3 == 0 and trainer_state.global_step < 4 else 0.1 for x, gold in rewards]
 
@@ -22,10 +22,10 @@ def digits_of_odd_groups(completions, group_ids, **kwargs):
 
 
 def reinforce(logps, log_ratios, advantages, objective):
-    """An objective: REINFORCE, with the ratio as a constant weight up to 1 + epsilon."""
+    """An objective: REINFORCE with the ratio, clamped at 1 + epsilon, as a constant weight."""
     return -log_ratios.detach().exp().clamp(max=1 + objective.epsilon) * advantages * logps
 
 
 def pull(logps, log_ratios, advantages, objective):
-    """An objective that pulls at every token, whatever its advantage."""
+    """An objective with a gradient at every token, whatever its advantage."""
     return -0.1 * logps - advantages * log_ratios.exp()

@@ -13,13 +13,13 @@ from pathlib import Path
 
 @contextmanager
 def vllm_serve(model: str | Path, folder: Path, *, max_model_len: int) -> Iterator[str]:
-    """Serves `model` in float32 under its path as name; yields the base URL. `folder` takes the log."""
+    """Serve `model` in float32, with its path as its name; yield the base URL. The log is written to `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(max_model_len), "--host", "127.0.0.1"]
-    # A prompt that is computed in pieces breaks vLLM 0.32 on the CPU if the request has a seed.
+    # Chunked prefill breaks vLLM 0.32 on the CPU if the request has a seed.
     command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048", "--no-enable-prefix-caching"]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     log = folder / "vllm_serve.log"

@@ -1,4 +1,4 @@
-"""What the GPU check says of what was measured."""
+"""The verdicts of the GPU check."""
 
 import math
 import sys

@@ -1,4 +1,4 @@
-"""Invariant 9: bad input is one clear sentence and exit code 2, before weights are loaded; nothing written is lost."""
+"""Invariant 9: bad input ends with one clear sentence and exit code 2 before weights are loaded; no files are lost."""
 
 import importlib.metadata
 import json
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def no_weights(monkeypatch):
-    """Whatever these tests do, no weight may be loaded."""
+    """No test of this module may load weights."""
 
     def refuse(*arguments, **options):
         raise AssertionError("weights were loaded")
@@ -226,7 +226,7 @@ def test_the_hubs_kernels_package_in_the_way(capsys, monkeypatch):
 
 
 def test_the_folder_of_another_run(tiny_model, problems, tmp_path):
-    """Refused, or moved aside whole; the run's own command resumes, and says what is not as before."""
+    """It is refused, or moved aside as a whole. The run's own command resumes and reports what has changed."""
     out = tmp_path / "out"
     argv = options(tiny_model, problems, out, max_steps=1, save_strategy="steps", save_steps=1)
     assert run(TRAIN, argv, tmp_path / "log")[0] == 0

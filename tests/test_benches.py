@@ -1,4 +1,4 @@
-"""Benches that fail or are killed in the middle have shown what they had measured."""
+"""Benches that fail or are killed have printed everything measured until then."""
 
 import os
 import time

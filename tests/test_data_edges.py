@@ -1,4 +1,4 @@
-"""Configuration, paths, data files and modes at their edges: right, or refused in one sentence that names the place."""
+"""Edge cases of configuration, paths, data files and modes: each is right, or refused in one sentence that names it."""
 
 import gzip
 import json
@@ -133,7 +133,7 @@ def test_only_a_folder_loses_its_slash(text, tmp_path, monkeypatch):
 
 
 TEXT = "".join(json.dumps({"prompt": f"p{i}", "solution": str(i)}) + "\n" for i in range(3)).encode()
-MANY = json.dumps({"prompt": "p" * 2**20, "solution": "1"}).encode() + b"\n"  # `datasets` takes the types of 10 MiB
+MANY = json.dumps({"prompt": "p" * 2**20, "solution": "1"}).encode() + b"\n"  # `datasets` infers types from 10 MiB
 
 
 @pytest.mark.parametrize(

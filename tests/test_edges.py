@@ -1,4 +1,4 @@
-"""Processes and files at the edges: each ends in one sentence, and nothing written before is lost."""
+"""Edge cases of processes and files: each ends with one sentence, and no file written before is lost."""
 
 import os
 import resource
@@ -15,7 +15,7 @@ from sft_core.run.output_dir import find_checkpoint
 from tests.commands import environment
 from tests.launch import flags, metrics, run
 
-STAND_IN = [sys.executable, "-m", "sft_core.run.process"]  # imports what any command imports first, and ends
+STAND_IN = [sys.executable, "-m", "sft_core.run.process"]  # imports what every command imports first, and exits
 ORPHAN = """
 import os, subprocess, sys, time
 if os.fork():
@@ -99,7 +99,7 @@ def test_a_file_that_hides_a_package(name, tmp_path):
 
 
 def leave_little_room():
-    """Files may grow no further than small ones."""
+    """Limit the size of files."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
@@ -112,7 +112,7 @@ def hang_up_in_the_second_step():
         if len(steps) == 2:
             read, write = os.pipe()
             os.dup2(write, 1)
-            os.close(read)  # as a terminal that is gone
+            os.close(read)  # like a terminal that was closed
             os.kill(os.getpid(), signal.SIGHUP)
         return step_counts(*arguments)
 
@@ -145,7 +145,7 @@ def test_ctrl_c_while_a_command_imports():
     command = ["env", "--default-signal=INT", sys.executable, "-X", "importtime", "-m", "sft_core.train"]
     with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
-            if line.endswith(" sft_core\n"):  # what is imported first is there, torch is not
+            if line.endswith(" sft_core\n"):  # the first imports are done, torch is not imported yet
                 break
         process.send_signal(signal.SIGINT)
         said = [line for line in process.stderr if not line.startswith("import time:")]

@@ -98,7 +98,7 @@ sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", *plugins, "tests/kern
 
 
 def test_what_runs_on_a_gpu_is_imported_without_what_it_does_not_need():
-    """GPU tests and benches, where there are torch, triton, transformers and what these bring, but no data sets."""
+    """GPU tests and benches import only torch, triton, transformers and their requirements, but not datasets."""
     command = [sys.executable, "-c", REHEARSAL, *gpu_check.GPU_TESTS]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -112,7 +112,7 @@ def test_what_runs_on_a_gpu_is_imported_without_what_it_does_not_need():
 
 
 def test_processes_of_tests_keep_pythonpath_and_have_a_port_of_their_own():
-    """`tests/commands.py` alone sets PYTHONPATH and says how torchrun is started."""
+    """Only `tests/commands.py` sets PYTHONPATH and defines how torchrun is started."""
     for path in (ROOT / "tests").rglob("*.py"):
         if path.name not in ("commands.py", "test_gpu_check.py", "beside_distilabel.py"):  # the last one takes it away
             assert not re.search("PYTHONPATH|torch.distributed.run\\b", path.read_text()), path

@@ -45,7 +45,7 @@ def test_the_guide_is_that_of_the_classes():
 @pytest.mark.parametrize("library", TRL_DEFAULTS)
 @pytest.mark.parametrize("trainer", TYPES)
 def test_their_defaults_can_be_pasted(trainer, library, tmp_path, caplog):
-    """All at once, in a recipe and in Python, and key by key: no error, and no word."""
+    """All of them together, in a recipe and in Python, and each alone: there is no error and no warning."""
     pasted = dict(NEEDED)
     for kind in TYPES[trainer]:
         names = defaults_there(kind, [library])
@@ -58,7 +58,7 @@ def test_their_defaults_can_be_pasted(trainer, library, tmp_path, caplog):
     assert not caplog.records
 
 
-OTHERS = {  # a value that is not the default, where a text is none
+OTHERS = {  # non-default values for options that are not texts
     "average_tokens_across_devices": False,
     "dataset_configs": ["one", "two"],
     "deepspeed_config": {"gradient_clipping": 1.0, "zero_stage": 3},

@@ -1,4 +1,4 @@
-"""A package or sub-package imports only from itself and from those to its left, and no file is long."""
+"""A package or sub-package imports only itself and those to its left in ORDER, and no file is long."""
 
 import ast
 from pathlib import Path
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def package_of(module: str) -> str | None:
-    """The longest name in ORDER that the module lies in."""
+    """The longest name in ORDER that contains the module."""
     inside = [name for name in ORDER if f"{module}.".startswith(f"{name}.")]
     return max(inside, key=len, default=None)
 
@@ -52,5 +52,5 @@ def test_no_file_is_long():
     ]
     assert len(paths) > 100
     for path in paths:
-        limit = 450 if path == ROOT / "grpo_core/nano.py" else 350  # all of GRPO, to be read from top to bottom
+        limit = 450 if path == ROOT / "grpo_core/nano.py" else 350  # it contains all of GRPO in one file
         assert len(path.read_text().splitlines()) <= limit, path

@@ -1,11 +1,11 @@
-"""The notebooks of recipes/notebooks run from first to last cell, and show what they say."""
+"""The notebooks in recipes/notebooks run from the first to the last cell and show what their text claims."""
 
 import pytest
 
 from tests.commands import ROOT, environment
 
 NOTEBOOKS = ROOT / "recipes" / "notebooks"
-HOLDS = {  # what is true after the last cell
+HOLDS = {  # what must hold after the last cell
     "grpo_from_python": "assert sum(curve[-3:]) / 3 > sum(curve[:3]) / 3 + 0.2, curve",
     "one_step_by_hand": "assert any(advantages) and len(advantages) == 8 and change.any(), (advantages, change)",
 }

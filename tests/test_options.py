@@ -1,4 +1,4 @@
-"""Every bound and every choice that an option's field names is kept, in Python as on the command line."""
+"""Every bound and every choice of an option is enforced, in Python and on the command line."""
 
 import dataclasses
 import math
@@ -85,7 +85,7 @@ def test_choices(kind, field):
     ],
 )
 def test_from_python_as_from_the_command_line(options, says):
-    """When it is made, when it is assigned to (a value: when a run takes its copy), also in a subclass."""
+    """Bad options are refused when the config is created or, if they are assigned later, when a run copies it."""
     with pytest.raises(ValueError, match=says):
         GRPOConfig(output_dir="o", **options)
 
@@ -110,7 +110,7 @@ def test_a_run_has_its_own_copy(caplog):
     with pytest.raises(AttributeError, match="max_steps cannot be changed"):
         run.max_steps = 5
     assert SFTConfig(output_dir="o", max_seq_length=8).max_length == 8  # an alias, as in a recipe
-    config.dataloader_num_workers = 4  # of others, without a meaning here: said
+    config.dataloader_num_workers = 4  # options of TRL without effect here cause warnings
     assert GRPOConfig(output_dir="o", padding_free=True) == GRPOConfig(output_dir="o")
     assert [record.args[0] for record in caplog.records] == ["dataloader_num_workers", "padding_free"]
 
@@ -137,7 +137,7 @@ def repeats(field) -> bool:
     "kind, name", [(k, f.name) for k in REQUIRED for f in dataclasses.fields(k) if f.init and repeats(f)]
 )
 def test_an_option_given_again_adds_to_its_list(kind, name):
-    """Of those with several values: all are kept, and the default is none of them."""
+    """An option with several values keeps all that are given, without the default."""
     values = OF_A_LIST.get(name, ["a=1", "b=2"])
     flags = [text for key, value in REQUIRED[kind].items() if key != name for text in (f"--{key}", str(value))]
     (config,) = parse((kind,), [*flags, f"--{name}", values[0], f"--{name}={values[1]}"])

@@ -1,4 +1,4 @@
-"""The warm start's data: what it demonstrates is what GRPO's rewards pay for, and no held-out problem is shown."""
+"""The warm start's data: demonstrations get GRPO's full rewards, and contain no held-out problem."""
 
 import importlib.util
 import json
@@ -45,7 +45,7 @@ def read(folder, name):
 
 
 def check_pay(folder):
-    """Every demonstration earns everything against the answer that GRPO will have; how many there are, and problems."""
+    """Check that every demonstration gets the full rewards; return the numbers of demonstrations and of problems."""
     count = everything = 0
     for split in ("train", "heldout"):
         shown, asked = read(folder, f"sft_{split}"), read(folder, f"grpo_{split}")

@@ -1,4 +1,4 @@
-"""Recipes: our own parse, and open-r1's of February and May 2025 load unchanged, with a warning for what is moot."""
+"""Our recipes parse; open-r1's of February and May 2025 load unchanged, with warnings for options without effect."""
 
 import dataclasses
 import logging
@@ -16,7 +16,7 @@ GRPO = (ModelConfig, GRPOScriptArguments, GRPOConfig)
 SFT = (ModelConfig, ScriptArguments, SFTConfig)
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 
-# What the recipes of open-r1 set, key for key.
+# The keys and values of open-r1's recipes.
 COMMON = {
     "model_revision": "main",
     "torch_dtype": "bfloat16",
@@ -185,7 +185,7 @@ def test_our_recipes_parse_without_a_warning(recipe, caplog):
 
 @pytest.mark.parametrize(("types", "recipe", "moot"), OPEN_R1, ids=["GRPO Feb", "GRPO May", "SFT Feb", "SFT May"])
 def test_recipes_of_open_r1_load_unchanged(types, recipe, moot, tmp_path, caplog):
-    """Every key arrives as a value, under one name or the other, or in exactly one warning, or is done anyway."""
+    """Every key sets a value under either name, or causes exactly one warning, or describes what is done anyway."""
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     with caplog.at_level(logging.WARNING):
@@ -226,7 +226,7 @@ def test_use_vllm_chooses_the_engine(flags, engine):
 
 
 def test_empty_values(tmp_path):
-    """An empty list is none; a key without a value is null, which an option that needs a value refuses."""
+    """An empty list means none. A key without a value is null, which is refused for options that need a value."""
     path = tmp_path / "recipe.yaml"
     path.write_text("output_dir: o\nenv:\nbenchmarks: []\nreport_to: []\nsave_total_limit:\nhub_model_id:\n")
     [config] = parse((GRPOConfig,), ["--config", str(path)])
@@ -237,7 +237,7 @@ def test_empty_values(tmp_path):
 
 
 def test_what_a_recipe_gives_has_the_options_type(tmp_path):
-    """Also where the class is a user's own and needs a value that the recipe has."""
+    """This also holds for a user's class with a required field that the recipe sets."""
 
     @dataclasses.dataclass
     class Theirs:

@@ -1,10 +1,10 @@
-"""The tests' model: real in every way but size."""
+"""The tests' model, which is real except for its size."""
 
 from pathlib import Path
 
 
 def write_tiny_model(folder: Path) -> Path:
-    """A Llama of 2 layers and 60,000 parameters, with the quickstart's tokenizer and chat template."""
+    """Write a Llama with 2 layers and 60,000 parameters, and the quickstart's tokenizer and chat template."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,1 +1,1 @@
-"""Engines that sample: the `Engine` protocol, vLLM and plain torch, and the weight sync into them."""
+"""Sampling engines: the `Engine` protocol, its vLLM and plain torch implementations, and the weight sync."""

@@ -1,15 +1,14 @@
-"""The plain engine: a transformers model, a KV cache and a loop, in about a hundred lines of torch.
+"""The plain torch engine: a transformers model, a KV cache and a sampling loop, in about a hundred lines.
 
-It is the reference implementation beside gen/engine/vllm.py, and slow: in float32 it agrees with the training forward
-to rounding, on the CPU it repeats bitwise, and it needs nothing but transformers. What it does for speed: each prompt
-is computed once and its cache shared out to its n samples, rows that have ended leave the batch, and sampling is
-vectorised.
+It is the reference implementation for gen/engine/vllm.py, and slow. In float32 it agrees with the training forward pass
+up to rounding, on the CPU it is bitwise reproducible, and it needs only transformers. Three things make it faster: each
+prompt is computed once and its n samples share its KV cache, finished rows leave the batch, and sampling is vectorised.
 
-Every sample owns its randomness: sample i of a prompt draws all its uniforms from a generator seeded with `seed + i`,
-and token t is the inverse CDF of the t-th of them. So neither the batch that a sample sits in nor its place there
-changes what it draws.
+Each sample has its own random numbers: sample i of a prompt draws all its uniforms from a generator seeded with
+`seed + i`, and the inverse CDF maps the t-th uniform to token t. So the draws of a sample do not depend on the batch
+that it is in or on its place there.
 
-Left out on purpose: paging, continuous batching, tensor parallelism.
+Not supported, on purpose: paging, continuous batching, tensor parallelism.
 
     engine = TorchEngine("path/to/model", dtype=torch.float32, max_model_len=512)
 """
@@ -29,14 +28,14 @@ from sft_core.model.policy import load_whole
 
 
 def uniforms(seed: int, count: int) -> Tensor:
-    """The `count` float64 uniforms in [0, 1) that the sample with this seed consumes, one a token: [count]."""
+    """The float64 uniforms in [0, 1) of the sample with this seed, one per token: [count]."""
     return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def choose_tokens(
     logits: Tensor, draws: Tensor | None, temperature: float, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and their log-probs [B] from logits [B, V] float32; draws [B] uniforms, or None for the most likely."""
+    """Tokens [B] and their log-probs [B] from float32 logits [B, V] and uniforms `draws` [B] (None: greedy)."""
     if draws is None:
         logps = torch.log_softmax(logits, dim=-1)
         tokens = logits.argmax(dim=-1)
@@ -44,11 +43,11 @@ def choose_tokens(
         logps = torch.log_softmax(logits / temperature, dim=-1)
         if top_p < 1:
             probs, order = logps.double().exp().sort(dim=-1, descending=True)
-            beyond = probs.cumsum(dim=-1) - probs >= top_p  # the more likely ones reach top_p without this one
+            beyond = probs.cumsum(dim=-1) - probs >= top_p  # the more likely tokens already reach top_p
             logps = logps.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
             logps = torch.log_softmax(logps, dim=-1)
         cdf = logps.double().exp().cumsum(dim=-1)  # float64: a float32 sum over a large vocabulary loses rare tokens
-        # right=True finds the first entry above the draw, so a token of probability zero is never chosen.
+        # right=True finds the first entry above the draw, so a token with probability zero is never chosen.
         tokens = torch.searchsorted(cdf, (draws * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
         tokens = tokens.clamp_(max=logits.shape[-1] - 1)
     return tokens, logps.gather(1, tokens.unsqueeze(1)).squeeze(1)
@@ -75,7 +74,7 @@ class TorchEngine:
         self.max_batch = max_batch
         self.version = INITIAL_VERSION
         self.synced: Synced | None = None
-        self.asleep: dict[str, torch.Size] = {}  # shapes of the weights that were given back
+        self.asleep: dict[str, torch.Size] = {}  # shapes of the weights that `sleep` has freed
 
     def sample(
         self,
@@ -109,12 +108,12 @@ class TorchEngine:
         draws: Tensor | None,  # [B, max_tokens]
         sampling: Sampling,
     ) -> list[Completion]:
-        """Complete B rows, of which row b continues prompts[prompt_of_row[b]]."""
+        """Sample B completions; row b continues prompts[prompt_of_row[b]]."""
         used = sorted(set(prompt_of_row))
         width = max(len(prompts[p]) for p in used)
         ids = torch.zeros(len(used), width, dtype=torch.long)
         mask = torch.zeros(len(used), width, dtype=torch.long)
-        for row, p in enumerate(used):  # padding on the left: the last column is every prompt's last token
+        for row, p in enumerate(used):  # left padding: the last column holds the last token of every prompt
             ids[row, width - len(prompts[p]) :] = torch.tensor(prompts[p])
             mask[row, width - len(prompts[p]) :] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
@@ -127,7 +126,7 @@ class TorchEngine:
         cache.batch_select_indices(expand)
         logits, mask, position = logits[expand], mask[expand], positions[expand, -1:]
 
-        room = self.max_model_len - mask.sum(-1)  # [B] tokens that the context has left
+        room = self.max_model_len - mask.sum(-1)  # [B] tokens left in the context
         tokens_of: list[list[int]] = [[] for _ in prompt_of_row]
         logps_of: list[list[float]] = [[] for _ in prompt_of_row]
         stopped = [False] * len(prompt_of_row)
@@ -172,22 +171,22 @@ class TorchEngine:
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Loaded:
-        """See `gen.engine.base.Engine.load_weights`. Raises RuntimeError for unknown names and wrong shapes too."""
+        """See `gen.engine.base.Engine.load_weights`. Raises RuntimeError also for unknown names and wrong shapes."""
         self.version = INITIAL_VERSION
-        parameters = dict(named_tensors(self.model))  # persistent buffers too; tied weights appear once
+        parameters = dict(named_tensors(self.model))  # includes persistent buffers; tied weights appear once
         for name, shape in self.asleep.items():
             parameters[name].data = parameters[name].new_full(shape, float("nan"))
         self.asleep = {}
         held = Checksums()
         for name, tensor in weights:
             if name not in parameters:
-                raise RuntimeError(f"the engine's model has no parameter {name!r}")
+                raise RuntimeError(f"the engine has no parameter {name!r}: start it from the policy's own model")
             if tensor.shape != parameters[name].shape:
                 raise RuntimeError(
-                    f"{name} has shape {tuple(tensor.shape)}, the engine's has {tuple(parameters[name].shape)}"
+                    f"{name} has shape {tuple(tensor.shape)}, but {tuple(parameters[name].shape)} in the engine's model"
                 )
             parameters[name].copy_(tensor)
-            held.add(name, parameters[name].to(tensor.dtype))  # some models keep a few in float32
+            held.add(name, parameters[name].to(tensor.dtype))  # some models keep some parameters in float32
         loaded = Loaded(held.kinds, dict.fromkeys(parameters) | held.read(), as_sent=True)
         self.version = version
         return loaded
@@ -200,5 +199,5 @@ class TorchEngine:
             parameter.data = parameter.new_empty(0)
 
     def close(self) -> None:
-        """Drop the model."""
+        """Delete the model."""
         del self.model

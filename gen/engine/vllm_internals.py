@@ -1,8 +1,8 @@
-"""All that this project touches of vLLM beyond `LLM` and `SamplingParams`, in one place.
+"""All uses of vLLM internals, that is, of anything but `LLM` and `SamplingParams`.
 
-vLLM promises nothing about it from version to version: `check` looks before an engine starts, so that another vLLM is
-refused in one sentence and not by a traceback in the middle of a run. Read in the sources of 0.26, 0.32 and 0.33; run
-with 0.26 and 0.32.
+vLLM may change its internals in any version. `check` looks for them before an engine starts, so that an incompatible
+vLLM is refused with one sentence, not with a traceback in the middle of a run. The code was checked against the sources
+of vLLM 0.26, 0.32 and 0.33, and run with 0.26 and 0.32.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NEEDED = """
 
 
 def check(options: Collection[str]) -> None:
-    """Raise ValueError unless the installed vLLM has what is used of it, and all these `options` of an engine."""
+    """Raise ValueError unless the installed vLLM has all names in NEEDED and all these engine `options`."""
     missing = []
     for path in NEEDED:
         try:
@@ -71,16 +71,16 @@ def run_requests(
     numbers: Iterator[int],
     ended: Callable[[int, list[Completion]], None],
 ) -> list[list[Completion]]:
-    """Sample n completions of each (prompt, seed); `ended` is called with each prompt that has all of them.
+    """Sample n completions per (prompt, seed) and call `ended` for each prompt that has all of them.
 
-    The loop of `LLM.generate`, but tokens and log-probs are taken as the core gives them, without vLLM's own outputs
-    of a few Python objects a token. `numbers` are those of the requests: none may come twice in an engine's life.
+    This is the loop of `LLM.generate`, except that it takes tokens and log-probs directly from the engine core: vLLM's
+    own outputs create several Python objects per token. `numbers` yields request numbers that are unique per engine.
     """
     from vllm.inputs import tokens_input
 
     front = llm.llm_engine
     core, tasks = front.engine_core, front.get_supported_tasks()
-    places: dict[str, tuple[int, int]] = {}  # of the open requests
+    places: dict[str, tuple[int, int]] = {}  # (prompt, sample) of each open request
     samples = [[Completion([], [], "length") for _ in range(n)] for _ in requests]
     waiting = [n] * len(requests)
     try:
@@ -112,21 +112,21 @@ def run_requests(
     finally:
         core.abort_requests(list(places))
     while core.engine_core.scheduler.has_requests() or core.engine_core.batch_queue:
-        core.get_output()  # of steps that were scheduled ahead: nothing is in flight when weights change
+        core.get_output()  # finish steps that were scheduled ahead: none may be in flight when weights change
     return samples
 
 
 def replace_weights(llm: Any, weights: Iterable[tuple[str, Tensor]]) -> tuple[set[str], dict[str, Checksum | None]]:
     """Load (Hugging Face name, tensor) pairs in place.
 
-    Returns the names of the engine's parameters that the loader says it wrote, and the checksum of each of the engine's
-    parameters, None where it cannot be read back: the weights lie elsewhere then, repacked, and the parameter is empty.
+    Returns the names of the engine's parameters that the loader reports as written, and the checksum of each parameter.
+    The checksum is None if the parameter cannot be read back: it is empty because its weights are kept repacked.
     """
-    # Without a separate engine process vLLM calls the function directly, so an iterator may be an argument.
+    # Without a separate engine process vLLM calls the function directly, so an iterator can be an argument.
     load = _load_on_gpu if torch.cuda.is_available() else _load_on_cpu
     [(written, model)] = llm.collective_rpc(load, args=(weights,))
     if written is None:
-        raise RuntimeError(f"vLLM's loader of {type(model).__name__} does not say what it wrote: use --engine torch.")
+        raise RuntimeError(f"vLLM's {type(model).__name__} does not report which weights it loads: use --engine torch.")
     parameters = dict(model.named_parameters())
     held = checksums({name: parameter for name, parameter in parameters.items() if parameter.numel()})
     return written, dict.fromkeys(parameters) | held
@@ -138,10 +138,10 @@ def _load_on_gpu(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> tuple[se
 
 
 def _load_on_cpu(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> tuple[set[str] | None, nn.Module]:
-    """On the CPU linear weights live repacked in a kernel's own format, which reload_weights rebuilds layer by layer.
+    """On the CPU vLLM keeps linear weights repacked for its kernels; `reload_weights` repacks them layer by layer.
 
-    It keeps to itself what `load_weights` returns. And it skips a head that is tied to the embedding, since no weight
-    of that name arrives: without the last step the head would keep the packed copy of the old embedding.
+    It does not pass on what `load_weights` returns, so this is recorded here. It also skips a head that is tied to the
+    embedding, since no weight of that name is sent; the last loop below repacks the head, which would stay old.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 

@@ -1,18 +1,18 @@
-"""Trainer weights into an engine, and the proof that they arrived.
+"""Weight sync: load the policy's weights into an engine and check that they arrived.
 
 A sampler with stale, missing or mixed-up weights still writes plausible text, and training on it fails silently. So
-each sync is checked three times (`sync_weights`, then `probe`):
+each sync is checked in three ways, the first two by `sync_weights` and the third by `probe`:
 
-* the loader took all tensors, and no others;
-* the engine holds them: every parameter of the engine was written, those that can be read back are what was sent or, if
-  the engine keeps them in another form, have changed with it, and engines that should be equal are;
-* it samples from it: the engine's log-probs of what it samples are the policy's own.
+* The loader took all tensors of the policy, and no others.
+* The engine holds them: every parameter of the engine was written. Parameters that can be read back equal what was
+  sent, or have changed if the engine keeps them in another form. Engines on different ranks are equal.
+* The engine samples from them: its log-probs of the tokens that it samples equal the policy's.
 
-vLLM on the CPU repacks linear weights and cannot give them back: there the first and the last must do. The
-difference that remains is numerics, which training follows (`grpo_core.metrics.mismatch_sums`).
+vLLM on the CPU repacks linear weights, which then cannot be read back; only the first and third checks cover these.
+The remaining differences are numerical, and training logs them (`grpo_core.metrics.mismatch_sums`).
 
-Left out on purpose: any transport. Engines live in the trainer's process and take tensors; for separate servers use
-vLLM's own weight-transfer engines.
+Not supported, on purpose: any transport. Engines run in the trainer's process and take tensors. For separate servers,
+use vLLM's own weight-transfer engines.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from torch import Tensor
 
 from gen.engine.base import Checksum, Engine, Sampling, Synced
 
-CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}  # words at a time: what stays in a core's cache; few launches on a GPU
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}  # words per chunk: one that fits a core's cache; few launches on a GPU
 
 
 class Checksums:
-    """Checksums of tensors by name, computed on their device and read all at once: one wait for the device.
+    """Checksums of tensors by name. They are computed on the tensors' device and read together, with one device sync.
 
-    A checksum is sum_i (2 i + 1) * word_i modulo 2^64 over a tensor's bytes as 64-bit words, the same on every device,
-    beside its dtype and shape: odd weights make any single changed word visible, and different weights make two words
-    that change places visible. Not cryptographic.
+    A checksum consists of the tensor's dtype and shape, and of sum_i (2 i + 1) * word_i modulo 2^64 over its bytes as
+    64-bit words, which is the same on every device. Since the factors are odd, it detects any single changed word;
+    since they differ, it detects two swapped words. It is not cryptographic.
     """
 
     def __init__(self) -> None:
@@ -75,24 +75,24 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, Checksum]:
 def sync_weights(
     engine: Engine, weights: Iterable[tuple[str, Tensor]], expected: Collection[str], version: int
 ) -> None:
-    """Load the policy's weights into the engine as `version` and check that all of them, and only they, arrived. A
-    collective, where ranks have an engine each.
+    """Load the policy's weights into the engine as `version` and check that exactly these arrived. All ranks call this
+    together if each has an engine.
 
     weights   (Hugging Face name, full tensor) pairs; consumed one at a time
     expected  the names of the policy's parameters
 
-    Raises RuntimeError naming what differs: tensors missing, unexpected or sent twice; parameters of the engine that
-    were not written, are not what was sent, or did not change with it; engines that differ between ranks; or the
-    engine's version.
+    Raises RuntimeError naming what differs: tensors that are missing, unexpected or sent twice; parameters of the
+    engine that were not written, differ from what was sent, or did not change although they should have; parameters
+    that differ between ranks; or the engine's version.
     """
     sent = Checksums()
 
     def watched() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
             if name not in expected:
-                raise RuntimeError(f"weight sync {version}: {name!r} is not a parameter of the policy")
+                raise RuntimeError(f"weight sync {version}: {name!r} is not a parameter of the policy: send only these")
             if name in sent.kinds:
-                raise RuntimeError(f"weight sync {version}: {name!r} was sent twice")
+                raise RuntimeError(f"weight sync {version}: {name!r} was sent twice: send it once")
             sent.add(name, tensor)
             yield name, tensor
 
@@ -103,7 +103,7 @@ def sync_weights(
     if dist.is_initialized() and dist.get_world_size() > 1:
         ranks *= dist.get_world_size()
         dist.all_gather_object(ranks, mine)
-    # A change of one share's part of a tensor may leave that of another as it was.
+    # A tensor may change in one tensor-parallel rank's part and not in another's.
     unchanged_everywhere = set.intersection(*(rank.unchanged for rank in ranks))
     faults = {
         "tensors did not arrive": set(expected) - set(sent.kinds),
@@ -119,29 +119,30 @@ def sync_weights(
     for what, names in faults.items():
         if names:
             shown = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
-            raise RuntimeError(f"weight sync {version}: {len(names)} {what}: {shown}")
+            raise RuntimeError(f"weight sync {version}: {len(names)} {what}: {shown} (try another --engine)")
     if engine.version != version:
-        raise RuntimeError(f"weight sync {version}: the engine still says version {engine.version}")
+        raise RuntimeError(f"weight sync {version}: load_weights must set it, but version is still {engine.version}")
     engine.synced = now
 
 
 @dataclass(frozen=True)
 class Held:
-    """What an engine holds after a sync, for the other ranks to compare."""
+    """What an engine holds after a sync. The ranks exchange and compare it."""
 
-    share: int  # which part of the model
-    held: Mapping[str, Checksum | None]
-    unchanged: set[str]
+    share: int  # which part of the model (the tensor-parallel rank)
+    held: Mapping[str, Checksum | None]  # as in `Loaded`
+    unchanged: set[str]  # the result of the function `unchanged`
 
 
 def is_held_as_sent(name: str, before: Synced | None, now: Synced) -> bool:
-    """Whether the engine holds this parameter in the form in which it is sent: it says so, or it once was so."""
+    """Whether the engine holds this parameter in the form in which it is sent: because the engine says so, or because
+    the checksums were equal after the previous sync."""
     (sent, loaded), (old_sent, old) = now, before or ({}, now[1])
     return name in sent and (loaded.as_sent or old.held.get(name) == old_sent.get(name))
 
 
 def not_as_sent(before: Synced | None, now: Synced) -> set[str]:
-    """The engine's own parameters that are held as they are sent and yet are not what was sent."""
+    """The engine's parameters that should equal what was sent (`is_held_as_sent`) but do not."""
     sent, loaded = now
     return {
         name
@@ -151,9 +152,10 @@ def not_as_sent(before: Synced | None, now: Synced) -> set[str]:
 
 
 def unchanged(before: Synced | None, now: Synced) -> set[str]:
-    """The engine's own parameters that are held in another form (several tensors in one, a share of one, another dtype,
-    transposed) and are what they were, though all that they may be made of has changed: the tensor of their name, else
-    its neighbours (q_proj, k_proj and v_proj for qkv_proj). Where there are none, it is left to the probe.
+    """The engine's parameters that should have changed in this sync but did not. It covers parameters that the engine
+    keeps in another form: several tensors fused, a part of a tensor, another dtype, transposed. Such a parameter should
+    change if all its sources have changed: the sent tensor with its name, else the neighbouring ones (q_proj, k_proj
+    and v_proj for qkv_proj). Only the probe checks parameters without a source.
     """
     if before is None:
         return set()
@@ -180,23 +182,25 @@ def probe(
     seed: int,
     tolerance: float,
 ) -> dict[str, float]:
-    """Sample some completions of one prompt and compare the engine's log-probs with the policy's.
+    """Sample completions of one prompt and compare the engine's log-probs with the policy's.
 
-    Sample eight, since the tokens of one may all be likely ones, whatever the weights. Where two neighbouring layers of
-    SmolLM2-135M change places, the mean is 0.06 to 5 over 8 tokens of one completion, 0.21 or more over 16 of eight.
+    Use eight completions: the tokens of a single one may all be likely under any weights. With two neighbouring layers
+    of SmolLM2-135M swapped, the mean difference was 0.06 to 5 over one completion of 8 tokens, and at least 0.21 over
+    eight completions of 16 tokens.
 
-    policy_logps(prompt, completions) -> [N] log-probs of all completions' tokens, one after the other, at the training
-    temperature. It may be a collective call: then every rank has to probe with the same prompt, sampling (without
-    stop ids, so that lengths are equal) and seed.
+    policy_logps(prompt, completions) -> [N] log-probs of the tokens of all completions, concatenated, at the training
+    temperature. It may be a collective call. Then every rank must probe with the same prompt, sampling options and
+    seed, and without stop ids, so that lengths are equal.
 
-    Returns `mean_abs` and `max_abs` difference and the number of `tokens`. Raises RuntimeError when the mean exceeds
-    `tolerance` or is not a number: stale or mixed-up weights, another temperature, log-probs off by one token.
+    Returns `mean_abs` and `max_abs`, the mean and maximum difference, and the number of `tokens`. Raises RuntimeError
+    if the mean exceeds `tolerance` or a log-prob is not finite. Causes are stale or mixed-up weights, a different
+    temperature, or log-probs shifted by one token.
     """
     [completions] = engine.sample([prompt_ids], sampling, [seed])
     ours = policy_logps(prompt_ids, [completion.token_ids for completion in completions]).detach().double().cpu()
     theirs = torch.tensor([logp for completion in completions for logp in completion.logps], dtype=torch.float64)
     if ours.shape != theirs.shape:
-        raise RuntimeError(f"probe: the policy scored {tuple(ours.shape)} tokens, the engine sampled {len(theirs)}")
+        raise RuntimeError(f"probe: policy_logps scored {tuple(ours.shape)} of {len(theirs)} tokens: it must score all")
     for whose, logps in (("the engine's", theirs), ("the policy's", ours)):
         if not logps.isfinite().all():
             raise RuntimeError(f"probe: {whose} log-probs (weights version {engine.version}) are not finite")
@@ -210,6 +214,6 @@ def probe(
         raise RuntimeError(
             f"probe: the engine's log-probs (weights version {engine.version}) differ from the policy's by "
             f"{figures['mean_abs']:.4g} on average and {figures['max_abs']:.4g} at most over {len(difference)} tokens, "
-            f"more than {tolerance:g}: the engine does not sample from the policy"
+            f"more than {tolerance:g} (max_logp_difference): the engine does not sample from the policy; use another"
         )
     return figures

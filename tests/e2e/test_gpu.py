@@ -1,4 +1,4 @@
-"""On a GPU: bf16 compute, NCCL, varlen attention, the head's float32 logits, vLLM with graphs. `make gpu-check`."""
+"""Tests on a GPU (`make gpu-check`): bf16 compute, NCCL, varlen attention, float32 logits of the head, vLLM graphs."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize(("engine", "sleeps"), [("vllm", False), ("vllm", True), ("torch", False)])
 def test_four_steps(tiny_model, problems, tmp_path, engine, sleeps):
-    """Two updates a rollout against a reference model, on as many ranks as there are GPUs."""
+    """Two updates per rollout with a reference model, on as many ranks as there are GPUs."""
     argv = options(
         tiny_model,
         problems,
@@ -53,7 +53,7 @@ SUPERVISED = {
 
 
 def test_supervised_training_with_every_way_to_save_memory(tiny_model, tmp_path):
-    """Learns with each; offloading changes no loss beyond bf16's rounding; an evaluation and a checkpoint between."""
+    """It learns with each; offloading changes losses only by bf16 rounding; with an evaluation and a checkpoint."""
     rows = tmp_path / "rows.jsonl"
     answers = [{"prompt": f"Ben has {10 + i} pens.", "completion": f"{10 + i}" * (1 + i % 3)} for i in range(60)]
     rows.write_text("".join(json.dumps(row) + "\n" for row in answers))

@@ -1,4 +1,4 @@
-"""Invariant 6: killed at any moment and started again, a run ends as if nothing had happened, bit for bit."""
+"""Invariant 6: a run that is killed at any moment and restarted ends bitwise equal to an uninterrupted run."""
 
 import os
 import random
@@ -16,7 +16,7 @@ from tests.launch import metrics, run, start, wait
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
-# Two updates a rollout and a checkpoint each step: every other one lies between two updates on the same rollout.
+# Two updates per rollout and a checkpoint every step: every other one is between two updates on the same rollout.
 SETTINGS = dict(
     max_steps=STEPS,
     num_iterations=2,
@@ -26,7 +26,7 @@ SETTINGS = dict(
     prompts_per_step=4,
     beta=0.1,
 )
-# Two mini-batches of each rollout, twice, and a reference that follows in the middle: checkpoints lie between any two.
+# Two mini-batches per rollout, twice, and a reference sync in the middle: there is a checkpoint after each update.
 MINI_BATCHES = dict(
     max_steps=STEPS,
     num_iterations=2,
@@ -54,7 +54,7 @@ def assert_same_run(expected, found):
 
 
 def wait_for_step(output_dir, step):
-    """Until the log holds `step` (its checkpoint is then being written) or the run is over."""
+    """Wait until the log contains `step`; its checkpoint is then being written."""
     deadline = time.time() + 120
     while time.time() < deadline:
         path = output_dir / "metrics.jsonl"
@@ -73,7 +73,7 @@ def uninterrupted(tiny_model, problems, tmp_path_factory):
 
 
 def test_killed_ranks_resume_bitwise(uninterrupted, tiny_model, problems, tmp_path):
-    """First one rank, then all, at moments spread over a step and its save."""
+    """First one rank is killed, then all, at random moments of a step and its save."""
     argv = options(tiny_model, problems, tmp_path / "out", **SETTINGS)
     rng = random.Random(0)
     for step, victims in ((1, [1]), (3, [0, 1])):
@@ -90,7 +90,7 @@ def test_killed_ranks_resume_bitwise(uninterrupted, tiny_model, problems, tmp_pa
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_between_mini_batches(tiny_model, problems, tmp_path, ranks):
-    """In the second pass over a rollout, after the reference has followed."""
+    """The kill is in the second pass over a rollout, after the reference sync."""
     argv = options(tiny_model, problems, tmp_path / "out", **MINI_BATCHES)
     processes = start(TRAIN, argv, tmp_path / "log", ranks=ranks)
     wait_for_step(tmp_path / "out", 4)
@@ -110,7 +110,7 @@ def test_sigterm_saves_and_exits(uninterrupted, tiny_model, problems, tmp_path):
     argv = options(tiny_model, problems, tmp_path / "out", **(SETTINGS | {"save_steps": 100}))
     processes = start(TRAIN, argv, tmp_path / "log", ranks=2)
     wait_for_step(tmp_path / "out", 1)
-    os.kill(processes[1].pid, signal.SIGTERM)  # one rank is enough: they agree at the step's end
+    os.kill(processes[1].pid, signal.SIGTERM)  # one rank is enough: the ranks agree at the end of the step
     assert wait(processes) == 0
     saved = [int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*")]
     assert len(saved) == 1 and 1 <= saved[0] < STEPS and not (tmp_path / "out" / "config.json").exists()
@@ -120,8 +120,8 @@ def test_sigterm_saves_and_exits(uninterrupted, tiny_model, problems, tmp_path):
 
 
 def test_resume_with_another_number_of_ranks(uninterrupted, tiny_model, problems, tmp_path):
-    """Not bitwise, since sums are taken in another order, but the same run to float32 rounding. The fifth step samples
-    after the resume, where rounding may flip a token."""
+    """The runs are equal up to float32 rounding, not bitwise, since sums have another order. The fifth step samples
+    after the resume, where rounding may change a token."""
     argv = options(tiny_model, problems, tmp_path / "out", **SETTINGS)
     processes = start(TRAIN, argv, tmp_path / "log", ranks=2)
     wait_for_step(tmp_path / "out", 3)
@@ -136,7 +136,7 @@ def test_resume_with_another_number_of_ranks(uninterrupted, tiny_model, problems
 
 
 def test_a_finished_run_goes_on_from_within_a_rollout(uninterrupted, tiny_model, problems, tmp_path):
-    """Five steps end after the first of two updates; with six asked for, the rollout's other update is made."""
+    """Five steps end after the first of two updates on a rollout; a run of six steps then does the second update."""
     argv = options(
         tiny_model, problems, tmp_path / "out", **(SETTINGS | {"max_steps": 5, "lr_scheduler_type": "constant"})
     )
@@ -151,7 +151,7 @@ def test_a_finished_run_goes_on_from_within_a_rollout(uninterrupted, tiny_model,
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_ended_launcher_leaves_no_orphan(how, uninterrupted, tiny_model, problems, tmp_path):
-    """torchrun itself ended: its ranks and their reward workers end with it (saving, if asked), the command resumes."""
+    """If torchrun is ended, its ranks (which save if asked to) and their reward workers end; the command resumes."""
     every = 1 if how == signal.SIGKILL else 100
     argv = options(tiny_model, problems, tmp_path / "out", **(SETTINGS | {"save_steps": every}))
     command = [*TORCHRUN, "2", "-m", TRAIN, *argv]
@@ -159,7 +159,7 @@ def test_ended_launcher_leaves_no_orphan(how, uninterrupted, tiny_model, problem
     launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     wait_for_step(tmp_path / "out", 2)
     family = psutil.Process(launcher.pid).children(recursive=True)
-    assert len(family) >= 4  # two ranks, a reward worker each
+    assert len(family) >= 4  # two ranks with one reward worker each
     launcher.send_signal(how)
     launcher.wait()
     _, alive = psutil.wait_procs(family, timeout=10)
@@ -172,7 +172,7 @@ def test_ended_launcher_leaves_no_orphan(how, uninterrupted, tiny_model, problem
 
 @pytest.mark.slow
 def test_killed_twenty_times(uninterrupted, tiny_model, problems, tmp_path):
-    """The whole group, at random moments, until the run is through."""
+    """All processes are killed at random moments, until the run is finished."""
     argv = options(tiny_model, problems, tmp_path / "out", **SETTINGS)
     rng = random.Random(1)
     for _ in range(20):

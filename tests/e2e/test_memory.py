@@ -1,4 +1,4 @@
-"""Memory: the peak of a step does not grow with vocabulary x tokens."""
+"""The peak memory of a step does not grow with vocabulary x tokens."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ VOCABULARY = 150_000
 
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory):
-    """One tiny layer under a head of 150,000 tokens: 19 MB of weights."""
+    """A model with one tiny layer and a head of 150,000 tokens: 19 MB of weights."""
     folder = tmp_path_factory.mktemp("wide")
     tokenizer = make_tokenizer()
     config = LlamaConfig(
@@ -36,7 +36,7 @@ def wide_model(tmp_path_factory):
 
 @pytest.mark.slow
 def test_logits_of_a_step_are_never_whole(wide_model, problems, tmp_path):
-    """On two ranks 4 x 8 completions of 270 tokens: 8,640 rows of logits, 5.2 GB in float32, in one micro-batch."""
+    """Two ranks with 4 x 8 completions of 270 tokens: 8,640 rows of logits, 5.2 GB in float32, in one micro-batch."""
     more = dict(
         prompts_per_step=4,
         num_generations=8,
@@ -55,12 +55,12 @@ def test_logits_of_a_step_are_never_whole(wide_model, problems, tmp_path):
     assert code == 0, output
     [row] = metrics(tmp_path / "out")
     assert row["num_tokens"] > 8_640
-    # torch and transformers alone take about 0.6 GiB; each rank would need 2.4 GiB more for its half of the logits.
+    # torch and transformers alone need about 0.6 GiB; each rank would need 2.4 GiB more for its half of the logits.
     assert row["peak_memory_gib/max"] < 1.8
 
 
 def record(folder):
-    """Rollouts as an engine would have sampled them: random tokens, of which none is the stop token."""
+    """Record rollouts of random tokens without the stop token, in place of an engine's."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

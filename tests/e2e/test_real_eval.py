@@ -1,4 +1,4 @@
-"""A real model's score on GSM8K through vLLM: the same when repeated, when killed and continued, and from a server."""
+"""A real model's score on GSM8K with vLLM: it is the same when repeated, when killed and resumed, and from a server."""
 
 import importlib.util
 import json
@@ -68,7 +68,7 @@ def test_repeated_and_killed_in_the_middle(smollm2, shared, tmp_path):
 
 
 def test_a_server_says_the_same(smollm2, shared, tmp_path):
-    """At temperature 0, in float32. Where the texts part, two tokens must have been as likely to within rounding."""
+    """At temperature 0 in float32: where the texts differ, two tokens must be equally likely up to rounding."""
     greedy = {"temperature": 0}
     subprocess.run(command(smollm2, shared, tmp_path / "here", **greedy), cwd=ROOT, check=True)
     with vllm_serve(smollm2, tmp_path, max_model_len=1024) as url:

@@ -1,4 +1,4 @@
-"""A real model on real data through real vLLM, sharded over two ranks by torchrun: the recipe, as a user runs it."""
+"""The recipe as a user runs it: a real model on real data with real vLLM, sharded over two ranks by torchrun."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ def test_recipe_on_two_ranks(smollm2, shared, tmp_path):
 
 
 def test_warm_start_goes_on_into_grpo(smollm2, shared, tmp_path):
-    """The recipes of the warm start, shortened: data, packed SFT that lowers the held-out loss, GRPO through vLLM."""
+    """The recipes of the warm start, shortened: data, packed SFT that lowers the held-out loss, GRPO with vLLM."""
     folder = Path(RECIPE).parents[1]
     data = shared / "data"
     prepare = [sys.executable, folder / "prepare.py", "--output_dir", tmp_path, "--dataset_name"]

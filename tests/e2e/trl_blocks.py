@@ -1,15 +1,15 @@
-"""TRL's documentation run on this project: which of its Python blocks on text-only GRPO and SFT run.
+"""Run the Python blocks of TRL's documentation on text-only GRPO and SFT with this project, and list which ones run.
 
     python tests/e2e/trl_blocks.py TRL/docs/source [--only grpo_trainer:428] [--scratch FOLDER]
 
-Each block is a script of its own. Changed in its text: `trl` becomes `grpo_core`, names of models and data sets become
-folders with tiny ones. Steps and lengths are small where the block leaves them to defaults, and it samples with torch.
-A block that only makes options or a reward function is followed by a short training with them; one of `>>>` lines runs
-after the block before it, and must print what it shows, except where a model writes it. Names that a block leaves to
-the reader (its checkers, its data) are defined beforehand. A fragment with `...` in a call is no program, and is
-counted apart: the dots are left out, or filled with what a trainer needs.
+Each block runs as a separate script. In its text, `trl` is replaced by `grpo_core`, and the names of models and data
+sets by folders with tiny ones. Steps and lengths that the block does not set are small, and it samples with torch. A
+block that only creates options or a reward function is followed by a short training with them. A block of `>>>` lines
+runs after the block before it and must print what it shows, except for a model's text. Names that a block leaves to the
+reader (its checkers, its data) are defined first. A fragment with `...` in a call is not a program and is counted
+separately: the dots are removed, or replaced by what a trainer needs.
 
-Prints a table and exits with 1 where a block that is on text-only GRPO or SFT does not run.
+It prints a table, and exits with 1 if a block on text-only GRPO or SFT does not run.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FILES = ("quickstart.md", "grpo_trainer.md", "sft_trainer.md")
-OTHERS = {  # what a block is about, where it is not text-only GRPO or SFT
+OTHERS = {  # the topics of blocks that are not about text-only GRPO or SFT
     r"\bDPO\w+\(": "DPO",
     r"\bRewardTrainer\(": "a reward model",
     r"environment_factory": "environments",
@@ -73,7 +73,7 @@ def rows(name):
     from datasets import load_dataset
     return load_dataset(os.path.join(DATA, name), split="train")
 """
-# A trainer's arguments that a fragment leaves to the reader.
+# The arguments of a trainer that a fragment leaves to the reader.
 FILL = {
     "GRPO": 'model=MODEL, train_dataset=rows("text"), reward_funcs=reward_func',
     "SFT": 'model=MODEL, train_dataset=rows("trl-lib/Capybara")',
@@ -83,9 +83,9 @@ FILL = {
 @dataclass
 class Block:
     file: str
-    line: int  # of its first line
+    line: int  # number of its first line
     text: str
-    kind: str  # GRPO, SFT, or what else it is about
+    kind: str  # GRPO, SFT, or another topic
     dots: bool  # a call in it has ... among its arguments
 
     @property
@@ -94,7 +94,7 @@ class Block:
 
     @property
     def words(self) -> str:
-        """The first line that says something, of a table's width."""
+        """The first line with content, cut to the width of the table."""
         lines = [line for line in self.text.splitlines() if line.strip() and not re.match(r"(from|import) ", line)]
         return lines[0].strip()[:60].replace("|", "/")
 
@@ -118,7 +118,7 @@ def blocks_of(path: Path) -> list[Block]:
 
 
 def write_inputs(folder: Path) -> None:
-    """A tiny model and adapters of it, and tiny data of the form that each data set has."""
+    """Write a tiny model, adapters for it, and tiny data in the format of each data set."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -186,7 +186,7 @@ def without_dots(block: Block) -> str:
 
 
 def after(code: str, kind: str) -> str:
-    """A short training with what the block made, where it does not train itself."""
+    """A short training with what the block created, if the block does not train."""
     if "Trainer(" in code:
         return "" if ".train()" in code else "trainer.train()\n"
     if "dataset = " in code:
@@ -207,7 +207,7 @@ def after(code: str, kind: str) -> str:
 
 
 def script(block: Block, earlier: list[str], folder: Path) -> str:
-    """The program of a block; `earlier` are the blocks that it goes on from."""
+    """The program of a block; it continues the `earlier` blocks."""
     begin = f"MODEL, DATA = {str(folder / 'model')!r}, {str(folder / 'data')!r}\n{BEFORE}"
     if ">>>" not in block.text:
         code = without_dots(block) if block.dots else block.text
@@ -222,11 +222,11 @@ def script(block: Block, earlier: list[str], folder: Path) -> str:
 
 
 def run(block: Block, earlier: list[str], folder: Path) -> str:
-    """ "" where it runs, else the last line of what it said."""
+    """Run a program; return "" if it succeeds, else the last line of its output."""
     place = folder / block.name.replace(":", "-")
     place.mkdir()
     (place / "block.py").write_text(script(block, earlier, folder))
-    if (child := os.fork()) == 0:  # a process of its own that has the imports already
+    if (child := os.fork()) == 0:  # a child process that already has the imports
         with (place / "log").open("w") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)

@@ -1,7 +1,7 @@
-r"""Answers that a mathematician calls right or wrong, in the kinds of public bug reports about answer checkers.
+r"""Answers that a mathematician judges right or wrong, of the kinds in public bug reports about answer checkers.
 
-kind -> [(gold, right answers, wrong answers)]; wrong ones are as near to the right ones as may be. An answer stands in
-a box, but for the kind "text", where it is the whole completion.
+kind -> [(gold, right answers, wrong answers)]. The wrong answers are as close to right ones as possible. Each answer is
+put in \boxed{}, except for the kind "text", where it is the whole completion.
 """
 
 ANSWERS: dict[str, list[tuple[str, list[str], list[str]]]] = {
@@ -113,7 +113,7 @@ ANSWERS: dict[str, list[tuple[str, list[str], list[str]]]] = {
         (r"6\text{ dozen}", ["72"], ["6", r"6\text{ eggs}"]),
         (r"1\text{ foot }4\text{ inches}", [], ["1", "4", "14", "16"]),
     ],
-    # Units are compared where both sides have one that is known; words that are none (apples, pupils) never are.
+    # Units are compared if both sides have a known one; words that are not units (apples, pupils) are never compared.
     "units": [
         (r"120\text{ minutes}", [r"2\text{ hours}", "120 min", "2 hrs"], [r"2\text{ minutes}", r"120\text{ hours}"]),
         (r"3\text{ km}", [r"3000\text{ m}", "3 kilometers", "3", r"3\,\mathrm{km}"], [r"3\text{ m}", "3 miles", "3cm"]),
@@ -333,15 +333,15 @@ ANSWERS: dict[str, list[tuple[str, list[str], list[str]]]] = {
             "<answer>A) C</answer>"]),
     ],
 }  # fmt: skip
-# (gold, answer): what we get wrong, all of it by refusing a right answer
+# (gold, answer): what our checker gets wrong, always by refusing a right answer
 KNOWN = {
-    ("2:5", "4:10"),  # 4:10 is read as a time, so that 12:15 does not pay for 4:05
+    ("2:5", "4:10"),  # 4:10 is parsed as a time, so that 12:15 does not equal 4:05
     ("36", "The answer is thirty-six, i.e. 36."),  # the sentence is taken to end at "i.e. "
 }
 
 
 def pairs(kind: str) -> list[tuple[str, str, str, bool]]:
-    """(gold, answer, the completion that gives it, whether it is right)."""
+    """Tuples (gold, answer, completion with the answer, whether it is right)."""
     return [
         (gold, answer, answer if kind == "text" else rf"Therefore $\boxed{{{answer}}}$.", is_right)
         for gold, right, wrong in ANSWERS[kind]

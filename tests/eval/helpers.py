@@ -1,4 +1,4 @@
-"""What the tests of eval's commands share: rows written and read, a refusal, a kill after the first file."""
+"""Helpers for the tests of eval's commands: write and read rows, expect a refusal, kill after the first file."""
 
 import io
 import json
@@ -20,19 +20,19 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 def stones(answers: list[str], column: str = "answer") -> list[dict]:
-    """A problem for each answer."""
+    """One problem per answer."""
     return [
         {"problem": f"Ben has {10 + i} stones and finds {i} more.", column: answer} for i, answer in enumerate(answers)
     ]
 
 
 def samples(output: Path, task: str = "aime24") -> list[dict]:
-    """The rows of a task that a run leaves behind."""
+    """The rows that a run has written for a task."""
     return [row for file in sorted(output.glob(f"details/{task}/*.parquet")) for row in pq.read_table(file).to_pylist()]
 
 
 def called(main: Callable[[list[str]], Any], argv: list[str]) -> tuple[int, str]:
-    """Exit code of `main`, called here, and what it prints."""
+    """Call `main` in this process; return its exit code and its output."""
     code, said = 0, io.StringIO()
     with redirect_stdout(said), redirect_stderr(said), launch.locks_released():
         try:
@@ -44,7 +44,7 @@ def called(main: Callable[[list[str]], Any], argv: list[str]) -> tuple[int, str]
 
 
 def refused(main: Callable[[list[str]], Any], argv: list[str], capfd: pytest.CaptureFixture[str], says: str) -> None:
-    """`main` says what is wrong with `argv` in one line, and exits with 2."""
+    """Check that `main` reports what is wrong with `argv` in one line and exits with code 2."""
     with pytest.raises(SystemExit) as stopped:
         main(argv)
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -52,7 +52,7 @@ def refused(main: Callable[[list[str]], Any], argv: list[str], capfd: pytest.Cap
 
 
 def killed_after_a_file(module: str, argv: list[str], output: Path, files: str, log: Path) -> dict[Path, int]:
-    """Start a command, kill it when the first of its files is there; those it has written, and when."""
+    """Start a command and kill it when its first file exists. Returns the files written, with their times."""
     [process] = launch.start(module, argv, log)
     while not list(output.glob(files)):
         assert process.is_alive(), log.read_text()

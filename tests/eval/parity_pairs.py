@@ -1,11 +1,11 @@
-r"""(metric, gold, choices, prediction) quadruples on which our verdicts are compared with LightEval 0.13.0's own.
+r"""(metric, gold, choices, prediction) tuples on which our verdicts are compared with those of LightEval 0.13.0.
 
-`lighteval_verdicts.json` holds its verdicts, one character a quadruple ("1" right, "0" wrong). To make it again:
+`lighteval_verdicts.json` contains LightEval's verdicts, one character per tuple ("1" right, "0" wrong). To regenerate:
 
     python -m venv /tmp/lighteval && /tmp/lighteval/bin/pip install torch==2.13.0 'lighteval[math]==0.13.0'
     /tmp/lighteval/bin/python tests/eval/parity_pairs.py FOLDER > tests/eval/lighteval_verdicts.json
 
-FOLDER holds math_500.jsonl and aime_2024.jsonl of the Hub's data sets, whose answers are phrased in these ways too.
+FOLDER contains math_500.jsonl and aime_2024.jsonl of the Hub's data sets, whose answers are used in these phrases, too.
 """
 
 import json
@@ -153,7 +153,7 @@ NOTHING = [
 
 
 def constructed() -> list[Quadruple]:
-    """Pairs of our own: every gold in every phrase, right or wrong in turn, and every way to write it once more."""
+    """Constructed pairs: every gold in every phrase, alternately right and wrong, and every way to write it once."""
     rng, found = random.Random(0), []
     for gold, right, wrong in LATEX:
         found += _pairs(rng, "latex", rf"We conclude that it is $\boxed{{{gold}}}$.", gold, right, wrong)
@@ -166,7 +166,7 @@ def constructed() -> list[Quadruple]:
 
 
 def from_data(folder: Path) -> list[Quadruple]:
-    """MATH-500 and AIME 2024: each gold in two phrases, and another problem's answer; every solution against itself."""
+    """MATH-500 and AIME 2024: each gold in two phrases, another problem's answer, and every solution against itself."""
     rng, found = random.Random(1), []
     for file, metric, column in (("math_500", "latex", "solution"), ("aime_2024", "expr", "answer")):
         rows = [json.loads(line) for line in (folder / f"{file}.jsonl").read_text().splitlines()]

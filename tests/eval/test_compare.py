@@ -1,4 +1,4 @@
-"""The comparison of two runs and the page, on samples written by hand; the page also in a real browser."""
+"""The comparison of two runs, and the page, on handwritten samples; the page is also tested in a real browser."""
 
 import html
 import json
@@ -81,14 +81,14 @@ def test_every_verdict_has_places_in_a_long_run(tmp_path):
     shown, counts = pick([tmp_path / "a.parquet"], 30)
     assert Counter(map(tuple, map(verdicts, shown))) == {("right",): 10, ("wrong",): 10, ("wrong", "unparsed"): 10}
     assert counts == {"all": 100, "right": 10, "wrong": 90, "unparsed": 10}
-    assert len(pick([tmp_path / "a.parquet"], 95)[0]) == 95  # what one kind leaves free others take
+    assert len(pick([tmp_path / "a.parquet"], 95)[0]) == 95  # places that one kind cannot fill go to others
 
 
 def test_mathematics_of_pages():
     assert "<mfrac><mrow><mn>1</mn></mrow><mrow><mn>2</mn></mrow></mfrac>" in with_math(r"half: $\frac{1}{2}$")
     assert with_math("at $5 each, $10 for two; 1 < 2").count("<") == 0  # prices
     assert with_math("\\begin{align*}\nx &= 1 \\\\\ny &= 2\n\\end{align*}").count("<mtr") == 2
-    # What the converter copies or refuses is shown as it was written.
+    # Formulas that the converter copies or refuses are shown as written.
     for bad in (
         r"$\text{<img src=x onerror=alert(1)>}$",
         r"$\text{<mi onclick='x'>y</mi>}$",
@@ -111,7 +111,7 @@ def test_all_of_math_500_becomes_mathml(shared):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_in_a_browser(tmp_path):
-    """Filters hide the others, a fraction is set over two lines, answers as written on demand, nothing is executed."""
+    """Filters hide other samples, fractions are typeset, answers can be shown as written, and no script runs."""
     hostile = row(4, 0.0, r"$\text{<img src=x onerror=document.title='broken'>}$ and <img src=x onerror=alert(1)>")
     rows = [*ROWS, hostile]
     text = page("a model", {"aime24": summarise(rows)}, rows, Counter(all=5))

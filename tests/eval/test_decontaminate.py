@@ -1,4 +1,4 @@
-"""Copies of evaluation problems among other rows: found in other notation, reported, left out; kills and bad input."""
+"""Copies of evaluation problems are found in other notation, reported and removed; kills; bad input."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def test_what_is_said_does():
 
 def test_runs_of_words():
     index = Index({"long": ["one two three four", "three four five six"], "short": [r"$x+1$"]}, size=3)
-    assert [m["set"] for m in index.matches("X + 1.")] == ["short"]  # too short for a run: equal as a whole
+    assert [m["set"] for m in index.matches("X + 1.")] == ["short"]  # too short for an n-gram: the whole text is equal
     assert index.matches("what is x + 1") == [] == index.matches("one two") == index.matches("")
     [match] = index.matches("zero two three four five six")
     assert match == {"set": "long", "problem": 1, "ngram": "three four five", "shared": 2, "of": 2}
@@ -63,7 +63,7 @@ def test_runs_of_words():
 
 
 def disguise(text: str, i: int) -> str:
-    """The same problem as another source would write it."""
+    """Rewrite a problem as another source would write it."""
     text = re.sub(r"\\frac\{(\d)\}\{(\d)\}", r"\\dfrac\1\2" if i % 2 else r"\1/\2", text)
     text = re.sub(r"\^(\d)", r"^{\1}", re.sub(r"\\(left|right)\b|[.?!]", " ", text))
     text = text.replace("$", r"\(") if i % 3 == 0 else text.replace("$", " $ ")
@@ -71,14 +71,14 @@ def disguise(text: str, i: int) -> str:
 
 
 def plain(text: str, size: int = 8) -> set[tuple]:
-    """open-r1's n-grams: small letters and white space."""
+    """open-r1's n-grams: lower-case words separated by white space."""
     found = text.lower().split()
     return {tuple(found[i : i + size]) for i in range(len(found) - size + 1)}
 
 
 @pytest.fixture
 def planted(shared, tmp_path):
-    """1,000 problems of GSM8K, one in twenty replaced by a disguised problem of MATH-500 or AIME 2024."""
+    """1,000 problems of GSM8K, of which one in twenty is replaced by a rewritten problem of MATH-500 or AIME 2024."""
     rows = [json.loads(line) for line in (shared / "data" / "gsm8k_train.jsonl").read_text().splitlines()[:1000]]
     math = [json.loads(line)["problem"] for line in (shared / "data" / "math_500.jsonl").read_text().splitlines()]
     aime = [json.loads(line)["problem"] for line in (shared / "data" / "aime_2024.jsonl").read_text().splitlines()]
@@ -123,7 +123,7 @@ def test_exactly_the_planted_rows_are_found(shared, planted, tmp_path, capsys):
     found = matches(tmp_path / "out")
     print(capsys.readouterr().out)
     assert {m["row"] for m in found} == set(expected)
-    copies = [m for m in found if m["shared"] >= 0.6 * m["of"]]  # row 780 has a phrase of an AIME problem besides
+    copies = [m for m in found if m["shared"] >= 0.6 * m["of"]]  # row 780 also has a phrase of an AIME problem
     assert {(m["row"], m["set"], m["problem"]) for m in copies} == {(i, *place) for i, place in expected.items()}
     assert len(found) <= len(copies) + 1
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -131,7 +131,7 @@ def test_exactly_the_planted_rows_are_found(shared, planted, tmp_path, capsys):
     left, before = load_rows(str(tmp_path / "out" / "rows.parquet")), load_rows(str(file))
     assert left.features == before.features
     assert left.to_list() == [row for i, row in enumerate(before) if i not in expected]
-    # the same folder without --cleanup: nothing is searched again
+    # with the same folder and without --cleanup, nothing is searched again
     when = next((tmp_path / "out" / "verdicts").glob("00000-*.json")).stat().st_mtime_ns
     run(arguments(shared, file, tmp_path / "out"))
     assert next((tmp_path / "out" / "verdicts").glob("00000-*.json")).stat().st_mtime_ns == when
@@ -142,7 +142,7 @@ def test_exactly_the_planted_rows_are_found(shared, planted, tmp_path, capsys):
 
 
 def test_a_row_that_changes_is_looked_at_again(tmp_path):
-    """Also where a fingerprint of a large data set does not see it."""
+    """This also holds if the fingerprint of a large data set does not change."""
     problem = "Find the number of red balls that must be left in the large urn at the end of the game."
     exam, data = write(tmp_path / "exam.jsonl", [{"problem": problem, "answer": "7"}]), tmp_path / "rows.jsonl"
     rows = [{"problem": f"Row {i} says nothing of interest.", "answer": "1"} for i in range(2500)]
@@ -168,7 +168,7 @@ def test_killed_and_continued(shared, tmp_path):
 
 
 def test_the_instructions_of_a_task_are_no_match(tmp_path):
-    """GPQA's queries begin with the same words; rows that are asked in these words are not copies for that."""
+    """All GPQA queries begin with the same words; these words alone do not make a row a copy."""
     subjects = [
         "electron in a box of width two",
         "enzyme that cuts sugar at low heat",

@@ -1,4 +1,4 @@
-"""Verdicts against LightEval 0.13.0's, on MATH-500's own solutions, and under hostile input."""
+"""Verdicts compared with LightEval 0.13.0's, on MATH-500's solutions, and on malicious input."""
 
 import json
 import time
@@ -17,7 +17,7 @@ from tests.eval.parity_pairs import constructed, from_data
 
 BY_NAME = {"latex": metrics.latex_gold_metric, "expr": metrics.expr_gold_metric, "gpqa": metrics.gpqa_metric}
 VERDICTS = json.loads((Path(__file__).parent / "lighteval_verdicts.json").read_text())
-# (gold, an answer to it that only we accept): LightEval has latex2sympy2 1.0.6 and a comparison of its own
+# (gold, an answer that only we accept): LightEval uses latex2sympy2 1.0.6 and its own comparison
 OURS_IS_RIGHT = [
     (r"2\sqrt{3}", "3.46410"),  # equal to the 5 decimals that `precision` asks for; it rounds only against a number
     (r"\sqrt{51}", "7.14143"),
@@ -85,7 +85,7 @@ HOSTILE = [
 
 
 def hostile_among(fair: list[tuple[Doc, str]], copies: int) -> tuple[list, list]:
-    """Verdicts of `fair`, and of `copies` of the hostile answers that are spread among them."""
+    """The verdicts of `fair`, and of `copies` of the malicious answers that are mixed in."""
     items = [(metrics.latex_gold_metric, *pair) for pair in fair]
     doc, start, step = Doc(query="", choices=[r"so it is $\boxed{5}$"]), time.monotonic(), len(fair) // copies
     for i in range(copies):
@@ -185,15 +185,15 @@ def test_figures_by_hand():
 def test_intervals():
     mean, error, low, high = interval([1.0] * 30 + [0.0] * 70)
     assert (low, high) == (pytest.approx(31 / 102 - 1.984 * 0.0457, abs=1e-3), pytest.approx(0.394, abs=1e-3))
-    assert 0.08 < interval([0.0] * 30)[3] < interval([0.0] * 29 + [1 / 64])[3] < 0.12  # not a sure zero
-    assert interval([0.3] * 50 + [0.31] * 50)[1] < error / 20  # problems alike: samples tell more
+    assert 0.08 < interval([0.0] * 30)[3] < interval([0.0] * 29 + [1 / 64])[3] < 0.12  # the interval is not empty
+    assert interval([0.3] * 50 + [0.31] * 50)[1] < error / 20  # with equal problems, samples tell more
 
 
 @pytest.mark.parametrize(
     "problems, samples, a, b", [(30, 64, 0.05, 2), (30, 16, 5, 0.2), (30, 16, 0.05, 0.5), (30, 4, 1, 1), (200, 1, 1, 3)]
 )
 def test_intervals_hold_the_truth(problems, samples, a, b):
-    """Of problems as hard as a Beta(a, b) has them: 95 of 100 intervals have its mean, as far as 1,000 tell."""
+    """For problems with difficulties from Beta(a, b), 95 % of the intervals contain its mean, tested with 1,000."""
     dice, held = np.random.default_rng(0), 0
     for _ in range(1000):
         means = dice.binomial(samples, dice.beta(a, b, problems)) / samples

@@ -1,4 +1,4 @@
-"""Pass rates from a model's samples and from generations that are there: verdicts, files, kills, bad input."""
+"""Pass rates of a model's samples and of existing generations: verdicts, files, kills, bad input."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_generations_that_are_there(tmp_path, capsys, monkeypatch):
         ("7", [None, right], [None, True], 1.0),
         ("7", [], [], None),
         (None, None, [], None),
-        ("7", [right] + [wrong] * 9, [True] + [False] * 9, 0.1),  # the range does not hold its ends
+        ("7", [right] + [wrong] * 9, [True] + [False] * 9, 0.1),  # the range excludes its ends
     ]
     file = write(
         tmp_path / "rows.jsonl",
@@ -65,7 +65,7 @@ def test_generations_that_are_there(tmp_path, capsys, monkeypatch):
         "1": 2,
     }
     assert "checks given up: 1" in capsys.readouterr().out
-    # another range of the same folder checks nothing again
+    # another range in the same folder checks nothing again
     [details] = (tmp_path / "out" / "details" / "pass_rate").glob("*.parquet")
     when = details.stat().st_mtime_ns
     run(*argv, str(tmp_path / "out"), "--pass_rate_min", "0", "--pass_rate_max", "0.6")
@@ -75,7 +75,7 @@ def test_generations_that_are_there(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("eval.folder.CHECKERS", ("math-verify",))
     run(*argv, str(tmp_path / "out"))
     assert details.stat().st_mtime_ns > when and rows_of(tmp_path / "out") == found
-    # what this wrote can be scored again; its old verdicts are replaced
+    # the output can be scored again; its old verdicts are replaced
     run("--dataset", str(tmp_path / "out" / "filtered.parquet"), *argv[2:], str(tmp_path / "again"))
     assert rows_of(tmp_path / "again") == rows_of(tmp_path / "out", "filtered")
 
@@ -111,7 +111,7 @@ def sampling(model: str, data: Path, output: Path, **options) -> list[str]:
 
 
 def test_samples_of_a_model(tiny_model, problems, tmp_path, capfd):
-    """Golds are set to what the model says in some samples: the rates are those of its answers."""
+    """The golds are set to the model's answers in some samples, so that the pass rates are known."""
     run(*sampling(tiny_model, write(tmp_path / "rows.jsonl", problems), tmp_path / "first", max_new_tokens=100))
     first = rows_of(tmp_path / "first")
     assert [len(set(row["generation"])) > 1 for row in first] == [True] * 12 and {
@@ -126,18 +126,18 @@ def test_samples_of_a_model(tiny_model, problems, tmp_path, capfd):
         "correct",
         "pass_rate",
     ]
-    # a batch is lost: the same command makes it again
+    # a batch is lost: the same command generates it again
     expected = (tmp_path / "first" / "scored.parquet").read_bytes()
     (tmp_path / "first" / "details" / "pass_rate" / "00004.parquet").unlink()
     run(*sampling(tiny_model, tmp_path / "rows.jsonl", tmp_path / "first", max_new_tokens=100))
     assert (tmp_path / "first" / "scored.parquet").read_bytes() == expected
-    # and the same samples, checked as a column
+    # the same samples, checked as a column
     again = ["--dataset", str(tmp_path / "first" / "scored.parquet"), "--generations_column", "generation"]
     run(*again, "--output_dir", str(tmp_path / "again"))
     keys = ("id", "generation", "correct", "pass_rate")
     assert [[row[k] for k in keys] for row in rows_of(tmp_path / "again")] == [[row[k] for k in keys] for row in first]
     for argv in (again, sampling(tiny_model, tmp_path / "rows.jsonl", tmp_path)):
-        # a folder of the one is no folder of the other
+        # neither command accepts a folder of the other
         argv = [*argv, "--output_dir", str(tmp_path / ("first" if argv is again else "again"))]
         refused(main, argv, capfd, "results of another kind")
 

@@ -1,6 +1,6 @@
-"""Real gold answers against themselves in three notations and five near-misses: the verdicts, file by file.
+"""Real gold answers compared with themselves in three notations and with five wrong answers, file by file.
 
-pytest tests/eval/test_real_answers.py --log-cli-level=INFO     (prints the figures)
+pytest tests/eval/test_real_answers.py --log-cli-level=INFO     (prints the counts)
 """
 
 import logging
@@ -15,7 +15,7 @@ def check(pairs):
     assert sum(is_right for _, _, is_right in pairs) * 8 == len(pairs) * 3
     with WorkerPool(2, timeout=30.0) as pool:
         figures, wrong = judge("ours", pairs, pool)
-    logging.getLogger(__name__).info("pairs, right, false +, false -, unscored, a second: %s", figures)
+    logging.getLogger(__name__).info("pairs, right, false +, false -, unscored, pairs/s: %s", figures)
     assert (figures[:-1], wrong) == ([len(pairs), len(pairs), 0, 0, 0], [])
 
 

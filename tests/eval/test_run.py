@@ -1,4 +1,4 @@
-"""The runner from the command line: results, repetition, kills, several processes, bad input."""
+"""The runner from the command line: results, reproducibility, kills, several processes, bad input."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ def arguments(model: str, data: Path, output: Path, **options) -> list[str]:
 
 
 def evaluate(tmp_path: Path, *args, **options) -> tuple[dict, list[dict]]:
-    """The results and the rows of aime24 that a run leaves behind."""
+    """Run eval.run; return its results and its rows of aime24."""
     output = args[2]
     code, log = launch.run("eval.run", arguments(*args, **options), tmp_path / "log.txt")
     assert code == 0, log
@@ -38,7 +38,7 @@ def evaluate(tmp_path: Path, *args, **options) -> tuple[dict, list[dict]]:
 
 
 def test_scores_are_of_the_models_answers(tiny_model, data, tmp_path):
-    """Golds are set to what the model says, for every second of the problems that it answers: half are right."""
+    """The golds of every second problem are set to the model's answers, so that half of them are right."""
     greedy = {"temperature": 0, "num_samples": 1}
     content, rows = evaluate(tmp_path, tiny_model, data, tmp_path / "a", **greedy)
     assert [row["problem"] for row in rows] == list(range(20)) and content["results"]["aime24"]["pass@1"] == 0
@@ -84,14 +84,14 @@ def test_killed_and_continued(tiny_model, data, tmp_path):
 )
 def test_vllm_repeats_a_missing_batch_and_splits_a_model(tiny_model, data, tmp_path):
     command = [sys.executable, "-m", "eval.run", *arguments(tiny_model, data, tmp_path / "out", engine="vllm")]
-    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "8"}  # a trainer's rank that starts it
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "8"}  # as if a trainer's rank started it
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     rows = samples(tmp_path / "out")
     (tmp_path / "out" / "details" / "aime24" / "00008.parquet").unlink()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert samples(tmp_path / "out") == rows and len(rows) == 40
     greedy = {"engine": "vllm", "temperature": 0, "num_samples": 1, "limit": 6}
-    for width in (1, 2):  # the model on one process, or its tensors split over two
+    for width in (1, 2):  # the model in one process, or split over two
         width_options = greedy | {"tensor_parallel_size": width, "data_parallel_size": 1}
         argv = arguments(tiny_model, data, tmp_path / str(width), **width_options)
         subprocess.run([sys.executable, "-m", "eval.run", *argv], cwd=ROOT, check=True, capture_output=True)
@@ -143,7 +143,7 @@ TASKS_TABLE = [LightevalTaskConfig({name!r}, ask, {data!r}, metric={metric}, sto
 
 
 def custom_task(path: Path, data: Path, **changes) -> dict:
-    """Write a file with one task; returns options to run it with."""
+    """Write a file with one task; return the options that run it."""
     form = {"score": "0.25", "choices": "[line['answer']]", "name": "mine", "metric": "[Mine()]", "stop": "[]"}
     form |= {"query": "line['problem']", "data": str(data)} | changes
     path.write_text(TASK.format(**form))
@@ -151,7 +151,7 @@ def custom_task(path: Path, data: Path, **changes) -> dict:
 
 
 def test_another_metric_judges_the_answers_again(tiny_model, data, tmp_path):
-    """And a damaged file is sampled again, with the same answers as before."""
+    """It also tests that a damaged file is sampled again, with the same answers as before."""
     folder, scores, completions = tmp_path / "out", [], []
     for number, score in enumerate(("0.25", "float(len(predictions[0]) % 2)", "[][0]")):
         options = custom_task(tmp_path / f"task{number}.py", data, score=score)
@@ -170,7 +170,7 @@ def test_another_metric_judges_the_answers_again(tiny_model, data, tmp_path):
     file = folder / "details" / "mine" / "00003.parquet"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    (folder / "details" / "mine" / "00000.parquet").write_bytes(whole)  # in another's place
+    (folder / "details" / "mine" / "00000.parquet").write_bytes(whole)  # in place of another file
     code, log = launch.run("eval.run", arguments(tiny_model, data, folder, **options), tmp_path / "log")
     assert log.count("is damaged") == 2 and file.read_bytes() == whole
     (folder / "details" / "mine" / "settings.json").unlink()
@@ -183,8 +183,8 @@ def test_another_metric_judges_the_answers_again(tiny_model, data, tmp_path):
     [
         ({"metric": "[]"}, "a list whose first entry has compute"),
         ({"metric": "[type('M', (), {'compute': lambda *_: 1.0})()]"}, "must pickle"),
-        ({"name": "../out"}, "a name is of letters"),
-        ({"choices": "[]"}, "can make no question of row 0"),
+        ({"name": "../out"}, "its name may contain only letters"),
+        ({"choices": "[]"}, "fails on row 0"),
         ({"choices": "[None]"}, "has no problem or no right answer"),
         ({"choices": "line['answer'] +"}, "SyntaxError"),
     ],
@@ -200,7 +200,7 @@ def test_right_answers_that_the_metric_cannot_read(tiny_model, tmp_path):
     data = write(tmp_path / "rows.jsonl", rows)
     options = {"num_samples": 1, "max_new_tokens": 4}
     code, log = launch.run("eval.run", arguments(tiny_model, data, tmp_path / "a", **options), tmp_path / "log")
-    assert code == 0 and "2 of 4 right answers (the first of problem 1) hold nothing" in log
+    assert code == 0 and "2 of 4 right answers (the first of problem 1) contain nothing" in log
     for bad, says in (("a fox", "4 of 4 right answers"), (None, "row 0 of")):
         write(data, [row | {"answer": bad} for row in rows])
         code, log = launch.run("eval.run", arguments(tiny_model, data, tmp_path / "b", **options), tmp_path / f"{bad}")
@@ -213,7 +213,7 @@ def test_short_context_and_custom_tasks(tiny_model, data, tmp_path):
     options = custom_task(tmp_path / "short_task.py", data, **changes) | {"limit": 3, "num_samples": 2}
     argv = arguments(tiny_model, data, tmp_path / "out", max_new_tokens=1000, fit_context=True, **options)
     code, log = launch.run("eval.run", argv, tmp_path / "log.txt")
-    assert code == 0 and "answers end with it" in log, log
+    assert code == 0 and "which may cut answers off" in log, log
     result = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["short"]
     assert result["pass@1"] == 1.0 and result["samples"] == 6 and 24 < result["mean_length"] < 256
     rows = samples(tmp_path / "out", "short")

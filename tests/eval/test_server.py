@@ -1,4 +1,4 @@
-"""The runner against servers: one of ours that answers, fails and refuses on command, and a real `vllm serve`."""
+"""The runner with servers: a fake one that answers, fails and refuses on command, and a real `vllm serve`."""
 
 import importlib.util
 import json
@@ -52,14 +52,14 @@ def checkers():
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch, checkers) -> None:
-    """Wait less for a server that fails; start no checkers for each run."""
+    """Wait less for failing servers, and do not start checkers for each run."""
     monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
     monkeypatch.setattr(sampler, "PATIENCE", 0.5)
     monkeypatch.setattr(folder, "checkers", lambda config: nullcontext(checkers))
 
 
 def evaluate(url: str, data: Path, output: Path, command: Callable = main, **options) -> tuple[int, str]:
-    """Exit code, and what is printed."""
+    """Run eval.run; return its exit code and its output."""
     options = {"model": "served", "tasks": "aime24", "dataset": f"aime24={data}", "num_samples": 2} | options
     options |= {"batch_size": 8, "output_dir": output, "base_url": url} | options
     return called(command, launch.flags(**{name: value for name, value in options.items() if value is not None}))
@@ -98,7 +98,7 @@ def test_what_is_done_is_kept_when_no_request_is_answered(server, data, tmp_path
     assert sum(again.values()) == 16 and len(again) == 8  # the first batch is not asked for again
 
 
-@pytest.mark.parametrize("batch_size, lost", [(8, None), (12, 7)])  # the server dies in the first batch, in the last
+@pytest.mark.parametrize("batch_size, lost", [(8, None), (12, 7)])  # the server dies in the first batch, or in the last
 def test_a_server_killed_in_a_batch_costs_no_answer(batch_size, lost, data, tmp_path, monkeypatch):
     monkeypatch.setattr(sampler, "AT_ONCE", 1)
     options = {"num_samples": 1, "batch_size": batch_size}
@@ -126,11 +126,11 @@ def test_a_server_that_does_not_know_the_model_is_asked_once(server, data, tmp_p
     "url, key, says",
     [
         ("http://127.0.0.1:9/v1", "k", "cannot be reached"),
-        ("localhost:8000", "k", "is no address"),
+        ("localhost:8000", "k", "is not a valid address"),
         ("{bare}", "k", "its address may lack /v1"),
         ("http://me:secret@host/v1", "k", "set OPENAI_API_KEY instead"),
-        ("{url}", "a\nb", "OPENAI_API_KEY holds a line end"),
-        ("{url}", "k", "does not serve 'gone': it serves served; give --model"),
+        ("{url}", "a\nb", "OPENAI_API_KEY contains a line end"),
+        ("{url}", "k", "does not serve 'gone': set --model to what it serves (served)"),
     ],
 )
 def test_a_server_that_cannot_be_asked_is_one_sentence(url, key, says, server, data, tmp_path, monkeypatch):
@@ -143,7 +143,7 @@ def test_a_server_that_cannot_be_asked_is_one_sentence(url, key, says, server, d
 
 
 def test_an_answer_that_is_not_there_costs_itself_alone(server, data, tmp_path):
-    """A null answer is an empty one; a request that fails is named, and asked again alone."""
+    """A null answer is an empty answer. A failed request is reported, and only it is retried."""
     said = {"What is 1?": {"content": None, "reasoning": None, "usage": None}, "What is 2?": 400}
     server.behave = lambda count, request: said.get(request["messages"][0]["content"], "ok")
     options = {"num_samples": 1, "batch_size": 12}
@@ -189,7 +189,7 @@ def test_vllm_serve_says_what_vllm_in_process_says(tiny_model, data, tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     said = [
         [
-            (row["completion"].rstrip("\ufffd"), row["length"], row["finish_reason"])  # the server drops half a letter
+            (row["completion"].rstrip("\ufffd"), row["length"], row["finish_reason"])  # a server drops half characters
             for row in samples(tmp_path / name)
         ]
         for name in ("http", "here")

@@ -1,4 +1,4 @@
-"""The documented tasks with their documented values, their prompts, and what names they are found by."""
+"""The documented tasks: their documented values, their prompts, and the names that find them."""
 
 import subprocess
 import sys
@@ -62,7 +62,7 @@ def test_gpqa_puts_the_right_answer_where_the_row_says():
     docs = [gpqa_prompt_fn(gpqa_row(i), "gpqa:diamond") for i in range(200)]
     assert docs == [gpqa_prompt_fn(gpqa_row(i), "gpqa:diamond") for i in range(200)]
     counts = [sum(doc.gold_index == place for doc in docs) for place in range(4)]
-    assert min(counts) > 25  # all four places
+    assert min(counts) > 25  # all four positions occur
     for doc in docs:
         [letter] = doc.get_golds()
         assert f"\n{letter}) right" in doc.query and doc.query == doc.instruction and doc.choices == list("ABCD")
@@ -85,6 +85,6 @@ def test_names():
 
 @pytest.mark.parametrize("splits", [[], ["validation", "test"]])
 def test_a_task_is_of_one_split(splits):
-    """A second one would not be evaluated on."""
+    """A second split would be ignored."""
     with pytest.raises(ValueError, match="'math_500' cannot be run: evaluation_splits must name one split"):
         tasks.check_task(replace(tasks.math_500, evaluation_splits=splits))

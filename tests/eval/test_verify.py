@@ -150,7 +150,7 @@ def test_hard_pairs(pool, shared):
     misjudged = [
         pair["gold"] for pair, verdict in zip(pairs, verdicts, strict=True) if (verdict == 1.0) != bool(pair["right"])
     ]
-    # 1/sqrt(n) is sqrt(1/n) for positive n alone, and nothing says that n is positive
+    # 1/sqrt(n) equals sqrt(1/n) only for positive n, and n is not known to be positive
     assert len(pairs) == 420 and misjudged == [r"\sqrt{1/n}"]
 
 
@@ -165,7 +165,7 @@ def test_hard_pairs_beside_math_verify_and_open_r1(shared):
 
 
 def test_bench(monkeypatch, capsys, tmp_path):
-    """Three checkers on a file of pairs, ours on a file of golds, and what ours misjudges."""
+    """It runs three checkers on a file of pairs and ours on a file of golds, and prints what ours misjudges."""
     pairs = [("3", r"\boxed{3t}", 0), ("3", r"\boxed{3}", 1), (r"\text{dog}", r"\boxed{cat}", 1), ("1", "", 0)]
     names = ("gold", "completion", "right")
     lines = [json.dumps(dict(zip(names, pair, strict=True))) for pair in pairs]

@@ -63,8 +63,8 @@ def test_an_item_may_have_its_own_limit(pool):
 
 
 def test_jobs_go_on_while_the_caller_does(pool):
-    """Several at once; a hanging item of one costs the others nothing; a check over its limit is no success because
-    nobody looked when it came back."""
+    """Several jobs run at once, and a hanging item of one does not affect the others. A check over its timeout is not a
+    success even if it returns before the parent looks."""
     pool.map(run, ["0", "0"])
     slow = "exec('import time; end = time.process_time() + 0.3\\nwhile time.process_time() < end: pass')"
     jobs = [pool.submit(run, ["1"]), pool.submit(run, [slow, "2"], [0.1, 2.0]), pool.submit(run, ["3", "1 / 0", "4"])]
@@ -88,7 +88,7 @@ def test_small_jobs_are_done_while_their_caller_is_busy(pool):
 
 
 def test_a_crowded_machine_is_not_the_fault_of_a_check():
-    """Half a second of work among eight others on one core takes longer than the limit; that is no time-out."""
+    """With eight other processes on its core, half a second of work exceeds the timeout, but must not be stopped."""
     pin = f"import os, time\nos.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})\n"
     work = (
         pin + "start = time.monotonic()\nwhile time.process_time() < used + 0.5: pass\nwall = time.monotonic() - start"
@@ -134,7 +134,7 @@ def test_imports_are_not_charged_and_their_failure_is_an_error(tmp_path, monkeyp
         assert pool.map(abs, [-1]) == [1]
         with pytest.raises(ValueError, match="define it in a module"):
             pool.map(lambda x: x, [1])
-    # A worker that starts, and dies or hangs whenever it loads its items, is not started for ever.
+    # A worker that starts, but dies or hangs whenever it loads its items, is not restarted for ever.
     monkeypatch.setenv("NAP", "exit")
     monkeypatch.setattr(WorkerPool, "START_ATTEMPTS", 2)
     with WorkerPool(1) as pool, pytest.raises(RuntimeError, match="exit code 3 while loading"):
@@ -156,7 +156,7 @@ def test_workers_ignore_the_signals_of_the_terminal_and_are_replaced_when_killed
 
 
 def heard(talking, task):
-    """What is printed; the worker that is heard may not be ready yet, so that others take all items."""
+    """The kept output. The worker whose output is kept may not be ready at first, so this repeats the items."""
     for _ in range(600):
         talking.map(run, [task] * 6)
         if lines := talking.printed(limit=10):
@@ -165,7 +165,7 @@ def heard(talking, task):
 
 
 def test_what_one_worker_prints_is_kept_until_it_is_asked_for(pool):
-    """From a worker that lives, also of a check that is killed or fails; results are not touched by it."""
+    """This includes the output of checks that are killed or fail. The output does not affect results."""
     say = "print('says', __import__('os').getpid()) or __import__('os').write(1, b'raw\\n')"
     with WorkerPool(2, timeout=0.1, prints=True) as talking:
         assert talking.printed() == []
@@ -180,7 +180,7 @@ def test_what_one_worker_prints_is_kept_until_it_is_asked_for(pool):
         ]
         for task in [*ends, "print('last words')"]:
             assert set(heard(talking, task)) == {"last words"}
-        assert set(heard(talking, "print('x' * 10**6)")) == {"x" * 10**6}  # far more than a pipe holds
+        assert set(heard(talking, "print('x' * 10**6)")) == {"x" * 10**6}  # much more than a pipe can buffer
     pool.map(run, [say] * 4)
     assert pool.printed() == []
 
@@ -197,7 +197,7 @@ def test_a_killed_parent_leaves_no_worker():
         "import builtins, os, time; from eval.workers import WorkerPool\n"
         "pool = WorkerPool(2, timeout=1000)\n"
         "pool.map(abs, [1])\n"
-        "fork = os.fork()\n"  # keeps the sockets open, as a library's own children may
+        "fork = os.fork()\n"  # keeps the sockets open, as child processes of a library may
         "while not fork: time.sleep(1)\n"
         "print(fork, *[w.process.pid for w in pool._workers], flush=True)\n"
         "pool.map(builtins.eval, ['1', '__import__(\"time\").sleep(1000)', '2'])\n"
@@ -209,7 +209,7 @@ def test_a_killed_parent_leaves_no_worker():
         assert len(workers) == 2 and all(running(worker) for worker in workers)
         parent.kill()
         parent.wait()
-        give_up = time.monotonic() + 60  # only so that a failure ends
+        give_up = time.monotonic() + 60  # so that a failing test ends
         while any(running(worker) for worker in workers) and time.monotonic() < give_up:
             time.sleep(0.05)
         assert not any(running(worker) for worker in workers)

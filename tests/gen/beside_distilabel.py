@@ -1,11 +1,12 @@
-"""gen.generate beside distilabel 1.5.3, as open-r1 uses it: same server and prompts, in turns; columns, rows, seconds.
+"""Compare gen.generate with distilabel 1.5.3 as open-r1 uses it, on the same server and prompts: columns, rows, time.
 
     python -m venv /tmp/distilabel && /tmp/distilabel/bin/pip install 'distilabel[openai]==1.5.3'
     python tests/gen/beside_distilabel.py /tmp/distilabel/bin/python gsm8k_test.jsonl \\
         [--url http://localhost:8000/v1 --model M]
 
-Without --url a server of ours that answers after 50 ms is asked. Seconds are those of `pipeline.run` alone, without
-imports. For a real one: `vllm serve M --no-enable-prefix-caching`, so that the second gains nothing from the first.
+Without --url both use a fake server that answers after 50 ms. The times are those of `pipeline.run`, without imports.
+Start a real server with `vllm serve M --no-enable-prefix-caching`, so that the second run does not profit from the
+first.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""A server that does what a test wants, and tiny random models in ordinary Hugging Face folders, peaked enough that
-log-probs mean something.
+"""A fake server, and tiny random models in ordinary Hugging Face folders. Their distributions are peaked enough for
+meaningful log-probs.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ SHAPE = {
 
 @pytest.fixture
 def server():
-    from tests.fake_openai import FakeServer  # needs aiohttp, which tests on a GPU do without
+    from tests.fake_openai import FakeServer  # needs aiohttp, which the GPU tests do not need
 
     with FakeServer() as server:
         yield server
@@ -46,6 +46,6 @@ def untied_qwen(tmp_path_factory) -> str:
 
 
 def save(model, folder: Path) -> str:
-    model.generation_config.update(eos_token_id=[2, 3], temperature=0.3, top_k=2, do_sample=True)  # must not count
+    model.generation_config.update(eos_token_id=[2, 3], temperature=0.3, top_k=2, do_sample=True)  # must be ignored
     model.save_pretrained(folder)
     return str(folder)

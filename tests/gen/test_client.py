@@ -1,4 +1,4 @@
-"""Who is to blame for a failure, and which server gets the next request."""
+"""The client: how failures are handled, and which server gets the next request."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ from tests.fake_openai import FakeServer
 
 
 def run(urls, count=1, **options):
-    """`count` requests at once; the answers or what was raised instead."""
+    """Send `count` requests at once; return the answers, or the errors that were raised."""
 
     async def ask():
         async with Client(urls, **({"timeout": 5.0, "retries": 0} | options)) as client:
@@ -48,7 +48,7 @@ def reply(**changes) -> bytes:
 
 
 def test_answers_are_read_or_refused():
-    """What a server may say; what is wrong in kind must not get into a file, nor end the run."""
+    """All valid answers are parsed. Malformed ones must not get into a file, and must not end the run."""
     assert read_answer(reply()) == Answer("so", 3, None, "stop")
     for usage in (
         {"completion_tokens": None},
@@ -93,13 +93,13 @@ def test_what_cannot_get_better_is_not_asked_twice(server):
         server.behave = lambda number, request, status=status: status
         assert isinstance(run([server.url], retries=5)[0], ServerError)
     assert len(server.requests) == 5
-    with FakeServer() as good:  # the other goes on
+    with FakeServer() as good:  # the other server continues
         assert not any(isinstance(answer, Exception) for answer in run([server.url, good.url], count=20))
         assert len(server.requests) < 26
 
 
 def test_where_nothing_is_ever_answered_the_run_ends(server):
-    server.behave = lambda number, request: 400  # no prompt fits, say
+    server.behave = lambda number, request: 400  # for example, because no prompt fits
     found = run([server.url], count=100)
     assert any(isinstance(error, ServerError) and "answers 400" in str(error) for error in found)
 
@@ -115,7 +115,7 @@ def test_no_server_for_too_long_ends_it():
     began = time.monotonic()
     errors = run(["http://127.0.0.1:9/v1", "http://127.0.0.1:19/v1"], count=20, patience=1.0)
     assert all(isinstance(error, ServerError) and "cannot be reached" in str(error) for error in errors)
-    assert time.monotonic() - began < 30  # not the time of twenty
+    assert time.monotonic() - began < 30  # much less than twenty times the patience
 
 
 def test_the_least_loaded_server_is_next_and_a_dead_one_comes_back(server):
@@ -127,7 +127,7 @@ def test_the_least_loaded_server_is_next_and_a_dead_one_comes_back(server):
     async def until_it_is_back():
         async with Client([server.url, other.url], timeout=5.0, retries=0) as client:
             asked = {"model": "served", "messages": [{"role": "user", "content": "?"}]}
-            for _ in range(10):  # `other` is gone: nothing fails
+            for _ in range(10):  # `other` is gone, but nothing fails
                 await asyncio.gather(client.ask(asked), client.ask(asked))
             with FakeServer(other.port) as again:
                 while not again.requests:

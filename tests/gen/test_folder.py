@@ -1,4 +1,4 @@
-"""gen.folder and gen.store: what is in a folder of results stays what it is, whoever else writes."""
+"""gen.folder and gen.store: the results in a folder do not change, whatever other runs write."""
 
 import json
 

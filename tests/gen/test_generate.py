@@ -1,4 +1,4 @@
-"""`python -m gen.generate` as users run it, against servers that fail, and killed, stopped and short of disk itself."""
+"""`python -m gen.generate` as users run it: servers fail, and the run is killed, stopped, and has no disk space."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def rows(folder: Path) -> list[dict]:
 
 
 def expected(n: int = 2, count: int = 100) -> list[list[str]]:
-    """What the server says to every prompt, in order."""
+    """The server's answers to all prompts, in order."""
     asked = [
         [{"messages": [{"role": "user", "content": f"Say {i}."}], "seed": 1_000_003 + i * n + j} for j in range(n)]
         for i in range(count)
@@ -64,7 +64,7 @@ def test_nothing_is_lost_or_repeated_by_a_server_that_misbehaves(server, data, t
     code, log = generate(server.url, data, tmp_path / "out", timeout=2, retries=8)
     assert code == 0, log
     assert [row["generation"] for row in rows(tmp_path / "out")] == expected()
-    assert server.answered == 200 and len(server.requests) > 220  # no sample is asked again for its sibling's sake
+    assert server.answered == 200 and len(server.requests) > 220  # samples are retried one by one
     assert {(r["temperature"], r["max_tokens"], "top_p" in r, "n" in r) for r in server.requests} == {
         (0.7, 8192, False, False)
     }
@@ -116,7 +116,7 @@ def test_stopped_it_keeps_what_is_in_flight_and_asks_nothing_twice(server, data,
         time.sleep(0.02)
     os.kill(process.pid, number)
     assert launch.wait([process]) == 130, log.read_text()
-    assert "stopping when what is in flight is answered" in log.read_text()
+    assert "stopping after the requests in flight" in log.read_text()
     assert 23 <= len(rows(folder)) == server.answered == len(server.requests) < 40
     assert generate(server.url, data, folder, **more)[0] == 0
     assert len(server.requests) == 100 and [row["generation"] for row in rows(folder)] == expected(1)
@@ -125,7 +125,7 @@ def test_stopped_it_keeps_what_is_in_flight_and_asks_nothing_twice(server, data,
 def test_no_server_any_more_keeps_what_is_done(server, data, tmp_path):
     server.behave = lambda number, request: "ok" if number <= 60 else 503
     code, log = generate(server.url, data, tmp_path / "out", timeout=1, max_concurrent=4)
-    assert code == 1 and "answers 503" in log and "goes on from there" in log and "Traceback" not in log, log
+    assert code == 1 and "answers 503" in log and "same command to resume" in log and "Traceback" not in log, log
     done = len(rows(tmp_path / "out"))
     assert 24 <= done <= 30
     server.behave, before = lambda number, request: "ok", server.answered
@@ -137,7 +137,7 @@ def test_no_server_any_more_keeps_what_is_done(server, data, tmp_path):
 def test_a_dead_engine_behind_a_living_front_costs_few_prompts(server, data, tmp_path):
     server.behave = lambda number, request: "ok" if number <= 60 else 500
     code, log = generate(server.url, data, tmp_path / "out", timeout=3, max_concurrent=4)
-    assert code == 1 and "answers 500" in log and "goes on from there" in log and "Traceback" not in log, log
+    assert code == 1 and "answers 500" in log and "same command to resume" in log and "Traceback" not in log, log
     failed = [json.loads(line) for line in (tmp_path / "out" / "failed.jsonl").read_text().splitlines()]
     assert 1 <= len(failed) < 20 and len(server.requests) < 90
     server.behave = lambda number, request: "ok"
@@ -191,7 +191,7 @@ def test_a_full_disk_stops_it_cleanly(server, data, tmp_path):
 
 def test_bad_input_is_one_sentence(server, data, tmp_path, capsys):
     cases = {
-        "serves served, other; give --model": {"model": "gone"},
+        "set --model to what it serves (served, other)": {"model": "gone"},
         "cannot be reached": {"vllm_server_url": "http://127.0.0.1:9/v1"},
         "'topic', but the data has prompt, n, why": {"prompt_template": "{{ instruction }} on {{ topic }}"},
         "--prompt-column names a column 'problem', but the data has prompt, n, why": {"prompt_column": "problem"},
@@ -201,7 +201,7 @@ def test_bad_input_is_one_sentence(server, data, tmp_path, capsys):
         "set OPENAI_API_KEY instead": {"vllm_server_url": "http://me:secret@host/v1"},
         "--vllm-server-url is empty": {"vllm_server_url": ","},
         "its address may lack /v1": {"vllm_server_url": server.url.removesuffix("/v1")},
-        "holds int64: choose a column of texts": {"prompt_column": "n"},
+        "has type int64: choose a text column": {"prompt_column": "n"},
         "no data file": {"hf_dataset": tmp_path / "absent.jsonl"},
     }
     server.models = ("served", "other")
@@ -214,7 +214,7 @@ def test_bad_input_is_one_sentence(server, data, tmp_path, capsys):
     settings = tmp_path / "out" / "settings.json"
     before = json.loads(settings.read_text())
     del before["format"]
-    settings.write_text(json.dumps(before))  # of a version whose files were different
+    settings.write_text(json.dumps(before))  # as if written by a version with other files
     says = launch.refusal(main, options(server.url, data, tmp_path / "out", limit=8), capsys)
     assert "format (None, now 2)" in says
 
@@ -231,7 +231,7 @@ def test_what_may_differ_in_a_restart(server, data, tmp_path):
 
 
 def test_rows_that_change_where_the_prompt_does_not(server, tmp_path):
-    """One row of many is other data, and refused; and what a template may name."""
+    """If one row of many changes, the data are refused. It also tests the names that a template may use."""
     lines = [{"prompt": f"Say {i}.", "range": "x", "hint": None if i % 2 else "!", "old": i} for i in range(1500)]
     file = tmp_path / "rows.jsonl"
     more = {"num_generations": 1, "input_batch_size": 500, "prompt_template": "{{ range }}{{ hint }} {{ instruction }}"}
@@ -241,7 +241,7 @@ def test_rows_that_change_where_the_prompt_does_not(server, tmp_path):
         found, log = generate(server.url, file, tmp_path / "out", **more)
         assert found == code and (code == 0 or "holds results of other settings: rows" in log), log
         assert rows(tmp_path / "out")[1]["old"] == 1 and len(rows(tmp_path / "out")) == 1500
-    assert len(server.requests) == 1500  # nothing is asked again
+    assert len(server.requests) == 1500  # no request is repeated
     assert [r["messages"][0]["content"] for r in server.requests[:2]] == ["x! Say 0.", "x Say 1."]
 
 
@@ -280,7 +280,7 @@ def test_an_engine_in_process_needs_no_server(tiny_model, data, tmp_path):
     }
     file = tmp_path / "some.jsonl"
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("Say 1.", "Say 2. " * 60)))
-    for _ in range(2):  # nothing is left that fits, which is no reason to refuse what is there
+    for _ in range(2):  # no missing prompt fits, but the finished ones must not be refused
         code, log = generate("http://127.0.0.1:9/v1", file, tmp_path / "some", **(more | {"limit": 2}))
         assert code == 0 and "failed prompts          1" in log and len(rows(tmp_path / "some")) == 1, log
     code, log = generate("http://127.0.0.1:9/v1", data, tmp_path / "long", **(more | {"max_new_tokens": 250}))
@@ -307,7 +307,7 @@ def test_the_pipeline_has_the_face_of_distilabels(server, data, tmp_path, monkey
     assert "seed" not in server.requests[0] and len(server.requests) == 60
     for _ in range(2):
         assert pipeline.run(dataset=given)["default"]["train"].to_list() == train.to_list()
-    assert len(server.requests) == 120  # the second with the cache asks nothing
+    assert len(server.requests) == 120  # the second run with the cache sends no request
     pushed = []
     monkeypatch.setattr("datasets.DatasetDict.push_to_hub", lambda self, *a, **k: pushed.append((list(self), a, k)))
     result.push_to_hub("me/mine", private=True)

@@ -1,4 +1,4 @@
-"""`gen.generate` for long: a real server, 100,000 prompts, a stall of a minute, a Ray cluster."""
+"""Long tests of `gen.generate`: a real server, 100,000 prompts, a stall of one minute, a Ray cluster."""
 
 import importlib.util
 import json
@@ -58,7 +58,7 @@ def test_two_workers_of_ray_give_the_same_rows(data, tmp_path):  # noqa: F811
     importlib.util.find_spec("vllm") is None or torch.cuda.is_available(), reason="needs vLLM's CPU build"
 )
 def test_a_real_server_killed_twice(smollm2, shared, tmp_path):
-    """200 GSM8K prompts x 2, killed -9 twice: exactly 400 generations, equal to those of an unbroken run."""
+    """Two runs over 200 GSM8K prompts x 2 are killed with SIGKILL: the 400 generations equal an uninterrupted run's."""
     with vllm_serve(smollm2, tmp_path, max_model_len=512) as url:
         kill_twice(url, str(smollm2), shared, tmp_path)
 

@@ -1,4 +1,4 @@
-"""Text from an engine and from servers by one interface."""
+"""Text from an engine and from servers through one interface."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def test_an_engine_and_a_server_are_asked_alike(tiny_model, server):
         assert all(answer.finish_reason in ("stop", "length") for group in groups for answer in group)
         assert "Say 2." in sampler.decode(prompts[1])
         sampler.close()
-    assert [len(answer.token_ids) for group in groups for answer in group] == [0] * 4  # a server does not say
+    assert [len(answer.token_ids) for group in groups for answer in group] == [0] * 4  # a server does not report them
     assert {request["seed"] for request in server.requests} == {3 * 1_000_003 + i for i in range(4)}
 
 

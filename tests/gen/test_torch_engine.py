@@ -1,4 +1,4 @@
-"""The torch engine against the plain forward pass, and its promises on randomness, stopping and weights."""
+"""The torch engine compared with the plain forward pass, and its guarantees on randomness, stopping and weights."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_a_sample_does_not_depend_on_its_batch(engine):
         ids = [completion.token_ids for completion in group]
         assert ids == [completion.token_ids for completion in shuffled[order.index(p)]]
         assert ids == [completion.token_ids for completion in in_parts[p]]
-        for i in range(3):  # sample i is the first sample of the seed i further
+        for i in range(3):  # sample i equals the first sample with seed + i
             [[alone]] = sample(engine, [PROMPTS[p]], [SEEDS[p] + i], n=1)
             assert ids[i] == alone.token_ids
 
@@ -114,7 +114,7 @@ def test_the_sampled_distribution_is_the_models():
     possible = probs > 0
     expected = 20000 * probs[possible].double()
     chi_square = ((counts[possible] - expected) ** 2 / expected).sum()
-    assert chi_square < 18.5  # 4 degrees of freedom: 0.1 % of honest samplers exceed it
+    assert chi_square < 18.5  # 4 degrees of freedom: a correct sampler exceeds it with probability 0.1 %
 
 
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(engine):
@@ -153,7 +153,7 @@ def test_bad_requests_name_the_remedy(engine, options, message):
 
 
 def test_the_end_of_the_context_ends_a_completion(engine):
-    """That of its own prompt, and no other's."""
+    """Only the context of its own prompt counts, not that of another."""
     prompts = [[9] * 120, PROMPTS[0]]
     found = sample(engine, prompts, SEEDS[:2], max_tokens=20, stop_ids=())
     assert [[(len(c.token_ids), c.finish_reason) for c in group] for group in found] == [

@@ -1,4 +1,4 @@
-"""Real vLLM on the CPU, in processes of their own (tests/gen/vllm_checks.py holds the assertions)."""
+"""Real vLLM on the CPU, in separate processes (the assertions are in tests/gen/vllm_checks.py)."""
 
 import importlib.util
 import subprocess

@@ -1,4 +1,4 @@
-"""Every fault that a weight sync can have must stop the run: faults are injected between the trainer and the engine."""
+"""Every fault of a weight sync must stop the run: the tests inject faults between the trainer and the engine."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ def engine(tied_llama):
 
 @pytest.fixture
 def policy(tied_llama):
-    """A model with the engine's shape and other weights, as after a step."""
+    """A model with the engine's shape and other weights, like after a step."""
     model = TorchEngine(tied_llama, max_model_len=64).model
     with torch.no_grad():
         for parameter in model.parameters():
@@ -65,7 +65,7 @@ def test_a_skipped_sync_fails_twice(engine, policy, monkeypatch):
     with pytest.raises(RuntimeError, match="weights version -1"):
         probed(engine, scorer(policy))
     monkeypatch.setattr(engine, "load_weights", lambda weights, version: Loaded(dict(weights), {}))
-    with pytest.raises(RuntimeError, match="still says version -1"):
+    with pytest.raises(RuntimeError, match="version is still -1"):
         sync_weights(engine, policy.named_parameters(), names(policy), 1)
 
 
@@ -106,7 +106,7 @@ def test_a_dropped_tensor_on_the_way_in(engine, policy, monkeypatch):
 
 
 class Forgetful:
-    """An engine, as vLLM's loader is, that does not mind what it is not given."""
+    """An engine that, like vLLM's loader, ignores missing tensors."""
 
     version, synced = 0, None
 
@@ -148,7 +148,7 @@ def changed(policy):
 
 
 def leave_one(engine):
-    """The loader says that it wrote this one."""
+    """One parameter keeps its old value, although the loader reports that it wrote it."""
     name = "model.layers.0.mlp.up_proj.weight"
     load, old = engine.load_weights, engine.model.get_parameter(name).clone()
 
@@ -161,14 +161,14 @@ def leave_one(engine):
 
 
 def exchange_layers(engine):
-    """The loader is given the right tensors and puts those of two layers into each other's place."""
+    """The loader gets the right tensors but swaps those of two layers."""
     load = faults.TorchEngine.load_weights
     engine.load_weights = lambda weights, version: faults.with_layers_exchanged(load, engine, weights, version)
 
 
 @pytest.mark.parametrize(("fault", "names_it"), [(leave_one, "1 .*up_proj"), (exchange_layers, "14 .*layers.0")])
 def test_what_the_engine_holds_is_read_back(engine, policy, fault, names_it):
-    """Both pass what is asked of the loader. (The norms of the two layers are equal.)"""
+    """Both faults pass the checks of the loader. (The norms of the two layers are equal.)"""
     sync_weights(engine, policy.named_parameters(), names(policy), 1)
     fault(engine)
     with pytest.raises(RuntimeError, match=names_it.replace(" ", " parameters of the engine are not what was sent")):
@@ -176,7 +176,7 @@ def test_what_the_engine_holds_is_read_back(engine, policy, fault, names_it):
 
 
 def test_a_parameter_that_nothing_writes(engine, policy):
-    """The head of an engine that is not tied to the embedding, as the policy's is."""
+    """The engine's head is not tied to the embedding, unlike the policy's."""
     faults.untie(engine)
     with pytest.raises(RuntimeError, match="nothing was written to 1 of the engine's parameters.*'lm_head.weight'"):
         sync_weights(engine, policy.named_parameters(), names(policy), 1)
@@ -184,7 +184,7 @@ def test_a_parameter_that_nothing_writes(engine, policy):
 
 
 def test_buffers_and_parameters_of_another_dtype(tied_llama):
-    """What a checkpoint holds beside parameters is sent too; what the engine keeps in float32 is no other weight."""
+    """Persistent buffers are sent, too. A parameter that the engine keeps in float32 is not reported as different."""
     engine = TorchEngine(tied_llama, dtype=torch.bfloat16, max_model_len=64)
     engine.model.model.norm.float()
     engine.model.model.register_buffer("bias", torch.zeros(3))
@@ -198,7 +198,7 @@ def test_buffers_and_parameters_of_another_dtype(tied_llama):
 
 
 def synced(sent, held):
-    """Of numbers in place of checksums; None: it cannot be read back."""
+    """A `Synced` with numbers in place of checksums; None: the parameter cannot be read back."""
     return {name: ("", value) for name, value in sent.items()}, Loaded(
         held, {name: None if value is None else ("", value) for name, value in held.items()}
     )
@@ -215,8 +215,8 @@ NEW = {name: value + 10 for name, value in PARTS.items()}
         (NEW, {"l.attn.qkv_proj.weight": 50, "l.attn.o_proj.weight": 13}, {"l.attn.qkv_proj.weight"}),
         (NEW, {"l.attn.qkv_proj.weight": 51, "l.attn.o_proj.weight": 3}, {"l.attn.o_proj.weight"}),
         (NEW, {"l.attn.qkv_proj.weight": 51, "l.attn.o_proj.weight": 14}, {"l.attn.o_proj.weight"}),
-        (NEW, {"l.attn.qkv_proj.weight": None, "l.attn.o_proj.weight": 13}, set()),  # repacked: never counted
-        (PARTS, {"l.attn.qkv_proj.weight": 50, "l.attn.o_proj.weight": 3}, set()),  # nothing was to change
+        (NEW, {"l.attn.qkv_proj.weight": None, "l.attn.o_proj.weight": 13}, set()),  # repacked: never reported
+        (PARTS, {"l.attn.qkv_proj.weight": 50, "l.attn.o_proj.weight": 3}, set()),  # nothing had to change
         (NEW | {"l.attn.v_proj.weight": 2}, {"l.attn.qkv_proj.weight": 50, "l.attn.o_proj.weight": 13}, set()),
     ],
 )
@@ -227,7 +227,7 @@ def test_parameters_follow_what_they_are_made_of(sent, held, stale):
 
 
 def test_a_parameter_held_in_another_form_must_change():
-    """Transposed, say, so that its checksum was never that of what was sent."""
+    """For example, it is transposed, so that its checksum never equals that of the sent tensor."""
     before = synced({"h.c_attn.weight": 1}, {"h.c_attn.weight": 7})
     new = {"h.c_attn.weight": 2}
     for held, found in ((7, {"h.c_attn.weight"}), (8, set())):
@@ -256,7 +256,7 @@ def test_engines_of_all_ranks_hold_the_same(tied_llama, differs):
 
 
 def test_the_probe_sees_two_layers_that_changed_places(engine, policy):
-    """Where nothing can be read back, and the loader did all it was asked for, it is all there is."""
+    """If no parameter can be read back and the loader reports success, only the probe can find the fault."""
     sync_weights(engine, policy.named_parameters(), names(policy), 1)
     layers = engine.model.model.layers
     layers[0], layers[1] = layers[1], layers[0]
@@ -269,7 +269,7 @@ def test_the_probe_sees_two_layers_that_changed_places(engine, policy):
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", [5, 13, 25])
 def test_the_probe_sees_swapped_layers_of_a_real_model(smollm2, layer):
-    """The three pairs that differ least, with the prompt and the limit of a run's defaults."""
+    """It swaps the three pairs of layers that differ least, with a run's default prompt and limit."""
     policy = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     engine = TorchEngine(str(smollm2), max_model_len=128)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)

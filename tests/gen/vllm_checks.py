@@ -1,9 +1,9 @@
-"""What tests/gen/test_vllm_engine.py runs in processes of its own: vLLM changes too much of the process it lives in.
+"""Checks that tests/gen/test_vllm_engine.py runs in separate processes, since vLLM changes its process too much.
 
-python vllm_checks.py single MODEL_FOLDER ...      one process, an engine on each folder in turn
+python vllm_checks.py single MODEL_FOLDER ...      one process, one engine per folder, one after the other
 python vllm_checks.py bfloat16 MODEL_FOLDER        float32 logits of a bfloat16 model
 python vllm_checks.py sleep MODEL_FOLDER           on a GPU, where vLLM can sleep
-torchrun ... vllm_checks.py ranks TP MODEL_FOLDER  one engine a rank, TP ranks to a copy of the model
+torchrun ... vllm_checks.py ranks TP MODEL_FOLDER  one engine per rank, TP ranks per copy of the model
 """
 
 import os
@@ -19,7 +19,7 @@ from gen.engine.base import Engine, EngineConfig, Sampling, kv_cache_bytes, make
 from gen.engine.weight_sync import probe, sync_weights
 
 STOP = frozenset(range(20, 28))
-LONG = [(7 * i) % 150 + 4 for i in range(70)]  # more than two blocks of the prefix cache
+LONG = [(7 * i) % 150 + 4 for i in range(70)]  # longer than two blocks of the prefix cache
 PROMPTS = [[5, 9, 17], LONG, [7], [100, 3, 99, 12]]
 SEEDS = [11, 222, 3333, 44444]
 
@@ -39,7 +39,7 @@ def ids(groups) -> list:
 
 
 def worst_difference(model, groups, prompts=PROMPTS, temperature=0.8) -> float:
-    """Largest |engine - full forward| over all log-probs."""
+    """The largest |engine - full forward| over all log-probs."""
     worst = 0.0
     for prompt, group in zip(prompts, groups, strict=True):
         for completion in group:
@@ -53,7 +53,7 @@ def worst_difference(model, groups, prompts=PROMPTS, temperature=0.8) -> float:
 
 
 def check_top_p(model, engine: Engine, top_p: float = 0.7) -> None:
-    """Log-probs are those among the kept tokens, and history does not show: the same call gives the same."""
+    """Log-probs are renormalised over the kept tokens, and the same call gives the same result after other calls."""
     groups = sample(engine, top_p=top_p)
     for prompt, group in zip(PROMPTS, groups, strict=True):
         for completion in group:
@@ -90,7 +90,7 @@ def expect_value_error(fragment: str, call) -> None:
 
 
 def expect_refused_syncs(engine: Engine, model) -> None:
-    """A tensor lost, and two exchanged, between what is sent and what the loader gets: neither passes as a sync."""
+    """A tensor that is lost, or two that are swapped, on the way to the loader: the sync must refuse both."""
     load, (a, b) = engine.load_weights, (f"model.layers.{i}.input_layernorm.weight" for i in (0, 1))
 
     def lose_one(weights, version):
@@ -116,8 +116,8 @@ def expect_refused_syncs(engine: Engine, model) -> None:
 
 
 def expect_faults_inside_the_loader(engine: Engine, model) -> None:
-    """What vLLM's loader was given is right: one parameter that it leaves out, and two layers that it exchanges. Of
-    the layers only what cannot be read back on the CPU: there it is the probe that finds them."""
+    """vLLM's loader gets the right tensors, but leaves out one parameter, or swaps two layers. It swaps only parameters
+    that cannot be read back on the CPU, where the probe must find the fault."""
     [worker] = engine.llm.collective_rpc(lambda worker: worker)  # type: ignore[attr-defined]
     vllm_model = worker.get_model()
     load = type(vllm_model).load_weights
@@ -162,7 +162,7 @@ def expect_faults_inside_the_loader(engine: Engine, model) -> None:
 
 
 def expect_another_vllm_refused() -> None:
-    """In one sentence that names what is missing."""
+    """The refusal is one sentence that names what is missing."""
     for gone in ("vllm.gone:it", "vllm.inputs:gone", "vllm:LLM.gone"):
         with patch.object(vllm_internals, "NEEDED", [gone]):
             expect_value_error(f"lacks {gone}: install another version", lambda: vllm_internals.check(()))
@@ -200,9 +200,9 @@ def check_single(folder: str) -> None:
         with torch.no_grad():
             logits = model(torch.tensor([prompt + greedy.token_ids])).logits[0, len(prompt) - 1 : -1]
         assert greedy.token_ids == logits.argmax(-1).tolist()
-    many = [[(i * j) % 150 + 4 for j in range(100)] for i in range(60)]  # more prompt tokens than one batch holds
+    many = [[(i * j) % 150 + 4 for j in range(100)] for i in range(60)]  # more prompt tokens than fit into one batch
     assert worst_difference(model, sample(engine, many, list(range(60)), n=1), many) < 1e-3
-    cut = sample(engine, max_tokens=80, stop_ids=())  # the context of the long prompt's ends first
+    cut = sample(engine, max_tokens=80, stop_ids=())  # the context of the long prompt ends first
     assert [{len(c.token_ids) for c in group} for group in cut] == [{80}, {128 - len(LONG)}, {80}, {80}]
     assert {c.finish_reason for c in cut[1]} == {"length"}
     expect_value_error("max_model_len", lambda: sample(engine, [[5] * 128], [1]))
@@ -212,7 +212,7 @@ def check_single(folder: str) -> None:
     check_top_p(model, engine)
     for version in (1, 2):
         perturb(model, version)
-        assert worst_difference(model, sample(engine)) > 0.1  # stale
+        assert worst_difference(model, sample(engine)) > 0.1  # the weights are stale
         sync_weights(engine, model.named_parameters(), names(model), version)
         assert engine.version == version
         assert worst_difference(model, sample(engine)) < 1e-3
@@ -237,8 +237,8 @@ def expect_asleep(engine: Engine) -> None:
 
 
 def check_crowded(folder: str) -> None:
-    """A step scheduled ahead, as on a GPU, and few blocks: sequences that are preempted, and calls after one that
-    failed, lose and repeat nothing."""
+    """With steps scheduled ahead, as on a GPU, and few blocks, sequences are preempted. Neither this nor a failed call
+    before may lose or repeat tokens."""
     from vllm.platforms.cpu import CpuPlatform
 
     settle = CpuPlatform.check_and_update_config
@@ -266,7 +266,7 @@ def check_crowded(folder: str) -> None:
 
 
 def check_bfloat16(folder: str) -> None:
-    """The head's logits are float32, as the trainer's are: half of what else would differ."""
+    """The head's logits are float32, like the trainer's; otherwise the difference would be twice as large."""
     body = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     engine = start(folder, dtype="bfloat16", max_batch=64)
 
@@ -289,7 +289,7 @@ def check_bfloat16(folder: str) -> None:
 
 
 def check_sleep(folder: str) -> None:
-    """On a GPU: weights and cache are given back, and what is sampled after is of the weights that came then."""
+    """On a GPU: `sleep` frees weights and cache, and later samples use the weights that are loaded then."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     engine = start(
         folder, dtype="float32", max_batch=64, enforce_eager=True, gpu_memory_utilization=0.2, sleep_mode=True
@@ -311,12 +311,12 @@ def check_ranks(tensor_parallel_size: int, folder: str) -> None:
     rank = dist.get_rank()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     engine = start(folder, dtype="float32", max_batch=64, tensor_parallel_size=tensor_parallel_size)
-    mine = slice(0, 3) if rank == 0 else slice(3, 4)  # ranks need not have equally many prompts
+    mine = slice(0, 3) if rank == 0 else slice(3, 4)  # ranks may have different numbers of prompts
     perturb(model, 1)
     sync_weights(engine, model.named_parameters(), names(model), 1)
     groups = sample(engine, PROMPTS[mine], SEEDS[mine])
     assert worst_difference(model, groups, PROMPTS[mine]) < 1e-3
-    for version in (2, 3):  # a change that lies in one rank's share of a tensor, in both forms of a share
+    for version in (2, 3):  # a change in only one rank's share of a tensor, for both kinds of shares
         with torch.no_grad():
             model.model.embed_tokens.weight[:8] *= 1.5
         sync_weights(engine, model.named_parameters(), names(model), version)
@@ -325,10 +325,10 @@ def check_ranks(tensor_parallel_size: int, folder: str) -> None:
     everyone: list = [None, None]
     dist.all_gather_object(everyone, ids(groups))
     whole = everyone[0] + everyone[1]
-    assert ids(sample(engine)) == whole  # the same completions wherever a prompt is sampled
+    assert ids(sample(engine)) == whole  # the same completions on whichever rank a prompt is sampled
     engine.close()
     total = torch.ones(1)
-    dist.all_reduce(total)  # the trainer's process group outlives the engine
+    dist.all_reduce(total)  # the trainer's process group still works after the engine has closed
     assert total.item() == dist.get_world_size()
     dist.destroy_process_group()
 

@@ -42,7 +42,7 @@ def test_policy_is_what_is_sampled_and_reference_what_it_was(tiny_model, problem
 
 
 def reference_and_base(model: str, bf16: bool) -> list[float]:
-    """Greatest differences of log-probs: reference and the base model, policy and the base model; per rank."""
+    """On each rank, the largest log-prob differences of the reference and of the policy to the base model."""
     from sft_core.data.packing import pack_sequences
     from sft_core.model.adapters import without_adapters
     from sft_core.model.parallel import Sharding, freeze, make_mesh, shard
@@ -63,7 +63,7 @@ def reference_and_base(model: str, bf16: bool) -> list[float]:
     batch = pack_sequences([ids], [[True] * len(ids)], device)
     reference = without_adapters(policy)
     found = []
-    for _ in range(2):  # between a policy's forward and its backward, as in training
+    for _ in range(2):  # between the policy's forward and backward, as in training
         logps = policy(batch)[0]
         with torch.no_grad():
             expected = base(batch)[0]

@@ -1,4 +1,4 @@
-"""grpo_core.advantage: hand-computed groups, and the properties that must hold for any rewards."""
+"""grpo_core.advantage: groups computed by hand, and properties that must hold for all rewards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def flat(groups):
 
 def test_by_hand():
     rewards, ids = [1.0, 0.0, 0.0, 1.0, 3.0, 2.0], [0, 0, 0, 7, 7, 7]
-    std = math.sqrt(1 / 3)  # of 1, 0, 0 with Bessel's correction; of 1, 3, 2 it is 1
+    std = math.sqrt(1 / 3)  # the std of 1, 0, 0 with Bessel's correction; that of 1, 3, 2 is 1
     group = group_advantages(rewards, ids)
     assert group.dtype == torch.float64
     assert group.tolist() == pytest.approx(
@@ -42,9 +42,9 @@ def test_by_hand():
 
 def test_unscored_rows_are_left_out_and_get_zero():
     advantages = group_advantages([NAN, 1.0, 0.0, NAN, 5.0, NAN], [0, 0, 0, 1, 1, 1], "none")
-    assert advantages.tolist() == [0, 0.5, -0.5, 0, 0, 0]  # in group 1 one row is scored: nothing to compare it with
+    assert advantages.tolist() == [0, 0.5, -0.5, 0, 0, 0]  # group 1 has only one scored row
     batch = group_advantages([NAN, 1.0, 0.0, NAN, 5.0, NAN], [0, 0, 0, 1, 1, 1], "batch")
-    assert batch[1].item() == pytest.approx(0.5 / (np.std([1, 0, 5], ddof=1) + 1e-4))  # it does count in the scale
+    assert batch[1].item() == pytest.approx(0.5 / (np.std([1, 0, 5], ddof=1) + 1e-4))  # but it counts for the scale
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -68,8 +68,8 @@ def test_properties(groups, scale):
         if len(set(scored)) <= 1:
             assert not own.any()
             continue
-        assert abs(own.sum()) < 1e-6  # nothing is gained on average
-        for a, r in zip(own, group, strict=True):  # better than the mean is positive
+        assert abs(own.sum()) < 1e-6  # the mean is zero
+        for a, r in zip(own, group, strict=True):  # rewards above the mean get a positive advantage
             if not math.isnan(r) and abs(r - np.mean(scored)) > 1e-9:
                 assert (a > 0) == (r > np.mean(scored))
 
@@ -127,7 +127,7 @@ DECOUPLED = st.lists(st.lists(st.tuples(REWARD, REWARD, REWARD), min_size=2, max
 @settings(max_examples=60, deadline=None)
 @given(DECOUPLED)
 def test_decoupled_equals_the_formula(groups):
-    """GDPO in NumPy: each function's values within the group, their weighted sum, and that over all rows."""
+    """GDPO in NumPy: normalise each function's values per group, sum them with weights, normalise over all rows."""
     weights, rows, ids = [1.0, 2.0, -0.5], *flat(groups)
     sums = []
     for group in groups:
@@ -149,8 +149,8 @@ def test_decoupled_equals_the_formula(groups):
 
 
 def test_decoupled_sees_what_the_sum_hides():
-    """Rewards 10 + 0 and 9 + 1 are equal in sum; compared apart the rare one counts as much as the common one. A sample
-    whose check failed (its reward is NaN) takes no part, whatever its other values are."""
+    """The sums 10 + 0 and 9 + 1 are equal; compared separately, the rare reward counts as much as the common one. A
+    sample whose check failed (its reward is NaN) is excluded, whatever its other values are."""
     config = GRPOConfig("out", multi_objective_aggregation="normalize_then_sum", reward_weights=[1.0, 3.0])
     rewards = [[10.0, 0.0], [9.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.0, 5.0]]
     samples = [Sample(i // 2, [], [], [], "stop", 0, sum(row), row) for i, row in enumerate(rewards)]
@@ -164,7 +164,7 @@ def test_decoupled_sees_what_the_sum_hides():
 
 
 def test_decoupled_leaves_groups_without_spread_at_exactly_zero():
-    """Beside others whose sums add up to 0 in numbers and not in float64."""
+    """The other groups have sums that add up to 0 exactly, but not in float64."""
     rng = np.random.default_rng(0)
     values = rng.random((40, 2))
     values[:20] = 0.1

@@ -1,4 +1,4 @@
-"""The audit says what a recipe would give training, before training: figures, disagreements, exploits, exit codes."""
+"""The audit reports before training what a recipe gives: metrics, disagreements, exploits, exit codes."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def options(tiny_model, problems, **more):
 
 
 def outcome(capsys, *arguments, **more) -> tuple[int, str]:
-    """Exit code and output of an audit without samples, in this process."""
+    """Run an audit without samples in this process; return its exit code and its output."""
     code = 0
     try:
         audit.main(options(*arguments, audit_samples=False, **more))
@@ -44,7 +44,7 @@ def data(folder, golds):
 
 
 def column(output: str, reward: str) -> dict[str, str]:
-    """Probe -> what the table shows for `reward`."""
+    """{probe: its cell in the table's column `reward`}."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines()]
     (start,) = [i for i, cells in enumerate(lines) if cells[0] == "probe"]
     return {cells[0]: cells[lines[start].index(reward)] for cells in lines[start + 2 : start + 10]}
@@ -146,7 +146,7 @@ def test_bad_input_is_one_sentence(tiny_model, problems, capsys, change, says):
 
 
 def test_a_row_that_is_no_prompt_is_named_by_its_number_in_the_data(tiny_model, tmp_path, capsys):
-    """Not by its place among those that are looked at."""
+    """It is not named by its position among the rows that the audit reads."""
     rows = [{"prompt": "" if i == 4 else "How many?", "solution": "3"} for i in range(6)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, said = outcome(capsys, tiny_model, tmp_path / "data.jsonl")

@@ -1,4 +1,4 @@
-"""Samples shared out among the ranks by what they cost, and what they are on arrival."""
+"""Samples are distributed over the ranks by their cost, and arrive unchanged."""
 
 import random
 
@@ -13,7 +13,7 @@ RANKS, BUDGET, PROMPT, QUADRATIC = 8, 16384, 180, 1e-5
 
 
 def lengths_of(groups: int, same: bool, seed: int) -> list[list[int]]:
-    """Of groups of 8 completions, lognormal with sigma 1; `same`: all of a group are as long."""
+    """Lengths of groups of 8 completions, lognormal with sigma 1; `same`: a group's completions are equally long."""
     rng = random.Random(seed)
     draws = [[rng.lognormvariate(5.3, 1) for _ in range(8)] for _ in range(groups)]
     return [[1 + min(4095, int(draw[0] if same else each)) for each in draw] for draw in draws]
@@ -25,7 +25,7 @@ def cost(part: list[Place]) -> float:
 
 
 def slowest_over_mean(shares: list[list[list[list[Place]]]]) -> float:
-    """Of ranks that go through their micro-batches in step."""
+    """Time of the slowest rank over the mean, for ranks that do their micro-batches in lockstep."""
     costs = [[sum(map(cost, parts)) for parts in share] for share in shares]
     steps = range(max(map(len, costs)))
     return sum(max(own[k] if k < len(own) else 0 for own in costs) for k in steps) / (sum(map(sum, costs)) / RANKS)
@@ -33,8 +33,8 @@ def slowest_over_mean(shares: list[list[list[list[Place]]]]) -> float:
 
 @pytest.mark.parametrize(("groups", "same", "bound"), [(64, False, 1.1), (64, True, 1.1), (8, False, 1.6)])
 def test_ranks_have_as_much_to_do(groups, same, bound):
-    """The worst of 20 draws; before: each rank trains on what it sampled. Of one group on each rank, one completion may
-    be longer than a rank's share."""
+    """The worst of 20 draws, compared with ranks that train on their own samples. With one group per rank, a completion
+    may be longer than a rank's share."""
     before, after = [], []
     for seed in range(20):
         lengths = lengths_of(groups, same, seed)
@@ -55,7 +55,7 @@ def test_ranks_have_as_much_to_do(groups, same, bound):
 
 
 def exchanged(samples: list[Sample]) -> list[list[Sample]]:
-    """The samples of this rank's micro-batches. The first rank has sampled all but one group, the last none."""
+    """The samples in this rank's micro-batches. The first rank sampled all but one group, the last rank none."""
     from grpo_core.batch import make_micro_batches
     from sft_core.run import distributed
 
@@ -67,7 +67,7 @@ def exchanged(samples: list[Sample]) -> list[list[Sample]]:
 
 
 def test_a_sample_arrives_as_it_was_sampled():
-    """With all its fields, once; on a rank that sampled nothing too."""
+    """It arrives once, with all its fields, also on a rank that sampled nothing."""
     rng = random.Random(0)
     samples = [
         Sample(group, [group] * 9, [5] * n, [rng.random()] * n, "stop", 3, 0.5, [0.5], rng.random(), i, [-1.0] * n)
@@ -86,7 +86,7 @@ def test_nothing_to_train_on():
 
 
 def test_what_is_shared_out_does_not_depend_on_who_sampled_it():
-    """Else a run that resumes would pack otherwise."""
+    """Otherwise a resumed run would pack differently."""
     places = [Place(g, i, 0, i, 50, 1 + 37 * (g * 8 + i) % 101) for g in range(6) for i in range(8)]
     others = [Place(p.group, p.index, p.group % 2, p.position, p.prompt, p.completion) for p in places]
     found = [

@@ -1,4 +1,4 @@
-"""Packing of rollouts: what is scored, and that nothing else is."""
+"""Packing of rollouts: exactly the right tokens are scored."""
 
 import math
 
@@ -20,13 +20,13 @@ def rollout(group, prompt, answer, reason="stop", index=0):
 
 
 def test_the_sampled_stop_token_is_scored_and_no_prompt_token_is():
-    """Invariant 5: 2 is the stop token here; the completion that was cut has none."""
+    """Invariant 5: the stop token is 2 here; the completion that was cut off has none."""
     rollouts = [rollout(0, [5, 6, 2, 7], [8, 2]), rollout(1, [9, 2], [3, 4, 5], "length")]
     [batch] = make_micro_batches(rollouts, 100, CPU)
     sequences = batch.sequences
     scored = {s: sequences.targets[sequences.sequence_ids == s].tolist() for s in (0, 1)}
     assert sorted(scored.values()) == [[3, 4, 5], [8, 2]]
-    # Each target stands right after the position that predicts it, in the same sequence.
+    # Each target is right after the position that predicts it, in the same sequence.
     assert torch.equal(sequences.input_ids[0, sequences.rows + 1], sequences.targets)
     assert torch.equal(batch.sampler_logps, -sequences.targets.float())
     assert torch.equal(batch.advantages[sequences.sequence_ids][sequences.targets == 8], torch.tensor([0.0]))
@@ -53,7 +53,7 @@ def test_sequences_are_never_split_and_budgets_are_kept(budget):
 
 
 def test_old_and_reference_logps_survive_a_checkpoint():
-    """What one packing computed reaches the same tokens in another."""
+    """Log-probs that one packing computed belong to the same tokens in another."""
     rollouts = [rollout(i, [1, 1], list(range(3, 5 + i))) for i in range(6)]
     batches = make_micro_batches(rollouts, 8, CPU)
     for batch in batches:
@@ -65,7 +65,7 @@ def test_old_and_reference_logps_survive_a_checkpoint():
 
 
 def test_of_recorded_log_probs_no_rank_makes_a_pass():
-    """Each pass is a collective: after a resume a rank that idles, or has empty completions, makes none either."""
+    """Each pass is a collective, so after a resume even a rank that is idle or has empty completions makes none."""
     empty = rollout(0, [1], [])
     empty.old_logps, empty.ref_logps = [], []
     [batch] = make_micro_batches([empty], 100, CPU)
@@ -99,12 +99,12 @@ def test_the_largest_share_of_a_rollout():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, (2, 1)),  # 8 a device on two ranks
+        ({}, (2, 1)),  # 8 per device on two ranks
         ({"gradient_accumulation_steps": 4}, (8, 1)),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 4}, (8, 1)),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 12}, (24, 3)),
         ({"gradient_accumulation_steps": 4, "generation_batch_size": 192}, (24, 3)),
-        ({"per_device_train_batch_size": 1, "steps_per_generation": 4}, (1, 4)),  # steps of less than a group
+        ({"per_device_train_batch_size": 1, "steps_per_generation": 4}, (1, 4)),  # steps smaller than a group
         ({"per_device_train_batch_size": 3, "steps_per_generation": 3}, (3, 3)),  # 18 completions, rounded up
         ({"prompts_per_step": 5, "steps_per_generation": 2}, (10, 2)),
         ({"prompts_per_step": 5, "generation_batch_size": 80}, (10, 2)),
@@ -115,7 +115,7 @@ def test_the_largest_share_of_a_rollout():
     ],
 )
 def test_prompts_and_optimizer_steps_of_a_rollout(options, expected):
-    """On two ranks, as TRL counts where it takes them: B x ranks x steps_per_generation completions a rollout."""
+    """On two ranks, counted like TRL if TRL accepts them: B x ranks x steps_per_generation completions per rollout."""
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
             GRPOConfig("unused", **options).mini_batches(2)

@@ -1,4 +1,4 @@
-"""The rewards that open-r1 has beside those of February 2025: the form of code, and repetition in Chinese."""
+"""The rewards that open-r1 has in addition to those of February 2025: the format of code, and repetition in Chinese."""
 
 import sys
 from importlib.machinery import ModuleSpec
@@ -13,7 +13,7 @@ CHINESE = ("今天天气很好", "今天 今天 今天 今天", "我们 我们 �
 
 
 def test_repetition_of_chinese_words(monkeypatch):
-    """Over the words that the splitter gives; the expected values are open-r1's for the same splitter."""
+    """Repetition is computed over the splitter's words; the expected values are open-r1's for the same splitter."""
     jieba = ModuleType("jieba")
     jieba.__spec__, jieba.cut = ModuleSpec("jieba", None), lambda text: iter(list(text.replace(" ", "")))
     monkeypatch.setitem(sys.modules, "jieba", jieba)
@@ -49,16 +49,16 @@ CODE = "```python\nprint(1)\n```"
         (f"<think>t</think><answer>{CODE}</answer>", "python", 0.0, 0.0),
         (CODE, "python", 0.0, 0.0),
         ("", "python", 0.0, 0.0),
-        # mended
+        # fixed here
         (in_form(CODE) + "\njunk", "python", 0.0, 1.0),
         (in_form(CODE) + "\n" + in_form("no"), "python", 0.0, 1.0),
         (in_form("```javascript\nx\n```"), "java", 0.0, 1.0),
     ],
 )
 def test_code_format(text, language, expected, theirs):
-    """`theirs`: what open-r1's gives."""
+    """`theirs`: the value of open-r1's function."""
     assert get_code_format_reward(language)(messages(text)) == [expected]
-    assert get_code_format_reward()(messages(text), language=[language]) == [expected]  # the row's own
+    assert get_code_format_reward()(messages(text), language=[language]) == [expected]  # the language of the row
     assert get_code_format_reward(language)(messages(text), language=[None]) == [expected]
     opened = text.removeprefix("<think>\n")
     if expected:

@@ -1,4 +1,4 @@
-"""Dynamic sampling: which groups have spread, which of them are used, and that a run of it resumes."""
+"""Dynamic sampling: which groups have spread, which of them are used, and that such a run resumes."""
 
 import math
 
@@ -11,11 +11,11 @@ from tests.grpo_core.test_train import TRAIN, options, weights
 from tests.launch import flags, metrics, run
 
 NAN = math.nan
-TENTH = 0.1  # its mean over three is not itself
+TENTH = 0.1  # in floating point, the mean of three of them is another number
 
 
 def a_batch(prompts, *rewards_of_rounds, **more):
-    """Rounds of groups with these rewards, all of one rank, and handed over in the order in which they are ready."""
+    """Rounds of groups with these rewards, all of one rank, passed in the order in which they are ready."""
     batch = rounds.Rounds(prompts, GRPOConfig("unused", dynamic_sampling=True, **more))
     for groups in rewards_of_rounds:
         assert batch.go_on and len(groups) == prompts
@@ -50,14 +50,14 @@ def one_rank(monkeypatch):
     ],
 )
 def test_spread_is_that_scored_rewards_are_not_exactly_equal(rewards, spread, scale_rewards):
-    """Of the whole group: the zeros of [1, 0, 0, 0] are no group of their own."""
+    """Spread is that of the whole group: the zeros of [1, 0, 0, 0] are not a separate group."""
     batch = a_batch(1, [rewards], scale_rewards=scale_rewards)
     assert [s.reward for s in batch.samples] == pytest.approx(rewards, nan_ok=True)
     assert batch.used == [0] * spread and batch.go_on != spread
 
 
 def test_each_reward_is_looked_at_where_each_is_compared():
-    """GDPO: [1, 0] and [0, 1] are equal in sum."""
+    """With GDPO, [1, 0] and [0, 1] have spread although their sums are equal."""
     for aggregation, used in (("sum_then_normalize", []), ("normalize_then_sum", [0])):
         config = GRPOConfig("unused", dynamic_sampling=True, multi_objective_aggregation=aggregation)
         config.reward_weights = [2.0, 1.0]
@@ -105,8 +105,8 @@ def test_what_makes_no_sense_is_refused(more, says):
 
 
 def test_a_run_resumes_from_within_a_rollout_and_does_not_depend_on_the_ranks(tiny_model, problems, tmp_path):
-    """A third of the groups have spread. Bit for bit on as many ranks; on one rank the same groups are used. In the end
-    no group has spread: the run says so, and keeps its last step."""
+    """A third of the groups have spread. The resumed run is bitwise equal on the same number of ranks, and uses the
+    same groups on one rank. At the end no group has spread: the run reports it and keeps its last step."""
     more = dict(dynamic_sampling="true", prompts_per_step=3, num_iterations=2, max_steps=6, beta=0)
     more |= dict(lr_scheduler_type="constant", reward_funcs=["tests.rewards_for_tests:digits_of_a_third"])
     argv = {name: options(tiny_model, problems, tmp_path / name, **more) for name in ("two", "again", "one")}

@@ -1,8 +1,8 @@
 """Invariant 12: ten float32 steps on recorded rollouts give the committed losses.
 
-Exactly, on the processor and build of torch that wrote them; elsewhere to 1e-4. Replayed rather than sampled, because
-a rounding that differs between two processors may change a sampled token, and then everything. A change that moves the
-numbers says why in its commit and replaces `golden/losses.json` by what this test prints.
+They are exact on the CPU and the build of torch that wrote them, and within 1e-4 elsewhere. The rollouts are replayed,
+since rounding differs between CPUs and may change a sampled token, and then everything after it. A commit that changes
+the numbers must say why, and replace `golden/losses.json` with the output of this test.
 """
 
 import json

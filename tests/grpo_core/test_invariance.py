@@ -1,4 +1,4 @@
-"""Invariant 1: the gradient of a step does not depend on how it is cut into micro-batches and ranks."""
+"""Invariant 1: the gradient of a step does not depend on how it is split into micro-batches and ranks."""
 
 import random
 
@@ -47,7 +47,8 @@ LOSSES = {
     "a function of one's own, without advantages": {"loss_type": "tests.rewards_for_tests:pull"},
     "grpo, the second of two mini-batches": {"steps_per_generation": 2},
 }
-# Tokens (sequences are about 25 long), and whether prompts are shared: most groups then fit, and some are cut.
+# Tokens per micro-batch (sequences have about 25), and whether prompts are shared: most groups then fit, some are
+# split.
 BUDGETS = {"one": (1, False), "three": (75, False), "all": (10_000, False), "shared": (75, True)}
 # Rounding in float32 takes this loss's gradient 6e-6 (plain) and 8e-6 (shared) away from that in float64, where the two
 # are equal to 1e-10 (test_share_prompts.py).
@@ -55,7 +56,7 @@ ROUNDING = {("sapo, unbiased kl", "shared"): 2e-5}
 
 
 def make_rollouts():
-    """Five groups of four completions of 1 to 20 tokens, with log-probs a little off the policy's."""
+    """Five groups of four completions of 1 to 20 tokens, with log-probs close to the policy's."""
     from grpo_core.rollout import Sample
 
     rng = random.Random(0)
@@ -72,7 +73,7 @@ def make_rollouts():
 
 
 def gradients(model: str) -> dict[str, dict[str, np.ndarray]]:
-    """On one rank: the full gradient of the step for every loss and budget, by "loss | budget"."""
+    """On each rank, the full gradient of the step for every loss and budget, by "loss | budget"."""
     from grpo_core.batch import deal, idle_micro_batch, make_micro_batches
     from grpo_core.config import GRPOConfig
     from grpo_core.update import update
@@ -102,13 +103,13 @@ def gradients(model: str) -> dict[str, dict[str, np.ndarray]]:
                 for rollout in own:
                     rollout.advantage = 0.0
             own = deal(own, 4, config.mini_batches(world_size))[-1]
-            random.Random(budget).shuffle(own)  # packing order too
+            random.Random(budget).shuffle(own)  # another packing order, too
             batches = make_micro_batches(own, tokens, device, share_prompts)
             counts = step_counts([batch.sequences for batch in batches], device)
             idle = counts.micro_batches - len(batches)
             assert idle <= 1, "there is as much to do on each rank"
             batches += [idle_micro_batch(device)] * idle
-            if budget == "one":  # beside one of the other rank's
+            if budget == "one":  # together with one of the other rank
                 batches.insert(rank * len(batches), idle_micro_batch(device))
             figures = update(policy, reference if config.beta else None, batches, counts, config, first_use=True)
             loss = figures["loss"].clone()
@@ -140,6 +141,6 @@ def test_gradient_is_the_same_for_every_split(by_ranks, loss, budget, ranks):
 
 
 def test_losses_differ_from_each_other(by_ranks):
-    """Else the test above might compare one loss with itself; dapo and bnpo differ by options only."""
+    """Otherwise the test above could compare a loss with itself; dapo and bnpo differ only in options."""
     losses = [float(by_ranks[1][f"{loss} | all"]["loss"]) for loss in LOSSES]
     assert len({round(loss, 6) for loss in losses}) == len(losses)

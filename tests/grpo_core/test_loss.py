@@ -1,4 +1,4 @@
-"""grpo_core.loss: TRL's numbers, hand-computed cases, a loop-written NumPy transcription, gradcheck, additivity."""
+"""grpo_core.loss: TRL's numbers, cases computed by hand, a NumPy version with loops, gradcheck, additivity."""
 
 import json
 import math
@@ -78,7 +78,7 @@ TOTALS = {"num_tokens": 3, "num_sequences": 2}
             (-1.4 * (math.log(1.5) - 1) - 0.5 * (math.log(0.5) - 1) + (math.log(0.5) - 1)) / 3,
             [-1.4 / 3, -0.5 / 3, 1 / 3],
         ),
-        # one ratio a sequence: sqrt(0.75) = 0.866 (inside) and 0.5 (clipped to 0.8)
+        # one ratio per sequence: sqrt(0.75) = 0.866 (inside) and 0.5 (clipped to 0.8)
         (
             {"loss_type": "dapo", "importance_sampling_level": "sequence"},
             (-2 * math.sqrt(0.75) + 1.6) / 3,
@@ -139,8 +139,8 @@ def test_by_hand_clip_metrics():
 
 
 def test_by_hand_metrics_of_sequences_and_entropies():
-    """Sequence 0 has w = 1.5 * 0.5 and rho = e^0.2, sequence 1 w = 0.5 and rho = e^-0.4; each counts once. Kept are
-    tokens 0 and 2, of entropy 1 and 2."""
+    """Sequence 0 has w = 1.5 * 0.5 and rho = e^0.2, sequence 1 w = 0.5 and rho = e^-0.4; each counts once. Tokens 0 and
+    2, with entropies 1 and 2, are kept."""
     data = {"sampler_logps": OLD - double([0.1, 0.1, -0.4]), "entropies": double([1.0, 0.5, 2.0])} | TOTALS
     ratios = [math.exp(0.2), math.exp(-0.4)]
     objective = Objective(vllm_importance_sampling_mode="sequence_truncate", vllm_importance_sampling_clip_max=1.1)
@@ -159,7 +159,7 @@ def test_by_hand_metrics_of_sequences_and_entropies():
     assert not any(name.startswith(("sampling/", "clip_ratio/")) for name in metrics)
 
 
-# --- every option, as loops have it ------------------------------------------------------------------------------
+# --- every option, against loops --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss_type", TYPES)
@@ -192,13 +192,13 @@ def with_gradients(tensors, **options):
 
 @pytest.mark.parametrize("loss_type", TYPES)
 def test_any_split_of_the_sequences_adds_up(loss_type):
-    """Loss, gradients and metrics of {0, 3}, {} and {4, 1, 2, 5} are those of the whole."""
+    """Loss, gradients and metrics of {0, 3}, {} and {4, 1, 2, 5} add up to those of all sequences."""
     for seed in seeds(loss_type, 96):
         options, data = draw(seed)
         objective, tensors = Objective(**options), as_tensors(data)
         ids, entropies = tensors["sequence_ids"], tensors["entropies"]
         totals = {"objective": objective, "num_tokens": torch.tensor(len(ids)), "num_sequences": torch.tensor(6)}
-        loss, metrics, whole = with_gradients(tensors, **totals)  # the threshold is that of the tokens given
+        loss, metrics, whole = with_gradients(tensors, **totals)  # the threshold is computed from the given tokens
         if objective.top_entropy_quantile < 1:
             threshold = entropy_quantile(entropies, objective)
             totals |= {"entropy_threshold": threshold, "num_entropy_tokens": (entropies >= threshold).sum()}
@@ -271,7 +271,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient():
 
 def test_metrics_are_detached_and_float32_in_gives_float32_out():
     tensors = {name: value.float() if value.is_floating_point() else value for name, value in batch().items()}
-    tensors["advantages"] = tensors["advantages"].double()  # as group_advantages gives them
+    tensors["advantages"] = tensors["advantages"].double()  # like the result of group_advantages
     tensors["logps"].requires_grad_()
     loss, metrics = policy_loss(**tensors, objective=Objective(beta=0.1), num_tokens=15, num_sequences=5)
     assert loss.dtype == torch.float32 and loss.requires_grad
@@ -281,7 +281,7 @@ def test_metrics_are_detached_and_float32_in_gives_float32_out():
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("sequences", [0, 2])
 def test_no_tokens_at_all(loss_type, sequences):
-    """A pass made only to keep ranks in step: a loss of 0 that can be differentiated."""
+    """A pass that only keeps ranks in lockstep has a differentiable loss of 0."""
     logps = torch.zeros(0, requires_grad=True)
     loss, _ = policy_loss(
         logps, torch.zeros(0), torch.ones(sequences), torch.zeros(0, dtype=torch.int64),

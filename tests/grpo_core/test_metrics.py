@@ -1,4 +1,4 @@
-"""How far the engine is from the policy; what ends a run: log-probs that differ, or are no numbers."""
+"""The mismatch between engine and policy. Log-probs that differ too much, or are not finite, end a run."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Several optimizer steps on one rollout batch: the ratio of each is to the policy that began with it."""
+"""Several optimizer steps on one rollout batch: all ratios are relative to the policy before the first of them."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from tests.processes import run_ranks
 
 
 def two_steps(model: str) -> dict[str, float]:
-    """The second mini-batch's gradient after a step on the first, less the same by plain autograd, relative; and how
-    far its ratios are from 1, the same of both ways; and the mismatch's number of tokens."""
+    """The relative difference between the second mini-batch's gradient, after a step on the first, and plain
+    autograd's; how far the ratios of both are from 1; and the number of tokens in the mismatch."""
     from grpo_core.batch import deal, make_micro_batches
     from grpo_core.config import GRPOConfig
     from grpo_core.loss import policy_loss

@@ -1,7 +1,7 @@
-"""nano.py is right, learns, and takes the steps that the real loop takes.
+"""nano.py is right, learns, and takes the same steps as the real loop.
 
-Left out on purpose: sharding and ranks, which nano.py has not (`test_invariance.py` ties the loop on ranks to the loop
-on one).
+Not tested, on purpose: sharding and ranks, which nano.py lacks (`test_invariance.py` compares the loop on several ranks
+with the loop on one).
 """
 
 import ast
@@ -41,7 +41,7 @@ def moved(model, factor=1.02):
 
 
 def recorded_samples() -> tuple[list[nano.Sample], list[float]]:
-    """Three groups of four: completions of 1 to 20 tokens, one of them cut; the rewards of one group are all equal."""
+    """Three groups of four completions of 1 to 20 tokens; one is cut off, and one group has equal rewards."""
     rng = random.Random(0)
     samples = []
     for length in (9, 4, 14):
@@ -49,7 +49,7 @@ def recorded_samples() -> tuple[list[nano.Sample], list[float]]:
         for _ in range(4):
             completion = [rng.randrange(5, 200) for _ in range(rng.randint(0, 19))]
             samples.append(nano.Sample(prompt, [*completion, EOS], "stop"))
-    samples[5].completion_ids[-1:] = [7, 0]  # cut, and its last token has the id that padding is filled with
+    samples[5].completion_ids[-1:] = [7, 0]  # cut off, and its last token has the id of the padding
     samples[5].finish_reason = "length"
     rewards = [1.0, 0.0, 0.0, 1.0, 0.3, 0.3, 0.3, 0.3, 0.0, 0.5, 0.25, 1.0]
     for first in (0, 4, 8):
@@ -59,7 +59,7 @@ def recorded_samples() -> tuple[list[nano.Sample], list[float]]:
 
 
 class RealLoop:
-    """`update` of the real loop on the same rollouts, with a policy and a reference that are not sharded."""
+    """The real loop's `update` on the same rollouts, with an unsharded policy and reference."""
 
     def __init__(self, model, reference, samples, rewards, sampler_logps, folder):
         from grpo_core.advantage import group_advantages
@@ -83,7 +83,7 @@ class RealLoop:
             for i, (s, logps, advantage) in enumerate(zip(samples, sampler_logps, self.advantages, strict=True))
         ]
         self.batches = make_micro_batches(rollouts, 60, torch.device("cpu"))
-        for batch in self.batches:  # which rounds them to float32
+        for batch in self.batches:  # these round to float32
             batch.advantages = torch.tensor([r.advantage for r in batch.samples])
         tokens = sum(len(s.completion_ids) for s in samples)
         self.counts = StepCounts(len(self.batches), tokens, len(samples), tokens, len(samples))
@@ -101,7 +101,7 @@ class RealLoop:
 
 
 def both(folder, dtype):
-    """nano's model, reference and batches, and the real loop beside them."""
+    """nano's model, reference and batches, and the real loop."""
     torch.manual_seed(0)
     model = load(folder, dtype)
     reference = moved(model)
@@ -118,7 +118,7 @@ def both(folder, dtype):
 
 
 def test_the_update_is_that_of_the_loop(tiny_model, float64):
-    """Loss and every gradient to 1e-10 in float64: at a ratio of 1, and for ratios that the clip acts on."""
+    """Loss and all gradients agree to 1e-10 in float64, at a ratio of 1 and at ratios that are clipped."""
     model, batches, real = both(tiny_model, torch.float64)
     for first_use in (True, False):
         metrics = nano.add_gradients(model, batches, 12, CONFIG)
@@ -137,7 +137,7 @@ def test_the_update_is_that_of_the_loop(tiny_model, float64):
 
 
 def test_ten_steps_have_the_losses_of_the_loop(tiny_model):
-    """In float32 and with the weights set equal before each step, so that rounding does not accumulate."""
+    """The comparison is in float32, with equal weights before each step, so that rounding does not accumulate."""
     model, batches, real = both(tiny_model, torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, **nano.ADAMW)
     losses = []
@@ -173,7 +173,7 @@ def test_greedy_sampling_is_that_of_the_model_without_cache_or_padding(tiny_mode
 
 
 def test_log_probs_are_those_of_each_sequence_alone(tiny_model):
-    """The EOS that ended a completion is scored, nothing of another sequence or of the padding is seen."""
+    """The EOS that ends a completion is scored, and no token sees another sequence or the padding."""
     model = load(tiny_model)
     samples = recorded_samples()[0]
     (batch,) = nano.make_batches(samples, 100, model.device)
@@ -188,7 +188,7 @@ def test_log_probs_are_those_of_each_sequence_alone(tiny_model):
 
 
 def test_sampling_follows_the_temperature(tiny_model):
-    """The share of each first token is its probability of softmax(logits / temperature)."""
+    """The frequency of each first token is its probability in softmax(logits / temperature)."""
     model, prompt, count = load(tiny_model), PROMPTS[0], 4000
     torch.manual_seed(0)
     samples = nano.sample(model, [prompt] * count, EOS, max_length=1, temperature=0.5)
@@ -201,7 +201,7 @@ def test_sampling_follows_the_temperature(tiny_model):
 
 
 def test_it_learns(tiny_model):
-    """Thirty steps on an untrained model, paid for the share of digits in what it writes."""
+    """Thirty steps on an untrained model; the reward is the share of digits in its text."""
     model, tokenizer = load(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     problems = [nano.Problem([1, 3, token], "") for token in range(20, 40)]
     config = nano.Config(
@@ -218,7 +218,7 @@ def test_it_learns(tiny_model):
 
 @pytest.mark.slow
 def test_the_command_makes_the_model_better(capsys):
-    """The whole of `python -m grpo_core.nano`, with a third of its steps."""
+    """The whole command `python -m grpo_core.nano`, with a third of its steps."""
     nano.main(["--max_steps", "20"])
     lines = capsys.readouterr().out.splitlines()
     rewards = [float(line.split()[3]) for line in lines if line.startswith("step ")]
@@ -238,7 +238,7 @@ def test_the_command_makes_the_model_better(capsys):
     ],
 )
 def test_bad_input_is_one_sentence(argv, names, capsys, monkeypatch):
-    """Exit code 2, before any weights are loaded."""
+    """The exit code is 2, before any weights are loaded."""
     monkeypatch.setattr(nano, "AutoModelForCausalLM", None)
     with pytest.raises(SystemExit) as stopped:
         nano.main(argv)
@@ -258,7 +258,7 @@ def test_the_examples_in_its_documentation_are_true():
 
 
 def test_it_shares_no_code_with_the_loop():
-    """Else it could not show that the loop is right. The quickstart's problems are data."""
+    """Otherwise it could not show that the loop is right. The quickstart's problems are data, not code."""
     tree = ast.parse(Path(nano.__file__).read_text())
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

@@ -1,4 +1,4 @@
-"""The objective's options: TRL's numbers for all of them, what is refused, a function of one's own, the quantile."""
+"""The objective's options: TRL's numbers for all of them, refusals, custom functions, the quantile."""
 
 import json
 import math
@@ -20,7 +20,7 @@ RATIO = "vllm_importance_sampling"
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_equals_trl(shared, loss_type):
-    """Loss, gradients and metrics of TRL 1.16.0 in float64; the file has 126 cases."""
+    """Loss, gradients and metrics equal those of TRL 1.16.0 in float64; the file has 126 cases."""
     recorded = json.loads((shared / "reference" / "trl_objectives.json").read_text())["cases"]
     assert len(recorded) == 126 and {r["case"]["loss_type"] for r in recorded} == set(LOSS_TYPES)
     for i, record in enumerate(recorded):
@@ -122,7 +122,7 @@ def test_another_name_of_the_cap():
     assert config.objective() == Objective(beta=0.04, max_completion_length=256, sampler_ratio_cap=3.0)
 
 
-# --- a function of one's own ---------------------------------------------------------------------------------------
+# --- custom functions ----------------------------------------------------------------------------------------------
 
 
 def clipped(logps, log_ratios, advantages, objective):
@@ -245,7 +245,7 @@ def test_the_defaults_are_todays():
 
 
 def test_the_adaptive_coefficient():
-    """Up at or below the target, down above it, within bounds; it applies after a step at or below the target."""
+    """It rises at or below the target, falls above it, stays in bounds, and applies after a step at or below it."""
     config = GRPOConfig(
         "out", use_adaptive_entropy=True, entropy_coef=0.1, entropy_coef_delta=0.1, entropy_coef_min=0.05,
         entropy_coef_max=0.25, entropy_target=1.0,
@@ -259,7 +259,7 @@ def test_the_adaptive_coefficient():
 
 
 def test_the_quantile_is_that_of_torch():
-    """To the bit, for a token at the threshold is kept or not; and of more tokens than torch.quantile takes."""
+    """It is bitwise equal, since it decides whether a token is kept, and works for more tokens than torch.quantile."""
     generator = torch.Generator().manual_seed(0)
     for size in (1, 2, 7, 36, 1001):
         values = torch.rand(size, generator=generator, dtype=torch.float64)

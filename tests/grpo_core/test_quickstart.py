@@ -1,4 +1,4 @@
-"""The quickstart's task: splits that share no sum, answers that are right, a tokenizer and a model that load."""
+"""The quickstart's task: splits without common sums, right answers, and a tokenizer and a model that load."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def tokenizer(folder):
 
 
 def solve(text: str) -> int:
-    """The answer read from the words alone, not from the program that wrote them."""
+    """Solve a problem from its text alone, without the program that wrote it."""
     a, b = map(int, re.findall(r"\d+", text))
     return a + b if any(word in text for word in ADDS) else a - b
 
@@ -65,7 +65,7 @@ def test_solutions_are_right(data):
 
 
 def read_demonstration(row):
-    """(right answer, answer given, [(what to work out, result given)])"""
+    """(right answer, given answer, [(expression, given result)])"""
     user, assistant = row["messages"]
     assert (user["role"], assistant["role"]) == ("user", "assistant")
     match = re.fullmatch(r"<think>(.*)</think><answer>(\d+)</answer>", assistant["content"], flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""What is wrong with a reward, or with the columns it is given, is said before a weight is loaded."""
+"""Errors in a reward, or in the columns that it gets, are reported before any weights are loaded."""
 
 import json
 import math
@@ -104,7 +104,7 @@ def own(tmp_path, monkeypatch):
 
 
 def accept(argv):
-    """What is prepared, of a run that may start."""
+    """Prepare a run that must be accepted."""
     with locks_released():
         run = grpo_core.prepare.prepare(*parse(OPTIONS, argv))
     distributed.shutdown()
@@ -162,9 +162,9 @@ def test_a_dry_call_of_every_reward(own, tiny_model, problems, tmp_path, capsys,
 
 
 def test_a_dry_call_leaves_nothing_behind(own, tiny_model, problems, tmp_path):
-    """The random state is that of a run whose rewards were not called."""
+    """The random state is the same as if the rewards had not been called."""
     states = []
-    for rollouts in (None, tmp_path):  # a replay calls no reward
+    for rollouts in (None, tmp_path):  # a replay does not call rewards
         argv = options(tiny_model, problems, tmp_path / "out", reward_funcs=["own:draws"])
         accept(argv + (flags(rollouts_from=rollouts) if rollouts else []))
         states.append((random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()))
@@ -178,7 +178,7 @@ def rows_file(folder, values, name="rows.jsonl", column="solution"):
     return folder / name
 
 
-BLOCK = 10 << 20  # characters that `datasets` reads before it settles the types
+BLOCK = 10 << 20  # characters from which `datasets` infers the types
 
 
 @pytest.mark.parametrize(
@@ -217,11 +217,11 @@ def test_a_column_of_mixed_types_is_refused_where_a_reward_uses_it(own, tiny_mod
     else:
         assert says in refusal(grpo_core.train.main, argv, capsys)
         if says.startswith("row"):
-            accept(options(*paths, reward_funcs=["own:no_argument", "format"]))  # neither looks at it
+            accept(options(*paths, reward_funcs=["own:no_argument", "format"]))  # neither reads it
 
 
 def test_of_a_column_that_a_reward_does_not_ask_for_it_is_only_said(own, tiny_model, tmp_path, capsys):
-    """One that a reward of TRL's form is given with all else."""
+    """A reward with TRL's signature gets all columns."""
     data = rows_file(tmp_path, ["21", 3], column="created")
     run = accept(options(tiny_model, data, tmp_path / "out", reward_funcs=["own:prints"]))
     assert [prompt.columns["created"] for prompt in run.prompts] == ["21", 3]
@@ -229,7 +229,7 @@ def test_of_a_column_that_a_reward_does_not_ask_for_it_is_only_said(own, tiny_mo
 
 
 def test_the_rows_of_a_mixture_keep_their_columns(own, tiny_model, tmp_path):
-    """They are no file's rows, whatever file --dataset_test_split names."""
+    """They are not the rows of one file, whatever file --dataset_test_split names."""
     data = rows_file(tmp_path, [str(i) for i in range(8)])
     mixture = json.dumps({"datasets": [{"id": str(data)}], "test_split_size": 3})
     argv = options(tiny_model, data, tmp_path / "out", dataset_mixture=mixture, do_eval="true", dataset_test_split=data)
@@ -275,11 +275,11 @@ def test_weights_that_would_teach_nothing(tiny_model, problems, tmp_path, capsys
 
 
 def test_what_a_run_says_of_its_rewards(own, tiny_model, problems, tmp_path):
-    """Prints of one worker of the first rank, failures by type, why a step has no reward, a run without a gradient."""
+    """It prints the output of one worker of rank 0, failures by type, steps without reward, and a missing gradient."""
     argv = options(tiny_model, problems, tmp_path / "out", max_steps=2, prompts_per_step=8, reward_funcs=["own:prints"])
     code, output = run(TRAIN, argv + flags(dataset_test_split=problems, do_eval="true"), tmp_path / "log", ranks=2)
     assert code == 0, output
-    for step, most in (("step 1", 20), ("step 2", 20), ("evaluation", 60)):  # which takes 8 prompts at once
+    for step, most in (("step 1", 20), ("step 2", 20), ("evaluation", 60)):  # it uses 8 prompts at once
         lines = [line for line in output.splitlines() if f"{step}: a reward printed: " in line]
         assert len(lines) == most and "a reward printed: first" in lines[0] and "a reward printed: second" in lines[1]
     assert output.count("no group of this run had a gradient") == 1  # all rewards are equal

@@ -1,4 +1,4 @@
-"""Reward functions against open-r1's documented cases, each mended defect, and what must hold for any text."""
+"""Reward functions: open-r1's documented cases, each defect fixed here, and properties that hold for any text."""
 
 import pickle
 from types import SimpleNamespace
@@ -44,7 +44,7 @@ NOT_ITS_STRING = messages(r"\boxed{-5 + e}", r"\boxed{0.00001}", r"\boxed{10^{-5
 
 
 def test_a_gold_that_is_no_text():
-    """A number is its value and not what Python prints; None does not apply; a list is no interval and no number."""
+    """A number counts by its value, not its Python notation. None means no gold. A list is no interval or number."""
     assert accuracy_reward(NOT_ITS_STRING, [1e-05] * 5) == [0.0, 1.0, 1.0, 0.0, 0.0]
     assert (
         accuracy_reward(NOT_ITS_STRING, [2.0] * 5) == accuracy_reward(NOT_ITS_STRING, [2] * 5) == [0.0] * 3 + [1.0] * 2
@@ -73,7 +73,7 @@ def test_format_documented_cases():
         "<think>Wrong order</answer><answer>Wrong order</think>",
         "<answer>a</answer><think>t</think>",
         "",
-        # open-r1's pattern pays these
+        # open-r1's pattern accepts these
         "<think>t</think><answer>a</answer>\njunk",
         "<think>t</think><answer>a</answer>\n<think>t</think><answer>a</answer>",
         "<think>t</think><answer>a</answer><answer>b</answer>",
@@ -256,7 +256,7 @@ def call_with(task):
 
 
 def test_a_megabyte_of_anything_is_scored_in_time():
-    """Quadratic regular expressions show here: a million characters squared take hours."""
+    """This finds quadratic regular expressions, which would take hours for a million characters."""
     atoms = [
         "a", " ", "\n", "\U0001d518", "{", "$", "\\", "1", "1 ", "(", "<think>", "</think><answer>", "</answer>", "1.",
         "<answer>1</answer>", r"\boxed{", r"\boxed{1}, ", r"\boxed{1}" + " " * 1000, "answer is ", "#### ", "\nStep 1",

@@ -1,4 +1,4 @@
-"""Scoring a step: columns by name, weights, failed checks, groups, prompts as rendered, threads and forks."""
+"""Scoring a step: columns by name, weights, failed checks, groups, rendered prompts, threads and forks."""
 
 import datetime as dt
 import math
@@ -80,7 +80,7 @@ def pool(user):
 
 
 def score(pool, functions, texts, weights=None, group_ids=None, prompt_texts=None, **columns):
-    """Rewards, the values of each function by its name, and gaps."""
+    """Rewards, the values of each function by name, and the number of missing values."""
     n = len(texts)
     group_ids, prompt_texts = group_ids or [0] * n, prompt_texts or [""] * n
     rows = [{name: values[i] for name, values in columns.items()} for i in range(n)]
@@ -229,7 +229,7 @@ def test_failed_checks_are_counted_by_function_and_type_of_error(pool, user, tin
         return scorer.finish()
 
     with_text = lines(user.wrong_count, user.raises, user.length, count=3)
-    assert len(with_text) == 3  # each error's text has another number
+    assert len(with_text) == 3  # each error text has a different number
     assert "3 completions are unscored: wrong_count failed with TypeError, TypeError: wrong_count must" in with_text[0]
     assert "3 completions are unscored: raises failed with KeyError, KeyError: " in with_text[1]
     assert with_text[2] == (
@@ -260,7 +260,7 @@ def test_rewards_see_the_thought_that_the_chat_template_opened(pool):
 
 
 def test_unparseable_golds(pool):
-    """What takes too long to parse stays: the rows of a run must not depend on how busy a machine is."""
+    """A gold that times out is kept, since the rows of a run must not depend on how busy the machine is."""
     endless = r"\binom{1000000000}{500000000}"
     golds = ["63", "words only", "63", "", endless, r"\frac{1}{2}", "words only"]
     assert unparseable_golds(golds, pool) == [1, 3, 6]
@@ -270,7 +270,7 @@ def test_unparseable_golds(pool):
 
 
 def test_threads_and_forks_can_check():
-    """math-verify's own time limit is a signal, which only the main thread can take, and which a fork inherits."""
+    """math-verify's own timeout is a signal, which only works in the main thread and which a fork inherits."""
     golds, texts = ["63", "64"], [[{"content": r"\boxed{63}"}]] * 2
     found = []
     thread = threading.Thread(target=lambda: found.extend(accuracy_reward(texts, golds)))
@@ -284,7 +284,7 @@ def test_threads_and_forks_can_check():
 
 
 def test_a_group_is_scored_while_others_are_sampled(pool, user, tiny_model):
-    """With the rewards that scoring all at once gives; columns that only some prompts have are None for the others."""
+    """The rewards equal those of scoring everything at once. Columns that a prompt lacks are None for it."""
     prompts = {3: Prompt([], [5], {"solution": "1"}), 8: Prompt([], [6], {"solution": "2", "level": 7})}
     config = GRPOConfig("none", num_generations=2, reward_weights=[1.0, 0.0, 0.0])
     tokenizer, told = AutoTokenizer.from_pretrained(tiny_model), {}
@@ -292,7 +292,7 @@ def test_a_group_is_scored_while_others_are_sampled(pool, user, tiny_model):
     def slow_sample(ids, sampling, seeds, finished):
         finished(1, [Completion([7, 8], [-1.0, -1.0], "length")] * 2)
         while pool._todo or any(worker.items for worker in pool._workers):
-            pool._turn(0.1)  # as other groups would make it
+            pool._turn(0.1)  # like other groups would do
         told["scored by"] = time.time()
         finished(0, [Completion([9], [-1.0], "stop")] * 2)
 

@@ -1,4 +1,4 @@
-"""Prompts computed once for their completions: the gradient, loss and metrics of the plain layout, in float64."""
+"""Prompts that are computed once per group give the same gradient, loss and metrics as the plain layout, in float64."""
 
 import random
 
@@ -11,10 +11,10 @@ from tests.grpo_core.test_invariance import LOSSES
 from tests.processes import run_ranks
 
 CPU = torch.device("cpu")
-# Length of the prompt, lengths of the completions. Empty ones first, last and alone; a prompt of one token; one
-# completion.
+# Length of the prompt, lengths of the completions. Completions are empty first, last and alone; a prompt has one token;
+# a group has one completion.
 GROUPS = [(12, [5, 0, 9, 3]), (1, [0, 7, 2, 2]), (9, [0, 0]), (6, [4]), (12, [3, 8, 8, 1]), (20, [1, 2, 1, 30, 1, 1])]
-BUDGETS = {"all": 10_000, "parts": 45}  # tokens of a micro-batch: one for all; parts of groups, mixed with other groups
+BUDGETS = {"all": 10_000, "parts": 45}  # tokens per micro-batch: one for all; parts of groups, mixed with other groups
 KINDS = ["eager", "checkpointing", "adapters"]
 
 
@@ -33,7 +33,7 @@ def make_rollouts() -> list[Sample]:
 
 
 def prompts_computed(samples, budget):
-    """How often each group's prompt stands in a row."""
+    """How often each group's prompt is in a row."""
     counts = [0] * len(GROUPS)
     for batch in make_micro_batches(samples, budget, CPU, share_prompts=True):
         before: list[int] = []
@@ -69,7 +69,7 @@ def norm(self, hidden):
 
 
 def differences(model: str, kinds: list[str]) -> dict[str, dict[str, float]]:
-    """By kind of policy, loss and budget: of each gradient, relative, and of the loss; and the largest of a metric."""
+    """By kind of policy, loss and budget: relative differences of gradients and loss, and the largest of a metric."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     from grpo_core.batch import deal
@@ -81,7 +81,7 @@ def differences(model: str, kinds: list[str]) -> dict[str, dict[str, float]]:
 
     distributed.init_distributed(60)
     torch.set_default_dtype(torch.float64)
-    LlamaRMSNorm.forward = norm  # transformers' own computes in float32
+    LlamaRMSNorm.forward = norm  # transformers' version computes in float32
     reference = build(model, "eager")
     with torch.no_grad():
         for parameter in reference.parameters():

@@ -1,4 +1,4 @@
-"""Groups without signal cost no pass: the gradient is that of all groups, and a step of such groups changes nothing."""
+"""Groups without signal need no pass: the gradient equals that of all groups, and a step of them changes nothing."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from tests.grpo_core.test_train import TRAIN, options, weights
 from tests.launch import flags, metrics, run
 from tests.processes import run_ranks
 
-SKIPPED = (1, 2, 3)  # groups; of two ranks the second has no other
+SKIPPED = (1, 2, 3)  # groups; on two ranks the second has no others
 LOSSES = {
     "grpo": {},
     "dapo, sequence ratio, sequence_mask": {
@@ -28,8 +28,8 @@ LOSSES = {
 
 
 def updates(model: str) -> dict[str, dict]:
-    """On one rank, for every loss: the update with and without the groups that have no signal, and the metrics of one
-    that knows of no other groups; in float64."""
+    """On each rank, for every loss, in float64: the updates with and without the groups that have no signal, and the
+    metrics of an update that gets only the other groups."""
     from grpo_core.batch import idle_micro_batch, make_micro_batches, split_by_signal
     from grpo_core.update import update
     from sft_core.data.packing import step_counts
@@ -40,7 +40,7 @@ def updates(model: str) -> dict[str, dict]:
 
     torch.set_default_dtype(torch.float64)
     rank, world_size, _, device = distributed.init_distributed(60)
-    policy = load_policy(ModelConfig(model)).double()  # not sharded, which would make it float32
+    policy = load_policy(ModelConfig(model)).double()  # unsharded, since sharding would make it float32
     rollouts = [sample for sample in make_rollouts() if sample.group % world_size == rank]
     for sample in rollouts:
         sample.advantage *= sample.group not in SKIPPED
@@ -72,7 +72,7 @@ def updates(model: str) -> dict[str, dict]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_gradient_is_that_of_all_groups(tiny_model, ranks):
-    """To 1e-10 in float64, with fewer passes; metrics are those of the groups that are trained, the loss of all."""
+    """They agree to 1e-10 in float64, with fewer passes. The metrics are of the trained groups, the loss is of all."""
     found = run_ranks(ranks, updates, tiny_model)[0]
     for loss in LOSSES:
         (passes, expected, of_all), (fewer, gradients, skipped), (_, _, alone) = (
@@ -98,13 +98,13 @@ def test_the_gradient_is_that_of_all_groups(tiny_model, ranks):
     ],
 )
 def test_what_has_a_use_for_every_token_skips_nothing(more, skips):
-    """The default, with its KL, among it."""
+    """This includes the default, which has a KL term."""
     assert GRPOConfig("unused", **more).skips_groups == skips
 
 
 def test_a_step_without_signal_changes_nothing(tiny_model, problems, tmp_path):
-    """No weight, no moment, no count of AdamW; the schedule goes on. Nor does a checkpoint after it, or a resume: the
-    first step with signal is AdamW's first, which moves a parameter by the learning rate."""
+    """It changes no weight and no moment or step count of AdamW; the schedule continues. A checkpoint after it, and a
+    resume, change nothing either: the first step with signal is AdamW's first, of the size of the learning rate."""
     more = dict(beta=0, weight_decay=0.1, reward_funcs=["tests.rewards_for_tests:digits_from_the_third_step"])
     argv = options(tiny_model, problems, tmp_path / "whole", save_strategy="steps", save_steps=2, **more)
     again = flags(output_dir=tmp_path / "resumed", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2")
@@ -127,7 +127,7 @@ def test_a_step_without_signal_changes_nothing(tiny_model, problems, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_skips_is_the_run_that_does_not(tiny_model, problems, tmp_path):
-    """Two mini-batches, twice, on two ranks, of which the first never has anything to train on."""
+    """Two mini-batches, twice, on two ranks; the first rank never has anything to train on."""
     more = dict(beta=0, prompts_per_step=2, num_iterations=2, steps_per_generation=2, max_steps=4)
     more |= dict(reward_funcs=["tests.rewards_for_tests:digits_of_odd_groups"])
     found = []

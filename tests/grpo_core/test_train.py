@@ -1,4 +1,4 @@
-"""Whole GRPO runs with the torch engine: the invariants of a training step that no unit test can hold."""
+"""Whole GRPO runs with the torch engine: the invariants of a training step that unit tests cannot check."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def test_logged_learning_rate_is_the_one_used(tiny_model, problems, tmp_path):
 
 
 def test_an_engine_that_sleeps_wakes_with_fresh_weights(tiny_model, problems, tmp_path):
-    """The same run to the bit, with an evaluation between two updates on one rollout."""
+    """The run is bitwise the same, with an evaluation between two updates on one rollout."""
     more = dict(max_steps=4, num_iterations=2, eval_strategy="steps", eval_steps=1, dataset_test_split=problems)
     steps = []
     for name, sleeps in (("awake", "false"), ("asleep", "true")):
@@ -108,19 +108,19 @@ def test_injected_faults_stop_the_run(tiny_model, problems, tmp_path, fault, mes
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_loss_that_is_not_finite_stops_every_rank_before_the_step(tiny_model, problems, tmp_path, ranks):
-    """Invariant 7: the fault is on the first rank alone, and in the second step."""
+    """Invariant 7: the fault is only on the first rank, in the second step."""
     argv = options(tiny_model, problems, tmp_path / "out", save_strategy="steps", save_steps=1, prompts_per_step=4)
     code, output = run(TRAIN, argv, tmp_path / "log", ranks=ranks, fault=faults.nan_in_the_second_step)
     assert code == 1 and output.count("is not finite, so the step was not taken") >= ranks
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-1"]
 
 
-RECORDED = dict(max_steps=4, num_iterations=2, beta=0.1, prompts_per_step=4, epsilon=0.01)  # KL and clipping in play
+RECORDED = dict(max_steps=4, num_iterations=2, beta=0.1, prompts_per_step=4, epsilon=0.01)  # with KL and clipping
 
 
 @pytest.fixture(scope="module")
 def recorded(tiny_model, problems, tmp_path_factory):
-    """The folder of a run that kept its rollouts beside it."""
+    """The folder of a run that recorded its rollouts."""
     folder = tmp_path_factory.mktemp("recorded") / "out"
     argv = options(tiny_model, problems, folder, save_rollouts=folder.with_name("rollouts"), **RECORDED)
     code, output = run(TRAIN, argv, folder.with_name("log"))
@@ -130,15 +130,15 @@ def recorded(tiny_model, problems, tmp_path_factory):
 
 def test_a_rank_that_hangs_ends_the_job(tiny_model, problems, recorded, tmp_path):
     """Invariant 7: the watchdog of each rank prints all stacks and ends it."""
-    # A replay: what samples and scores may take long at first, on a busy machine.
+    # A replay, since sampling and scoring may start slowly on a busy machine.
     more = RECORDED | dict(rollouts_from=recorded.with_name("rollouts"), ddp_timeout=20)
     argv = options(tiny_model, problems, tmp_path / "out", **more)
     code, output = run(TRAIN, argv, tmp_path / "log", ranks=2, fault=faults.hang_on_the_last_rank, timeout=240)
-    assert code != 0 and re.search(r"\bhang\b", output), output  # both ranks print at once
+    assert code != 0 and re.search(r"\bhang\b", output), output  # both ranks print at the same time
 
 
 def test_replay_is_bitwise_the_recorded_run(tiny_model, problems, recorded, tmp_path):
-    """Two updates a rollout; on one rank as it was recorded, with the default said, and on two."""
+    """Two updates per rollout: on one rank as recorded, with the default given explicitly, and on two ranks."""
     more = RECORDED | dict(rollouts_from=recorded.with_name("rollouts"), steps_per_generation=1)
     replay = options(tiny_model, problems, tmp_path / "again", **more)
     code, output = run(TRAIN, replay, tmp_path / "log2")
@@ -158,7 +158,7 @@ def test_replay_is_bitwise_the_recorded_run(tiny_model, problems, recorded, tmp_
 
 
 def test_the_adaptive_entropy_goes_on_as_it_was(tiny_model, problems, recorded, tmp_path):
-    """From a checkpoint between two updates on a rollout: the coefficient, what of it applies, the tokens kept."""
+    """A checkpoint between two updates on a rollout keeps the coefficient, its effective value and the kept tokens."""
     adaptive = dict(use_adaptive_entropy="true", entropy_coef=0.01, entropy_coef_delta=0.02, entropy_target=100)
     more = RECORDED | adaptive | dict(top_entropy_quantile=0.5, save_strategy="steps", save_steps=3)
     more |= dict(rollouts_from=recorded.with_name("rollouts"), max_logp_difference=10)
@@ -186,12 +186,12 @@ def test_stale_rollouts_are_refused(tiny_model, problems, tmp_path):
     assert run(TRAIN, options(tiny_model, problems, tmp_path / "out", **record, **more), tmp_path / "log")[0] == 0
     first, second = (tmp_path / "rollouts" / f"step-00000{i}-rank-00000.parquet" for i in (1, 2))
     samples = [sample for file in (first, second) for sample in pq.read_table(file).to_pylist()]
-    for sample in samples:  # a further stop token ends a completion, and is the last of it
+    for sample in samples:  # an additional stop token ends a completion and is its last token
         *before, last = sample["completion_ids"]
         assert not set(before).intersection(stops) and (sample["finish_reason"] == "stop") == (last in [*stops, 2])
     assert {sample["finish_reason"] for sample in samples} == {"stop", "length"}
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    shown = dict.fromkeys(tokenizer.decode(sample["prompt_ids"]) for sample in samples)  # in the order of the data
+    shown = dict.fromkeys(tokenizer.decode(sample["prompt_ids"]) for sample in samples)  # in the order of the data set
     rows = [json.loads(line) for line in Path(problems).read_text().splitlines()[:6]]
     assert all(row["prompt"] in text for row, text in zip(rows, shown, strict=True))
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] in (2, [2])
@@ -233,7 +233,7 @@ def test_what_more_ranks_recorded_earlier_is_not_replayed(tiny_model, problems, 
     ids=["uneven micro-batches", "a rank without prompts", "truncated ones masked", "bf16 and checkpointing"],
 )
 def test_uneven_ranks_stay_in_step(tiny_model, problems, tmp_path, more):
-    """Two updates a rollout with a reference model: every rank makes the same passes, whatever it has to do."""
+    """Two updates per rollout with a reference model: all ranks make the same number of passes, whatever their work."""
     base = dict(max_steps=4, num_iterations=2, beta=0.1, logging_steps=2, ddp_timeout=60, save_rollouts=tmp_path / "r")
     code, output = run(
         TRAIN, options(tiny_model, problems, tmp_path / "out", **(base | more)), tmp_path / "log", ranks=2
@@ -241,9 +241,9 @@ def test_uneven_ranks_stay_in_step(tiny_model, problems, tmp_path, more):
     assert code == 0, output
     rows = metrics(tmp_path / "out")
     assert [row["step"] for row in rows] == [2, 4]
-    # Each log line tells of its rollout, also where it stands at a later use of it.
+    # Each log line describes its rollout, also at a later update on it.
     expected = {"reward", "completions/mean_length"}
-    masked = "mask_truncated_completions" in more  # here that leaves no token: nothing is trained
+    masked = "mask_truncated_completions" in more  # here no token is left, so nothing is trained
     if not masked:
         expected |= {"kl", "sampling/sampling_logp_difference/mean"}
     assert all(expected <= row.keys() and math.isfinite(row["loss"]) for row in rows)
@@ -252,7 +252,7 @@ def test_uneven_ranks_stay_in_step(tiny_model, problems, tmp_path, more):
 
 @pytest.mark.slow
 def test_a_step_on_eight_ranks(tiny_model, problems, tmp_path):
-    """More ranks than prompts: three of them sample nothing and still take part."""
+    """There are more ranks than prompts: three of them sample nothing but still take part."""
     argv = options(tiny_model, problems, tmp_path / "out", max_steps=1, prompts_per_step=5)
     code, output = run(TRAIN, argv, tmp_path / "log", ranks=8)
     assert code == 0, output
@@ -266,7 +266,7 @@ def test_a_step_on_eight_ranks(tiny_model, problems, tmp_path):
 
 @pytest.mark.slow
 def test_evaluation_repeats_itself_on_any_number_of_ranks(tiny_model, problems, tmp_path):
-    """At a learning rate of 0 the same prompts and seeds give the same figures, and training is none the wiser."""
+    """At a learning rate of 0 the same prompts and seeds give the same metrics, and training is not affected."""
     more = dict(max_steps=2, learning_rate=0, prompts_per_step=2)
     code, output = run(TRAIN, options(tiny_model, problems, tmp_path / "plain", **more), tmp_path / "log")
     assert code == 0, output
@@ -283,7 +283,7 @@ def test_evaluation_repeats_itself_on_any_number_of_ranks(tiny_model, problems, 
             trained = [row["reward"] for row in rows if "reward" in row]
             assert trained == [row["reward"] for row in metrics(tmp_path / "plain")]
         state = json.loads((tmp_path / f"out{ranks}" / "trainer_state.json").read_text())
-        best = tmp_path / f"out{ranks}" / "checkpoint-1"  # the second is not better
+        best = tmp_path / f"out{ranks}" / "checkpoint-1"  # the second checkpoint is not better
         assert (state["best_metric"], state["best_model_checkpoint"]) == (found[-1]["eval_reward"], str(best))
     assert [row["step"] for row in found] == [0, 1, 2] * 2 and found[0]["eval_samples"] == 24
     names = ("eval_reward", "eval_rewards/digits/mean", "eval_completions/mean_length")
@@ -300,11 +300,11 @@ def test_rows_whose_gold_cannot_be_parsed_are_left_out(tiny_model, tmp_path):
     more = flags(drop_unparseable_golds="false", output_dir=tmp_path / "all", dataset_test_split=data, do_eval="true")
     code, output = run(TRAIN, argv + more, tmp_path / "log1")
     assert code == 0 and "4 prompts; left out: 0 longer than 100 tokens; 4 to evaluate on" in output, output
-    assert metrics(tmp_path / "all")[-1]["eval_rewards/accuracy_reward/mean"] == 0.0  # of those with a gold
+    assert metrics(tmp_path / "all")[-1]["eval_rewards/accuracy_reward/mean"] == 0.0  # over samples with a gold
 
 
 def test_a_short_run_learns(tiny_model, problems, tmp_path):
-    """Invariant 12: 20 steps make a tiny model of random weights write more digits."""
+    """Invariant 12: after 20 steps a tiny model with random weights writes more digits."""
     argv = options(tiny_model, problems, tmp_path / "out", max_steps=20, num_generations=8, learning_rate=5e-3)
     code, output = run(TRAIN, argv, tmp_path / "log")
     assert code == 0, output

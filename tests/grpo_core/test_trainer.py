@@ -1,4 +1,4 @@
-"""GRPOTrainer: rewards of any kind, prompts as they are, the loop of the command line; scripts like open-r1's."""
+"""GRPOTrainer: all kinds of rewards, unchanged prompts, the same loop as the command line, scripts like open-r1's."""
 
 import asyncio
 import json
@@ -40,7 +40,7 @@ def test_importing_the_package_imports_nothing_large():
 
 
 def test_rewards_of_every_kind_inside_a_running_loop(tiny_model, tmp_path, capsys):
-    """As in a notebook, whose cells run in a loop. A raw prompt has no template, and its completion is text."""
+    """It runs in an event loop, like a notebook's cells. A raw prompt gets no template; its completion is text."""
     seen, groups = [], []
 
     def closure(weight):
@@ -78,7 +78,7 @@ def test_rewards_of_every_kind_inside_a_running_loop(tiny_model, tmp_path, capsy
     assert result.global_step == 4 and result.metrics["train_samples"] == 8
     names = ["longer", "here", "whole", "waits", "repetition_penalty_reward", "cosine_scaled_reward"]
     assert all(f"rewards/{name}/mean" in trainer.state.log_history[0] for name in names)
-    # before the run it is also called with three at once, to see whether it compares them
+    # before the run it is also called with three completions, to find out whether it compares them
     assert {(count, step) for *_, step, count in seen} == {(1, 0), (1, 2), (3, 0)} and set(groups) == {4}
     columns = [(row["prompt"], row["level"], row["messages"]) for row in rows]
     assert all((prompt, level, messages) in columns for prompt, level, messages, *_ in seen)
@@ -95,7 +95,7 @@ def test_rewards_of_every_kind_inside_a_running_loop(tiny_model, tmp_path, capsy
 
 
 def test_the_loop_is_that_of_the_command_line(tiny_model, problems, tmp_path):
-    """Conversations, the same options: the same losses and rewards to the bit."""
+    """With conversations and the same options, losses and rewards are bitwise the same."""
     adaptive = {"use_adaptive_entropy": True, "entropy_coef": 0.5, "entropy_target": 99.0}
     argv = options(tiny_model, problems, tmp_path / "command", max_steps=2, prompts_per_step=2, **adaptive)
     code, output = run(TRAIN, argv, tmp_path / "log")
@@ -114,7 +114,7 @@ def test_the_loop_is_that_of_the_command_line(tiny_model, problems, tmp_path):
 
 @pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=pytest.mark.slow)])
 def test_the_example_of_the_readme(tiny_model, tmp_path, monkeypatch, engine):
-    """As it stands there, with the model's name mapped to a local one; quick: another engine in vLLM's place."""
+    """The example is unchanged, except that the model's name maps to a local model; quick: another engine than vLLM."""
     monkeypatch.setattr(grpo_core.prepare, "make_engine", lambda name, config: make_engine(engine, config))
     section = (ROOT / "README.md").read_text().partition("## From Python")[2]
     example = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
@@ -182,7 +182,7 @@ def test_a_reward_that_returns_none(tiny_model, tmp_path, gives, says):
     assert not (tmp_path / "out" / "run.json").exists()
 
 
-# --- scripts in the manner of open-r1's --------------------------------------------------------------------------
+# --- scripts like open-r1's --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

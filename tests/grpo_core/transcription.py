@@ -1,4 +1,4 @@
-"""The objective's mathematics, written as loops in NumPy: one token at a time, the gradient from the formulas."""
+"""The objective's mathematics as loops in NumPy: one token at a time, with the gradient from the formulas."""
 
 import math
 
@@ -16,8 +16,8 @@ NEUTRAL = {
 
 
 def transcription(logps, old, advantages, ids, totals, given, entropies=None):
-    """Loss, its gradient by log-probs and by entropies. `totals`: tokens, sequences, kept tokens of the step; `given`:
-    options and data other than NEUTRAL's; `kept` is True for the tokens of high entropy."""
+    """The loss and its gradients by log-probs and by entropies. `totals`: tokens, sequences and kept tokens of the
+    step; `given`: options and data that differ from NEUTRAL; `kept`: True for the tokens with high entropy."""
     tokens, sequences, kept_tokens = totals
     o = NEUTRAL | given
     members = [[t for t in range(len(ids)) if ids[t] == s] for s in range(len(advantages))]
@@ -33,7 +33,7 @@ def transcription(logps, old, advantages, ids, totals, given, entropies=None):
                 "luspo": 1 / sequences,
                 "dr_grpo": 1 / (sequences * (o["max_completion_length"] or 1)),
             }.get(o["loss_type"], 1 / tokens)
-            reach = [t] if o["importance_sampling_level"] == "token" else own  # the tokens whose log-probs make r
+            reach = [t] if o["importance_sampling_level"] == "token" else own  # the tokens whose log-probs determine r
             r = math.exp(sum(logps[u] - old[u] for u in reach) / len(reach))
             term, by_ratio, by_logp = policy_term(logps, old, t, own, a, r, rho, o)
             keeps = not dropped and (o["kept"] is None or o["kept"][t])
@@ -56,7 +56,7 @@ def transcription(logps, old, advantages, ids, totals, given, entropies=None):
 
 
 def policy_term(logps, old, t, own, a, r, rho, o):
-    """It and its slopes by the ratio and by the log-prob."""
+    """The policy term and its derivatives by the ratio and by the log-prob."""
     high = o["epsilon"] if o["epsilon_high"] is None else o["epsilon_high"]
     if o["loss_type"] == "cispo":
         return -min(r, high) * a * logps[t], 0.0, -min(r, high) * a
@@ -80,7 +80,7 @@ def policy_term(logps, old, t, own, a, r, rho, o):
 
 
 def mismatch(old, own, o):
-    """Ratios old / sampler, of each token its own or that of its sequence."""
+    """The ratios old / sampler, per token or per sequence."""
     if o["sampler_logps"] is None:
         return {t: None for t in own}
     differences = {t: old[t] - o["sampler_logps"][t] for t in own}
@@ -109,12 +109,12 @@ ADVANTAGES = np.array([1.3, -0.4, 0.0, -1.7, 0.6, -0.9])
 
 
 def seeds(loss_type, count):
-    """Those below `count` that draw this loss type."""
+    """The seeds below `count` that draw this loss type."""
     return range(TYPES.index(loss_type), count, len(TYPES))
 
 
 def draw(seed):
-    """Options at random, of the loss types in turn, and data for them: logps, old_logps, entropies and more [N]."""
+    """Random options, with each loss type in turn, and data for them: logps, old_logps, entropies and more, all [N]."""
     rng = np.random.default_rng(seed)
 
     def one_of(*choices):
@@ -144,7 +144,7 @@ def draw(seed):
         "vespo_k_neg": one_of(3.0, 2.0),
         "vespo_lambda_neg": one_of(2.0, 1.0),
     }
-    ids = rng.permutation(np.repeat(np.arange(len(LENGTHS)), LENGTHS))  # sequences need not lie together
+    ids = rng.permutation(np.repeat(np.arange(len(LENGTHS)), LENGTHS))  # the tokens of a sequence need not be adjacent
     old = -rng.exponential(1.0, len(ids))
     logps = old + rng.normal(0, 0.5, len(ids))
     data = {

@@ -1,4 +1,4 @@
-"""kernels.attention against the block-diagonal mask, and inside real transformers models against sequences alone."""
+"""kernels.attention compared with a block-diagonal mask, and, in real transformers models, with separate sequences."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from kernels import attention, reference
 from kernels.attention import packed_attention, packed_layout, register
 
 LENGTHS = [5, 1, 17, 3, 9, 16, 2]
-# Lengths, and what each shares: groups of several, of one, of a prompt of one token, of like and unlike lengths, and
-# one whose first is shorter than others.
+# Lengths, and the shared tokens of each: groups of several, of one, with a prompt of one token, of equal and different
+# lengths, and one whose first sequence is shorter than others.
 LAYOUTS = {
     "plain": (LENGTHS, None),
     "shared": ([9, 12, 5, 30, 17, 20, 18, 1, 3, 2, 12], [0, 4, 4, 4, 0, 16, 16, 0, 0, 1, 1]),
@@ -63,7 +63,7 @@ def test_equals_the_block_diagonal_reference(layout, window, kv_heads):
 
 @pytest.mark.parametrize("window", [None, 1, 4, 16, 100])
 def test_sharing_is_the_attention_of_whole_sequences(window):
-    """The reference with shared beginnings against the reference without: each sequence with all its tokens."""
+    """The reference implementation with shared beginnings equals the one without, which sees whole sequences."""
     lengths, shared = LAYOUTS["shared"]
     inputs, packed = rows(layout="shared", dtype=torch.float64), packed_layout(lengths, shared=shared)
     whole = [x[:, :, packed.places] for x in inputs]
@@ -78,12 +78,11 @@ def test_sharing_is_the_attention_of_whole_sequences(window):
 
 
 def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-    """Flash attention's documented contract in plain torch: windows count from the diagonal that ends at the bottom
-    right."""
+    """Flash attention's documented contract in plain torch: windows are relative to the bottom-right diagonal."""
     assert key.shape[1:] == query.shape[1:] == value.shape[1:] and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert int(cu_seq_k.diff().max()) == max_k and int(cu_seq_q.diff().max()) <= max_q
     assert cu_seq_q[-1] == len(query) and cu_seq_k[-1] == len(key) == len(value)
-    left, right = window_size  # query i sees keys i - left .. i + right, both inclusive, -1 without bound
+    left, right = window_size  # query i sees keys i - left .. i + right, both inclusive; -1: no bound
     out = []
     for start, end, first, last in zip(cu_seq_q, cu_seq_q[1:], cu_seq_k, cu_seq_k[1:], strict=False):
         q, k, v = (x.transpose(0, 1) for x in (query[start:end], key[first:last], value[first:last]))
@@ -98,7 +97,7 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=No
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 4])
 def test_varlen_call_means_the_same(monkeypatch, window, grouped, layout):
-    """What the CUDA path asks of varlen_attn. torch 2.11 has no grouped queries, later ones have a flag."""
+    """The CUDA path's call of varlen_attn. torch 2.11 has no grouped queries; later versions have a flag."""
 
     def grouped_attn(query, key, value, *arguments, enable_gqa=False, **options):
         assert enable_gqa
@@ -123,8 +122,8 @@ def test_varlen_call_means_the_same(monkeypatch, window, grouped, layout):
     "dim, dtype", [(32, torch.bfloat16), (20, torch.bfloat16), (288, torch.bfloat16), (32, torch.float32)]
 )
 def test_on_a_gpu(window, dim, dtype, layout):
-    """Flash attention, whose windows must count from the bottom right, and what it does not take: other head sizes,
-    float32."""
+    """Flash attention, whose windows must be relative to the bottom right, and the cases that it does not support:
+    other head sizes, float32."""
     lengths, shared = LAYOUTS[layout]
     inputs = rows(dim=dim, dtype=dtype, device="cuda", layout=layout)
     assert attention.flash_takes(dtype, dim) == (dim == 32 and dtype == torch.bfloat16)
@@ -151,7 +150,7 @@ def logits(model, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:  # [T]
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_model_packed_equals_its_sequences_alone(name, checkpointing):
-    """Against transformers' own eager attention, one sequence at a time: logits, and every parameter's gradient."""
+    """Logits and all gradients equal those of transformers' eager attention on one sequence at a time."""
     packed, alone = build(name, "packed"), build(name, "eager")
     alone.load_state_dict(packed.state_dict())
     if checkpointing:
@@ -170,7 +169,7 @@ def test_a_model_packed_equals_its_sequences_alone(name, checkpointing):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_document_never_sees_another(name):
-    """Other tokens in document 2: every other document's logits are bitwise the same, and so are its gradients."""
+    """If document 2 has other tokens, the logits and gradients of all other documents stay bitwise the same."""
     model = build(name, "packed")
     ids = torch.randint(0, 61, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
     other = ids.clone()
@@ -250,7 +249,7 @@ def test_refuses_what_is_not_the_rows_own_causal_attention():
 @pytest.mark.parametrize("layout", ["plain", "shared"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_values_of_another_size_than_keys(compiled, layout):
-    """As in DeepSeek-V3's latent attention."""
+    """DeepSeek-V3's latent attention has such values."""
     lengths, shared = LAYOUTS[layout]
     (query, key, _), (_, _, value) = rows(layout=layout), rows(dim=12, layout=layout)
     attend = torch.compile(packed_attention, backend="aot_eager") if compiled else packed_attention

@@ -13,7 +13,7 @@ VOCAB, DIM, ROWS = 51, 16, 20
 
 class Head(nn.Linear):
     def forward(self, hidden, targets):
-        self.used = self.weight.data  # shares the gathered parameter's storage, whatever becomes of the parameter
+        self.used = self.weight.data  # shares the storage of the gathered parameter, even after FSDP2 replaces it
         return linear_logprob(hidden, self.weight, targets, temperature=0.9, chunk_size=3)
 
 
@@ -72,5 +72,5 @@ def on_a_rank() -> None:
 
 
 def test_two_sharded_ranks_give_the_gradient_of_one_process():
-    """With the embedding tied to the head and not; FSDP2 frees the gathered weight between forward and backward."""
+    """With a tied and an untied head; FSDP2 frees the gathered weight between forward and backward."""
     run_ranks(2, on_a_rank)

@@ -1,4 +1,4 @@
-"""kernels.linear_logprob against its reference implementation, in values, gradients, memory, and under FSDP2."""
+"""kernels.linear_logprob compared with its reference implementation: values, gradients, memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def inputs(rows=13, dim=8, vocab=37, dtype=torch.float64, scale=1.0, seed=0):
 
 
 def gradients(function, hidden, weight, targets, **kwargs):
-    """Values and gradients of a sum with another upstream gradient for every row of both outputs."""
+    """Values and gradients of a sum in which every row of both outputs has a different upstream gradient."""
     logps, entropies, best_logps = function(hidden, weight, targets, **kwargs)
     up = torch.linspace(-1, 2, len(targets), dtype=logps.dtype)
     grads = torch.autograd.grad((up * logps).sum() + (up.cos() * entropies).sum(), (hidden, weight))
@@ -59,7 +59,7 @@ def test_one_output_used_alone(output):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_inputs_get_float32_logits(dtype):
-    """Against float64 of the same numbers: the only rounding left is float32's, and the gradients' own dtype."""
+    """Compared with float64 on the same numbers, only the rounding of float32 and of the gradients' dtype remains."""
     hidden, weight, targets = inputs(rows=29, dim=32, vocab=211, dtype=dtype)
     exact = gradients(
         reference.linear_logprob,
@@ -78,13 +78,13 @@ def test_low_precision_inputs_get_float32_logits(dtype):
 
 
 def test_entropy_is_exact_for_large_logits():
-    """logsumexp - sum(p z) in float32 would be off by 1e-4 and more where the logits are in the thousands."""
+    """logsumexp - sum(p z) in float32 would have errors of 1e-4 and more for logits in the thousands."""
     hidden, weight, targets = inputs(rows=64, dtype=torch.float32, scale=1.0)
     shift = torch.full((1, 8), 1000.0)
     hidden, weight = hidden.detach(), weight.detach()
     wide_hidden, wide_weight = torch.cat([hidden, torch.ones(64, 8)], 1), torch.cat([weight, shift.expand(37, 8)], 1)
-    logps, entropies, _ = linear_logprob(wide_hidden, wide_weight, targets)  # every logit 8000 higher
-    logits = (wide_hidden @ wide_weight.T).double()  # rounded as ours are
+    logps, entropies, _ = linear_logprob(wide_hidden, wide_weight, targets)  # every logit is 8000 higher
+    logits = (wide_hidden @ wide_weight.T).double()  # rounded like ours
     log_probs = logits.log_softmax(-1)
     torch.testing.assert_close(entropies.double(), -(log_probs.exp() * log_probs).sum(-1), rtol=0, atol=1e-5)
     torch.testing.assert_close(logps.double(), log_probs[torch.arange(64), targets], rtol=0, atol=1e-5)
@@ -166,7 +166,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_memory_does_not_grow_with_rows_times_vocabulary():
-    """The logits alone would take 1.2 GB, their softmax and gradient twice that again."""
+    """The logits alone would need 1.2 GB, their softmax and gradient another 2.4 GB."""
     command = [sys.executable, "-c", MEMORY]
     env = environment(OMP_NUM_THREADS="1")
     result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)

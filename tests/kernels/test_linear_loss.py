@@ -1,4 +1,4 @@
-"""kernels.linear_loss against its reference and against linear_logprob, and the trainers' objectives through it."""
+"""kernels.linear_loss compared with its reference implementation and linear_logprob; objectives that use it."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ UP = torch.linspace(-1, 2, 13, dtype=torch.float64)
 
 
 def both(logps, entropies, rows):
-    """A loss of both outputs that is not linear in them."""
+    """A loss that depends nonlinearly on both outputs."""
     return UP[rows] * logps.exp() + UP[rows].cos() * entropies**2
 
 
@@ -41,7 +41,7 @@ def test_equals_the_reference(loss, chunk_size):
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    """Gradients of the logits up to a factor a row, and products a block of chunks, in plain torch."""
+    """Use the CUDA path in plain torch: logit gradients up to one factor per row, and GEMMs per block of chunks."""
     monkeypatch.setattr(kernels.linear_loss, "can_be_deferred", lambda sweep: True)
     monkeypatch.setitem(kernels.linear_logprob.CHUNKS_IN_BLOCK, "cpu", 2)
 
@@ -59,7 +59,7 @@ def test_deferred_equals_the_reference(as_on_cuda, chunk_size, active):
 
 
 def test_same_bits_as_by_way_of_log_probs():
-    """In plain torch; compiled kernels with and without the unscaled gradient may add in another order."""
+    """This holds in plain torch; compiled kernels with and without the unscaled gradient may add in another order."""
     args = inputs(rows=29, dim=32, vocab=211, dtype=torch.bfloat16)
     figures = linear_loss(*args, lambda logps, _, rows: -logps, chunk_size=8)[1:]
     assert all(map(torch.equal, figures, linear_logprob(*args, chunk_size=8)))
@@ -79,9 +79,9 @@ def test_rows_that_are_not_active_count_but_do_not_learn():
         loss, *_ = linear_loss(*args, some, active=mask, **options)
         with FlopCounterMode(display=False) as counter:
             linear_loss(*args, some, active=mask, **options)
-        products.append(counter.get_total_flops() / (2 * 8 * 37))  # rows that went through a matrix product
+        products.append(counter.get_total_flops() / (2 * 8 * 37))  # rows that went through a GEMM
         torch.testing.assert_close(loss.detach(), want[0])
-    # Logits, those of hidden states, and the first of each accumulator: what is added to it is not counted.
+    # GEMMs of the logits, of the hidden states, and the first of each accumulator; later additions are not counted.
     assert products == [13 + 4 + 4, 13, 13 + 13 + 4, 13 + 13 + 4]
     ours = gradients(linear_loss, args, some, active=active, **options)
     for got, expected in zip(ours, want, strict=True):
@@ -114,7 +114,7 @@ def test_without_gradient_and_twice():
 
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_gradient_only_where_needed(as_on_cuda, wanted):
-    """A frozen head beside adapters; hidden states without gradient. In inference mode none at all."""
+    """With adapters the head is frozen; hidden states may need no gradient; in inference mode there is none."""
     args = inputs()
     args[1 - wanted].requires_grad_(False)
     loss, *figures = linear_loss(*args, alone, chunk_size=4)
@@ -127,8 +127,8 @@ def test_gradient_only_where_needed(as_on_cuda, wanted):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu():
-    """Nothing waits for the device, twice gives the same bits, 1.5 GiB are enough however many the rows; the gradients
-    lie no farther from float64's than those of plain bfloat16."""
+    """There is no device sync, a repetition is bitwise equal, and 1.5 GiB suffice for any number of rows. The gradients
+    are at least as close to float64's as those of plain bfloat16."""
 
     def case(rows, vocab, dim=896):
         hidden, weight, targets = (x.detach().cuda() for x in inputs(rows, dim, vocab, torch.bfloat16))

@@ -1,4 +1,4 @@
-"""The row pass: plain torch against float64, and the Triton kernels, interpreted on the CPU, against the same."""
+"""The row pass in plain torch, and in the Triton kernels interpreted on the CPU, compared with float64."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import torch
 from kernels import rows
 
 ROOT = Path(__file__).parents[2]
-CASES = {  # rows, vocabulary, elements at a time
+CASES = {  # rows, vocabulary, elements per step
     "odd vocabulary, many blocks": (7, 3001, 512),
     "one row, part of a block": (1, 37, 8192),
     "whole blocks": (3, 256, 64),
@@ -24,13 +24,13 @@ def case(name, minus_infinity=True):
     generator = torch.Generator().manual_seed(count)
     logits = 4 * torch.randn(count, vocab, generator=generator)
     if count and minus_infinity:
-        logits[0, : vocab // 3] = -torch.inf  # tokens that cannot be, at the beginning of a row
+        logits[0, : vocab // 3] = -torch.inf  # impossible tokens at the beginning of a row
         logits[-1, -1] = -torch.inf
     return logits, torch.randint(vocab // 2, vocab - 1, (count,), generator=generator), block
 
 
 def expected(logits, targets, temperature, grad_logps, grad_entropies):
-    """Stats and gradient in float64, by autograd."""
+    """Statistics and gradient in float64, by autograd."""
     exact = logits.double().requires_grad_()
     log_probs = (exact / temperature).log_softmax(-1)
     kept = torch.where(logits > -torch.inf, log_probs, 0.0)
@@ -51,7 +51,7 @@ def upstream(count, entropies):
 
 
 def test_triton_in_the_interpreter():
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported, which others here have done."""
+    """In a separate process: Triton reads TRITON_INTERPRET at import, and other tests have already imported it."""
     pytest.importorskip("triton")
     checks = str(Path(__file__).with_name("triton_checks.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", checks]
@@ -63,7 +63,7 @@ def test_triton_in_the_interpreter():
 @pytest.mark.parametrize("kernel", ["_stats_kernel", "_gradient_kernel"])
 @pytest.mark.parametrize("whole", [False, True])
 def test_compiles_for_an_h100(kernel, whole, vocab):
-    """Down to machine code, which needs no GPU: 16 bytes at once where the vocabulary allows it."""
+    """It compiles to machine code, which needs no GPU, and loads 16 bytes at once if the vocabulary allows it."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
@@ -107,7 +107,7 @@ def test_plain(name, temperature, entropies):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("vocab", [151936, 3001])
 def test_on_a_gpu(vocab):
-    """Compiled, bit-repeatable; rows beyond 2^31 elements, unlikely targets and -inf among them."""
+    """Compiled kernels, bitwise reproducible, with rows beyond 2^31 elements, unlikely targets and -inf."""
     count = 15000 if vocab > 100_000 else 64
     generator = torch.Generator("cuda").manual_seed(0)
     logits = 4 * torch.randn(count, vocab, generator=generator, device="cuda")

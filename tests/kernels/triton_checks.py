@@ -1,4 +1,4 @@
-"""The Triton kernels as the interpreter runs them on a CPU; `test_rows.py` starts this with TRITON_INTERPRET=1."""
+"""Checks of the Triton kernels in the interpreter on a CPU; `test_rows.py` starts them with TRITON_INTERPRET=1."""
 
 import os
 
@@ -14,7 +14,7 @@ from tests.kernels.test_linear_logprob import inputs
 from tests.kernels.test_rows import CASES, case, expected, upstream
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = ((torch.float32, 2e-6), (torch.bfloat16, 6e-3))  # the interpreter cuts bfloat16 off
+DTYPES = ((torch.float32, 2e-6), (torch.bfloat16, 6e-3))  # the interpreter truncates to bfloat16
 
 
 def stats_of(logits, targets, temperature=1.0, unscaled=None):
@@ -44,7 +44,7 @@ def test_row_pass(name, temperature, entropies):
 
 @pytest.mark.parametrize("below", [0.0, 20.0, 24.0, 100.0, 1e4])
 def test_targets_that_are_unlikely(below):
-    """Beyond some distance a row is swept again from its largest logit; the target's log-prob is exact to its size."""
+    """Far targets: a row is swept again from its largest logit. The error is relative to the target's log-prob."""
     logits, targets, rows_triton.BLOCK = case("odd vocabulary, many blocks")
     logits[torch.arange(7), targets] = logits.amax(-1) - below
     *want, gradient = expected(logits, targets, 1.0, torch.ones(7), None)
@@ -67,7 +67,7 @@ def test_what_is_not_finite_shows():
 
 
 def test_heads_on_the_kernels(monkeypatch):
-    """Chunks, blocks and factors of the CUDA path, with the kernels interpreted."""
+    """The chunks, blocks and factors of the CUDA path, with interpreted kernels."""
     monkeypatch.setattr(rows, "_fused", lambda logits: True)
     monkeypatch.setattr(kernels.linear_loss, "can_be_deferred", lambda sweep: True)
     monkeypatch.setitem(kernels.linear_logprob.CHUNKS_IN_BLOCK, "cpu", 2)
@@ -90,7 +90,7 @@ def test_heads_on_the_kernels(monkeypatch):
 
 
 def test_rows_beyond_the_32_bit_range_are_found_by_their_offset():
-    """Two rows of a buffer 2^31 elements apart: only their own memory is touched, so the buffer is never filled."""
+    """Two rows are 2^31 elements apart in a buffer. Only their memory is touched, so the buffer is never filled."""
     stride = 2**31 + 64
     far = torch.empty(stride + 64, dtype=torch.float32)  # 8 GiB of addresses, a few pages of memory
     logits = far.as_strided((2, 64), (stride, 1))

@@ -1,4 +1,4 @@
-"""Rows of the supervised tests."""
+"""Rows for the tests of supervised training."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory):
-    """20 conversations of about a dozen tokens."""
+    """20 conversations of about a dozen tokens each."""
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     with path.open("w") as file:
         for i in range(20):

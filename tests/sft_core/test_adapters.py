@@ -1,4 +1,4 @@
-"""Adapters: what is trained, what is frozen, what is written, and that merging changes no log-prob."""
+"""Adapters: what is trained, frozen and written; merging changes no log-prob."""
 
 import importlib.util
 import json
@@ -39,7 +39,7 @@ def losses(out):
 
 
 def written(model: str, kind: str, folder: str, bf16: bool = False) -> dict:
-    """On each rank: random adapters, exported; what the policy says of a sequence, and what the files say of it."""
+    """On each rank: export random adapters; return a sequence's log-probs by the policy and by the files."""
     from pathlib import Path
 
     from peft import AutoPeftModelForCausalLM
@@ -93,18 +93,18 @@ def close(a, b, tolerance=1e-5):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_weights_and_files_say_what_the_policy_says(tiny_model, tmp_path, kind):
-    """Also: at the start adapters change nothing, switched off they are not there, and two ranks agree with one."""
+    """Also, new or disabled adapters change nothing, and two ranks agree with one."""
     [one] = run_ranks(1, written, tiny_model, kind, str(tmp_path / "one"))
     close(one["start"], one["base"])
     close(one["without"], one["base"])
     close(one["merged"], one["policy"], 3e-5)
     assert np.abs(one["policy"] - one["base"]).max() > 0.1
-    if "load_in_4bit" not in KINDS[kind] and kind != "8bit":  # peft's base is then not the quantised one
+    if "load_in_4bit" not in KINDS[kind] and kind != "8bit":  # then peft's base is not the quantised one
         close(one["peft"], one["policy"], 3e-5)
     for found in run_ranks(2, written, tiny_model, kind, str(tmp_path / "two")):
         close(found["policy"], one["policy"], 2e-5)
         assert found["grads"].keys() == one["grads"].keys()
-        for name, grad in one["grads"].items():  # each of two ranks has the whole batch, and gradients are summed
+        for name, grad in one["grads"].items():  # both ranks have the whole batch, and gradients are summed
             assert np.linalg.norm(found["grads"][name] - 2 * grad) < 1e-4 * np.linalg.norm(grad) + 1e-6, name
 
 
@@ -148,10 +148,10 @@ def test_resumes_bitwise_with_dropout(tiny_model, rows, tmp_path, more):
     logged = [[row.get("loss", row.get("eval_loss")) for row in metrics(tmp_path / name)] for name in ("whole", "out")]
     assert logged[0] == logged[1]
     state = tmp_path / "out" / "checkpoint-4" / "state"
-    assert sum(path.stat().st_size for path in state.iterdir()) < 2.5e6  # the trained alone, and its moments
+    assert sum(path.stat().st_size for path in state.iterdir()) < 2.5e6  # only the trained parameters and their moments
     if not {"ranks", "load_in_8bit"} & more.keys():
         train(tiny_model, rows, tmp_path / "without", **(more | {"lora_dropout": 0.0, "max_steps": 2}))
-        assert losses(tmp_path / "without")[1] != losses(tmp_path / "whole")[1]  # at first B is zero
+        assert losses(tmp_path / "without")[1] != losses(tmp_path / "whole")[1]  # B is zero at first
 
 
 def test_four_bits_learn_alike_on_two_ranks(tiny_model, rows, tmp_path):

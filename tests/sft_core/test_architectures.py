@@ -1,4 +1,4 @@
-"""Which architectures of transformers can be trained: each is right when packed, or refused in one sentence."""
+"""The architectures of transformers: each is right when packed, or refused in one sentence."""
 
 import re
 from pathlib import Path
@@ -128,7 +128,7 @@ CASES: dict[str, tuple[dict, str]] = {
 
 
 def gradients(info, packed: bool, sequences=SEQUENCES, shared=None):
-    """Of a weighted sum of the log-probs of all tokens, by parameter."""
+    """The gradients of a weighted sum of all tokens' log-probs, by parameter."""
     torch.manual_seed(0)
     with torch.no_grad():
         model = architectures._build(shrunken(info), MODEL, "packed" if packed else "eager")
@@ -162,7 +162,7 @@ def test_right_or_refused(name):
 
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name][1] == RIGHT])
 def test_beginnings_are_shared_exactly(name):
-    """Through sliding windows too, which are shorter than what is shared."""
+    """This includes sliding windows that are shorter than the shared beginning."""
     info = AutoConfig.for_model(name, **CASES[name][0])
     assert shares_beginnings(info, MODEL)
     sharing, plain = gradients(info, True, BEGUN, SHARED), gradients(info, True, BEGUN)
@@ -172,7 +172,7 @@ def test_beginnings_are_shared_exactly(name):
 
 
 def test_an_attention_that_shares_no_beginnings_is_seen():
-    """As it would be if it took what stands in the row for the whole sequence."""
+    """Such an attention would take only the sequence's own tokens in the row for the whole sequence."""
 
     def own_alone(*arguments, packed, **kwargs):
         return packed_attention(*arguments, packed=packed_layout(packed.cu_queries.diff().tolist()), **kwargs)
@@ -193,7 +193,7 @@ def test_the_guide_has_this_table():
 
 
 def ignoring(*names: str):
-    """Our attention as it would be if it dropped these arguments."""
+    """Our attention, but without these arguments."""
 
     def attention(module, query, key, value, attention_mask=None, **kwargs):
         mask = None if "attention_mask" in names else attention_mask
@@ -204,7 +204,7 @@ def ignoring(*names: str):
 
 
 def blind(module, query, key, value, attention_mask=None, *, packed, **kwargs):
-    """Our attention as it would be if it took the row for one sequence."""
+    """Our attention, but treating the row as one sequence."""
     layout = packed_layout([sum(packed.lengths)])
     return packed_attention(module, query, key, value, attention_mask, packed=layout, **kwargs)
 
@@ -224,7 +224,7 @@ def blind(module, query, key, value, attention_mask=None, *, packed, **kwargs):
     ],
 )
 def test_an_argument_that_is_dropped_is_seen(name, fault):
-    """The copy's windows, caps, sinks and biases all matter to its short sequences."""
+    """The windows, caps, sinks and biases of the small copy all affect its short sequences."""
     try:
         AttentionInterface.register("packed", fault)
         with pytest.raises(ValueError, match="packing changes the log-probs of tokens"):
@@ -267,7 +267,7 @@ DEEP = {
 
 @pytest.mark.parametrize("name", DEEP)
 def test_large_and_deep_models_are_right(name):
-    """Of published sizes: the copy has all their layers, and rounding stays far below what is refused."""
+    """For models of published sizes, the copy has all layers, and rounding stays far below the limit for a refusal."""
     check_architecture(AutoConfig.for_model(name, **DEEP[name]), MODEL)
 
 
@@ -305,7 +305,7 @@ def test_quantised_checkpoints():
     [(10**6, {"initializer_range": "x"}, "llama, is not known to work"), (1000, {}, "a small copy of it still has")],
 )
 def test_a_model_that_cannot_be_made_small_is_refused(limit, options, says, monkeypatch):
-    """Sizes that do not fit together, or too many parameters."""
+    """The sizes do not fit together, or there are too many parameters."""
     monkeypatch.setattr(architectures, "LARGEST_COPY", limit)
     info = AutoConfig.for_model("llama", **FOUR)
     vars(info).update(options)

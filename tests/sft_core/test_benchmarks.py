@@ -1,4 +1,4 @@
-"""The push_to_hub_revision callback from a saved checkpoint to its branch and its benchmark figures."""
+"""The push_to_hub_revision callback: from a saved checkpoint to its branch and its benchmark metrics."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_branch_and_benchmarks_of_a_checkpoint_that_is_gone(tiny_model, options,
         check_hub(config)
         [callback] = get_callbacks(config, ModelConfig(model_name_or_path=tiny_model))
         callback.on_save(7, checkpoint)
-        shutil.rmtree(checkpoint)  # save_total_limit
+        shutil.rmtree(checkpoint)  # like save_total_limit
         assert callback.close() == []
         [(step, figures)] = callback.results
         pushed = hub.repos["me/m"].files("v1-step-000000007")
@@ -58,7 +58,7 @@ def test_benchmarks_of_other_weights_do_not_go_on_with_old_samples(tiny_model, o
     model, folder = tmp_path / "model", tmp_path / "benchmarks"
     shutil.copytree(tiny_model, model)
     first = run_benchmarks(model, SFTConfig(**options), folder)
-    os.utime(model / "model.safetensors")  # trained on
+    os.utime(model / "model.safetensors")  # as if trained further
     assert run_benchmarks(model, SFTConfig(**options), folder).keys() == first.keys()
     assert (folder / "previous-1/results.json").is_file() and (folder / "results.json").is_file()
 

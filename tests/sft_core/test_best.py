@@ -1,4 +1,4 @@
-"""Which checkpoint is the best, and that it is still there at the end."""
+"""Which checkpoint is the best, and that it still exists at the end."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.processes import run_ranks
 
 
 def best_of(values, at=lambda step: step, **options):
-    """The best checkpoint of a run that saves after every step, evaluated as `values` say at the steps `at`."""
+    """The best checkpoint of a run that saves after every step, with the evaluations `values` at the steps `at`."""
     config = TrainingConfig("out", **options).frozen()
     progress = Progress()
     for step, value in enumerate(values, 1):
@@ -29,7 +29,7 @@ def best_of(values, at=lambda step: step, **options):
 @pytest.mark.parametrize(
     ("values", "options", "best"),
     [
-        ([2.0, 1.0, 3.0, 1.0], {"metric_for_best_model": "loss"}, 2),  # the first of two alike
+        ([2.0, 1.0, 3.0, 1.0], {"metric_for_best_model": "loss"}, 2),  # the first of two equal ones
         ([2.0, 1.0, 3.0], {"metric_for_best_model": "eval_loss", "greater_is_better": True}, 3),
         ([2.0, 1.0, 3.0], {"metric_for_best_model": "reward"}, 2),
         ([2.0, 1.0, 3.0], {"metric_for_best_model": "eval_reward", "greater_is_better": False}, 3),
@@ -60,6 +60,6 @@ def save(folder, steps, limit, best):
 
 @pytest.mark.parametrize(("limit", "kept"), [(1, [9, 100]), (2, [9, 100]), (3, [9, 11, 100]), (None, [9, 10, 11, 100])])
 def test_save_total_limit_spares_the_best(tmp_path, limit, kept):
-    """As transformers counts: the best is one of them, and stays beside the newest in any case."""
+    """It counts like transformers: the best checkpoint is one of them, and is always kept with the newest."""
     run_ranks(1, save, tmp_path, [9, 10, 11, 100], limit, str(Path("elsewhere/checkpoint-9")))
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in kept]

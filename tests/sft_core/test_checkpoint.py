@@ -28,7 +28,7 @@ IDENTITY = {"algorithm": "grpo", "model": "tiny", "seed": 1}
 
 
 def make(tied):
-    """A sharded tiny Llama inside a policy, AdamW with moments, a schedule."""
+    """A sharded tiny Llama in a policy, AdamW with moments, and a schedule."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -81,7 +81,7 @@ def draws():
 
 
 def save_tiny(folder, tied, step, resume_from=None):
-    """Make a run, or resume one; two more updates; save. Returns what should come back."""
+    """Create or resume a run, do two updates, and save. Returns what a resume should restore."""
     rank, *_ = init_distributed(60)
     made = make(tied)
     if resume_from is not None:
@@ -122,7 +122,7 @@ def test_resharding_from_two_ranks_of_torchrun_to_one(tmp_path):
         assert (tmp_path / name / f"rank-0000{rank}" / "rollouts.json").read_text() == f"pending of {rank}"
     described = json.loads((tmp_path / name / "manifest.json").read_text())["files"]
     files = {str(p.relative_to(tmp_path / name)) for p in (tmp_path / name).rglob("*") if p.is_file()}
-    assert described.keys() == files - {"manifest.json"}  # each described by the rank that wrote it
+    assert described.keys() == files - {"manifest.json"}  # each is described by the rank that wrote it
     state = json.loads((tmp_path / name / "progress.json").read_text())
     assert state["identity"] == IDENTITY and state["step"] == 7 and state["world_size"] == 2
 
@@ -134,8 +134,8 @@ def test_resharding_from_one_rank_to_two_and_on(tmp_path):
         for _, _, loaded, _ in results:
             assert_same(saved, loaded)
     first, second = twice[0][0][3], twice[0][1][3]
-    assert first == drawn and second != drawn  # the new rank has numbers of its own,
-    assert second == twice[1][1][3]  # the same at every resume
+    assert first == drawn and second != drawn  # the new rank draws other numbers,
+    assert second == twice[1][1][3]  # the same ones at every resume
     on_two = run_ranks(2, save_tiny, tmp_path, False, 9, tmp_path / "checkpoint-7")
     ((name, _, loaded, _),) = run_ranks(1, load_tiny, tmp_path, False)
     assert name == "checkpoint-9"
@@ -146,7 +146,7 @@ def test_resharding_from_one_rank_to_two_and_on(tmp_path):
 
 
 def small(step):
-    """A sharded layer and its optimizer, every number in them made from `step`."""
+    """A sharded layer and its optimizer, with all numbers derived from `step`."""
     model = nn.Linear(300, 300, bias=False)
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -200,7 +200,7 @@ def test_kill_nine_at_any_moment_leaves_what_was_saved(tmp_path):
         assert step >= reached and name == f"checkpoint-{step}"
         assert weights == {step} and moments == {2 * step}
         assert not any(tmp_path.glob(".checkpoint-*"))
-        assert len(checkpoints(tmp_path)) <= 3  # the limit of 2, and one that was complete but not yet pointed to
+        assert len(checkpoints(tmp_path)) <= 3  # the limit of 2, and one that was complete but not yet referenced
         reached = step
     assert interrupted > 0, "no kill hit a save: the test showed nothing"
 
@@ -220,7 +220,7 @@ def three_saved(tmp_path_factory):
 
 
 def find(folder):
-    """The name of the checkpoint that a run would go on from."""
+    """The name of the checkpoint from which a run would resume."""
     return output_dir.find_checkpoint(folder)[0].name
 
 
@@ -262,7 +262,7 @@ def garble_the_manifest(checkpoint):
 
 def be_of_another_version(checkpoint):
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest["files"]))  # as the first format was
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest["files"]))  # like the first format
     return f"its format is 1, this version reads {output_dir.FORMAT}"
 
 
@@ -311,7 +311,7 @@ def test_leftovers_of_a_killed_save_are_finished_or_undone(saved):
     assert not any(saved.glob(".checkpoint-*"))
 
 
-@pytest.mark.parametrize("lost", [(), ("run.json",)])  # a checkpoint itself says whose it is
+@pytest.mark.parametrize("lost", [(), ("run.json",)])  # a checkpoint itself identifies its run
 def test_own_checkpoints_resume_and_others_are_refused_or_moved_aside(saved, lost):
     for overwrite in (False, True):
         assert prepare_output_dir(saved, IDENTITY, overwrite) == saved / "checkpoint-15"
@@ -342,7 +342,7 @@ def test_save_total_limit_prunes_the_oldest(tmp_path):
 
 if __name__ == "__main__":  # one rank of the torchrun test
     output_dir = Path(sys.argv[1])
-    if os.environ["RANK"] == "0":  # no process group agrees yet on who does it
+    if os.environ["RANK"] == "0":  # there is no process group yet to coordinate this
         prepare_output_dir(output_dir, IDENTITY, overwrite=False)
     torch.save(save_tiny(output_dir, tied=True, step=7), output_dir / f"expected-{os.environ['RANK']}.pt")
-    os._exit(0)  # under load one of torch's threads has aborted the interpreter's exit
+    os._exit(0)  # under load, one of torch's threads has crashed a normal exit

@@ -1,4 +1,4 @@
-"""Compiled blocks: the gradient, the names and the checkpoints of eager ones, and few graphs whatever the lengths."""
+"""Compiled blocks have the gradients, names and checkpoints of eager ones, and few graphs for all lengths."""
 
 import shutil
 
@@ -20,16 +20,17 @@ from tests.launch import metrics, run
 from tests.processes import run_ranks
 from tests.sft_core.test_train import train
 
-# Of varied numbers, lengths and longest; the third and the last lie over two ranks as something and nothing.
+# Varied numbers of sequences, lengths and maximum lengths; of the third and the last, one of two ranks gets nothing.
 LENGTHS = [[60, 31, 90], [5, 7], [128], [7, 7, 2, 50], [11] * 9, [3]]
 ON = {"torch_compile": "true", "torch_compile_backend": "aot_eager"}
 
 
 def passes(model: str, options: dict, flags: dict, graphs: int, bf16: bool = False) -> dict:
-    """On each rank, eager and compiled: gradients of training passes, log-probs of others, and the names of it all.
+    """On each rank, eager and compiled: gradients of training passes, log-probs of other passes, and all names.
 
-    After one pass of each kind not one more graph may be made, and there are `graphs` in all. Blocks with and without a
-    checkpoint have graphs of their own; recomputing from offloaded inputs, which are views no more, has another.
+    After one pass of each kind no further graph may be compiled, and there are `graphs` in total. Blocks with and
+    without a checkpoint have separate graphs; recomputing from offloaded inputs, which are no longer views, has
+    another.
     """
     from torch._dynamo.utils import counters
 
@@ -115,13 +116,13 @@ def test_inductor_on_a_cpu(tiny_model, flags, graphs):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("flags", [{}, {"gradient_checkpointing": True}])
 def test_inductor_and_varlen_on_a_gpu(tiny_model, flags):
-    """In bfloat16, where fused kernels round less often than eager ones."""
+    """This is in bfloat16, where fused kernels round less often than eager ones."""
     [found] = run_ranks(1, passes, tiny_model, {}, flags | {"compile_backend": "inductor"}, 2, True)
     check(found, tolerance=5e-2)
 
 
 def test_the_path_of_a_gpu_is_one_graph_a_kind_of_block(monkeypatch):
-    """torch's varlen attention with a kernel put in for the CPU: traced and differentiated by torch's own rules."""
+    """torch's varlen attention with a substitute kernel for the CPU, traced and differentiated by torch's own rules."""
     from torch._dynamo.utils import counters
     from torch.nn.attention import varlen
     from transformers import AttentionInterface
@@ -152,7 +153,7 @@ def test_the_path_of_a_gpu_is_one_graph_a_kind_of_block(monkeypatch):
     varlen._varlen_attn_backward.register_kernel("cpu")(backward)
     AttentionInterface.register("varlen on a CPU", attention_of_a_gpu)
     attention.register()
-    layers = 10  # more than the graphs that torch allows a function by default
+    layers = 10  # more than the graphs per function that torch allows by default
     info = Qwen2Config(
         vocab_size=61,
         hidden_size=48,
@@ -189,7 +190,7 @@ def test_the_path_of_a_gpu_is_one_graph_a_kind_of_block(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_the_flag_changed(tiny_model, rows, tmp_path):
-    """Two compiled steps, then two eager ones from the checkpoint: those of a run that was eager all along."""
+    """Two compiled steps, then two eager ones from the checkpoint, equal those of a run that is always eager."""
     evaluated = dict(do_eval="true", dataset_test_split=rows)
     whole = train(tiny_model, rows, tmp_path / "whole", max_steps=4, **evaluated)
     saving = dict(save_strategy="steps", save_steps=2)
@@ -203,7 +204,7 @@ def test_a_run_goes_on_with_the_flag_changed(tiny_model, rows, tmp_path):
 
 @pytest.mark.slow
 def test_grpo_compiles_policy_and_reference(tiny_model, problems, tmp_path):
-    """The same rollouts, eager and compiled: engine and policy agree, and the weights are the same."""
+    """On the same rollouts, eager and compiled, engine and policy agree, and the weights are the same."""
     more = dict(max_steps=2, beta=0.1, num_iterations=2, prompts_per_step=2)
     recorded = dict(save_rollouts=tmp_path / "rollouts")
     code, output = run(

@@ -1,6 +1,6 @@
-"""No part of a row is dropped without a word: fields of messages, columns for the template, roles, parts of a content.
+"""No part of a row is dropped silently: fields of messages, columns for the template, roles, parts of a content.
 
-The same rows go through both trainers' readers.
+The same rows go through the readers of both trainers.
 """
 
 import json
@@ -41,7 +41,7 @@ def template(body="{{ m.content }}", head="", roles="<|{{ m.role }}|>"):
 
 
 def supervised(tokenizer, row):
-    """The text of a row of supervised training."""
+    """The text of a row in supervised training."""
     stop_ids = frozenset([tokenizer.eos_token_id])
     return tokenizer.decode(supervised_example(tokenizer, row, stop_ids, SFTConfig(output_dir="o"))[0])
 
@@ -53,7 +53,7 @@ def load(tokenizer, rows, **options):
 
 
 def prompt(tokenizer, row, **options):
-    """The text of a prompt of GRPO."""
+    """The text of a prompt in GRPO."""
     [found], _ = load(tokenizer, [row], **options)
     return tokenizer.decode(found.ids)
 
@@ -73,7 +73,7 @@ def prompt(tokenizer, row, **options):
     ],
 )
 def test_a_field_of_a_message_shows_or_is_refused(tokenizer, name, value):
-    """Whichever message has it, in either trainer; and its absence is none."""
+    """This holds for a field of any message, in both trainers; a missing field equals None."""
     shows = template(body="{{ m.content }}{{ m." + name + " | tojson if m." + name + " is defined }}")
     for turn in (0, 1):
         messages = [message | {name: value} if i == turn else message for i, message in enumerate([USER, YES])]
@@ -92,7 +92,7 @@ def test_a_field_of_a_message_shows_or_is_refused(tokenizer, name, value):
 
 
 def test_the_name_of_a_tool_that_answers_need_not_show(tokenizer):
-    """It says which call is answered, as `tool_call_id` does."""
+    """Like `tool_call_id`, it only identifies the call that is answered."""
     tokenizer.chat_template = template()
     messages = [USER, {"role": "tool", "content": "3", "name": "add", "tool_call_id": "1"}]
     assert prompt(tokenizer, {"prompt": messages}).count("3") == 1
@@ -138,7 +138,7 @@ def test_a_column_for_the_template_reaches_it_or_is_refused(tokenizer, column, v
 
 
 def test_an_option_of_the_generation_prompt_alone_is_no_unknown_one(tokenizer):
-    """As Qwen3 has it: the default and its opposite."""
+    """Qwen3 has such an option; this tests its default and its opposite."""
     no_thoughts = "add_generation_prompt and enable_thinking is defined and not enable_thinking"
     tokenizer.chat_template = template() + "{% if " + no_thoughts + " %}<think></think>{% endif %}"
     for value in (True, False):
@@ -150,7 +150,7 @@ def test_an_option_of_the_generation_prompt_alone_is_no_unknown_one(tokenizer):
 @pytest.mark.parametrize("of_all", [{"effort": "low"}, {"effort": "low", "tools": ["of all"]}])
 @pytest.mark.parametrize("of_row", [None, {"effort": None}, {"effort": "high"}])
 def test_an_option_for_all_rows_and_one_of_the_row(tokenizer, of_all, of_row):
-    """The row's is before; a column of the row is before what all rows have."""
+    """The row's option takes precedence, and so does a column of the row over the option for all rows."""
     tokenizer.chat_template = template(head="{{ effort }}{{ tools }}")
     shown = "high" if (of_row or {}).get("effort") else "low"
     row = {"chat_template_kwargs": of_row, "tools": TOOLS if "tools" in of_all else None}
@@ -193,7 +193,7 @@ def test_parts_of_text_are_one_text_and_others_are_refused(tokenizer):
 
 
 def read_one(tokenizer, row):
-    """A prompt whose types Arrow cannot hold."""
+    """A prompt with types that Arrow cannot represent."""
     from sft_core.data.conversation import prompt_of
 
     prompt_of(row["prompt"], "prompt")
@@ -222,12 +222,12 @@ def read_one(tokenizer, row):
 def test_what_is_no_prompt_is_refused_with_its_row(tokenizer, value, says):
     with pytest.raises(ValueError, match=f"row 1 of the data: {says}"):
         prompt(tokenizer, {"prompt": value})
-    if isinstance(value, str) and value.strip():  # nor is it one of supervised training, nor to be generated for
+    if isinstance(value, str) and value.strip():  # supervised training and gen.generate refuse it, too
         with pytest.raises(ValueError, match=says):
             supervised(tokenizer, {"prompt": value, "completion": "2"})
         rows = Dataset.from_list([{"prompt": value}])
         [found] = Store(GenerateConfig(hf_dataset="d", model="m"), rows).render(rows.data.table)
-        assert isinstance(found, str) and "is a conversation written as text" in found  # so it goes to failed.jsonl
+        assert isinstance(found, str) and "is a conversation written as text" in found  # it goes to failed.jsonl
 
 
 def test_the_number_is_that_of_the_row_and_later_rows_are_looked_at_too(tokenizer):
@@ -256,7 +256,7 @@ SILENT = template(head="{% if messages[0].role == 'system' %}{% set messages = m
 
 @pytest.mark.parametrize("body", [GEMMA, SILENT])
 def test_templates_without_a_system_role(tokenizer, body):
-    """Our own system prompt begins what the user says; the user's own is not lost, but refused with a remedy."""
+    """Our system prompt is put before the user's message. A system message in the data is refused, with a remedy."""
     tokenizer.chat_template = body
     for value in ("Ben has 4", [USER]):
         [found], said = load(tokenizer, [{"prompt": value}], system_prompt=None, max_prompt_length=4000)
@@ -270,7 +270,7 @@ def test_templates_without_a_system_role(tokenizer, body):
     with pytest.raises(ValueError, match="row 1 of the data: the chat template (refuses|leaves out `content`)"):
         prompt(tokenizer, {"prompt": [{"role": "system", "content": "Add."}, USER]})
     with pytest.raises(ValueError, match="^the chat template (refuses|leaves out `content`)"):
-        prompt_ids(tokenizer, [{"role": "system", "content": "Add."}, USER])  # of an evaluation and of gen.generate
+        prompt_ids(tokenizer, [{"role": "system", "content": "Add."}, USER])  # of an evaluation and gen.generate
     assert prompt_ids(tokenizer, [USER])
 
 
@@ -279,7 +279,7 @@ def test_prompts_too_long_only_because_of_the_system_prompt_are_said_so(tokenize
     system = {"system_prompt": "Think. " * 20}
     with pytest.raises(ValueError, match="all 3 prompts .* 60: raise it, or give --system_prompt '', with which 2 fit"):
         load(tokenizer, rows, max_prompt_length=60, **system)
-    own = {"prompt": [{"role": "system", "content": "Add."}, USER]}  # of the data: not ours to count
+    own = {"prompt": [{"role": "system", "content": "Add."}, USER]}  # from the data, so it is not ours
     prompts, said = load(tokenizer, [{"prompt": row["prompt"]} for row in rows], max_prompt_length=60)
     assert len(prompts) == 2 and said == "1 longer than 60 tokens"
     prompts, said = load(tokenizer, [own, {"prompt": [USER]}], max_prompt_length=60, **system)

@@ -1,4 +1,4 @@
-"""Forms of rows, what of them is trained, chat templates, truncation, tokenising once."""
+"""Formats of rows, their trained tokens, chat templates, truncation, and tokenising only once."""
 
 import json
 
@@ -35,7 +35,7 @@ def trained(tokenizer, row, **more):
 
 @pytest.mark.parametrize("template", [None, PLAIN])
 def test_only_the_assistant_is_trained_its_end_of_turn_included(tokenizer, template):
-    """By markers and, without them, by comparing renderings: the same."""
+    """Markers, and comparing renderings without markers, give the same result."""
     assert chat.has_markers(tokenizer)
     tokenizer.chat_template = template or tokenizer.chat_template
     whole, learnt = trained(tokenizer, {"messages": MESSAGES})
@@ -45,7 +45,7 @@ def test_only_the_assistant_is_trained_its_end_of_turn_included(tokenizer, templ
     assert everything == learnt == whole
     row = {"prompt": MESSAGES[:3], "completion": MESSAGES[3:]}
     whole, learnt = trained(tokenizer, row)
-    assert learnt == "no<|end|>"  # with prompt and completion only the completion, whoever spoke before
+    assert learnt == "no<|end|>"  # with prompt and completion, only the completion is trained
     assert trained(tokenizer, row, completion_only_loss=False) == (whole, "yes<|end|>no<|end|>")
     assert trained(tokenizer, row, assistant_only_loss=False) == (whole, "no<|end|>")
     assert trained(tokenizer, {"messages": MESSAGES[:1]})[1] == ""
@@ -60,9 +60,9 @@ def test_text_begins_and_ends_as_the_model_knows_it(tokenizer):
 
     special = [("<|bos|>", tokenizer.bos_token_id)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=special)
-    assert trained(tokenizer, {"text": "1+1=2"})[0] == "<|bos|>1+1=2<|end|>"  # one BOS where the tokenizer has one
+    assert trained(tokenizer, {"text": "1+1=2"})[0] == "<|bos|>1+1=2<|end|>"  # one BOS if the tokenizer has one
     assert trained(tokenizer, {"prompt": "1+1=", "completion": "2"}) == ("<|bos|>1+1=2<|end|>", "2<|end|>")
-    assert trained(tokenizer, {"text": "<|bos|>1+1=2"})[0] == "<|bos|>1+1=2<|end|>"  # rendered already
+    assert trained(tokenizer, {"text": "<|bos|>1+1=2"})[0] == "<|bos|>1+1=2<|end|>"  # it is already rendered
     assert trained(tokenizer, {"messages": MESSAGES})[0].count("<|bos|>") == 1
     tokenizer.chat_template = None
     chat.set_up(tokenizer, None, conversations=True, chatml_default=True)
@@ -89,7 +89,7 @@ def test_tools_reach_the_template(tokenizer):
         "{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}",
         "{{ '<|' + m['role'] + '|>' + m['content'] }}" + calls + "{{ eos_token }}",
     )
-    # As Arrow gives them back: every row with the fields of all.
+    # As Arrow returns them: every row has the fields of all rows.
     tools = [{"function": {"name": "add", "parameters": {"a": "int", "city": None}}, "type": None}]
     shown = '[{"function": {"name": "add", "parameters": {"a": "int"}}}]<|bos|>'
     for given in (tools, json.dumps(tools)):
@@ -125,7 +125,7 @@ def turns(
     )
 
 
-# What the templates of well-known families do to the assistant's words.
+# What the templates of well-known model families do to the assistant's text.
 AFTER_THOUGHT = "{% set words = m.content.split('</think>')[-1] %}"
 THOUGHT = "{% set thought = m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content else '' %}"
 QWEN3 = turns(
@@ -181,7 +181,7 @@ def test_only_what_is_trained_has_to_be_told_apart(tokenizer):
 
 
 def test_text_is_tokenised_in_one_piece(tiny_model):
-    """A tokenizer that marks the beginnings of words puts no mark between the parts of a row."""
+    """A tokenizer that marks the beginnings of words adds no mark between the parts of a row."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -327,7 +327,7 @@ def test_base_models_get_chatml(tokenizer):
 
 
 def test_marks_end_after_all_tokens_of_a_character(tokenizer):
-    """A character that is several tokens is trained to its end."""
+    """A character with several tokens is trained up to its last token."""
     messages = [MESSAGES[0], {"role": "assistant", "content": "yes 🙂"}]
     inside = tokenizer.chat_template
     outside = inside.replace("+ eos_token }}{% endgeneration %}", "}}{% endgeneration %}{{ eos_token }}")

@@ -31,7 +31,7 @@ def test_lock_names_the_living_holder_and_is_free_after_kill(tmp_path):
     with pytest.raises(ValueError, match=rf"{tmp_path} is in use by another run \(pid {holder.pid} on .*--output_dir"):
         distributed.lock_output_dir(tmp_path, wait_s=0.3)
     os.kill(holder.pid, signal.SIGKILL)
-    distributed.lock_output_dir(tmp_path, wait_s=30)  # waits for the dying holder
+    distributed.lock_output_dir(tmp_path, wait_s=30)  # waits for the dying process that holds the lock
     assert f"pid {os.getpid()} " in (tmp_path / ".lock").read_text()
 
 
@@ -93,7 +93,7 @@ def test_children_die_with_their_parent(tmp_path):
 
 
 def come_too_late():
-    parent.die_with_parent(parent_pid=2**22 + 1)  # no such parent any more
+    parent.die_with_parent(parent_pid=2**22 + 1)  # this parent no longer exists
     os._exit(0)
 
 
@@ -185,7 +185,7 @@ def one_rank_decides(fail):
     facts = (rank, world_size, local_rank, device.type, total.item(), result, torch.get_num_threads())
     has_port = "MASTER_PORT" in os.environ
     distributed.shutdown()
-    assert ("RANK" in os.environ) == (world_size == 2)  # torchrun's stay, a single process's own go
+    assert ("RANK" in os.environ) == (world_size == 2)  # only torchrun's variables stay
     return facts, has_port
 
 

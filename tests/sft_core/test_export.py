@@ -16,7 +16,7 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}
 
 
 def make_policy(tied):
-    """A sharded tiny Llama with checkpointed blocks, and the plain model it was made from."""
+    """A sharded tiny Llama with checkpointed blocks, and the plain model from which it was created."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
@@ -37,7 +37,7 @@ def make_policy(tied):
     policy.model.register_buffer("kept", torch.arange(3))
     policy.model.load_state_dict(plain.state_dict())
     policy.model.config.use_cache = False
-    policy.model.generation_config.temperature = 0.6  # without do_sample: a contradiction some published models have
+    policy.model.generation_config.temperature = 0.6  # without do_sample, as in some published models
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     layers = policy.model.model.layers
     for i in range(len(layers)):
@@ -71,7 +71,7 @@ def export(folder, tied, dtype):
 
 
 def load(folder, tied):
-    """What transformers reads back, and whether every tensor is the plain model's."""
+    """Load the export with transformers, and return whether every tensor equals the plain model's."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     init_distributed(60)
@@ -97,7 +97,7 @@ def load(folder, tied):
 )
 def test_round_trip_through_transformers(tmp_path, world_size, tied, dtype):
     for state in run_ranks(world_size, export, tmp_path, tied, dtype):
-        assert state[1:] == (False, 0.6)  # the policy's own configuration is as it was
+        assert state[1:] == (False, 0.6)  # the policy's own configuration is unchanged
     ((same, missing, text, eos, pad),) = run_ranks(1, load, tmp_path, tied)
     assert same and missing == [] and text == "one two<end>" and (eos, pad) == ([3, 2, 5], 0)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that belong to one set of settings."""
+"""Files that are complete if they exist, and folders that belong to one set of settings."""
 
 import pytest
 

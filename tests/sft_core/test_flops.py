@@ -1,4 +1,4 @@
-"""Counts of bytes and FLOPs against what real models do on the CPU."""
+"""Counts of bytes and FLOPs, compared with those of real models on the CPU."""
 
 import pytest
 import torch
@@ -36,14 +36,14 @@ def hidden_states(config_class, layers, itemsize=2):
 
 
 def saved_bytes(config_class, layers, itemsize):
-    """Storages that autograd keeps for the backward pass, parameters excluded."""
+    """Bytes of the storages that autograd keeps for the backward pass, without parameters."""
     forward, decoder, info = hidden_states(config_class, layers, itemsize)
     parameters = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
     kept = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage  # alive, so that no address is used twice
+        kept[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -57,7 +57,7 @@ def test_what_a_block_saves(config_class, itemsize):
     one, _ = saved_bytes(config_class, 1, itemsize)
     three, info = saved_bytes(config_class, 3, itemsize)
     s = shape(info)
-    # The CPU's attention repeats no key or value; it saves its output in another layout than the next layer does.
+    # Attention on the CPU does not repeat keys or values. It saves its output in another layout than the next layer.
     on_cpu = saved_per_token(s, itemsize) - 4 * itemsize * s.query + itemsize * (3 * s.query + 2 * s.kv)
     assert (three - one) / 2 / TOKENS == pytest.approx(on_cpu, rel=0.02)
 

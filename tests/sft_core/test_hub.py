@@ -1,4 +1,4 @@
-"""What reaches the Hub, asked of a server on the loopback that the real client talks to; and the model card."""
+"""What is pushed to the Hub, checked with the real client and a server on the loopback; and the model card."""
 
 import os
 import re
@@ -41,7 +41,7 @@ def write(folder, **files):
 
 
 def checkpoint(folder, step):
-    """A checkpoint as save_checkpoint lays it out, with bytes of its step."""
+    """A checkpoint with the files of save_checkpoint, whose bytes depend on the step."""
     return write(
         folder / f"checkpoint-{step}",
         model_dot_safetensors=os.urandom(3000) + bytes([step]),
@@ -64,7 +64,7 @@ def test_every_save_pushes_the_model_alone_and_outlives_pruning(hub, config, tmp
     pushes.waits_s = (0.01, 0.01)
     pushes.on_save(1, folder)
     for path in folder.rglob("*"):
-        path.unlink() if path.is_file() else None  # save_total_limit, at the worst moment
+        path.unlink() if path.is_file() else None  # like save_total_limit, at the worst moment
     assert pushes.close() == [] and not pushes.busy
     assert hub.repos["me/m"].files() == {"model.safetensors": model, "config.json": b"{}", "trainer_state.json": b"{}"}
     assert sum("/commit/" in path for _, path in hub.requests) == 3
@@ -80,7 +80,7 @@ def test_whole_checkpoints_are_pushed_beside_the_model(hub, config, tmp_path, st
         pushes.on_save(step, checkpoint(tmp_path / "out", step))
     assert pushes.close() == []
     asked = [path for _, path in hub.requests]
-    assert asked.count("/api/repos/create") == 1  # in the whole run
+    assert asked.count("/api/repos/create") == 1  # once in the whole run
     files = hub.repos["me/m"].files()
     whole = {
         str(p.relative_to(tmp_path / "out/checkpoint-2")): p.read_bytes()
@@ -113,7 +113,7 @@ def test_final_push_leaves_out_what_is_the_runs_and_old_shards(hub, config, tmp_
     assert push_final(options, out) == []
     expected = {str(p.relative_to(out)): p.read_bytes() for p in (out / "model.safetensors", out / "README.md")}
     assert repo.files("main") == expected | {"notes.md": b"kept"}
-    assert repo.files("v1") == expected  # from the first commit: nothing of main
+    assert repo.files("v1") == expected  # from the first commit, without files of main
     assert [title for _, title in repo.history("v1")] == ["End of training", "initial commit"]
     assert repo.private
 
@@ -145,7 +145,7 @@ def test_a_branch_with_a_model_is_not_overwritten_unasked(hub, config):
         check_hub(config(**asked))
     check_hub(config(**asked, overwrite_hub_revision=True))
     check_hub(config(hub_model_revision="v1"))  # push_to_hub alone goes to main
-    check_hub(config(hub_model_revision="v1", callbacks=["push_to_hub_revision"]))  # and the callback to its branches
+    check_hub(config(hub_model_revision="v1", callbacks=["push_to_hub_revision"]))  # the callback goes to branches
 
 
 def test_names_and_refusals(hub, config):
@@ -210,7 +210,7 @@ def test_model_card(hub, config, tmp_path):
     figures = {"train_loss": 0.25, "train_samples": 12.0, "benchmarks/math_500/pass@1": 0.5}
     write_model_card(out, run, figures)
     card = ModelCard.load(out / "README.md")
-    assert card.data.base_model == "Qwen/Q" and card.data.datasets == ["open-r1/a"]  # a folder is no Hub id
+    assert card.data.base_model == "Qwen/Q" and card.data.datasets == ["open-r1/a"]  # a folder is not a Hub id
     assert card.data.tags == ["open-r1", "grpo_core", "grpo"] and card.data.to_dict()["library_name"] == "transformers"
     [result] = card.data.eval_results
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("math_500", "pass@1", 0.5)
@@ -221,7 +221,7 @@ def test_model_card(hub, config, tmp_path):
     check_hub(run.config)
     assert push_final(run.config, out) == []  # the Hub's own check of the head
     write_model_card(out, run, figures | {"train_samples": 13.0})
-    assert re.search(r"train_samples *\| 13 ", (out / "README.md").read_text())  # ours is written anew
+    assert re.search(r"train_samples *\| 13 ", (out / "README.md").read_text())  # our card is rewritten
     (out / "README.md").write_text("mine")
     write_model_card(out, run, figures)
     assert (out / "README.md").read_text() == "mine"

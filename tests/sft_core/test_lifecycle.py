@@ -16,7 +16,7 @@ from tests.processes import run_ranks
 
 
 def left_behind(module, argv, folder):
-    """What is there after a step has raised."""
+    """What remains in the process after a step has raised."""
     limits = []
     arm, disarm = faulthandler.dump_traceback_later, faulthandler.cancel_dump_traceback_later
     faulthandler.dump_traceback_later = lambda seconds, **more: (limits.append(seconds), arm(seconds, **more))
@@ -49,6 +49,6 @@ def test_an_exception_in_a_step_leaves_nothing_behind(tiny_model, rows, problems
         argv = options(tiny_model, problems, tmp_path)
     [left] = run_ranks(1, left_behind, module, argv, tmp_path)
     limits = left.pop("limits")
-    assert limits[limits.index("the step") - 1] > 0 and limits[-1] == 0  # armed in the step, and no more
+    assert limits[limits.index("the step") - 1] > 0 and limits[-1] == 0  # armed during the step only
     signals = [signal.SIG_DFL, signal.default_int_handler]
     assert left == {"signals": signals, "process group": False, "workers": []}

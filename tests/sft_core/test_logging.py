@@ -41,7 +41,7 @@ def write_steps(folder, steps, resume_step, factor=1.0):
 def test_logs_are_cut_back_to_the_step_resumed_from(tmp_path):
     write_steps(tmp_path, range(1, 7), resume_step=0)
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7, "rew')  # torn by a kill
+        file.write('{"step": 7, "rew')  # cut off by a kill
     write_steps(tmp_path, range(5, 8), resume_step=4, factor=10.0)
     expected = [1, 2, 3, 4, 50, 60, 70]
     assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
@@ -53,7 +53,7 @@ def test_logs_are_cut_back_to_the_step_resumed_from(tmp_path):
 
 
 def test_a_new_start_of_an_unsaved_run_forgets_everything(tmp_path):
-    write_steps(tmp_path, range(4), resume_step=0)  # from an evaluation before the first step on
+    write_steps(tmp_path, range(4), resume_step=0)  # from an evaluation before the first step
     write_steps(tmp_path, range(2), resume_step=0)
     assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [0, 1]
     assert scalars(tmp_path, "reward") == [(0, 0.0), (1, 1.0)]
@@ -127,7 +127,7 @@ def test_wandb_gets_the_runs_options_and_the_same_run_after_a_restart(tmp_path, 
 
 @pytest.fixture
 def tracked(monkeypatch):
-    """What a tracker that transformers integrates as `mlflow` is told, in order."""
+    """The calls, in order, that a tracker gets which transformers integrates as `mlflow`."""
     told = []
 
     class Tracker(TrainerCallback):
@@ -208,7 +208,7 @@ def test_reduce_metrics_of_one_process():
     [("loss", 3.0), ("low_min", 1.0), ("ratio/min", 1.0), ("peak/max", 2.0), ("admin", 3.0), ("max_tokens", 3.0)],
 )
 def test_micro_batches_and_ranks_follow_one_rule(name, expected):
-    """Sums, but for names whose last word is min or max."""
+    """Values are summed, except for names whose last word is min or max."""
     assert merge_metrics([{name: torch.tensor(value)} for value in (1.0, 2.0)])[name] == expected
 
 

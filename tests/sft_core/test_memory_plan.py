@@ -1,4 +1,4 @@
-"""The plan against measured figures, its remedies, its verdicts through `main`."""
+"""The memory plan compared with measurements, its remedies, and its verdicts from `main`."""
 
 import json
 
@@ -75,11 +75,11 @@ def gib(parts):
     return sum(parts.values()) / GIB
 
 
-# --- sums against measured figures -------------------------------------------------------------------------------
+# --- sums against measurements -----------------------------------------------------------------------------------
 
-# Forward and backward, no optimizer, of a prototype on one H100 80GB (torch 2.11): 8 documents of 2,048 tokens in one
-# micro-batch, bf16 parameters and gradients, a head that makes its logits once, 4,096 rows at a time in float32 and
-# their gradient in bf16. GiB: eager, compiled blocks, compiled and checkpointed.
+# Forward and backward of a prototype, without optimizer, on one H100 80GB (torch 2.11): 8 documents of 2,048 tokens in
+# one micro-batch, bf16 parameters and gradients, and a head that computes its logits once, 4,096 rows at a time, in
+# float32, and their gradient in bf16. GiB: eager, compiled blocks, compiled and checkpointed.
 MEASURED = {"0.5b": (QWEN_0_5B, (27.4, 21.2, 5.8)), "1.5b": (QWEN_1_5B, (53.9, 41.0, 8.9))}
 
 
@@ -101,7 +101,7 @@ def test_the_prototype_measured_on_a_gpu(size):
 
 
 def verdict(info, capsys, **options):
-    """What `dry_run` prints, and its refusal ('' where it fits)."""
+    """The output of `dry_run`, and its refusal ('' if the plan fits)."""
     try:
         with pytest.raises(SystemExit) as stopped:
             dry_run(plan(info, **options))
@@ -112,7 +112,7 @@ def verdict(info, capsys, **options):
 
 
 def cells(printed: str) -> dict[str, str]:
-    """The printed table, a name and a value in each line."""
+    """The printed table, as {name: value}, one per line."""
     lines = [line.strip("| ").split("|") for line in printed.splitlines() if line.startswith("|")]
     return {name.strip(): value.strip() for name, value in lines}
 
@@ -205,7 +205,7 @@ def test_tokens_of_a_micro_batch():
     ],
 )
 def test_shared_prompts(options, computed):
-    """Of 32 sequences on a rank: the prompts that are computed, and so the largest micro-batch."""
+    """For 32 sequences per rank: the number of computed prompts, and so the largest micro-batch."""
     sizes = {"max_prompt_length": 2000, "max_completion_length": 375, "prompts_per_step": 4, "num_generations": 8}
     config = GRPOConfig("out", **sizes | {"max_tokens_per_micro_batch": 16384} | options)
     found = step_plan(ModelConfig("model"), config, Qwen2Config(**QWEN_0_5B), 1, torch.bfloat16)
@@ -244,7 +244,7 @@ def test_the_line_of_a_real_start():
 def test_a_real_start_is_refused_where_a_gpu_is_too_small(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 12 * GIB))
     assert "engine KV cache 1.00" in start(engine_share=0.25)
-    # Asleep during the update, it takes room beside parameters and optimizer alone: 4 GiB of 10 are left for it.
+    # The engine sleeps during the update, so it needs room only next to parameters and optimizer: 4 of 10 GiB are left.
     assert "engine KV cache 3.00" in (line := start(engine_share=5 / 12, engine_sleeps=True)), line
     assert "activations" not in line
     with pytest.raises(ValueError, match=r"lower vllm_gpu_memory_utilization from 0.80 to at most 0.\d\d \(memory on"):
@@ -257,7 +257,7 @@ def test_a_real_start_is_refused_where_a_gpu_is_too_small(monkeypatch):
 
 @pytest.fixture
 def config_only(tmp_path):
-    """A model folder that holds nothing but config.json."""
+    """A model folder with only a config.json."""
     folder = tmp_path / "model"
     Qwen2Config(**QWEN_7B).save_pretrained(folder)
     assert [path.name for path in folder.iterdir()] == ["config.json"]
@@ -269,7 +269,7 @@ TRAINERS = [sft_core.train.main, grpo_core.train.main]
 
 @pytest.mark.parametrize("main", TRAINERS)
 def test_dry_run_by_command(main, config_only, tmp_path, capsys):
-    """No process group, no tokenizer, no data, and nothing written."""
+    """It needs no process group, tokenizer or data, and writes nothing."""
     argv = flags(
         model_name_or_path=config_only,
         dataset_name="no/such/data",

@@ -1,4 +1,4 @@
-"""What becomes of an output folder, a row each."""
+"""What a start does with an output folder, one row per case."""
 
 import re
 from dataclasses import replace

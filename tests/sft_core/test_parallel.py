@@ -1,4 +1,4 @@
-"""The flags that trade memory for time change no gradient, and what is written has plain names."""
+"""Flags that trade memory for time change no gradient, and exported names are plain."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ FLAGS = {
 
 
 def step(model: str, flags: dict) -> dict:
-    """On each rank: one optimizer step; the clipped gradient by plain name, its norm, the names and weights after."""
+    """On each rank: one optimizer step. Returns the clipped gradient by plain name, its norm, the names and weights."""
     from sft_core.data.packing import pack_sequences
     from sft_core.model.export import full_weights, hf_name, weight_names
     from sft_core.model.optim import clip_gradients, make_optimizer
@@ -61,7 +61,7 @@ def test_flags_change_no_gradient(tiny_model, plain, name):
 
 
 def offloaded(model: str, compile_backend: str | None) -> list[int]:
-    """Bytes that leave the device in a forward pass with offloading: each checkpointed block's input, and no weight."""
+    """Bytes offloaded in a forward pass: they must be the inputs of the checkpointed blocks, and no weights."""
     import torch
 
     from sft_core.data.packing import pack_sequences
@@ -95,8 +95,8 @@ def test_offloading_moves_the_inputs_of_blocks_and_no_weight(tiny_model, compile
 
 
 def gathered(model: str, flags: dict) -> tuple[list[bool], float]:
-    """Whether a block is whole: after a pass without gradients, after `reshard`, in front of a backward and after it.
-    And how far the scores after an optimizer step are from those of a fresh policy with the same weights."""
+    """Whether a block is unsharded after a pass without gradients, after `reshard`, before a backward and after it.
+    Also, the difference between the scores after an optimizer step and those of a new policy with the same weights."""
     import torch
     from torch.distributed.tensor import DTensor
 
@@ -148,8 +148,8 @@ def test_blocks_stay_gathered_for_the_backward_on_one_rank_alone(tiny_model, ran
 
 
 def follow(model: str) -> tuple[float, float]:
-    """A frozen policy in bfloat16 that follows another by a thousandth, after a pass that gathered both: the greatest
-    difference to the formula, and to where it was."""
+    """A frozen bfloat16 policy moves towards another one by a thousandth, after a pass that gathered both. Returns its
+    largest difference to the formula, and to its old weights."""
     import torch
 
     from sft_core.data.packing import pack_sequences

@@ -1,4 +1,4 @@
-"""The policy against transformers' own forward, sharded and not, in float32 and bfloat16."""
+"""The policy compared with transformers' forward pass, sharded and unsharded, in float32 and bfloat16."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ SEQUENCES = [[(7 * i + j) % 300 + 5 for i in range(length)] for j, length in enu
 
 
 def scored(model: str, bf16: bool, frozen: bool, checkpointing: bool) -> np.ndarray:
-    """On one rank: the policy's log-probs of all tokens but each sequence's first, packed into one row."""
+    """On each rank: the policy's log-probs of all tokens except the first of each sequence, packed into one row."""
     from sft_core.data.packing import pack_sequences
     from sft_core.model.parallel import Sharding, freeze, make_mesh, shard
     from sft_core.model.policy import load_policy
@@ -46,7 +46,7 @@ def test_policy_scores_as_transformers_does(tiny_model):
 
 
 def test_frozen_reference_scores_as_the_policy_in_bfloat16(tiny_model):
-    """Its shards are bfloat16, the policy's masters float32: what is computed with is the same, rotary tables too."""
+    """Its shards are bfloat16 and the policy's are float32, but both compute with the same values and rotary tables."""
     [policy], [reference] = (run_ranks(1, scored, tiny_model, True, frozen, False) for frozen in (False, True))
     [exact] = run_ranks(1, scored, tiny_model, False, False, False)
     np.testing.assert_array_equal(policy, reference)

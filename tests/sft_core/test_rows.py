@@ -31,7 +31,7 @@ def test_packing_takes_every_sequence_once_and_keeps_the_budget(lengths, budget)
     bins = pack(lengths, budget)
     assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
     assert all(len(members) == 1 or sum(lengths[i] for i in members) <= budget for members in bins)
-    if lengths and max(lengths) <= budget:  # no two bins could be one
+    if lengths and max(lengths) <= budget:  # no two bins can be merged
         fills = sorted(sum(lengths[i] for i in members) for members in bins)
         assert len(fills) < 2 or fills[0] + fills[1] > budget
 
@@ -43,20 +43,20 @@ def test_micro_batches_are_balanced_over_the_ranks(lengths, budget, ranks):
     everything = [members for own in shares for members in own]
     assert sorted(i for members in everything for i in members) == list(range(len(lengths)))
     assert all(len(members) == 1 or sum(lengths[i] for i in members) <= budget for members in everything)
-    for own in shares:  # what is empty comes last, so that a rank's own micro-batches are the first
+    for own in shares:  # empty micro-batches come last on each rank
         assert sorted(own, key=lambda members: not members) == own
     cost = [[sum(lengths[i] + 0.05 * lengths[i] ** 2 for i in members) for members in own] for own in shares]
     assert all(a >= b - 1e-9 for own in cost for a, b in zip(own, own[1:], strict=False))
 
 
 def test_rows_just_over_half_the_budget_are_told_at_once():
-    """No two fit together: as many micro-batches as rows, found without trying every number below."""
+    """No two rows fit together, so there are as many micro-batches as rows; smaller numbers are not tried."""
     shares = balance([5000] * 2048, [1.0] * 2048, 8192, 8)
     assert [len(own) for own in shares] == [256] * 8
 
 
 def test_ranks_that_go_in_step_wait_little_for_each_other():
-    """Lengths as reasoning data has them: the time of the slowest rank of each step, beyond an even share."""
+    """With lengths like those of reasoning data, the slowest rank of a step takes little more than an even share."""
     generator = torch.Generator().manual_seed(0)
     lengths = (torch.randn(2000, generator=generator) + 7).exp().clamp(20, 32768).int().tolist()
     shares = balance(lengths, [length + 1e-4 * length**2 for length in lengths], 32768, 8)
@@ -157,7 +157,7 @@ def test_command_line_over_yaml_over_defaults(tmp_path, monkeypatch):
 
 
 def test_when_something_is_due():
-    """Steps, a share of all steps, and the ends of epochs of 2.5 steps (3, 5, 8, 10); the last one is always logged."""
+    """Every n steps, at shares of all steps, or at the ends of 2.5-step epochs (3, 5, 8, 10); the last is logged."""
     [config] = parse(
         (SFTConfig,), ["--output_dir=x", "--save_steps=0.25", "--eval_strategy=epoch", "--logging_steps=4"]
     )
@@ -210,7 +210,7 @@ def test_a_mixture_that_cannot_be_made(change, says, tmp_path):
 
 
 def test_the_test_split_of_undivided_data(tmp_path):
-    """Never the training rows themselves."""
+    """It is never the training rows themselves."""
     train, test = jsonl(tmp_path / "a.jsonl", [{"x": 1}] * 3), jsonl(tmp_path / "b.jsonl", [{"x": 1}] * 2)
     Dataset.from_list([{"x": 1}] * 3).save_to_disk(tmp_path / "saved")
     for name in (train, str(tmp_path / "saved")):
@@ -270,7 +270,7 @@ def test_the_fingerprint_is_of_every_value_and_of_nothing_else(tmp_path):
         data.select(backwards).select(backwards),
         Dataset.from_list(rows),
     ]
-    assert [fingerprint(other) for other in same] == [known] * 4  # however it lies in memory
+    assert [fingerprint(other) for other in same] == [known] * 4  # whatever its memory layout
     changed = [
         data.select(backwards),
         data.select(range(2344)),

@@ -1,4 +1,4 @@
-"""Which rows a step takes: every row once a pass, whole, in bins that fit; resumed anywhere; the same on any ranks."""
+"""Which rows a step takes: each row once per epoch, whole, in bins that fit; resumable; the same on all rank counts."""
 
 import json
 
@@ -48,14 +48,14 @@ def test_windows_bound_the_packing_and_bins_are_full(monkeypatch):
     assert all(sum(len(ids) for ids, _ in rows) <= 2048 for rows in bins)
     assert sum(lengths) / (len(bins) * 2048) > 0.97
     longest = [max(len(ids) for ids, _ in rows) for rows in bins[: len(bins) // 4]]
-    assert abs(np.mean(longest[::2]) - np.mean(longest[1::2])) < 100 < np.ptp(longest)  # not the longest first
-    assert names(source.take(5)) != names(Shuffled(examples(lengths), 2048, seed=0).take(5))  # another pass, another
+    assert abs(np.mean(longest[::2]) - np.mean(longest[1::2])) < 100 < np.ptp(longest)  # the longest do not come first
+    assert names(source.take(5)) != names(Shuffled(examples(lengths), 2048, seed=0).take(5))  # the order changes
 
 
 def stream(path, monkeypatch_window, bin_size=None):
     order.WINDOW = monkeypatch_window
     rows = load_rows(path, streaming=True)
-    assert first_row(rows)["i"] == 0  # a look at it does not move the stream
+    assert first_row(rows)["i"] == 0  # looking at it does not advance the stream
 
     def encode(row, number):
         if row["n"] < 0:
@@ -68,7 +68,7 @@ def stream(path, monkeypatch_window, bin_size=None):
 
 
 def streamed(path, bin_size, start, count):
-    """On one rank: what a stream gives after `start` sequences, in one go and resumed; JSON holds its state."""
+    """On one rank: the output of a stream after `start` sequences, uninterrupted and resumed from a state in JSON."""
     from sft_core.run import distributed
 
     distributed.init_distributed(60)

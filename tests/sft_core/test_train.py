@@ -1,4 +1,4 @@
-"""Whole SFT runs: it learns, the split does not matter, and it resumes bit for bit."""
+"""Whole SFT runs: a run learns, does not depend on the split into micro-batches and ranks, and resumes bitwise."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def test_learns_alike_however_the_step_is_cut(tiny_model, rows, tmp_path, loss_t
     whole = train(tiny_model, rows, tmp_path / "whole", loss_type=loss_type)
     logged = metrics(tmp_path / "whole")
     losses = [row["loss"] for row in logged]
-    if loss_type == "nll":  # -p log p first grows with p
+    if loss_type == "nll":  # -p log p grows with p at first
         assert losses[-1] < 0.8 * losses[0]
         assert 0 <= logged[0]["mean_token_accuracy"] < logged[-1]["mean_token_accuracy"] <= 1
     cuts = {
@@ -62,7 +62,7 @@ def test_learns_alike_however_the_step_is_cut(tiny_model, rows, tmp_path, loss_t
 
 
 def test_a_step_of_packed_rows_is_the_same_step(tiny_model, rows, tmp_path):
-    """One step takes all rows, as rows or as the bins they fill: loss and gradient to float32 rounding."""
+    """One step takes all rows, padded or packed: loss and gradient agree up to float32 rounding."""
     one_by_one = dict(max_steps=3, per_device_train_batch_size=20, max_tokens_per_micro_batch=1)
     whole = train(tiny_model, rows, tmp_path / "rows", **one_by_one)
     [bins] = re.findall(
@@ -87,7 +87,7 @@ def test_dft_weighs_each_token_by_its_probability():
 
 
 def announced(tiny_model, rows, tmp_path):
-    """What a packed run says before it starts."""
+    """What a packed run prints before it starts."""
     options = dict(
         model_name_or_path=tiny_model,
         dataset_name=rows,
@@ -114,7 +114,7 @@ ORDERS = {
     "order", ["packed", pytest.param("rows", marks=pytest.mark.slow), pytest.param("streamed", marks=pytest.mark.slow)]
 )
 def test_killed_in_the_middle_of_a_pass_it_resumes_bitwise(tiny_model, rows, tmp_path, order):
-    """Both ranks killed twice; the rows come in windows of 6, and a step takes part of one."""
+    """Both ranks are killed twice. The rows come in windows of 6, and a step takes a part of one."""
     more = ORDERS[order] | {"per_device_train_batch_size": 1 + (order == "rows")}
     argv = flags(
         model_name_or_path=tiny_model,
@@ -147,7 +147,7 @@ KEPT = {"step", "loss", "entropy", "mean_token_accuracy", "grad_norm", "learning
 
 
 def test_resumes_from_the_checkpoint_that_is_named(tiny_model, rows, tmp_path):
-    """Of another folder too; each checkpoint is also a model folder, with a state that transformers reads."""
+    """It may be in another folder. Each checkpoint is also a model folder, with a state that transformers can read."""
     saving = dict(save_strategy="steps", save_steps=2)
     whole = train(tiny_model, rows, tmp_path / "whole", **saving)
     named = tmp_path / "whole" / "checkpoint-2"
@@ -162,7 +162,7 @@ def test_resumes_from_the_checkpoint_that_is_named(tiny_model, rows, tmp_path):
 
 
 def test_other_rows_are_another_run(tiny_model, rows, tmp_path):
-    """A state counts sequences: with other lengths, or other tokens trained, it would count others."""
+    """A state counts sequences, so it does not apply to other lengths or other trained tokens."""
     saving = dict(save_strategy="steps", save_steps=1, max_steps=1)
     train(tiny_model, rows, tmp_path / "out", **saving)
     options = dict(model_name_or_path=tiny_model, dataset_name=rows, output_dir=tmp_path / "out", max_steps=2)
@@ -183,7 +183,7 @@ def test_checkpoints_of_the_model_alone(tiny_model, rows, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_evaluation_is_the_loss_of_the_test_rows(tiny_model, rows, tmp_path, ranks):
-    """With a learning rate of 0 and all rows in a step, training and evaluation see the same."""
+    """With a learning rate of 0 and all rows in one step, training and evaluation give the same loss."""
     more = dict(
         max_steps=2,
         learning_rate=0,
@@ -203,11 +203,11 @@ def test_evaluation_is_the_loss_of_the_test_rows(tiny_model, rows, tmp_path, ran
 
 
 def test_the_best_checkpoint_is_the_final_model_and_outlives_the_limit(tiny_model, rows, tmp_path):
-    """The worst loss is the best here: the first checkpoint's. A longer run goes on from the last one and keeps it."""
+    """Here the greatest loss, that of the first checkpoint, is the best. A longer run resumes from the last one."""
     more = dict(eval_strategy="steps", save_strategy="steps", eval_steps=1, save_steps=2, save_total_limit=1)
     more |= dict(dataset_test_split=rows, eval_on_start="true", load_best_model_at_end="true", greater_is_better="true")
     out = tmp_path / "out"
-    for steps in (5, 6):  # 5 is no multiple: the last checkpoint is compared too
+    for steps in (5, 6):  # 5 is not a multiple: the last checkpoint is compared, too
         final = train(tiny_model, rows, out, max_steps=steps, **more)
         evaluated = {row["step"]: row for row in metrics(out) if "eval_loss" in row}
         assert list(evaluated) == list(range(steps + 1)) and evaluated[1]["eval_loss"] > evaluated[2]["eval_loss"]
@@ -273,7 +273,7 @@ def test_a_signal_leaves_something_to_resume_from_even_with_save_only_model(tiny
 
 
 def test_a_base_model_learns_chatml(tiny_model, rows, tmp_path):
-    """Its embedding grows by the two tokens, the end of turn is what the saved model stops at."""
+    """Its embedding grows by two tokens, and the saved model stops at the end of turn."""
     base = shutil.copytree(tiny_model, tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     whole = train(base, rows, tmp_path / "whole", max_steps=2)
@@ -285,7 +285,7 @@ def test_a_base_model_learns_chatml(tiny_model, rows, tmp_path):
     assert all((two[key] - whole[key]).norm() < 1e-3 * whole[key].norm() for key in whole)
     old = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
     new = whole["model.embed_tokens.weight"][len(old) :]
-    assert len(new) == 2 and (new - old.mean(0)).abs().max() < 0.05  # two steps away from where they began
+    assert len(new) == 2 and (new - old.mean(0)).abs().max() < 0.05  # after two steps from their initial values
     options = dict(model_name_or_path=base, dataset_name=rows, output_dir=tmp_path / "out", use_peft="true")
     code, output = run(TRAIN, flags(**options), tmp_path / "log")
     assert code == 2 and "an adapter cannot hold the new tokens" in output

@@ -1,4 +1,4 @@
-"""The trainer classes around their loops: objects handed over, resuming, callbacks, what a call leaves behind."""
+"""The trainer classes around their loops: objects that are passed in, resuming, callbacks, clean-up after a call."""
 
 import faulthandler
 import fcntl
@@ -32,14 +32,14 @@ def config(folder, **more):
 
 
 def nothing_is_left(folder):
-    """No process group, variable, lock, signal handler or watchdog of a run."""
+    """Check that no process group, variable, lock, signal handler or watchdog of a run remains."""
     with open(folder / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert not dist.is_initialized() and "RANK" not in os.environ and not distributed._locks
 
 
 class Recorder(TrainerCallback):
-    """Notes what is called; raises at the step `fails`, stops after the step `stops`."""
+    """Records the calls; raises at the step `fails`, stops after the step `stops`."""
 
     def __init__(self, fails=None, stops=None):
         self.called, self.fails, self.stops = [], fails, stops
@@ -77,7 +77,7 @@ def test_a_step_that_raises_leaves_nothing_and_the_same_process_goes_on(tiny_mod
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *a, **k: armed.append(1))
     monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", armed.clear)
     handler = lambda *a: None  # noqa: E731
-    monkeypatch.setattr(signal, "default_int_handler", None)  # nobody may put in another than was there
+    monkeypatch.setattr(signal, "default_int_handler", None)  # only the previous handler may be restored
     before = signal.signal(signal.SIGINT, handler)
     out, whole = tmp_path / "out", tmp_path / "whole"
     fails = Recorder(fails=2)
@@ -96,14 +96,14 @@ def test_a_step_that_raises_leaves_nothing_and_the_same_process_goes_on(tiny_mod
     unbroken = SFTTrainer(tiny_model, config(whole), train_dataset=ROWS)
     assert unbroken.train().metrics["train_loss"] == result.metrics["train_loss"]
     nothing_is_left(whole)
-    again = unbroken.train(resume_from_checkpoint=out / "checkpoint-2")  # of another folder, the same run
+    again = unbroken.train(resume_from_checkpoint=out / "checkpoint-2")  # from another folder, but the same run
     assert again.metrics["train_loss"] == result.metrics["train_loss"]
 
 
 def test_a_model_and_a_tokenizer_that_are_handed_over(tiny_model, tmp_path, capsys, caplog):
-    """The object is trained; each `train()` begins with it as it was; evaluation before and after."""
+    """The object is trained, each `train()` starts from its original weights, and it is evaluated before and after."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    model.config._name_or_path = ""  # made here, say
+    model.config._name_or_path = ""  # as if it was created here
     with pytest.raises(ValueError, match="give a processing_class"):
         SFTTrainer(model, config(tmp_path), train_dataset=ROWS)
     first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -120,7 +120,7 @@ def test_a_model_and_a_tokenizer_that_are_handed_over(tiny_model, tmp_path, caps
     assert "Elsewhere defines on_epoch_end, which is never called here" in caplog.text
     losses = [trainer.evaluate()["eval_loss"]]
     result = trainer.train()
-    assert result.global_step == 2 and len(metrics(tmp_path / "out")) == 2  # it stopped
+    assert result.global_step == 2 and len(metrics(tmp_path / "out")) == 2  # it was stopped
     assert recorder.called == ["evaluate epoch", "begin", "step 1", "log", "save", "step 2", "log", "end"]
     losses += [trainer.evaluate()["eval_loss"]]
     assert losses[1] < losses[0]
@@ -133,7 +133,7 @@ def test_a_model_and_a_tokenizer_that_are_handed_over(tiny_model, tmp_path, caps
 
     one = result.metrics["train_loss"]
     done: list = []
-    thread = threading.Thread(target=lambda: done.append(trainer.train()))  # where no handlers can be set
+    thread = threading.Thread(target=lambda: done.append(trainer.train()))  # no signal handlers here
     thread.start()
     thread.join()
     assert done[0].metrics["train_loss"] == one
@@ -144,7 +144,7 @@ def test_a_model_and_a_tokenizer_that_are_handed_over(tiny_model, tmp_path, caps
     trainer.args.do_eval = True
     assert trainer.train().metrics["train_loss"] != one
     measured = trainer.evaluate()["eval_loss"]
-    trainer.eval_dataset = ROWS.select(range(3))  # not what the run has measured
+    trainer.eval_dataset = ROWS.select(range(3))  # not the rows that the run evaluated
     assert trainer.evaluate()["eval_loss"] != measured
     assert not (tmp_path / "out" / ".evaluation").exists()
 
@@ -186,12 +186,12 @@ def test_adapters_and_a_stream(tiny_model, tmp_path):
     trainer.train()
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file() and trainer.evaluate()["eval_loss"] < before
     trainer.model.config.use_cache = True
-    assert trainer.model.peft_config["default"].r == 2  # the adapter with its model
+    assert trainer.model.peft_config["default"].r == 2  # the adapter of its model
     assert trainer._trained.run.model.lora_alpha == 8  # peft's default, not ours
 
 
 def test_the_hub(tiny_model, tmp_path, monkeypatch):
-    """The run pushes its checkpoint, `push_to_hub` the model with its card."""
+    """The run pushes its checkpoint, and `push_to_hub` pushes the model with its card."""
     with HubServer() as hub:
         hub.take_over(monkeypatch)
         options = config(tmp_path / "out", max_steps=1, push_to_hub=True, hub_model_id="me/m")
@@ -206,12 +206,12 @@ def test_the_hub(tiny_model, tmp_path, monkeypatch):
 
 
 def stop_on_the_last_rank(argv):
-    """On ranks of a launcher: the last rank's callback alone asks to stop."""
+    """On the ranks of a launcher, only the last rank's callback asks to stop."""
     model, folder = argv
     stops = 1 if os.environ.get("RANK") == "1" else None
     trainer = SFTTrainer(model, config(folder), train_dataset=ROWS, callbacks=[Recorder(stops=stops)])
     assert trainer.train().global_step == 1
-    trainer.train(resume_from_checkpoint=True)  # the group is joined anew
+    trainer.train(resume_from_checkpoint=True)  # the group is joined again
 
 
 main = stop_on_the_last_rank
@@ -280,7 +280,7 @@ def test_what_is_said_at_training(tiny_model, tmp_path, monkeypatch):
     distributed.shutdown()
 
 
-# --- options of others -------------------------------------------------------------------------------------------
+# --- options of TRL ----------------------------------------------------------------------------------------------
 
 
 def test_configurations_of_peft_and_bitsandbytes_there_and_back():

@@ -1,4 +1,4 @@
-"""What a trainer's user changes between its calls, and what its callbacks ask for, is obeyed or refused."""
+"""Changes between the calls of a trainer, and requests of callbacks, are obeyed or refused."""
 
 import os
 import signal
@@ -35,13 +35,13 @@ def out(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("named", [True, False])
 def test_what_the_model_holds_now_is_evaluated(tiny_model, out, named, monkeypatch):
-    """The model object, or the one that `model` has loaded."""
+    """Either the model object, or the one that `model` has loaded."""
     trainer = trainer_of(tiny_model if named else AutoModelForCausalLM.from_pretrained(tiny_model), out, do_eval=True)
     trainer.train()
     runs = []
     monkeypatch.setattr(SFTTrainer, "_running", lambda *a, run=SFTTrainer._running: runs.append(a) or run(*a))
     trained = trainer.evaluate()["eval_loss"]
-    trainer.model.config.use_cache = True  # as open-r1's scripts do: nothing that is measured
+    trainer.model.config.use_cache = True  # as in open-r1's scripts; it does not affect the evaluation
     assert trainer.evaluate()["eval_loss"] == trained and not runs  # the run has measured it
     trainer.args.max_length = 4
     assert trainer.evaluate()["eval_loss"] != trained and len(runs) == 1
@@ -50,18 +50,18 @@ def test_what_the_model_holds_now_is_evaluated(tiny_model, out, named, monkeypat
 
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight.mul_(0.5)
-    for name in ("save_model", "create_model_card", "push_to_hub"):  # of output_dir
+    for name in ("save_model", "create_model_card", "push_to_hub"):  # these use output_dir
         with pytest.raises(ValueError, match="output_dir does not hold the model"):
             getattr(trainer, name)()
     changed = [trainer.evaluate()["eval_loss"]]
     trainer.model.save_pretrained(out / "changed")
     assert changed == [trainer_of(str(out / "changed"), out.parent / "other").evaluate()["eval_loss"]]
     assert abs(changed[0] - trained) > 1e-3
-    assert trainer._model().model_name_or_path.startswith(str(out / ".given-"))  # and the next training begins with it
+    assert trainer._model().model_name_or_path.startswith(str(out / ".given-"))  # and the next training starts from it
 
 
 def test_adapters_are_evaluated_as_the_best_checkpoint_has_them(tiny_model, out):
-    """Those of output_dir, not of the last step."""
+    """The adapters of output_dir are evaluated, not those of the last step."""
     more = dict(max_steps=3, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, greater_is_better=True)
     trainer = trainer_of(tiny_model, out, peft_config=LoraConfig(r=2, target_modules="all-linear"), **more)
     trainer.train()
@@ -76,7 +76,7 @@ def test_adapters_are_evaluated_as_the_best_checkpoint_has_them(tiny_model, out)
 
 
 def test_after_a_run_that_failed_the_object_is_evaluated(tiny_model, out):
-    """output_dir does not hold the first run's model then; the second goes on with what it began with."""
+    """Then output_dir does not contain the first run's model, and the second run starts from the original weights."""
     fails = Asks("on_step_end", 2, "ZeroDivisionError")
     trainer = trainer_of(AutoModelForCausalLM.from_pretrained(tiny_model), out, [fails], do_eval=True)
     trainer.train()
@@ -212,7 +212,7 @@ BEST = dict(max_steps=4, eval_strategy="steps", eval_steps=2, save_steps=2, load
     ],
 )
 def test_every_checkpoint_competes_for_the_best(tiny_model, out, asked, greater, best):
-    """Whoever asked for it. The loss falls from step to step: with the greatest the first checkpoint is the best."""
+    """It does not matter who asked for it. The loss falls with each step, so the greatest is that of the first."""
     trainer = trainer_of(tiny_model, out, [Asks("on_step_end", *asked)], **BEST, greater_is_better=greater)
     if "signal" in asked:
         with pytest.raises(KeyboardInterrupt):
@@ -233,7 +233,7 @@ def test_every_checkpoint_competes_for_the_best(tiny_model, out, asked, greater,
 
 @pytest.mark.parametrize("where", [TrainingRun, MetricsLogger])
 def test_what_fails_before_the_loop_leaves_nothing_and_loads_no_weights(tiny_model, out, where, monkeypatch):
-    """A tracker in its set-up, for one."""
+    """One such failure is that of a tracker during its set-up."""
     trainer = trainer_of(tiny_model, out)
 
     def fail(*args, **more):

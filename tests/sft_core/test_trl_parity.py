@@ -1,4 +1,4 @@
-"""Our steps are those of TRL's SFTTrainer, which `trl_losses.py` recorded: the same rows, order and options."""
+"""Our steps equal those of TRL's SFTTrainer, recorded by `trl_losses.py` with the same rows, order and options."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_every_step_is_that_of_trl(name, tiny_model, tmp_path):
     tolerance = {
         "loss": 1e-4 * min(1.0, theirs["loss"][0]),  # dft's losses are small
         "grad_norm": 1e-4,
-        "mean_token_accuracy": 6e-3,  # one token, should two logits be that close on another processor
+        "mean_token_accuracy": 6e-3,  # one token, if two logits are that close on another CPU
     }
     for metric in METRICS:
         assert [row[metric] for row in ours] == pytest.approx(theirs[metric], rel=0, abs=tolerance[metric]), metric

@@ -1,4 +1,4 @@
-"""Weights read in slices are those of the model loaded whole, in less memory."""
+"""Weights that are read in slices equal those of the whole model, and need less memory."""
 
 import json
 import threading
@@ -16,8 +16,8 @@ from sft_core.model.policy import load_policy
 from sft_core.run.config import ModelConfig
 from tests.processes import run_ranks
 
-# Tied, with an embedding's scale as a buffer (gemma), biases (opt), untied in several files (qwen3); mixtral's weights
-# are not in its files as they are in the model.
+# Tied weights; the scale of an embedding as a buffer (gemma); biases (opt); untied in several files (qwen3); weights
+# whose form in the files differs from that in the model (mixtral).
 ARCHITECTURES = {"gemma": 1, "opt": 1, "qwen3": 1, "mixtral": 0}
 
 
@@ -78,12 +78,12 @@ def test_what_no_rank_can_read_alone_is_loaded_whole_or_refused(tmp_path):
 
 
 def memory_of_loading(folder: str, small: str, to_shard: bool) -> int:
-    """How much more host memory [bytes] the rank takes at its peak than before; shared pages count once in all."""
+    """The increase of the rank's host memory [bytes], from before to its peak; shared pages count once in total."""
     from sft_core.model.parallel import Sharding, make_mesh, shard
     from sft_core.run import distributed
 
     device, process = distributed.init_distributed(60)[3], psutil.Process()
-    shard(load_policy(ModelConfig(small), to_shard=to_shard), make_mesh(device), Sharding())  # imports what is needed
+    shard(load_policy(ModelConfig(small), to_shard=to_shard), make_mesh(device), Sharding())  # imports everything
     dist.barrier()
     before, peak, done = process.memory_full_info().pss, 0, threading.Event()
 
@@ -104,7 +104,7 @@ def memory_of_loading(folder: str, small: str, to_shard: bool) -> int:
 
 @pytest.mark.slow
 def test_two_ranks_hold_the_model_once(tmp_path, tiny_model):
-    """A model of 494 million parameters, in bfloat16 in its file: float32 shards, no copy of it on each rank."""
+    """The file of the model has 494 million bfloat16 parameters; ranks hold float32 shards, and no whole copy each."""
     info = AutoConfig.for_model(
         "qwen2",
         vocab_size=151_936,

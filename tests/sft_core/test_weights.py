@@ -1,4 +1,4 @@
-"""Weights and models that are not what they say: one sentence and exit code 2, wherever a model is loaded."""
+"""Weights that do not match their model end with one sentence and exit code 2, wherever a model is loaded."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from tests.launch import flags, run
 
 
 def edited(change):
-    """A damage: the tensors of model.safetensors by name, changed."""
+    """Damage a model: edit the tensors of model.safetensors by name."""
 
     def damage(folder: Path) -> None:
         tensors = change(load_file(folder / "model.safetensors"))
@@ -94,7 +94,7 @@ def test_weights_that_do_not_fill_the_model(name, damaged):
     damage, says = DAMAGES[name]
     folder = damaged(damage)
     loads = [load_whole, lambda folder: TorchEngine(folder, max_model_len=8)]
-    if find_spec("vllm") and name != "two ends":  # which only their values tell
+    if find_spec("vllm") and name != "two ends":  # only the values show that
         loads.append(lambda folder: make_engine("vllm", EngineConfig(folder, max_model_len=8)))
     for load in loads:
         with pytest.raises(ValueError, match=says) as error:
@@ -170,7 +170,7 @@ LONGROPE = {
     "long_factor": [2.0] * 16,
     "original_max_position_embeddings": 10,
 }
-CONFIGS = {  # what is changed in the tiny model's config.json, and what is said of it
+CONFIGS = {  # the change in the tiny model's config.json, and the message
     "lfm2": (AutoConfig.for_model("lfm2", **LFM2).to_dict(), "its architecture, lfm2, is"),
     "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised already"),
     "longrope": ({"rope_parameters": LONGROPE}, "longrope changes its factors after 10: lower"),
@@ -200,7 +200,7 @@ def test_models_that_are_refused_from_their_config(trainer, name, tiny_model, pr
 
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding(tiny_model, problems, tmp_path, capsys):
-    """Refused by GRPO, whose engine has the folder's embedding; SFT enlarges it (`test_data.py`)."""
+    """GRPO refuses it, since its engine has the folder's embedding; SFT enlarges the embedding (`test_train.py`)."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -1,14 +1,14 @@
-"""TRL's SFTTrainer and ours on one model, the same rows in the same order, with the same options: every step compared.
+"""Compare every step of TRL's SFTTrainer and ours on one model, with the same rows, order and options.
 
-TRL is no dependency: it lives in an environment of its own, which runs the first of the two commands.
+TRL is not a dependency: it has a separate environment, which runs the first of the two commands.
 
     python -m venv /tmp/trl && /tmp/trl/bin/pip install torch==2.13.0 transformers==5.19.0 trl==1.16.0
     /tmp/trl/bin/python tests/sft_core/trl_losses.py MODEL ROWS.jsonl OUT.json [--max_length 128 ...]   # TRL's steps
-    python tests/sft_core/trl_losses.py MODEL ROWS.jsonl OUT.json --ours                                # ours beside
+    python tests/sft_core/trl_losses.py MODEL ROWS.jsonl OUT.json --ours                                # our steps
 
-MODEL is a folder, ROWS as in training; rows of `question` and `answer` (GSM8K) become prompt and completion. Options
-are the ones below under the names that both trainers know; the second command reads them from OUT.json. Both run in
-float32 on the CPU, without packing. `trl_sft_losses.json`, which `test_trl_parity.py` reads, is made by
+MODEL is a folder, and ROWS are as in training; rows of `question` and `answer` (GSM8K) become prompt and completion.
+The options are those below, with names that both trainers know; the second command reads them from OUT.json. Both run
+in float32 on the CPU, without packing. This command writes `trl_sft_losses.json`, which `test_trl_parity.py` reads:
 
     /tmp/trl/bin/python tests/sft_core/trl_losses.py --fixture
 """
@@ -51,9 +51,9 @@ CASES = {
 
 
 def case_rows(name: str) -> list[dict[str, Any]]:
-    """100 arithmetic problems with workings: conversations of one turn or two, prompt and completion, or one text.
+    """100 arithmetic problems with solutions, as conversations of one or two turns, prompt and completion, or one text.
 
-    Ten are longer than the case's max_length, and in some of these nothing is left to learn.
+    Ten are longer than the case's max_length, and some of these have no trained tokens left.
     """
     from grpo_core.quickstart.task import make_splits, write_demonstration
 
@@ -89,9 +89,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def trl_steps(model: str, rows: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
-    """Loss, gradient norm and accuracy of every step that TRL takes, as it has them in float32.
+    """Loss, gradient norm and accuracy, in float32, of every step that TRL takes.
 
-    TRL logs the plain mean of its micro-batches' accuracies; here they are weighted by their tokens, as ours are.
+    TRL logs the plain mean of its micro-batches' accuracies. Here they are weighted by their tokens, like ours.
     """
     from datasets import load_dataset
     from trl import SFTConfig, SFTTrainer
@@ -99,7 +99,7 @@ def trl_steps(model: str, rows: list[dict[str, Any]], options: dict[str, Any]) -
     sys.path.append(str(ROOT))
     from sft_core.data.rows import row_order
 
-    accuracies: list[tuple[float, int]] = []  # of each micro-batch, and its trained tokens
+    accuracies: list[tuple[float, int]] = []  # per micro-batch, with its number of trained tokens
 
     class Recorder(SFTTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
@@ -127,7 +127,7 @@ def trl_steps(model: str, rows: list[dict[str, Any]], options: dict[str, Any]) -
         )
         data = load_dataset("json", data_files=str(file), split="train", cache_dir=folder)
         trainer = Recorder(model=model, args=config, train_dataset=data)
-        kept = len(trainer.train_dataset)  # TRL has left out what has nothing to learn
+        kept = len(trainer.train_dataset)  # TRL removes rows without trained tokens
         wanted = options["max_steps"] * options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
         trainer.train_dataset = trainer.train_dataset.select(row_order(kept, options["seed"], 0, wanted))
         trainer.train()
@@ -162,7 +162,7 @@ def our_flags(model: str, rows: Path, out: Path, options: dict[str, Any]) -> lis
 
 
 def compare(model: str, rows: list[dict[str, Any]], theirs: dict[str, Any]) -> None:
-    """Train with ours and print the steps side by side."""
+    """Train with our trainer and print the steps next to TRL's."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         argv = our_flags(model, write_rows(Path(folder) / "rows.jsonl", rows), out, theirs["options"])
