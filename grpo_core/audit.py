@@ -148,7 +148,7 @@ def audit_data(run: Run, pool: WorkerPool, report: Report) -> tuple[list[Prompt]
         return [run.prompts[i] for i in usable], run.prompts[0], "42"
     unparseable = set(unparseable_golds(golds, pool))
     golds = [gold_text(gold) for gold in golds]
-    example = "".join(f"; one that cannot be: {golds[i][:60]!r}" for i in sorted(unparseable)[:1])
+    example = "".join(f"; one that cannot: {golds[i][:60]!r}" for i in sorted(unparseable)[:1])
     tell("gold answers", f"{n - len(unparseable)} of {n} can be parsed{example}")
     assert isinstance(run.data, GRPOScriptArguments)
     needy = any(map(compares_with_gold, run.reward_funcs))

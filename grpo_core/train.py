@@ -14,7 +14,7 @@ The loop is that of `sft_core/train.py`, with rollouts and advantages before the
     7 log, evaluate, save
 
 The same command resumes from the last complete checkpoint. Read `nano.py`, `loss.py` and `advantage.py` before this
-file, and `update.py`, the sixth phase, after it. A table in README.md names the function behind each guarantee.
+file, and `update.py`, the sixth phase, after it.
 Not supported, on purpose: value networks, reward models, asynchronous rollouts, top-p and similar sampling options.
 """
 

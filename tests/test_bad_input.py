@@ -88,7 +88,7 @@ BEST = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strate
         ({"torch_dtype": "float16"}, "invalid choice: 'float16'"),
         ({"do_eval": "true"}, "has no splits: name another file with --dataset_test_split FILE"),
         ({"num_generations_eval": 0}, "num_generations_eval must be at least 1"),
-        ({"scale_rewards": "maybe"}, "unknown scale_rewards 'maybe': group, batch or none"),
+        ({"scale_rewards": "maybe"}, "unknown scale_rewards 'maybe': give group, batch or none"),
         ({"load_in_4bit": "true"}, "a quantised model cannot be trained whole: give --use_peft true"),
         ({"reward_funcs": ["cf_code"]}, "sandbox"),
         ({"optim": "adafactor"}, "invalid choice: 'adafactor'"),

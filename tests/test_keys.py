@@ -1,4 +1,4 @@
-"""Every option of TRL 1.16 and open-r1 is an option here, passed over where that changes nothing, or refused."""
+"""Every option of TRL 1.16 and open-r1 is an option here, ignored where it changes nothing, or refused."""
 
 import json
 from pathlib import Path

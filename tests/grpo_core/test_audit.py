@@ -133,7 +133,7 @@ def test_rewards_of_the_user_may_fail(tiny_model, problems, tmp_path, capsys, mo
     assert code == 0 and "a probe failed: first failed with IndexError (IndexError: string" in output, output
     assert column(output, "first")[audit.EMPTY] == "-" and "first pays as much for huge repetition" in output
     code, output = outcome(capsys, tiny_model, problems, reward_funcs=["my_rewards:broken"])
-    assert code == 1 and "broken has no value for any probe" in output and "no such service" in output
+    assert code == 1 and "broken gave no value to any probe" in output and "no such service" in output
 
 
 @pytest.mark.parametrize(
