@@ -107,7 +107,7 @@ def load_prompts(
                 shown, ids = text_of(value, column), tokenizer(value)["input_ids"]
                 require(len(ids) > 0, f"`{column}` is empty: write a prompt, or leave the row out.")
                 lost = next(iter(more), None)
-                require(lost is None, f"plain text has no place for `{lost}`: make it a list of messages, or drop that.")
+                require(lost is None, f"plain text has no place for `{lost}`: use messages, or drop it.")
             else:
                 messages = prompt_of(value, column)
                 shown = with_system(messages, system, role)
