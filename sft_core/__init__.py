@@ -23,9 +23,11 @@ from typing import Any
 from sft_core.run.parent import end_with_launcher
 
 # Library messages that would confuse users: bitsandbytes also looks for the Hub's `kernels` and works without it; vLLM
-# on the CPU needs no Triton, and warns that memory is bound to a NUMA node. Progress bars appear after ten seconds.
+# on the CPU needs no Triton, and warns that memory is bound to a NUMA node. The bars of `datasets` are off, and those of
+# other libraries appear after ten seconds.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DELAY", "10")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

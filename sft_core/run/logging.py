@@ -74,7 +74,8 @@ def announce(run: Any) -> None:
         return
     model, config = run.model, run.config
     dtype, ranks = "bfloat16" if run.bf16 else "float32", "rank" if run.world_size == 1 else "ranks"
-    print(f"{run.world_size} {ranks} on {run.device.type}, computing in {dtype}, master weights in float32")
+    kind = torch.device(run.device).type
+    print(f"{run.world_size} {ranks} on {kind}, computing in {dtype}, master weights in float32")
     logger.info("Model parameters %s", model)
     logger.info("Script parameters %s", run.data)
     logger.info("Training parameters %s", config)

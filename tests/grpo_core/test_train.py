@@ -85,10 +85,10 @@ def test_an_engine_that_sleeps_wakes_with_fresh_weights(tiny_model, problems, tm
     ("fault", "message"),
     [
         (faults.skip_sync, "tensors did not arrive"),
-        (faults.drop_a_tensor, "nothing was written to 1 of the engine's parameters, the first is 'model.norm.weight'"),
+        (faults.drop_a_tensor, "nothing was written to 1 of the engine's parameters (the first is 'model.norm.weight'"),
         (
             faults.write_nothing_to_the_head,
-            "nothing was written to 1 of the engine's parameters, the first is 'lm_head",
+            "nothing was written to 1 of the engine's parameters (the first is 'lm_head",
         ),
         (faults.exchange_two_layers, "parameters of the engine are not what was sent"),
         (faults.swap_two_tensors, "2 parameters of the engine are not what was sent"),
@@ -299,7 +299,7 @@ def test_rows_whose_gold_cannot_be_parsed_are_left_out(tiny_model, tmp_path):
     assert code == 0 and "2 prompts; left out: 0 longer than 100 tokens, 2 whose gold answer" in output, output
     more = flags(drop_unparseable_golds="false", output_dir=tmp_path / "all", dataset_test_split=data, do_eval="true")
     code, output = run(TRAIN, argv + more, tmp_path / "log1")
-    assert code == 0 and "4 prompts; left out: 0 longer than 100 tokens; 4 to evaluate on" in output, output
+    assert code == 0 and "4 prompts; left out: 0 longer than 100 tokens; 4 for evaluation" in output, output
     assert metrics(tmp_path / "all")[-1]["eval_rewards/accuracy_reward/mean"] == 0.0  # over samples with a gold
 
 
