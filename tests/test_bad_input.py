@@ -225,6 +225,7 @@ def test_the_hubs_kernels_package_in_the_way(capsys, monkeypatch):
     assert stopped.value.code == 2 and "run `pip uninstall kernels`" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_folder_of_another_run(tiny_model, problems, tmp_path):
     """It is refused, or moved aside as a whole. The run's own command resumes and reports what has changed."""
     out = tmp_path / "out"

@@ -99,6 +99,7 @@ def hostile_among(fair: list[tuple[Doc, str]], copies: int) -> tuple[list, list]
     return [verdict for (_, _, text), verdict in zip(items, found, strict=True) if text not in HOSTILE], hostile
 
 
+@pytest.mark.slow
 def test_hostile_answers_cost_themselves_alone():
     doc = Doc(query="", choices=[r"so it is $\boxed{5}$"])
     fair, hostile = hostile_among([(doc, text) for text in [r"\boxed{5}", "5", r"it is \boxed{6}"] * 100], 1)

@@ -255,6 +255,7 @@ def call_with(task):
     return function(completions=messages(text), solution=["63"], completion_ids=[[0]], group_ids=[0])
 
 
+@pytest.mark.slow
 def test_a_megabyte_of_anything_is_scored_in_time():
     """This finds quadratic regular expressions, which would take hours for a million characters."""
     atoms = [

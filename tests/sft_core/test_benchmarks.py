@@ -28,6 +28,7 @@ def options(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_branch_and_benchmarks_of_a_checkpoint_that_is_gone(tiny_model, options, tmp_path, monkeypatch):
     checkpoint = tmp_path / "out/checkpoint-7"
     shutil.copytree(tiny_model, checkpoint)

@@ -116,6 +116,7 @@ def faulty(path, count=40):
     return np.array(["nothing was wrong"])
 
 
+@pytest.mark.slow
 def test_a_line_that_is_damaged_further_on(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [json.dumps({"i": i, "n": 1, "text": "x" * 1000}) for i in range(30_000)]
