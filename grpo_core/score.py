@@ -29,12 +29,17 @@ from typing import Any
 
 import torch
 
+from eval.workers import WorkerPool
 from gen.engine.base import check_engine_available
+from grpo_core.config import GRPOConfig, GRPOScriptArguments
 from grpo_core.heldout import MODES, difference, evaluate, interval, read
 from grpo_core.quickstart.__main__ import run
+from grpo_core.scoring import unparseable_golds
 from kernels.bench import machine
 from kernels.tables import table
 from sft_core.data.rows import load_rows
+from sft_core.run.cli import parse
+from sft_core.run.config import ModelConfig
 from sft_core.run.distributed import usage_errors
 from sft_core.run.files import check_writable
 from sft_core.run.options import require
@@ -42,7 +47,7 @@ from sft_core.run.options import require
 RECIPES = Path(__file__).parents[1] / "recipes" / "SmolLM2-135M-Instruct"
 MODELS = {"before": "before SFT", "sft": "after SFT", "grpo": "after GRPO", "control": "more SFT instead"}
 SLACK, SHORTEST = 30, 60  # seconds: kept free at the end; of GRPO
-LENGTH, SAMPLES = 24, 2  # of answers that are scored: tokens; per problem, for pass@1
+SAMPLES = 2  # per problem, for pass@1
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,8 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     options.output_dir = options.output_dir.expanduser()
     with usage_errors():
         if options.evaluate:
-            models = list(map(Path, options.evaluate))
-            return evaluate(models, problems(options.heldout), LENGTH, options.engine, SAMPLES, "bfloat16")
+            models, length = list(map(Path, options.evaluate)), grpo_config(options.grpo).max_completion_length
+            return evaluate(models, problems(options.heldout), length, options.engine, SAMPLES, "bfloat16")
         check(options)
     score(options, started)
 
@@ -87,17 +92,30 @@ def check(options: argparse.Namespace) -> None:
     )
     output = options.output_dir
     require(not output.exists() or not any(output.iterdir()), f"--output_dir {output} is not empty: name a new folder.")
-    held, seen = {row["prompt"] for row in problems(options.heldout)}, set()
-    for row in load_rows(str(options.data / "grpo_train.jsonl")):
-        seen.add(row["problem"])
-    for row in load_rows(str(options.data / "sft_train.jsonl")):
-        seen |= {message["content"] for message in row["messages"] if message["role"] == "user"}
-    common = held & seen
+    require(
+        grpo_config(options.grpo).system_prompt == "",
+        f"{options.grpo}: models are scored without a system prompt: set system_prompt: '' in the recipe.",
+    )
+    heldout, demonstrations = problems(options.heldout), load_rows(str(options.data / "sft_train.jsonl"))
+    require("messages" in demonstrations.column_names, f"{options.data / 'sft_train.jsonl'} needs a column `messages`.")
+    seen = {row["prompt"] for row in problems(str(options.data / "grpo_train.jsonl"))}
+    for row in demonstrations:
+        seen |= {message["content"].strip() for message in row["messages"] if message["role"] == "user"}
+    common = {row["prompt"] for row in heldout} & seen
     require(
         not common, f"{len(common)} problems of {options.heldout} are trained on, such as {min(common, default='')!r}."
     )
+    with WorkerPool(2) as pool:
+        bad = unparseable_golds([row["solution"] for row in heldout], pool)
+    require(
+        not bad, f"{options.heldout}: the answer of row {min(bad, default=0)} cannot be parsed: correct or remove it."
+    )
     if options.scores is not None:
         check_writable(str(options.scores.parent), "It is the folder of --scores.")
+
+
+def grpo_config(recipe: Path) -> GRPOConfig:
+    return parse((ModelConfig, GRPOScriptArguments, GRPOConfig), ["--config", str(recipe)])[2]
 
 
 def problems(name: str) -> list[dict[str, str]]:
@@ -106,7 +124,7 @@ def problems(name: str) -> list[dict[str, str]]:
     for number, row in enumerate(load_rows(name, option="--heldout")):
         problem, solution = (row.get(a) or row.get(b) for a, b in (("problem", "prompt"), ("solution", "answer")))
         require(problem and solution, f"{name}: row {number} needs `problem` and `solution`, it has {', '.join(row)}.")
-        rows.append({"prompt": str(problem), "solution": str(solution)})
+        rows.append({"prompt": str(problem).strip(), "solution": str(solution)})
     require(len(rows) > 1, f"{name} needs two problems or more.")
     return rows
 
@@ -126,7 +144,7 @@ def score(options: argparse.Namespace, started: float) -> None:
         )
     seconds["grpo"] = part("grpo", folder / "grpo", "sft", each, options)
     control = ["--lr_scheduler_type=constant", "--warmup_steps=0", "--max_steps=1000000"]
-    seconds["control"] = part("sft", folder / "control", "sft", each, options, control)
+    seconds["control"] = part("sft", folder / "control", "sft", min(each, seconds["grpo"]), options, control)
     evaluate_apart(options, "grpo", "control")
     report(options, seconds, time.time() - started)
 
@@ -160,7 +178,6 @@ def train_for(stage: str, seconds: float, argv: list[str]) -> None:
     from sft_core import train as sft
     from sft_core.lifecycle import TrainingRun
     from sft_core.run.callbacks import Callbacks, Handed
-    from sft_core.run.cli import parse
     from sft_core.run.logging import start_logging
 
     class Deadline(TrainerCallback):
@@ -180,7 +197,8 @@ def train_for(stage: str, seconds: float, argv: list[str]) -> None:
 
 def evaluate_apart(options: argparse.Namespace, *names: str) -> None:
     """Score models in a process of its own, whose engine is gone when it ends."""
-    given = ["--model", options.model, "--data", options.data, "--heldout", options.heldout, "--engine", options.engine]
+    names_given = ("model", "data", "heldout", "grpo", "engine")
+    given = [f"--{name}={getattr(options, name)}" for name in names_given]
     run(["-m", "grpo_core.score", *given, "--evaluate", *(options.output_dir / name for name in names)])
 
 

@@ -20,4 +20,6 @@ def draw(folder: Path, image: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "grpo" / "metrics.jsonl").is_file():
+        raise SystemExit("error: name the folder of a finished quickstart, such as runs/quickstart")
     draw(Path(sys.argv[1]), Path(__file__).with_name("reward.png"))

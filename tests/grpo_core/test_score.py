@@ -50,6 +50,8 @@ def arguments(tiny_model, folder, **more):
         ({}, [{"problem": "3 + 3", "solution": "6"}, PROBLEMS[0]], "are trained on, such as '3 + 3'"),
         ({}, [PROBLEMS[0], {"problem": "What?", "solution": ""}], "row 1 needs `problem` and `solution`"),
         ({}, PROBLEMS[:1], "needs two problems or more"),
+        ({}, [PROBLEMS[0], {"problem": "Where?", "solution": "It depends"}], "the answer of row 1 cannot be parsed"),
+        ({"grpo": score.RECIPES / "grpo" / "config_warm.yaml"}, None, "set system_prompt: '' in the recipe"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(tiny_model, data, more, rows, says, monkeypatch, capfd):
@@ -62,11 +64,14 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_model, data, more,
 
 def test_a_part_ends_with_the_first_step_after_its_time(tiny_model, data, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    options = Namespace(sft=score.RECIPES / "sft" / "config_words.yaml", data=data, output_dir=tmp_path, engine="torch")
+    (recipe := tmp_path / "sft.yaml").write_text(
+        "per_device_train_batch_size: 4\nsave_strategy: 'no'\nreport_to: none\n"
+    )
+    options = Namespace(sft=recipe, data=data, output_dir=tmp_path, engine="torch")
     (tmp_path / "before").symlink_to(tiny_model)
-    seconds = score.part("sft", tmp_path / "sft", "before", 1.0, options, ["--max_steps=1000000", "--bf16=false"])
+    score.part("sft", tmp_path / "sft", "before", 1.0, options, ["--max_steps=1000000"])
     steps = json.loads((tmp_path / "sft" / "trainer_state.json").read_text())["global_step"]
-    assert 1 <= steps < 1000000 and seconds < 100
+    assert 1 <= steps < 1000000
     assert (tmp_path / "sft" / "model.safetensors").exists()
 
 
