@@ -3,6 +3,7 @@
     python recipes/SmolLM2-135M-Instruct/prepare.py                       # GSM8K from the Hub, into data/think
     python recipes/SmolLM2-135M-Instruct/prepare.py --dataset_name gsm8k_train.jsonl problems.jsonl --output_dir D
     python recipes/SmolLM2-135M-Instruct/prepare.py --short --held_out 0.22 --dataset_name problems.jsonl --output_dir D
+                                              --demonstrations 400        # fewer demonstrations than can be found
 
 A data set (Hub id or .jsonl) has GSM8K's columns (`question`, and `answer` with worked steps and a last line `#### N`),
 or `problem` and `answer`, a bare number. The script writes
@@ -79,11 +80,18 @@ def demonstration(thought: str, answer: str, short: bool) -> str:
     return f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"
 
 
+def hash_of(text: str) -> float:
+    """Between 0 and 1."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
+
+
 def is_paid(text: str, answer: str, short: bool) -> bool:
     return (short or format_reward([[{"content": text}]]) == [1.0]) and check_answer(answer, text) == 1.0
 
 
-def prepare(names: list[str], folder: Path, short: bool = False, held_out: float = 0.05) -> Counter[str]:
+def prepare(
+    names: list[str], folder: Path, short: bool = False, held_out: float = 0.05, demonstrations: int | None = None
+) -> Counter[str]:
     """Write the four files. Returns the number of rows in each. Raises ValueError for bad input, in one sentence."""
     files: dict[str, list[dict[str, Any]]] = {f"{a}_{b}": [] for a in ("sft", "grpo") for b in ("train", "heldout")}
     left_out, seen = 0, set[str]()
@@ -95,13 +103,13 @@ def prepare(names: list[str], folder: Path, short: bool = False, held_out: float
                 left_out += 1
                 continue
             seen.add(problem)
-            part = int.from_bytes(hashlib.sha256(problem.encode()).digest()[:4], "big") / 2**32
-            split = "heldout" if part < held_out else "train"
+            split = "heldout" if hash_of(problem) < held_out else "train"
             turns = [("system", SYSTEM_PROMPT), ("user", problem), ("assistant", text)]
             if thought is not None:
                 messages = [{"role": role, "content": content} for role, content in turns[short:]]
                 files[f"sft_{split}"].append({"messages": messages})
             files[f"grpo_{split}"].append({"problem": problem, "solution": answer})
+    files["sft_train"] = sorted(files["sft_train"], key=lambda row: hash_of(json.dumps(row)))[:demonstrations]
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -114,10 +122,15 @@ def main() -> None:
     parser.add_argument("--output_dir", type=lambda text: Path(text).expanduser(), default=Path("data/think"))
     parser.add_argument("--short", action="store_true", help="demonstrations without tags and system prompt")
     parser.add_argument("--held_out", type=float, default=0.05, help="share of the problems")
+    parser.add_argument(
+        "--demonstrations", type=int, help="how many sft_train.jsonl gets, chosen by hash (default: all)"
+    )
     arguments = parser.parse_args()
     with distributed.usage_errors():
         require(0 < arguments.held_out < 1, f"--held_out is a share between 0 and 1, got {arguments.held_out}.")
-        counts = prepare(arguments.dataset_name, arguments.output_dir, arguments.short, arguments.held_out)
+        count = arguments.demonstrations
+        require(count is None or count > 0, f"--demonstrations must be above 0, got {count}.")
+        counts = prepare(arguments.dataset_name, arguments.output_dir, arguments.short, arguments.held_out, count)
     print(f"{arguments.output_dir}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
