@@ -6,7 +6,7 @@ of their group are made more likely, those below it less likely. A clipped ratio
 completions from going too far, and a KL penalty keeps the model near the one it started from. There is no value
 network: the mean of the group takes its place.
 
-    python -m grpo_core.nano  # a small Llama, in less than 5 minutes on 2 CPU cores
+    python -m grpo_core.nano  # a small Llama, in about 3 minutes on 2 CPU cores
     python -m grpo_core.nano --model FOLDER --learning_rate 1e-5 --max_completion_length 128  # a chat model
 
 The problems are arithmetic in words (`quickstart/task.py`). Without --model, a Llama of 2.5 million random weights
@@ -106,6 +106,7 @@ class Batch:
     attention_mask: Tensor  # [B, P + C] int64: 1 for a token, 0 for padding
     completion_mask: Tensor  # [B, C] bool: True for a token (EOS included), False for padding
     advantages: Tensor  # [B]
+    # set by `set_old_and_ref_logps`:
     old_logps: Tensor = field(init=False)  # [B, C] of the policy before its first update on these samples
     ref_logps: Tensor | None = field(init=False)  # [B, C] of the reference model; None: no KL
 
@@ -182,7 +183,7 @@ def sample(model: Any, prompts: list[list[int]], eos_id: int, max_length: int, t
         else:
             tokens = torch.multinomial((logits / temperature).softmax(dim=-1), num_samples=1)[:, 0]  # [B]
         columns.append(tokens)
-        lengths += ~ended
+        lengths += ~ended  # before `ended` is updated, so that EOS counts
         ended |= tokens == eos_id
         if ended.all():
             break
@@ -221,8 +222,8 @@ def group_advantages(rewards: list[float]) -> list[float]:
 def completion_logps(model: Any, batch: Batch, temperature: float) -> Tensor:  # [B, C]
     """The log-prob of each token of each completion, given all tokens before it; 0 for padding.
 
-    Logits are divided by the temperature, because completions were sampled from that distribution. They are float32,
-    like the weights: in bfloat16 a log-prob would be off by about 0.02.
+    Logits are divided by the temperature, because completions were sampled from that distribution. Weights and logits
+    are float32: in bfloat16 a log-prob would be off by about 0.02.
     """
     length = batch.completion_mask.shape[1]  # C
     output = model(
@@ -248,7 +249,8 @@ def grpo_loss(
     """This micro-batch's share of the loss and of the metrics; the shares of all micro-batches add up.
 
     ratio r    exp(logp - old_logp): how much more likely the token is than when it was sampled; 1 in the first update
-    policy     -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A): no gradient once r passed the clip in A's direction
+    policy     -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A): no gradient if r > 1 + epsilon and A > 0, or if
+               r < 1 - epsilon and A < 0
     KL         exp(d) - d - 1 with d = ref_logp - logp: never negative, and on average KL(policy || reference) ("k3")
     weight     1 / (num_sequences * length of its sequence): the mean over a sequence's tokens, then over sequences
     """
@@ -269,7 +271,7 @@ def grpo_loss(
         "loss": loss.detach(),
         "kl": (weights * kl).sum().detach(),
         "clipped": (weights * (clipped < unclipped)).sum(),  # share of tokens that the clip removes from the gradient
-        "nll": -(weights * logps).sum().detach(),  # of tokens that the policy sampled: an estimate of its entropy
+        "nll": -(weights * logps).sum().detach(),  # estimates the policy's entropy if the policy sampled the tokens
     }
     return loss, metrics
 
@@ -340,7 +342,7 @@ def train(config: Config, model: Any, tokenizer: Any, problems: list[Problem], r
             metrics = add_gradients(model, batches, num_sequences, config)
             grad_norm = optimizer_step(model, optimizer)
 
-        # 7 log: watch the reward; in a first update the loss is only beta * kl, because a group's advantages sum to 0
+        # 7 log: of the last update; if it is also the first, the loss is beta * kl, because advantages sum to 0
         history.append(sum(rewards) / len(rewards))
         length = sum(len(s.completion_ids) for s in samples) / len(samples)
         cut = sum(s.finish_reason == "length" for s in samples) / len(samples)
@@ -433,7 +435,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.exit(2, f"{error}\n")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.eval()  # in training too: with dropout the policy that is trained would differ from the one that samples
+    model.eval()  # no dropout: it would make the policy in training differ from the policy that samples
     torch.manual_seed(config.seed)
 
     if not config.model:
