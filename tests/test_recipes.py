@@ -162,7 +162,7 @@ OPEN_R1 = [
     (SFT, SFT_FEBRUARY, {"per_device_eval_batch_size", "use_liger"}),
     (SFT, SFT_MAY, {"per_device_eval_batch_size", "use_liger_kernel"}),
 ]
-# What they say that is done anyway, and so needs no word.
+# Keys that change nothing here and need no warning.
 AS_IT_IS = {
     "dataset_configs",
     "vllm_device",

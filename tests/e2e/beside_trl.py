@@ -229,7 +229,7 @@ def start(side: str, options: argparse.Namespace, argv: list[str]) -> Result:
     if len(result["seconds"]) < options.steps:
         notes.append(f"{len(result['seconds'])} of {options.steps} steps")
     if odd := [length for length in result["lengths"] if length != options.tokens]:
-        notes.append(f"{len(odd)} steps of completions of {odd[0]:g} tokens in the mean, not {options.tokens}")
+        notes.append(f"{len(odd)} steps with a mean completion length of {odd[0]:g}, not {options.tokens}")
     sound = len(result["seconds"]) == len(result["lengths"]) == options.steps and not odd
     return result | {"note": "; ".join(notes), "sound": sound, "failed": not sound or code != 0}
 
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--words", type=int, default=0, help="more words in each prompt, about a token each")
+    parser.add_argument("--words", type=int, default=0, help="words added to each prompt, about a token each")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warm_up", type=int, default=2)
     parser.add_argument("--turns", type=int, default=1)

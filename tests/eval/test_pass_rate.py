@@ -71,7 +71,7 @@ def test_generations_that_are_there(tmp_path, capsys, monkeypatch):
     run(*argv, str(tmp_path / "out"), "--pass_rate_min", "0", "--pass_rate_max", "0.6")
     assert [row["id"] for row in rows_of(tmp_path / "out", "filtered")] == [0, 8]
     assert details.stat().st_mtime_ns == when
-    # another version of the checker does
+    # another version of the checker checks again
     monkeypatch.setattr("eval.folder.CHECKERS", ("math-verify",))
     run(*argv, str(tmp_path / "out"))
     assert details.stat().st_mtime_ns > when and rows_of(tmp_path / "out") == found

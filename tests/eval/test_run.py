@@ -151,7 +151,7 @@ def custom_task(path: Path, data: Path, **changes) -> dict:
 
 
 def test_another_metric_judges_the_answers_again(tiny_model, data, tmp_path):
-    """It also tests that a damaged file is sampled again, with the same answers as before."""
+    """A damaged file is sampled again, with the same answers."""
     folder, scores, completions = tmp_path / "out", [], []
     for number, score in enumerate(("0.25", "float(len(predictions[0]) % 2)", "[][0]")):
         options = custom_task(tmp_path / f"task{number}.py", data, score=score)
