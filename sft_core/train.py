@@ -15,7 +15,8 @@ Not supported, on purpose: padding, NEFTune, dropout other than the adapters' ow
 
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,7 @@ from sft_core.model.optim import clip_gradients, guarded_step
 from sft_core.model.policy import Policy
 from sft_core.prepare import EVAL_METRICS, Run, prepare
 from sft_core.run import distributed
+from sft_core.run.callbacks import Callbacks, Handed
 from sft_core.run.cli import parse
 from sft_core.run.config import ModelConfig, ScriptArguments, SFTConfig
 from sft_core.run.files import disk_errors
@@ -47,11 +49,16 @@ class Progress(lifecycle.Progress):
 
 
 @disk_errors()
-def main(argv: list[str] | None = None) -> None:
-    """Train with the options in `argv` (default: the command line); bad input exits with 2 before weights are read."""
+def main(argv: list[str] | None = None, callbacks: Sequence[Any] = ()) -> None:
+    """Train with the options in `argv` (default: the command line) and transformers' TrainerCallbacks.
+
+    Bad input exits with code 2 before weights are loaded.
+    """
     start_logging()
     with distributed.usage_errors():
         run = prepare(*parse(OPTIONS, sys.argv[1:] if argv is None else argv))
+    if callbacks:
+        run = replace(run, handed=Handed(None, callbacks=Callbacks(callbacks)))
     with TrainingRun(run, Progress(), CONSOLE, run.samples) as training:
         train(run, training)
         training.finish()

@@ -3,12 +3,11 @@
 import json
 import math
 import os
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from grpo_core import heldout, score
+from grpo_core import comparison, heldout, score
 from tests.eval.helpers import called, refused
 
 PROBLEMS = [{"problem": f"Ben has {i} pens and finds 2.", "solution": str(i + 2)} for i in range(6)]
@@ -62,25 +61,34 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_model, data, more,
     assert not (data.parent / "out").exists()
 
 
-def test_a_part_ends_with_the_first_step_after_its_time(tiny_model, data, tmp_path, monkeypatch):
+def compare(folder, data=None, options=(), **heldout):
+    """A comparison without an engine, whose SFT has these options."""
+    files = {"sft": data and data / "sft_train.jsonl"}
+    return comparison.Comparison(folder, files, {"sft": list(options)}, heldout, {"sft": 1})
+
+
+def test_a_part_ends_with_the_first_step_after_its_time_and_is_not_run_again(tiny_model, data, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    (recipe := tmp_path / "sft.yaml").write_text(
-        "per_device_train_batch_size: 4\nsave_strategy: 'no'\nreport_to: none\n"
-    )
-    options = Namespace(sft=recipe, data=data, output_dir=tmp_path, engine="torch")
+    options = ["--per_device_train_batch_size=4", "--save_strategy=no", "--report_to=none", "--max_steps=1000000"]
     (tmp_path / "before").symlink_to(tiny_model)
-    score.part("sft", tmp_path / "sft", "before", 1.0, options, ["--max_steps=1000000"])
+    compared = compare(tmp_path, data, options)
+    compared.train("sft", "before", 1.0)
     steps = json.loads((tmp_path / "sft" / "trainer_state.json").read_text())["global_step"]
     assert 1 <= steps < 1000000
-    assert (tmp_path / "sft" / "model.safetensors").exists()
+    written = (tmp_path / "sft" / "model.safetensors").stat().st_mtime_ns
+    seconds = compared.seconds("sft")
+    compared.train("sft", "before", 1.0)
+    assert compared.seconds("sft") == seconds > 1
+    assert (tmp_path / "sft" / "model.safetensors").stat().st_mtime_ns == written
 
 
 def test_scores_are_those_of_the_answers_and_no_model_folder_changes(tiny_model, data, tmp_path):
     model = tmp_path / "before"
     model.symlink_to(tiny_model)
     there = sorted(os.listdir(tiny_model))
-    rows = score.problems(str(data / "grpo_heldout.jsonl"))
-    heldout.evaluate([model], rows, 8, "torch", 2, "float32")
+    file = str(data / "grpo_heldout.jsonl")
+    asked = {"file": file, "length": 8, "engine": "torch", "samples": 2, "dtype": "float32"}
+    compare(tmp_path, **asked).evaluate("before")
     assert sorted(os.listdir(tiny_model)) == there
     shares = heldout.read(model)
     assert {mode: len(values) for mode, values in shares.items()} == {"greedy": 6, "pass@1": 6}
@@ -91,18 +99,18 @@ def test_the_interval_is_paired_and_the_line_holds_what_was_printed(tiny_model, 
     """Two models that differ by 0.5 on half of 100 problems: 25 points, and the interval of the differences."""
     base = [i % 5 == 0 for i in range(100)]
     after = [float(value) if i % 2 else min(1.0, value + 0.5) for i, value in enumerate(base)]
-    for name in score.MODELS:
+    for name in comparison.MODELS:
         values = after if name == "grpo" else [float(value) for value in base]
         (tmp_path / f"{name}-heldout.json").write_text(json.dumps(dict.fromkeys(heldout.MODES, values)))
+        (tmp_path / f"{name}-seconds.json").write_text("60.0" if name == "sft" else "120.0")
     differences = [b - a for a, b in zip(base, after, strict=True)]
     mean = sum(differences) / 100
     half = 1.96 * math.sqrt(sum((d - mean) ** 2 for d in differences) / 99 / 100)
     assert heldout.difference(tmp_path / "control", tmp_path / "grpo", "greedy") == pytest.approx(
         (100 * mean, 100 * half)
     )
-    options = Namespace(output_dir=tmp_path, scores=tmp_path / "all.jsonl")
     (tmp_path / "all.jsonl").write_text("{}\n")
-    score.report(options, {"sft": 60.0, "grpo": 120.0, "control": 120.0}, 300.0)
+    score.report(compare(tmp_path), tmp_path / "all.jsonl", 300.0)
     row = json.loads((tmp_path / "all.jsonl").read_text().splitlines()[1])
     assert row["percent_and_half_95"]["grpo - control"]["greedy"] == pytest.approx([100 * mean, 100 * half])
     assert row["problems"] == 100 and row["minutes"] == {"sft": 1.0, "grpo": 2.0, "control": 2.0, "all": 5.0}
@@ -112,7 +120,6 @@ def test_the_interval_is_paired_and_the_line_holds_what_was_printed(tiny_model, 
 
 
 def test_too_few_minutes_are_said_with_how_many_it_takes(tiny_model, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(score, "part", lambda *arguments: 1.0)
-    monkeypatch.setattr(score, "evaluate_apart", lambda *arguments: None)
+    monkeypatch.setattr(comparison, "run", lambda command: None)
     code, output = called(score.main, arguments(tiny_model, data, minutes=1))
     assert code == 1 and "--minutes 1 is too short on this machine: give 3 or more" in output
