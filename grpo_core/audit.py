@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def set_up(argv: list[str]) -> tuple[Run, bool]:
-    """Make the checks of training's `prepare`. The prompts are those to audit, including those that are too long.
+    """Run the checks of training's `prepare`. The prompts to audit include those that are too long.
 
     Raises:
         ValueError: bad input, in one sentence that names the remedy.
