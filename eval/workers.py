@@ -80,7 +80,7 @@ class _Worker:
     state: _State = _State.STARTING
     job: Job | None = None
     items: deque[int] = field(default_factory=deque)  # the chunk's unfinished items, in the order of processing
-    last: float = FOREVER  # time.monotonic() at which the current item times out whatever the machine's load
+    last: float = FOREVER  # time.monotonic() at which the current item times out even on a busy machine
     used: float = 0.0  # the worker's CPU seconds at the start of the current item
 
     @property

@@ -128,12 +128,12 @@ class Streamed:
         self.rows, self.encode, self.bin_size, self.seed, self.name = rows, encode, bin_size, seed, name
         self._start = {"reader": rows.state_dict(), "rows": 0}  # where every pass begins
         self._next = self._start | {"outcomes": [0] * 4}  # where the next window begins
-        self._begin = self._next  # where the present window began
+        self._begin = self._next  # where the current window began
         self._iterator: Iterator[dict] | None = None
         self._ahead: tuple[Future, int, dict[str, Any]] | None = None  # see `_look_ahead`
         self._window: list[Example] = []
         self._sequences: list[list[int]] = []
-        self.taken = 0  # sequences of the present window
+        self.taken = 0  # sequences of the current window
 
     digest = None  # the lengths are not known,
     longest = None  # nor is the longest sequence

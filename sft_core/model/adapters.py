@@ -158,7 +158,7 @@ def _embedding_names(model: Any) -> tuple[str, str]:
 
 
 def is_tied(model: Any) -> bool:
-    """Whether head and embedding are one parameter, also if peft trains a copy of the embedding."""
+    """Whether head and embedding are one parameter, even if peft trains a copy of the embedding."""
     embedding = model.get_input_embeddings()
     return model.get_output_embeddings().weight is getattr(embedding, "original_module", embedding).weight
 

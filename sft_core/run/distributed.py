@@ -127,7 +127,7 @@ def on_first_rank(work: Callable[[], T], patient: bool = False) -> T:
 
     If `work` raises a ValueError, or an OSError because the disk is full, every rank raises it, so that none waits.
 
-    `patient`: the other ranks wait up to a day, whatever the process group's timeout is.
+    `patient`: the other ranks wait up to a day instead of the process group's timeout.
     """
     if not dist.is_initialized():
         return work()
@@ -251,7 +251,7 @@ class StopSignal:
 
     @classmethod
     def remember(cls) -> None:
-        """Remember the present handlers, before an engine is made; `restore` sets them again."""
+        """Remember the current handlers, before an engine is made; `restore` sets them again."""
         cls._before = {number: signal.getsignal(number) for number in SIGNALS}
 
     @classmethod
