@@ -16,7 +16,7 @@ from sft_core.run.logging import reduce_metrics
 DIFFERENCE = "sampling/sampling_logp_difference"  # TRL's name
 MISMATCH = "sampling/mismatch"
 TOKENS = f"{MISMATCH}/tokens"
-FIRST_POSITIONS = (0, 32, 128, 512)  # of the position ranges for which the difference is logged
+FIRST_POSITIONS = (0, 32, 128, 512)  # starts of position ranges with separate means
 MEANS = {  # a mean's name -> the name of its token count
     **dict.fromkeys((f"{DIFFERENCE}/mean", f"{MISMATCH}/k1", f"{MISMATCH}/k3", f"{MISMATCH}/outside"), TOKENS),
     **{f"{MISMATCH}/mean_abs_{first}": f"{TOKENS}_{first}" for first in FIRST_POSITIONS},

@@ -4,7 +4,7 @@ Rows are processed in windows of at most WINDOW rows (when streaming, also of ab
 window is shuffled. With packing its rows are put into bins of max_length tokens by best-fit decreasing, and the bins
 are shuffled. The rows of a step never depend on the number of ranks.
 
-* `Shuffled`: all rows are there, tokenised and memory-mapped. Each pass over them is a new shuffle, cut into windows.
+* `Shuffled`: all rows are tokenised and memory-mapped. Each pass over them is a new shuffle, cut into windows.
   The state is the number of sequences taken.
 * `Streamed`: rows are read as they are needed, in the order of the files, for data sets that do not fit the disk. The
   state is where the window began and how many of its sequences were taken. A resumed run reads that window again, so
@@ -135,8 +135,8 @@ class Streamed:
         self._sequences: list[list[int]] = []
         self.taken = 0  # sequences of the current window
 
-    digest = None  # the lengths are not known,
-    longest = None  # nor is the longest sequence
+    digest = None  # the lengths are not known
+    longest = None  # also not known
 
     @property
     def outcomes(self) -> list[int]:

@@ -60,7 +60,7 @@ class Trainer(Results, ABC):
     algorithm: str
     config_type: type[TrainingConfig]
     streams = False  # takes an IterableDataset
-    column: str | None = None  # which the data must have
+    column: str | None = None  # required in the data
 
     def __init__(
         self,

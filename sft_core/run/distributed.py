@@ -89,9 +89,9 @@ def init_distributed(timeout_s: float = 600.0) -> tuple[int, int, int, torch.dev
 
 
 def _meet(timeout: timedelta) -> dist.Store:
-    """The store at which the ranks meet; returns when all ranks are there.
+    """The rendezvous store; returns when all ranks have joined.
 
-    Raises ValueError if they cannot meet: an unknown host, a port in use, or a rank that is missing after `timeout`.
+    Raises ValueError if not all join: an unknown host, a port in use, or a rank that is missing after `timeout`.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     variables = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
@@ -256,7 +256,7 @@ class StopSignal:
 
     @classmethod
     def restore(cls) -> None:
-        """Set the handlers that were there before the run."""
+        """Restore the handlers from before the run."""
         cls._set(cls._before)
 
     def _handle(self, number: int, frame: Any) -> None:
