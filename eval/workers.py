@@ -131,7 +131,7 @@ class WorkerPool:
     the main thread. Results do not depend on the number of workers.
     """
 
-    START_LIMIT, START_ATTEMPTS = 120.0, 3  # seconds to start or load, attempts per worker; normally far from reached
+    START_LIMIT, START_ATTEMPTS = 120.0, 3  # seconds to start or load, attempts per worker; rarely reached
 
     def __init__(
         self, num_workers: int, timeout: float = 5.0, memory_limit: int | None = 4 << 30, prints: bool = False

@@ -70,7 +70,7 @@ def split_by_signal(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sampl
 
 @dataclass
 class MiniBatch:
-    """This rank's share of the part of a rollout batch that one optimizer step trains on."""
+    """This rank's share of a mini-batch: the samples of one optimizer step."""
 
     micro_batches: list[MicroBatch]
     skipped: Sequence[Sample] = ()  # counted in the step's tokens and sequences, but without forward and backward pass

@@ -89,7 +89,7 @@ def reduce_step(shares: Mapping[str, Tensor | float], device: torch.device) -> d
 
 @torch.no_grad()
 def mismatch_sums(policy_logps: Tensor, sampler_logps: Tensor, positions: Tensor) -> dict[str, Tensor]:
-    """Compares the log-probs [N] of policy and sampler on the sampled tokens, whose `positions` [N] are those in the
+    """Compares the log-probs [N] of policy and sampler on the sampled tokens; `positions` [N] are indices in the
     completion. Returns float64 sums and token counts, which add up over micro-batches and ranks.
 
     With d = policy - sampler these are |d| and its maximum; the estimators k1 = -d and k3 = exp(d) - d - 1 of

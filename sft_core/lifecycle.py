@@ -110,7 +110,7 @@ class TrainingRun(Generic[P]):
     # --- before the loop ---------------------------------------------------------------------------------------------
 
     def load_policy(self, vocab_size: int = 0) -> Policy:
-        """Open the log first, whose trackers may fail in their set-up, then load the model, sharded over the ranks."""
+        """Open the log first, since trackers may fail to start, then load the model, sharded over the ranks."""
         self._open_log()
         run = self.run
         with self.bad_input():  # weights that do not fit the model
@@ -222,7 +222,7 @@ class TrainingRun(Generic[P]):
         self.log_history.append({"step": step, **finite})
 
     def _call(self, hook: str, **more: Any) -> None:
-        """Call the callbacks; what they ask for on any rank, all ranks do."""
+        """Call the callbacks; every rank obeys requests of any rank."""
         if self.hooks is not None:
             self.hooks(hook, self.config, self.state(), processing_class=self.run.tokenizer, **more)
             self.asked = self.hooks.asked(self.run.device)

@@ -184,7 +184,7 @@ def _is_adapted(module: nn.Module) -> bool:
 
 @contextmanager
 def dropout(policy: nn.Module) -> Iterator[None]:
-    """Turn on the adapters' dropout, and no other, inside the block; the backward pass must be inside too."""
+    """Turn on only the adapters' dropout inside the block; the backward pass must be inside too."""
     layers = [module for module in policy.modules() if hasattr(module, "lora_dropout")]
     switched = [*layers, *(drop for layer in layers for drop in layer.lora_dropout.values())]
     try:
