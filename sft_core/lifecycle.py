@@ -4,7 +4,7 @@
         train(run, training)  # the loop; when it returns, the weights are out of memory
         training.finish()  # results, benchmarks, model card and pushes, on the first rank
 
-When the block ends, for any reason, the watchdog is disarmed, signals end the process again, engine, workers,
+When the block ends, for any reason, the watchdog is disarmed, signal handlers are restored, engine, workers,
 process group and log are closed, and the folder is unlocked.
 """
 

@@ -46,7 +46,7 @@ class Plan:
     shared: int = 0  # tokens of these rows that another sequence already computes
     device: str = "cuda"
     reference_itemsize: int = 0  # bytes per parameter of the reference model; 0: there is none
-    engine_share: float = 0.0  # the engine's share of the device's memory; 0: given in bytes
+    engine_share: float = 0.0  # the engine's share of device memory; 0: see engine_kv_bytes
     engine_kv_bytes: int = -1  # its KV cache if engine_share is 0 (-1: no engine)
     engine_ranks: int = 1  # ranks that share one copy of the engine's weights
     engine_sleeps: bool = False  # whether the engine sleeps during the update
