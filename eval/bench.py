@@ -33,7 +33,7 @@ from eval.verify import check_answer
 from eval.workers import Unscored, WorkerPool
 
 Pair = tuple[str, str, bool]  # gold, completion, whether its answer is the gold one
-_SAME = re.compile(r"[\s$]|\\d?frac|^[a-z]=")  # is removed for comparison: `x=5` is not a wrong answer for 5
+_SAME = re.compile(r"[\s$]|\\d?frac|^[a-z]=")  # removed before comparison: `x=5` is not a wrong answer for 5
 
 
 def notations(answer: str) -> list[str]:

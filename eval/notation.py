@@ -296,7 +296,7 @@ def _parse(text: str) -> Any:
 
 
 def _total(text: str) -> Answer | None:
-    """The sum, in the first unit, of quantities of the same kind in ever smaller units, such as `2 hours and 15
+    """The sum, in the first unit, of quantities of the same kind in decreasing units, such as `2 hours and 15
     minutes`. None for other texts, such as the list `3 cm and 4 cm`."""
     plain = re.sub(r"\\(?:text|mathrm|mbox)|\\[,;:! ()]|\band\b|\*\*|[{}$~,]|\.$", " ", text)
     parts = _QUANTITY.findall(plain)

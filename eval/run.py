@@ -70,7 +70,7 @@ def run(
     with distributed.usage_errors():
         if config.shard:
             die_with_parent()
-        else:  # if a trainer started this process, it inherited the variables of a torchrun rank, which it is not
+        else:  # a trainer that started this process has passed it the variables of a torchrun rank
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
                 os.environ.pop(name, None)
         sampler, works = prepare(config, custom)

@@ -80,7 +80,7 @@ class _Worker:
     state: _State = _State.STARTING
     job: Job | None = None
     items: deque[int] = field(default_factory=deque)  # the chunk's unfinished items, in the order of processing
-    last: float = FOREVER  # time.monotonic() at which the current item times out whatever the machine's load
+    last: float = FOREVER  # time.monotonic() at which the current item times out even on a busy machine
     used: float = 0.0  # the worker's CPU seconds at the start of the current item
 
     @property
@@ -131,7 +131,7 @@ class WorkerPool:
     the main thread. Results do not depend on the number of workers.
     """
 
-    START_LIMIT, START_ATTEMPTS = 120.0, 3  # seconds to start or load, attempts per worker; normally far from reached
+    START_LIMIT, START_ATTEMPTS = 120.0, 3  # seconds to start or load, attempts per worker; rarely reached
 
     def __init__(
         self, num_workers: int, timeout: float = 5.0, memory_limit: int | None = 4 << 30, prints: bool = False

@@ -135,7 +135,7 @@ class Client:
     async def __aenter__(self) -> "Client":
         key = os.environ.get("OPENAI_API_KEY", "none")
         self.session = aiohttp.ClientSession(
-            # Idle connections close before the server closes them (uvicorn: 5 s): else a request could hit the close.
+            # Idle connections close before the server closes them (uvicorn: 5 s): else a request could be lost.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0),
             timeout=aiohttp.ClientTimeout(total=self.timeout, sock_connect=10.0),
             headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},

@@ -5,7 +5,7 @@
         --output-dir runs/gen [--vllm-server-url http://a:8000/v1,http://b:8000/v1 --field value ...]
 
 The flags are those of open-r1's generate.py and the columns are distilabel's (`gen/store.py`);
-`build_distilabel_pipeline` replaces open-r1's function. However a run ended, the same command generates what is
+`build_distilabel_pipeline` replaces open-r1's function. Run the same command again to generate what is
 missing. `gen/client.py` handles failures of servers. `--engine vllm` needs no server (`gen/sampler.py`), and
 `--executor ray` sends the requests from the workers of a Ray cluster (`gen/ray.py`).
 

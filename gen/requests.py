@@ -64,7 +64,7 @@ class Work:
     async def ask_servers(self, indices: Iterable[int], at_once: int) -> None:
         """Generate the missing samples of these batches on the servers, `at_once` requests at a time.
 
-        However it ends, it also writes the complete rows of unfinished batches.
+        It always writes the complete rows of unfinished batches, too.
 
         Raises ServerError if no server is left.
         """

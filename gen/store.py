@@ -6,7 +6,7 @@
     train.parquet              rows and answers in order as one data set, written when a run ends
 
 After an interruption (failed prompts, Ctrl-C) the file of a batch contains the rows that are complete, and the next run
-replaces it. There is no other state, so the files determine what is missing, whatever killed a run.
+replaces it. There is no other state, so the files alone determine what is missing.
 Rows are read from the memory-mapped data set and written batch by batch, so memory use does not grow with their number.
 Only the answers of open batches are in memory, and the number of open batches is at most that of requests in flight.
 

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def set_up(argv: list[str]) -> tuple[Run, bool]:
-    """Make the checks of training's `prepare`. The prompts are those to audit, including those that are too long.
+    """Run the checks of training's `prepare`. The prompts to audit include those that are too long.
 
     Raises:
         ValueError: bad input, in one sentence that names the remedy.
@@ -165,7 +165,7 @@ def audit_data(run: Run, pool: WorkerPool, report: Report) -> tuple[list[Prompt]
 def audit_rewards(run: Run, prompt: Prompt, answer: str, pool: WorkerPool, report: Report) -> None:
     """Print a table of what each reward gives to texts of known quality, and check what the prompt asks for."""
     rendered = run.tokenizer.decode(prompt.ids, clean_up_tokenization_spaces=False)
-    limit = run.config.max_completion_length  # a sampled completion cannot be longer, so a probe is not either
+    limit = run.config.max_completion_length  # probes are not longer than a sampled completion can be
     right = {name: notation.format(answer) for name, notation in NOTATIONS.items()}
     if opened := re.search(r"<think>\s*(</think>)?\s*\Z", rendered):  # the chat template begins the completion
         begun = opened[1] or "<think>"

@@ -18,7 +18,7 @@ from grpo_core.rollout import Sample
 from sft_core.data.packing import PackedSequences, StepCounts, balance, idle_sequences, pack, pack_sequences
 from sft_core.run.distributed import exchange
 
-# A sequence that shares its prompt gathers the prompt's keys and values: this many take the memory of one token.
+# A sequence that shares its prompt gathers the prompt's keys and values. This many need the memory of one token.
 KEYS_PER_TOKEN = 16
 
 
@@ -57,7 +57,7 @@ class MicroBatch:
 def counted(samples: Sequence[Sample], mask_truncated: bool) -> list[Sample]:
     """The samples that count in the step's tokens and sequences: all, or with `mask_truncated` those that were not cut.
 
-    An unscored sample counts too, with an advantage of 0. A cut sample has no stop token, and is otherwise like others.
+    An unscored sample counts too, with an advantage of 0. A cut sample lacks the stop token; nothing else differs.
     """
     return [sample for sample in samples if sample.finish_reason == "stop" or not mask_truncated]
 
@@ -70,7 +70,7 @@ def split_by_signal(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sampl
 
 @dataclass
 class MiniBatch:
-    """This rank's share of the part of a rollout batch that one optimizer step trains on."""
+    """This rank's share of a mini-batch: the samples of one optimizer step."""
 
     micro_batches: list[MicroBatch]
     skipped: Sequence[Sample] = ()  # counted in the step's tokens and sequences, but without forward and backward pass
@@ -126,7 +126,7 @@ def make_micro_batches(
     """Pack all ranks' samples into micro-batches of at most `max_tokens` tokens, prompts included; returns this rank's.
     A collective, in which the ranks exchange the samples that they train on.
 
-    Every sampled token is scored, including the stop token, and no prompt token is. With `share_prompts` a group's
+    All sampled tokens are scored, including stop tokens; prompt tokens are not. With `share_prompts` a group's
     prompt is packed once per part of the group. `quadratic` is `sft_core.model.flops.attention_share`.
     """
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)

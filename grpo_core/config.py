@@ -294,7 +294,7 @@ class GRPOConfig(ObjectiveOptions, TrainingConfig):
     @property
     def skips_groups(self) -> bool:
         """Whether groups without advantages get no forward and backward pass: they have no gradient, and their
-        entropies are needed for no more than a logged mean."""
+        entropies are only needed for a logged mean."""
         return self.objective().by_advantage and self.top_entropy_quantile == 1 and not self.use_adaptive_entropy
 
     def objective(self) -> Objective:

@@ -11,11 +11,11 @@ tokens, as the fused head needs it, and `policy_loss` for a whole micro-batch. M
     GRPO    arXiv:2402.03300 (DeepSeekMath)    per-token ratios, clipped; mean over each sequence, then over sequences
     DAPO    arXiv:2503.14476                   one mean over all tokens; epsilon_high ("clip-higher")
     Dr.GRPO arXiv:2503.20783                   sums over a constant length: no reward for long wrong answers
-    CISPO   arXiv:2506.13585 (MiniMax-M1)      the ratio as a capped, constant weight of logp: no token is clipped away
+    CISPO   arXiv:2506.13585 (MiniMax-M1)      the ratio as a capped, detached weight of logp: no token is clipped away
     GSPO    arXiv:2507.18071                   importance_sampling_level="sequence": one ratio per sequence
     SAPO    arXiv:2511.20347                   a smooth gate in place of the clipping, narrower where A <= 0
     LUSPO   arXiv:2602.05261                   GSPO with each sequence weighted by its length
-    VESPO   arXiv:2602.10693                   the ratio of the whole sequence as a smooth, constant weight of logp
+    VESPO   arXiv:2602.10693                   the ratio of the whole sequence as a smooth, detached weight of logp
     delta   arXiv:2505.07291 (INTELLECT-2)     caps the ratio of bad tokens too ("two-sided clipping")
     80/20   arXiv:2506.01939                   top_entropy_quantile: the policy term of high-entropy tokens only
     off_policy_mask_threshold, use_bias_correction_kl    arXiv:2512.02556 (DeepSeek-V3.2)
@@ -145,7 +145,7 @@ def policy_term(logps: Tensor, batch: TokenBatch, objective: Objective, rows: Ro
     clipped types  -min(min(r, delta) A, clip(r, 1 - epsilon, 1 + epsilon_high) A)
     cispo          -stop_grad(min(r, epsilon_high)) A logp
     sapo           -4 / t sigmoid(t (r - 1)) A, t = sapo_temperature_pos where A > 0, else _neg
-    vespo          -phi A logp, phi = `vespo_weights`, constant
+    vespo          -phi A logp, phi = `vespo_weights`, detached
     """
     advantages = batch.advantages.to(logps.dtype)[batch.sequence_ids[rows]]
     if objective.loss_type == "vespo":

@@ -16,7 +16,7 @@ from sft_core.run.logging import reduce_metrics
 DIFFERENCE = "sampling/sampling_logp_difference"  # TRL's name
 MISMATCH = "sampling/mismatch"
 TOKENS = f"{MISMATCH}/tokens"
-FIRST_POSITIONS = (0, 32, 128, 512)  # of the position ranges for which the difference is logged
+FIRST_POSITIONS = (0, 32, 128, 512)  # starts of position ranges with separate means
 MEANS = {  # a mean's name -> the name of its token count
     **dict.fromkeys((f"{DIFFERENCE}/mean", f"{MISMATCH}/k1", f"{MISMATCH}/k3", f"{MISMATCH}/outside"), TOKENS),
     **{f"{MISMATCH}/mean_abs_{first}": f"{TOKENS}_{first}" for first in FIRST_POSITIONS},
@@ -89,7 +89,7 @@ def reduce_step(shares: Mapping[str, Tensor | float], device: torch.device) -> d
 
 @torch.no_grad()
 def mismatch_sums(policy_logps: Tensor, sampler_logps: Tensor, positions: Tensor) -> dict[str, Tensor]:
-    """Compares the log-probs [N] of policy and sampler on the sampled tokens, whose `positions` [N] are those in the
+    """Compares the log-probs [N] of policy and sampler on the sampled tokens; `positions` [N] are indices in the
     completion. Returns float64 sums and token counts, which add up over micro-batches and ranks.
 
     With d = policy - sampler these are |d| and its maximum; the estimators k1 = -d and k3 = exp(d) - d - 1 of

@@ -1,4 +1,4 @@
-"""The option tables of the guides (README.md of each package), and OPTIONS.md: what becomes of TRL's and open-r1's.
+"""The option tables of the guides (README.md of each package), and OPTIONS.md, for TRL's and open-r1's options.
 
     python -m grpo_core.option_guide     # writes them all
 
@@ -31,7 +31,7 @@ trained. Or it is refused with the reason, unless its value asks for what is don
 
 def option_tables() -> dict[str, str]:
     """Package -> the tables of options that its guide has."""
-    tables: dict[str, list[tuple]] = {  # of each its title, the options, and those that another table has
+    tables: dict[str, list[tuple]] = {  # title, options, and options that another table has
         "sft_core": [
             ("Model (both trainers)", ModelConfig),
             ("Data (both trainers)", ScriptArguments),

@@ -43,7 +43,7 @@ class TokenBatch:
         return lengths.index_add_(0, self.sequence_ids, torch.ones_like(self.sequence_ids))
 
     def old(self, logps: Tensor, rows: Rows = ALL) -> Tensor:  # [C] -> [C], without gradient
-        """The old log-probs of these rows, whose current ones are `logps`."""
+        """The old log-probs of these rows; `logps` are the current ones."""
         return (logps if self.old_logps is None else self.old_logps[rows]).detach()
 
     def corrected(self, objective: Objective) -> bool:

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 8 -m grpo_core.train --config recipe.yaml [--field value ...]
     python -m grpo_core.train --model_name_or_path M --dataset_name problems.jsonl --output_dir runs/grpo
 
-The loop is that of `sft_core/train.py`, with rollouts and advantages before the update. One step, as `train` makes it:
+The loop is that of `sft_core/train.py`, with rollouts and advantages before the update. One step of `train`:
 
     1 sync         the engine receives the policy's weights, and a probe verifies them
     2 sample       G completions per prompt, scored by the reward functions; in rounds with dynamic_sampling

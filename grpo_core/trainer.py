@@ -6,8 +6,8 @@
     trainer = GRPOTrainer(model="org/name", reward_funcs=reward_len, train_dataset=rows)
     trainer.train()
 
-The base class is in `sft_core/trainer.py`. Prompts are used unchanged: text is not put into the chat template, a list
-of messages is, and no system prompt is added (args.system_prompt applies only to benchmarks). A reward function is
+The base class is in `sft_core/trainer.py`. Prompts are used unchanged: the chat template renders only lists
+of messages, and no system prompt is added (args.system_prompt applies only to benchmarks). A reward function is
 called with one completion at a time in a worker process. With the attribute `batch = True` it is called with a whole
 group, and with `in_process = True` it runs in this process without a timeout (`grpo_core/scoring.py`).
 
@@ -75,7 +75,7 @@ class GRPOTrainer(Trainer):
     def _begin(
         self, model: ModelConfig, config: GRPOConfig, handed: Handed
     ) -> tuple[TrainingRun, Callable[[Any, Any], None]]:
-        names = [reward_name(function) for function in self.reward_funcs]  # for the record
+        names = [reward_name(function) for function in self.reward_funcs]  # only recorded
         data = GRPOScriptArguments(dataset_name=DATA, dataset_prompt_column="prompt", reward_funcs=names)
         run = prepare.prepare(model, data, config, handed)
         return TrainingRun(run, train.Progress(), train.CONSOLE, len(run.prompts)), train.train

@@ -75,7 +75,7 @@ def update(
 def score_ahead(
     policy: Policy, reference: Reference | None, micro_batches: Sequence[MicroBatch], temperature: float
 ) -> dict[str, Tensor]:
-    """Compute old and reference log-probs of the micro-batches that later optimizer steps on this rollout batch train.
+    """Compute old and reference log-probs of the micro-batches of later optimizer steps on this rollout batch.
     Returns this rank's share of their mismatch metrics, as `update` does for the first step's."""
     if reference is not None:
         score_with_reference(reference, micro_batches, temperature)

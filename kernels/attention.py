@@ -36,7 +36,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 # The flag for grouped queries, which torch 2.11 does not have.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-SHORTEST_IN_BATCH = 0.75  # of the batch's longest: bounds the padding, at one call per factor of 4/3 in length
+SHORTEST_IN_BATCH = 0.75  # shortest / longest length: bounds the padding, at one call per factor of 4/3
 
 
 @dataclass(eq=False)

@@ -1,16 +1,16 @@
-"""Compares the head's loss, forward and backward, with its peers: time, TFLOP/s, memory, error against float64.
+"""Compares the head's loss and backward with other libraries: time, TFLOP/s, memory, error against float64.
 
     python -m kernels.bench [--shape 0.5b 1.5b 7b] [--tokens 8192 65536] [--rounds 20] [--only NAME ...]
                             [--chunk_elements N]         # size of the head's chunks, in logits
 
-Every candidate computes GRPO's clipped loss of the same tokens and its gradients by hidden states and weight, in bf16
-on a GPU. The hidden states contain the weight rows of their targets, so that the softmax is as peaked as a trained
-model's: on pure noise, a peer that skips small gradients would skip them all.
+Candidates compute GRPO's clipped loss of the same tokens and its gradients w.r.t. hidden states and weight, in bf16 on
+a GPU. The hidden states contain the weight rows of their targets, so that the softmax is as peaked as a trained
+model's: on noise, a library that skips small gradients would skip them all.
 
 A round runs the candidate and the bare GEMMs in turn, with the L2 cache cleared in between, for at most two seconds
 each. The table shows the candidate's median time and its ratio to that of the GEMMs. TFLOP/s counts three GEMMs,
-6 T D V, even if a candidate makes more. `peak` is the most memory allocated beyond the inputs, both gradients included.
-`workspace` is `peak` minus dX [T, D] in the states' dtype and dW [V, D] in float32; it may be negative for a peer whose
+6 T D V, even if a candidate runs more. `peak` is the most memory allocated beyond the inputs, both gradients included.
+`workspace` is `peak` minus dX [T, D] in the states' dtype and dW [V, D] in float32; it may be negative if a candidate's
 dW is in half precision. Errors are those of the first 512 rows against float64: the largest error of a log-prob, and
 the relative (Frobenius) errors of the gradients. `repeats`: a second run gives the same bits of loss and gradients. For
 all --tokens but the first, only the memory of our loss is measured.

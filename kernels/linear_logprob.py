@@ -5,8 +5,8 @@ For any N, the extra memory is a buffer for a chunk's logits, one for their grad
 are float32 (float64 for float64 input) for every caller: bfloat16 logits change log-probs by 0.02 on average, which
 distorts ratios of policies. On CUDA bfloat16 operands use tensor cores (`torch.mm(..., out_dtype=torch.float32)`).
 
-The backward takes any gradients of log-probs and entropies. Forward and backward make four GEMMs. If the loss is a sum
-over tokens, `kernels.linear_loss` makes three. The reference implementation is `kernels.reference.linear_logprob`.
+The backward takes any gradients of log-probs and entropies. Forward and backward take four GEMMs. If the loss is a sum
+over tokens, `kernels.linear_loss` takes three. The reference implementation is `kernels.reference.linear_logprob`.
 
 Not supported, on purpose: vocabulary sharding, biases, soft-capping.
 
@@ -131,7 +131,7 @@ class HeadSweep:
                     block's GEMMs. This saves one read of the logits. It is impossible if entropies have gradients.
 
     The caller provides `row_gradients`. It gets statistics, the rows that they belong to and whether these rows need a
-    gradient, and returns the gradients of the caller's loss by log-prob and by entropy (None: no such gradient).
+    gradient, and returns the gradients of the caller's loss w.r.t. log-probs and entropies (None: none).
 
         chunk of `hidden`  --GEMM-->  `buffer`, the logits [C, V]  --row pass-->  `out`, their gradient [block, V]
         `out` of a block   --GEMM-->  `grad_hidden`[rows]  and, added up over the blocks,  `grad_weight`

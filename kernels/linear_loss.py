@@ -1,8 +1,8 @@
 """A loss that is a sum over tokens, computed from hidden states and head weight in one sweep of three GEMMs.
 
 `kernels.linear_logprob.HeadSweep` computes the logits, each row's log-prob and entropy, and the gradient of the logits
-in the compute dtype. In between, autograd differentiates the caller's loss by log-probs and entropies, which are one
-value per row, so that the objective stays a formula in plain torch. On a GPU the deferred order is used if possible.
+in the compute dtype. In between, autograd differentiates the caller's loss w.r.t. log-probs and entropies, one value
+per row, so that the objective stays a formula in plain torch. On a GPU the deferred order is used if possible.
 `kernels.linear_logprob` does not know the loss and has to compute the logits again. The backward here only scales the
 gradients, which are already computed. Rows that are not `active` (advantage 0) come last, and cost only their logits.
 
@@ -47,7 +47,7 @@ def linear_loss(
     `linear_logprob`.
     """
     chunk_size = check(hidden, weight, targets, temperature, chunk_size)
-    # The gradients by hidden states and weight are computed here; the backward pass only scales them.
+    # Gradients w.r.t. hidden states and weight are computed here; the backward pass only scales them.
     needed = (hidden.requires_grad and torch.is_grad_enabled(), weight.requires_grad and torch.is_grad_enabled())
 
     def row_gradients(stats: Stats, rows: Rows, learns: bool) -> tuple[Tensor, Tensor | None] | None:
@@ -74,7 +74,7 @@ def linear_loss(
 
 
 class _KnownGradients(torch.autograd.Function):
-    """A loss [] whose gradients by hidden states and weight are already computed."""
+    """A loss [] whose gradients w.r.t. hidden states and weight are computed."""
 
     @staticmethod
     def forward(ctx, hidden, weight, loss, gradients):

@@ -1,7 +1,7 @@
 """Reference implementations of everything in `kernels`, in plain torch: short, slow, with full [N, V] or [T, T].
 
 The tests compare every fast path with these functions. Run them in float64 for a reference with negligible rounding.
-Left out, on purpose: chunking, custom gradients, packing optimisations. Autograd computes all gradients.
+Not used, on purpose: chunking, custom gradients, packing optimisations. Autograd computes all gradients.
 
     hidden, weight = torch.randn(5, 8).double(), torch.randn(11, 8).double()
     logps, entropies, best_logps = linear_logprob(hidden, weight, torch.tensor([0, 3, 3, 10, 7]), temperature=0.7)
@@ -24,7 +24,7 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N], [N], [N]
     """log p(target), entropy -sum p log p (nats) and max log p of softmax(hidden @ weight.T / temperature).
 
-    float32 throughout, float64 where `hidden` is float64.
+    All are float32 (float64 for float64 `hidden`).
     """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = hidden.to(dtype) @ weight.to(dtype).T / temperature  # [N, V]

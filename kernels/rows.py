@@ -83,7 +83,7 @@ def logits_gradient(
     gradients: tuple[Tensor, Tensor | None],  # by log-probs [C], by entropies [C]
     out: Tensor,  # [C, V], output
 ) -> None:
-    """Compute the gradient by the logits from these gradients by log-probs and entropies. May overwrite the logits."""
+    """Compute the gradient w.r.t. logits from those w.r.t. log-probs and entropies. May overwrite the logits."""
     if _fused(logits):
         from kernels.rows_triton import logits_gradient as fused
 

@@ -16,7 +16,7 @@ from sft_core.run.output_dir import unreadable_reason
 
 
 def compare_with_best(progress: Any, config: TrainingConfig, checkpoint: Path) -> None:
-    """Record the `checkpoint` of the present step if it is the best so far. `progress`: `lifecycle.Progress`."""
+    """Record the `checkpoint` of the current step if it is the best so far. `progress`: `lifecycle.Progress`."""
     name = config.metric_for_best_model or ""
     value = progress.eval_metrics.get(name, math.nan) if progress.eval_step == progress.step else math.nan
     best = progress.best_metrics.get(name, -math.inf if config.greater_is_better else math.inf)

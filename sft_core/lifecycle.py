@@ -4,7 +4,7 @@
         train(run, training)  # the loop; when it returns, the weights are out of memory
         training.finish()  # results, benchmarks, model card and pushes, on the first rank
 
-When the block ends, for whatever reason, the watchdog is disarmed, signals end the process again, engine, workers,
+When the block ends, for any reason, the watchdog is disarmed, signal handlers are restored, engine, workers,
 process group and log are closed, and the folder is unlocked.
 """
 
@@ -110,7 +110,7 @@ class TrainingRun(Generic[P]):
     # --- before the loop ---------------------------------------------------------------------------------------------
 
     def load_policy(self, vocab_size: int = 0) -> Policy:
-        """Open the log first, whose trackers may fail in their set-up, then load the model, sharded over the ranks."""
+        """Open the log first, since trackers may fail to start, then load the model, sharded over the ranks."""
         self._open_log()
         run = self.run
         with self.bad_input():  # weights that do not fit the model
@@ -222,7 +222,7 @@ class TrainingRun(Generic[P]):
         self.log_history.append({"step": step, **finite})
 
     def _call(self, hook: str, **more: Any) -> None:
-        """Call the callbacks; what they ask for on any rank, all ranks do."""
+        """Call the callbacks; every rank obeys requests of any rank."""
         if self.hooks is not None:
             self.hooks(hook, self.config, self.state(), processing_class=self.run.tokenizer, **more)
             self.asked = self.hooks.asked(self.run.device)

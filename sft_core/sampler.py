@@ -4,7 +4,7 @@ Rows are processed in windows of at most WINDOW rows (when streaming, also of ab
 window is shuffled. With packing its rows are put into bins of max_length tokens by best-fit decreasing, and the bins
 are shuffled. The rows of a step never depend on the number of ranks.
 
-* `Shuffled`: all rows are there, tokenised and memory-mapped. Each pass over them is a new shuffle, cut into windows.
+* `Shuffled`: all rows are tokenised and memory-mapped. Each pass over them is a new shuffle, cut into windows.
   The state is the number of sequences taken.
 * `Streamed`: rows are read as they are needed, in the order of the files, for data sets that do not fit the disk. The
   state is where the window began and how many of its sequences were taken. A resumed run reads that window again, so
@@ -128,15 +128,15 @@ class Streamed:
         self.rows, self.encode, self.bin_size, self.seed, self.name = rows, encode, bin_size, seed, name
         self._start = {"reader": rows.state_dict(), "rows": 0}  # where every pass begins
         self._next = self._start | {"outcomes": [0] * 4}  # where the next window begins
-        self._begin = self._next  # where the present window began
+        self._begin = self._next  # where the current window began
         self._iterator: Iterator[dict] | None = None
         self._ahead: tuple[Future, int, dict[str, Any]] | None = None  # see `_look_ahead`
         self._window: list[Example] = []
         self._sequences: list[list[int]] = []
-        self.taken = 0  # sequences of the present window
+        self.taken = 0  # sequences of the current window
 
-    digest = None  # the lengths are not known,
-    longest = None  # nor is the longest sequence
+    digest = None  # the lengths are not known
+    longest = None  # also not known
 
     @property
     def outcomes(self) -> list[int]:

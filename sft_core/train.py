@@ -133,7 +133,7 @@ def train(run: Run, training: TrainingRun[Progress]) -> None:
 def token_losses(
     logps: Tensor, entropies: Tensor | None = None, rows: Any = None, *, loss_type: str, weight: float = 1.0
 ) -> Tensor:  # [N], unused -> [N]
-    """nll: -log p. dft: -p log p with p held constant (arXiv:2508.05629), so that unlikely tokens weigh less."""
+    """nll: -log p. dft: -p log p with p detached (arXiv:2508.05629), so that unlikely tokens weigh less."""
     return -weight * (logps if loss_type == "nll" else logps.detach().exp() * logps)
 
 

@@ -22,7 +22,7 @@ OF_THE_RUN = ("metrics.jsonl", "run.json", "*_results.json", "trainer_state.json
 
 
 class Results:
-    """Methods of TRL's trainers that use what a run has left in output_dir; only the first rank writes."""
+    """Methods of TRL's trainers that use a run's files in output_dir; only the first rank writes."""
 
     args: TrainingConfig
     state: TrainerState

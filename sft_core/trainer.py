@@ -60,7 +60,7 @@ class Trainer(Results, ABC):
     algorithm: str
     config_type: type[TrainingConfig]
     streams = False  # takes an IterableDataset
-    column: str | None = None  # which the data must have
+    column: str | None = None  # required in the data
 
     def __init__(
         self,
@@ -238,7 +238,7 @@ class Trainer(Results, ABC):
 
     @contextmanager
     def _running(self, model: ModelConfig, config: Any, handed: Handed) -> Iterator[tuple[TrainingRun, Callable]]:
-        """Check and open a run. However it ends, this process can start another one."""
+        """Check and open a run. After it ends or fails, another one can start."""
         require(not config.dry_run, "dry_run works on the command line only: leave it out, or use the command line.")
         require(
             not dist.is_initialized(),

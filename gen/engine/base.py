@@ -87,7 +87,7 @@ class Loaded:
 
     written: Collection[str]  # names of the engine's parameters that the loader wrote
     held: Mapping[str, Checksum | None]  # the checksum of each parameter after loading; None: it cannot be read back
-    as_sent: bool = False  # the engine keeps each parameter under the name and in the form in which it is sent
+    as_sent: bool = False  # the engine keeps the name and the form in which each parameter is sent
     share: int = 0  # which part of the model this rank's engine holds (its tensor-parallel rank)
 
     def __post_init__(self) -> None:

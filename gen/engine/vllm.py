@@ -118,7 +118,7 @@ class VLLMEngine:
             )
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are replaced in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if self.on_cpu else "WARNING")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # else vLLM sends usage statistics to its makers
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # else vLLM sends usage statistics
         options: dict[str, Any] = {
             "dtype": config.torch_dtype,
             "seed": config.seed,

@@ -141,7 +141,7 @@ def _load_on_cpu(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> tuple[se
     """On the CPU vLLM keeps linear weights repacked for its kernels; `reload_weights` repacks them layer by layer.
 
     It does not pass on what `load_weights` returns, so this is recorded here. It also skips a head that is tied to the
-    embedding, since no weight of that name is sent; the last loop below repacks the head, which would stay old.
+    embedding, since no weight of that name is sent; the last loop below repacks the stale head.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 

@@ -61,7 +61,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], more: dict[str, Any]
 ) -> list[int]:
-    """Token ids of a conversation with the generation prompt; raises ValueError if a part does not show."""
+    """Token ids of a conversation with generation prompt; raises ValueError if a part is not rendered."""
     check_shown(tokenizer, messages, more)
     return encode(tokenizer, render(tokenizer, messages, more, prompt=True))
 
@@ -175,7 +175,7 @@ def without_none(value: Any) -> Any:
 
 
 def check_shown(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], more: dict[str, Any]) -> None:
-    """Raise ValueError if a part of the conversation does not show: another value would give the same rendering."""
+    """Raise ValueError if a part of the conversation is not rendered: another value would give the same text."""
     for name, value in more.items():  # some affect only the generation prompt
         changed = render(tokenizer, messages, more | {name: _other(value)}, prompt=True)
         if changed == render(tokenizer, messages, more, prompt=True):

@@ -115,7 +115,7 @@ def load_rows(
     name: str, config: str | None = None, split: str = "train", option: str = "--dataset_name", streaming: bool = False
 ) -> Any:
     """The rows of `split` as a Dataset. With `streaming` it is an IterableDataset, read as needed in the order of the
-    files. Data without splits is returned whole, whatever `split` is.
+    files. For data without splits, `split` is ignored.
 
     `option`: the option that named the data, for messages.
 

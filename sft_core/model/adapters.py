@@ -158,7 +158,7 @@ def _embedding_names(model: Any) -> tuple[str, str]:
 
 
 def is_tied(model: Any) -> bool:
-    """Whether head and embedding are one parameter, also if peft trains a copy of the embedding."""
+    """Whether head and embedding are one parameter, even if peft trains a copy of the embedding."""
     embedding = model.get_input_embeddings()
     return model.get_output_embeddings().weight is getattr(embedding, "original_module", embedding).weight
 
@@ -184,7 +184,7 @@ def _is_adapted(module: nn.Module) -> bool:
 
 @contextmanager
 def dropout(policy: nn.Module) -> Iterator[None]:
-    """Turn on the adapters' dropout, and no other, inside the block; the backward pass must be inside too."""
+    """Turn on only the adapters' dropout inside the block; the backward pass must be inside too."""
     layers = [module for module in policy.modules() if hasattr(module, "lora_dropout")]
     switched = [*layers, *(drop for layer in layers for drop in layer.lora_dropout.values())]
     try:

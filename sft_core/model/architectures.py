@@ -42,7 +42,7 @@ TOLERANCE = 1e-4
 HEADS = r"heads$|n_head$|query_groups$"
 HEAD_SIZE = r"head_?(dim|size)$|_head$|dim_head$|kv_channels$|rotary_dim$"
 WIDTH = r"hidden_size|d_model|n_embd|embedding_size|embed_dim|proj_dim|lru_width|d_ssm|d_inner"
-AT_MOST = {  # the first pattern that matches counts
+AT_MOST = {  # the first matching pattern is used
     r"vocab": 64,
     r"layer": 1 << 60,
     r"intermediate|ffn|feed_forward_size|d_ff$|dim_ff$|dff$|n_inner": 32,

@@ -126,7 +126,7 @@ def save_checkpoint(
 
 
 def _writer(file: Path) -> int:
-    """The rank that writes this file of a checkpoint: its own folder and shards, and the first rank all other files."""
+    """The rank that writes this file of a checkpoint: the owner of its folder or shard, else the first rank."""
     own = re.match(r"rank-(\d+)/|state/__(\d+)_", file.as_posix())
     return int(own[1] or own[2]) if own else 0
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from kernels.linear_logprob import CHUNKS_IN_BLOCK, chunk_rows
 
-# Dense bf16 FLOP/s from NVIDIA's data sheets, by a word of torch.cuda.get_device_name. The first match counts.
+# Dense bf16 FLOP/s from NVIDIA's data sheets, by a word of torch.cuda.get_device_name. The first match wins.
 PEAK_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,

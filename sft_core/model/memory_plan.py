@@ -43,11 +43,11 @@ class Plan:
     rows: int
     longest: int
     itemsize: int = 2  # of the compute dtype
-    shared: int = 0  # tokens of these rows that are computed once for several sequences, and so not again
+    shared: int = 0  # tokens of these rows that another sequence already computes
     device: str = "cuda"
     reference_itemsize: int = 0  # bytes per parameter of the reference model; 0: there is none
-    engine_share: float = 0.0  # the engine's share of the device's memory; 0: its weights and
-    engine_kv_bytes: int = -1  # this many bytes of KV cache (-1: there is no engine)
+    engine_share: float = 0.0  # the engine's share of device memory; 0: see engine_kv_bytes
+    engine_kv_bytes: int = -1  # its KV cache if engine_share is 0 (-1: no engine)
     engine_ranks: int = 1  # ranks that share one copy of the engine's weights
     engine_sleeps: bool = False  # whether the engine sleeps during the update
 

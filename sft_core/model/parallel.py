@@ -33,8 +33,8 @@ class Sharding:
     """How a policy computes and where it keeps its tensors. This changes memory and time, but not the gradient."""
 
     bf16: bool = False
-    gradient_checkpointing: bool = False  # recompute each block in the backward pass,
-    checkpointing_every: int = 1  # or only every k-th block
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass
+    checkpointing_every: int = 1  # recompute every k-th one
     activation_offloading: bool = False  # keep the inputs of these blocks in host memory (pinned on CUDA)
     cpu_offload: bool = False  # keep shards, gradients and optimizer state in host memory
     compile_backend: str | None = None  # compile each block with torch.compile and this backend

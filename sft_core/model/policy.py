@@ -176,7 +176,7 @@ def load_tokenizer(
     """The model's configuration and its tokenizer, or a copy of the `tokenizer` passed in; no weights are loaded.
 
     `chat_template` replaces the tokenizer's template: Jinja text, a file with it, or a model whose tokenizer has it.
-    From such a model's tokenizer the added tokens, which its template writes, and the EOS are also taken over, as in
+    From such a model's tokenizer the added tokens, which its template writes, and the EOS are also copied, as in
     TRL's `clone_chat_template`; the embedding grows as for ChatML.
 
     Raises:

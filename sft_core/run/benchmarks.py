@@ -18,7 +18,7 @@ from sft_core.run.config import ModelConfig, TrainingConfig
 from sft_core.run.hub import TRAINING_STATE, PushToHub, Uploader, stage
 from sft_core.run.output_dir import move_aside
 
-FAILURES = (RuntimeError, OSError, ValueError, KeyError)  # that `run_benchmarks` may raise
+FAILURES = (RuntimeError, OSError, ValueError, KeyError)  # raised by `run_benchmarks`
 
 
 class PushToHubRevision(Uploader):

@@ -28,7 +28,7 @@ class Handed:
     processing_class: Any = None  # a tokenizer; None: the model's own
     reward_funcs: tuple[Any, ...] = ()
     callbacks: "Callbacks | None" = None
-    anew: bool = False  # start from step 0, whatever is in output_dir
+    anew: bool = False  # start from step 0, never from a checkpoint
     only_evaluates: bool = False  # a run without training steps
     write_model: Callable[[], None] | None = None  # makes the folder that the model's options name
 

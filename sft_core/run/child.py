@@ -1,4 +1,4 @@
-"""Runs a module as a program that the kernel kills when the process that started it ends.
+"""Runs a module as a program that the kernel kills when its parent process ends.
 
 python -m sft_core.run.child PARENT_PID MODULE ARGUMENTS...
 """

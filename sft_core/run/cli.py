@@ -150,7 +150,7 @@ def _differences(config_type: type) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-7 as a number, as in YAML 1.2, and refuses a repeated key, of which YAML would take the last."""
+    """Reads 1e-7 as a number, as in YAML 1.2, and refuses repeated keys; YAML would keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]

@@ -89,9 +89,9 @@ def init_distributed(timeout_s: float = 600.0) -> tuple[int, int, int, torch.dev
 
 
 def _meet(timeout: timedelta) -> dist.Store:
-    """The store at which the ranks meet; returns when all ranks are there.
+    """The rendezvous store; returns when all ranks have joined.
 
-    Raises ValueError if they cannot meet: an unknown host, a port in use, or a rank that is missing after `timeout`.
+    Raises ValueError if not all join: an unknown host, a port in use, or a rank that is missing after `timeout`.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     variables = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
@@ -127,7 +127,7 @@ def on_first_rank(work: Callable[[], T], patient: bool = False) -> T:
 
     If `work` raises a ValueError, or an OSError because the disk is full, every rank raises it, so that none waits.
 
-    `patient`: the other ranks wait up to a day, whatever the process group's timeout is.
+    `patient`: the other ranks wait up to a day instead of the process group's timeout.
     """
     if not dist.is_initialized():
         return work()
@@ -251,12 +251,12 @@ class StopSignal:
 
     @classmethod
     def remember(cls) -> None:
-        """Remember the present handlers, before an engine is made; `restore` sets them again."""
+        """Remember the current handlers, before an engine is made; `restore` sets them again."""
         cls._before = {number: signal.getsignal(number) for number in SIGNALS}
 
     @classmethod
     def restore(cls) -> None:
-        """Set the handlers that were there before the run."""
+        """Restore the handlers from before the run."""
         cls._set(cls._before)
 
     def _handle(self, number: int, frame: Any) -> None:

@@ -62,7 +62,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that the file has its old or its new content, whenever the process or the machine dies."""
+    """Write `text` so that the file has its old or its new content if the process or the machine dies."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -158,7 +158,7 @@ class Uploader:
     ) -> None:
         """Upload `folder` as one commit to branch `revision`. A new branch starts from the first commit.
 
-        `ignore`: glob patterns relative to `folder`. `remove`: delete the folder afterwards, also if the upload failed.
+        `ignore`: glob patterns relative to `folder`. `remove`: delete the folder afterwards, even if the upload failed.
         Weights of an earlier push that this one does not replace are removed from the branch.
         """
         before = self._last

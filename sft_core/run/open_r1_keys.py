@@ -2,7 +2,7 @@
 
 `FOREIGN_KEYS` do not change what is trained. They are ignored, with one line that says what to use instead.
 `REFUSED_KEYS` would change what is trained, or ask for something that is not supported; they raise ValueError with the
-reason. A value that asks for what is done anyway is accepted silently, so that a whole configuration can be pasted.
+reason. A value that changes nothing here is accepted silently, so that a whole configuration can be pasted.
 Such values are the key's default in TRL or open-r1 (`trl_defaults.json` holds only names and defaults), and those of
 `also_fine`. Every other key is unknown; `cli.py` and `options.py` report it with the nearest name.
 `grpo_core/OPTIONS.md` lists all keys.
@@ -36,7 +36,7 @@ def defaults_there(config_type: type, libraries: Iterable[str] = TRL_DEFAULTS) -
 
 
 def pass_over(name: str, value: Any) -> None:
-    """Accept a key of another library: silently if `value` asks for what is done anyway, else with one warning line.
+    """Accept a key of another library: silently if `value` changes nothing here, else with one warning line.
 
     Raises:
         ValueError: the key would change what is trained, or asks for something that is not supported.

@@ -36,7 +36,7 @@ class OfTheProcess:
         return torch.device("cuda", max(0, self.local_rank)) if torch.cuda.is_available() else torch.device("cpu")
 
     def get_process_log_level(self) -> int:
-        """`log_level` as a number of `logging`; passive: transformers' present level."""
+        """`log_level` as a number of `logging`; passive: transformers' current level."""
         if self.log_level != "passive":
             return getattr(logging, self.log_level.upper())
         import transformers
