@@ -2,13 +2,15 @@
 
     python -m venv /tmp/trl && /tmp/trl/bin/pip install trl==1.16.0
     python tests/beside/learning.py letters MODEL --trl_python /tmp/trl/bin/python
-    python tests/beside/learning.py words WARM_MODEL --data grpo_train.jsonl --trl_python /tmp/trl/bin/python
+    python tests/beside/learning.py sums runs/quickstart/sft --data runs/quickstart/data/train.jsonl --trl_python ...
+    python tests/beside/learning.py words runs/score/sft --data data/words/grpo_train.jsonl --trl_python ...
 
-`letters` pays the share of the letter e in 16 tokens after a few words: every group has signal. `words` pays 1 for the
-right answer to a word problem; WARM_MODEL is `sft/` of `python -m grpo_core.score`, whose training problems --data
-names. Both sides compute in float32, without KL, and sample from a transformers model without top-p or top-k. Each seed
-of a side has a process of its own. Steps are appended to curves.jsonl beside this file; seeds that are there are not
-run again. Written last: NAME.png, the mean reward of each step with the range of the seeds, and a table.
+`letters` pays the share of the letter e in 12 tokens after a few words: every group has signal. `sums` and `words` pay
+1 for the right answer to a word problem: `sums` is for the quickstart's model and data, `words` for a warm start and
+its training problems from `python -m grpo_core.score`. Both sides compute in float32, without KL, and sample from a
+transformers model without top-p or top-k. Each seed of a side has a process of its own. Steps are appended to
+curves.jsonl beside this file; seeds that are there are not run again. Written last: NAME.png, the mean reward of each
+step with the range of the seeds, and a table.
 """
 
 import argparse
@@ -26,9 +28,11 @@ HERE = Path(__file__).parent
 CURVES = HERE / "curves.jsonl"
 SIDES = ("grpo_core", "TRL")
 TASKS: dict[str, dict[str, Any]] = {
-    "letters": {"prompts": 6, "num_generations": 8, "max_completion_length": 16, "learning_rate": 2e-5},
-    "words": {"prompts": 8, "num_generations": 8, "max_completion_length": 24, "learning_rate": 1e-5},
+    "letters": {"steps": 20, "prompts": 4, "max_completion_length": 12, "learning_rate": 5e-5},
+    "sums": {"steps": 40, "prompts": 16, "max_completion_length": 32, "learning_rate": 3e-4},
+    "words": {"steps": 15, "prompts": 8, "max_completion_length": 20, "learning_rate": 3e-5},
 }
+GROUP = 8  # completions per prompt
 SUBJECTS = ("The weather", "My sister", "A good book", "The old house", "Our teacher", "This city", "The train")
 VERBS = ("is", "was", "has", "can", "will", "never", "often", "may")
 METRICS = ("reward", "reward_std", "entropy", "grad_norm", "completions/mean_length", "frac_reward_zero_std")
@@ -44,7 +48,7 @@ def right_answer(completions: list[Any], solution: list[str], **columns: Any) ->
     return [float(bool(n) and float(n[-1]) == float(s)) for n, s in zip(numbers, solution, strict=True)]
 
 
-def train(side: str, task: str, model: str, seed: int, steps: int, data: str | None) -> None:
+def train(side: str, task: str, model: str, seed: int, data: str | None) -> None:
     if side == "TRL":
         from trl import GRPOConfig, GRPOTrainer
     else:
@@ -57,11 +61,13 @@ def train(side: str, task: str, model: str, seed: int, steps: int, data: str | N
         rows: list[dict[str, Any]] = [{"prompt": f"{a} {b}"} for a, b in itertools.product(SUBJECTS, VERBS)]
     else:
         problems = [json.loads(line) for line in Path(data or "").read_text().splitlines()]
+        texts = [row.get("problem") or row["prompt"] for row in problems]
         rows = [
-            {"prompt": [{"role": "user", "content": row["problem"]}], "solution": row["solution"]} for row in problems
+            {"prompt": [{"role": "user", "content": text}], "solution": row["solution"]}
+            for text, row in zip(texts, problems, strict=True)
         ]
     options = dict(TASKS[task])
-    batch = options.pop("prompts") * options["num_generations"]
+    batch, max_steps = options.pop("prompts") * GROUP, options.pop("steps")
 
     class Record(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **more: Any) -> None:
@@ -74,7 +80,8 @@ def train(side: str, task: str, model: str, seed: int, steps: int, data: str | N
         config = GRPOConfig(
             output_dir=folder,
             seed=seed,
-            max_steps=steps,
+            max_steps=max_steps,
+            num_generations=GROUP,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=3,
             per_device_train_batch_size=batch,
@@ -157,18 +164,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("model", help="folder of a chat model")
-    parser.add_argument("--data", help="of words: a file with the columns problem and solution")
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--data", help="of sums and words: JSON lines with `problem` or `prompt`, and `solution`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--trl_python", default=sys.executable)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.task == "words" and not (options.data and Path(options.data).is_file()):
-        parser.error(f"words needs --data FILE with problem and solution, got {options.data}")
+    if options.task != "letters" and not (options.data and Path(options.data).is_file()):
+        parser.error(f"{options.task} needs --data FILE with problems and solutions, got {options.data}")
     if options.side:
-        return train(options.side, options.task, options.model, options.seed, options.steps, options.data)
+        return train(options.side, options.task, options.model, options.seed, options.data)
     for seed in options.seeds:
         for side in options.sides:
             if (side, seed) not in curves(options.task):
