@@ -285,7 +285,13 @@ def supervised_examples(
         new_fingerprint=hashlib.sha256(repr(options).encode()).hexdigest()[:32],
         desc="tokenise",
     )
-    on_first_rank(lambda: len(tokenise()), patient=True)
+
+    def first() -> None:
+        if processes > 1:
+            print(f"tokenising {len(rows)} rows, if they are not in the cache of datasets", flush=True)
+        tokenise()
+
+    on_first_rank(first, patient=True)
     examples = tokenise().with_format("numpy")
     outcomes, lengths = (examples.data.column(name).to_numpy() for name in ("outcome", "length"))
     counts = {
