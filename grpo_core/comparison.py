@@ -7,6 +7,7 @@ and its engine are gone when it ends. A part that was finished is not run again.
 import importlib
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -80,7 +81,8 @@ def run(command: list[Any]) -> None:
     """Run a Python command to its end; its failure is ours."""
     command = [sys.executable, *map(str, command)]
     print("$ python", shlex.join(command[1:]), flush=True)
-    code = subprocess.run(command).returncode
+    threads = {"OMP_NUM_THREADS": "1"} if "torch.distributed.run" in command else {}  # torchrun's, without its message
+    code = subprocess.run(command, env=threads | os.environ).returncode
     if code != 0:
         raise SystemExit(code)
 

@@ -114,6 +114,16 @@ def test_a_problem_stays_on_its_side_whatever_else_there_is(script, tmp_path):
     assert part and part == whole & {row["problem"] for row in rows[50:]}
 
 
+def test_fewer_demonstrations_are_chosen_by_hash_and_no_problem_is_lost(script, tmp_path):
+    rows = [{"problem": f"Ben has {i} pens and finds 3.", "answer": str(i + 3)} for i in range(40)]
+    script.prepare([write(tmp_path / "all.jsonl", rows)], tmp_path / "all", short=True)
+    script.prepare([write(tmp_path / "same.jsonl", rows[::-1])], tmp_path / "few", short=True, demonstrations=5)
+    script.prepare([write(tmp_path / "same.jsonl", rows)], tmp_path / "more", short=True, demonstrations=9)
+    whole, few, more = (read(tmp_path / name, "sft_train") for name in ("all", "few", "more"))
+    assert len(few) == 5 and len(more) == 9 and few == more[:5] and all(row in whole for row in more)
+    assert len(read(tmp_path / "few", "grpo_train")) == len(read(tmp_path / "all", "grpo_train")) > 30
+
+
 def test_what_the_rewards_would_not_pay_is_left_out(script, tmp_path):
     rows = [*GSM8K, {"question": "Which tag?", "answer": "It is <answer>.\n#### 3"}]
     rows += [{"question": "Where?", "answer": "In Paris.\n#### Paris"}]

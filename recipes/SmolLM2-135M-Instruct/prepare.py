@@ -109,7 +109,8 @@ def prepare(
                 messages = [{"role": role, "content": content} for role, content in turns[short:]]
                 files[f"sft_{split}"].append({"messages": messages})
             files[f"grpo_{split}"].append({"problem": problem, "solution": answer})
-    files["sft_train"] = sorted(files["sft_train"], key=lambda row: hash_of(json.dumps(row)))[:demonstrations]
+    if demonstrations is not None:
+        files["sft_train"] = sorted(files["sft_train"], key=lambda row: hash_of(json.dumps(row)))[:demonstrations]
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
