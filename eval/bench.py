@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="*", type=Path, default=[], metavar="FILE", help="labelled pairs")
     args = parser.parse_args()
     if missing := [str(path) for path in args.files + args.pairs if not path.is_file()]:
-        parser.error(f"no such file: {', '.join(missing)}")
+        parser.error(f"there is no file {', '.join(missing)}: check the names")
     tasks = [(path, checker, read_pairs(path)) for path in args.pairs for checker in CHECKERS]
     tasks += [(path, "ours", read_golds(path)) for path in args.files]
     line = "{:20}{:>12}" + "{:>10}" * 6

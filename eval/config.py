@@ -47,7 +47,7 @@ class EvalConfig(Options):
 
     def check(self) -> None:
         for name in self.REQUIRED:
-            require(getattr(self, name) != "", f"--{name} is required.")
+            require(getattr(self, name) != "", f"--{name} is missing: give it (see --help).")
         super().check()
         if self.base_url is not None:
             check_urls(split_urls(self.base_url), "--base_url")
@@ -105,7 +105,7 @@ class DecontaminateConfig(Options):
 
     def check(self) -> None:
         for name in ("dataset", "output_dir"):
-            require(getattr(self, name) != "", f"--{name} is required.")
+            require(getattr(self, name) != "", f"--{name} is missing: give it (see --help).")
         super().check()
 
 

@@ -53,10 +53,10 @@ def load_docs(task: LightevalTaskConfig, place: str, limit: int | None) -> list[
                 f"{place} has no column {error} that {task.name} needs, only {columns}: {remedy}."
             ) from error
         except Exception as error:  # a custom task may raise anything
-            said = f"task {task.name} fails on row {i} of {place} ({type(error).__name__}: {error})"
+            said = f"task {task.name} fails on row {i + 1} of {place} ({type(error).__name__}: {error})"
             raise ValueError(f"{said}: correct the row or the task's prompt_function.") from error
         texts = [doc.query, *golds]
         sound = len(texts) > 1 and all(isinstance(text, str) and text.strip() for text in texts)
-        require(sound, f"row {i} of {place} has no problem or no right answer: remove it.")
+        require(sound, f"row {i + 1} of {place} has no problem or no right answer: remove it.")
         docs.append(doc)
     return docs

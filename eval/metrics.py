@@ -240,7 +240,10 @@ def multilingual_extractive_match_metric(
     if getattr(language, "name", "").upper() != "ENGLISH":
         raise ValueError(f"answers can be extracted from English only, not {language}: use Language.ENGLISH")
     if fallback_mode not in ("first_match", "no_fallback") or extraction_mode not in ("first_match", "any_match"):
-        raise ValueError("set fallback_mode to first_match or no_fallback, extraction_mode to first_match or any_match")
+        raise ValueError(
+            f"fallback_mode must be first_match or no_fallback, got {fallback_mode!r}, and extraction_mode first_match "
+            f"or any_match, got {extraction_mode!r}"
+        )
     return ExtractiveMatch(
         tuple(gold_extraction_target),
         tuple(pred_extraction_target),

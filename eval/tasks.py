@@ -158,7 +158,7 @@ def check_task(task: LightevalTaskConfig) -> None:
     if not re.fullmatch(r"\w[\w:.-]*", task.name):
         wrong = "its name may contain only letters, digits, and _ : . -"
     elif not isinstance(task.metric, list) or not task.metric or not hasattr(task.metric[0], "compute"):
-        wrong = "metric must be a list whose first entry has compute(doc, predictions)"
+        wrong = f"metric must be a list whose first entry has compute(doc, predictions), not {task.metric!r:.80}"
     elif len(task.evaluation_splits) != 1:
         wrong = f"evaluation_splits must name one split, not {task.evaluation_splits}"
     else:

@@ -277,7 +277,7 @@ class WorkerPool:
         """Process one message of `eval/worker_process.py`; `used` is the worker's total CPU time."""
         if kind == "unloadable":
             assert worker.job is not None
-            raise RuntimeError(f"a worker cannot import {worker.job.function!r} or its items, correct them: {value}")
+            raise RuntimeError(f"a worker cannot import {worker.job.function!r} or its items ({value}): correct them")
         if kind == "ready":
             worker.rest()
         elif kind == "started":

@@ -244,7 +244,9 @@ class Client:
         if status == 400 and re.search("context|max_tokens", what):
             what += " (lower --max_new_tokens)"
         if status in (401, 403, 404, 405) or 300 <= status < 400:
-            server.trouble = what + (": set OPENAI_API_KEY" if status in (401, 403) else "")
+            server.trouble = what + (
+                ": set OPENAI_API_KEY" if status in (401, 403) else ": check the address and --model"
+            )
             server.rest_until = math.inf
             if all(other.rest_until == math.inf for other in self.servers):
                 raise ServerError(f"{server.chat} {server.trouble}")

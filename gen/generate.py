@@ -86,7 +86,7 @@ class Run:
         self.indices = of_shard(range(len(self.store.batch_rows)), config.shard)
         require(
             config.executor == "local" or find_spec("ray") is not None,
-            "--executor ray needs Ray: run pip install 'grpo_core[ray]'.",
+            "--executor ray needs Ray: run pip install -e '.[ray]'.",
         )
         if self.sampler is None:
             check_servers(config.urls, config.model, "--vllm-server-url")
@@ -169,7 +169,10 @@ class Pipeline:
 
         Raises ValueError for bad input, ServerError when no server is left (the cache keeps the finished generations).
         """
-        require(isinstance(dataset, Dataset | list), "dataset must be a datasets.Dataset (not streamed) or a list.")
+        require(
+            isinstance(dataset, Dataset | list),
+            f"dataset must be a datasets.Dataset (not streamed) or a list, got {type(dataset).__name__}.",
+        )
         rows = dataset if isinstance(dataset, Dataset) else Dataset.from_list(dataset)
         require(len(rows) > 0, "the data set has no rows: pass one with at least one row.")
         folder = None if use_cache else tempfile.mkdtemp(prefix="generated-")

@@ -203,7 +203,7 @@ def _schema(rows: Dataset) -> pa.Schema:
     try:
         pq.ParquetWriter(pa.BufferOutputStream(), schema).close()
     except pa.ArrowNotImplementedError as error:
-        raise ValueError(f"a column of the data cannot be written to parquet: {error}: remove it.") from error
+        raise ValueError(f"a column of the data cannot be written to parquet ({error}): remove it.") from error
     return schema
 
 
@@ -229,7 +229,7 @@ def _renderer(config: GenerateConfig, schema: pa.Schema) -> Callable[[pa.Table],
     try:
         names = jinja2.meta.find_undeclared_variables(environment.parse(config.prompt_template))
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"--prompt-template is not valid Jinja: {error}: correct it.") from error
+        raise ValueError(f"--prompt-template is not valid Jinja ({error}): correct it.") from error
     template = environment.from_string(config.prompt_template)
     columns = {name: config.prompt_column if name == "instruction" else name for name in names}
     for name, column in columns.items():

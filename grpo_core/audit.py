@@ -200,7 +200,9 @@ def audit_rewards(run: Run, prompt: Prompt, answer: str, pool: WorkerPool, repor
             )
     if all(value is None for row in scores.values for value in row):
         report.no_signal.append("no reward gave a value to any probe: check reward_funcs.")
-    report.advice += [f"a probe failed: {cause} ({text})." for cause, text in dict(scores.gaps).items() if text]
+    report.advice += [
+        f"a probe failed: {cause} ({text}); correct it." for cause, text in dict(scores.gaps).items() if text
+    ]
     shown = [["-" if value is None else f"{value + 0.0:.3g}" for value in row] for row in scores.values]
     print(table(["probe", *run.reward_names], [[probe, *row] for probe, row in zip(probes, shown, strict=True)]))
 

@@ -197,8 +197,8 @@ class GRPOConfig(ObjectiveOptions, TrainingConfig):
         neutral = self.top_p == 1.0 and self.top_k <= 0 and not self.min_p and self.repetition_penalty == 1.0
         require(
             neutral,
-            "top_p, top_k, min_p and repetition_penalty change what is sampled but not what is scored: "
-            "leave them out in training (temperature is allowed).",
+            f"top_p {self.top_p}, top_k {self.top_k}, min_p {self.min_p}, repetition_penalty {self.repetition_penalty} "
+            "would change what is sampled but not what is scored: leave them out in training (temperature is allowed).",
         )
 
     def resolve(self) -> None:

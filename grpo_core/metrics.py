@@ -149,7 +149,7 @@ def check_mismatch(metrics: Mapping[str, float], limit: float) -> None:
         raise RuntimeError(
             f"the engine's log-probs differ from the policy's by {mean:.4g} on average, more than max_logp_difference "
             f"{limit:g}, so the engine does not sample from the trained policy: use the same precision for both, or "
-            "raise the limit if you know the cause."
+            "raise max_logp_difference if you know the cause."
         )
 
 

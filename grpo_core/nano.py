@@ -78,7 +78,7 @@ class Config:
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
         if self.prompts_per_step > NUM_PROBLEMS["train"]:
-            raise ValueError(f"--prompts_per_step must be at most {NUM_PROBLEMS['train']}: there are no more problems")
+            raise ValueError(f"--prompts_per_step must be at most {NUM_PROBLEMS['train']}, got {self.prompts_per_step}")
 
 
 # ---------------------------------------------------------------------------- problems, samples, batches
@@ -380,7 +380,7 @@ def load_tokenizer(folder: Path) -> Any:
             raise ValueError(f"--model must be a folder with a model and its tokenizer, but {folder} has no {needed}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
-        raise ValueError(f"--model needs a tokenizer with a chat template and an EOS token, unlike that of {folder}")
+        raise ValueError(f"the tokenizer in {folder} lacks a chat template or an EOS token: give another --model")
     return tokenizer
 
 
@@ -397,7 +397,7 @@ def check_lengths(folder: Path, problems: list[Problem], max_completion_length: 
     longest = max(len(problem.prompt_ids) for problem in problems)
     if limit is not None and longest + max_completion_length > limit:
         raise ValueError(
-            f"--max_completion_length must be at most {limit - longest}: "
+            f"--max_completion_length must be at most {limit - longest}, got {max_completion_length}: "
             f"the model has {limit} positions, and the longest prompt takes {longest}"
         )
 

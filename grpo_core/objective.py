@@ -189,7 +189,7 @@ def try_own(objective: Objective) -> None:
         losses = function(*tokens, objective)
         alone = [function(*(values[i : i + 1] for values in tokens), objective) for i in range(3)]
     except Exception as error:  # custom code may raise anything
-        raise ValueError(f"{name} must accept (logps, log_ratios, advantages, objective), but: {error!r}") from error
+        raise ValueError(f"{name} must accept (logps, log_ratios, advantages, objective): {error!r}") from error
     for found, given in zip([losses, *alone], [logps, *logps[:, None]], strict=True):
         check_own_losses(found, given, name)
     require(losses.requires_grad, f"{name} must compute its losses from logps or log_ratios: they have no gradient")

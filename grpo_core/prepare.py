@@ -122,14 +122,15 @@ def prepare(model: ModelConfig, data: GRPOScriptArguments, config: GRPOConfig, h
     weights = config.reward_weights
     require(
         weights is None or len(weights) == len(reward_funcs) and any(weights) and all(map(math.isfinite, weights)),
-        f"reward_weights {weights} for reward_funcs {data.reward_funcs}: give one weight each, finite and not all 0.",
+        f"reward_weights {weights} do not fit reward_funcs {data.reward_funcs}: give one weight each, "
+        "finite and not all 0.",
     )
     one = Summary(0, 1, "stop", 1.0, [1.0] * len(reward_funcs))
     check_best_metric(config, rollout_metrics([one], [reward_name(function) for function in reward_funcs]))
     base = prepare_base("grpo", model, data, config, handed)
     stop_ids: list[int] = dict(config.generation_kwargs or {}).get("stop_token_ids", [])
     unknown = sorted(set(stop_ids) - set(range(len(base.tokenizer))))
-    require(not unknown, f"generation_kwargs stop_token_ids {unknown} are no tokens: use ids < {len(base.tokenizer)}.")
+    require(not unknown, f"generation_kwargs stop_token_ids {unknown} are not tokens: use ids < {len(base.tokenizer)}.")
     world_size, device = base.world_size, base.device
     require(
         not config.vllm_enable_sleep_mode or config.engine == "torch" or device.type == "cuda",

@@ -166,7 +166,7 @@ class CosineScaledReward:
 
     def __post_init__(self) -> None:
         if self.max_len < 1:
-            raise ValueError(f"cosine max_len {self.max_len} must be at least 1")
+            raise ValueError(f"cosine_max_len must be at least 1, got {self.max_len}")
 
     def __call__(
         self, completions: list, solution: list, completion_ids: list | None = None, **kwargs: Any
@@ -202,11 +202,11 @@ class RepetitionPenaltyReward:
 
     def __post_init__(self) -> None:
         if self.max_penalty > 0:
-            raise ValueError(f"max_penalty {self.max_penalty} must be at most 0: it is the value of full repetition")
+            raise ValueError(f"repetition_max_penalty must be at most 0, got {self.max_penalty}: it is a penalty")
         if self.ngram_size < 1:
-            raise ValueError(f"ngram_size {self.ngram_size} must be at least 1")
+            raise ValueError(f"repetition_n_grams (ngram_size) must be at least 1, got {self.ngram_size}")
         if self.language not in ("en", "zh"):
-            raise ValueError(f"language {self.language!r} of repetition_penalty must be en or zh")
+            raise ValueError(f"language of repetition_penalty must be en or zh, got {self.language!r}")
         if self.language == "zh" and importlib.util.find_spec("jieba") is None:
             raise ValueError("repetition_penalty with language zh needs jieba: run `pip install jieba`")
 

@@ -221,7 +221,10 @@ def main(
     parser.add_argument("--chunk_elements", type=int, default=head.CHUNK_ELEMENTS[device.type])
     options = parser.parse_args(argv)
     if any(tokens < ERROR_ROWS or tokens % SEQUENCE for tokens in options.tokens) or options.rounds < 1:
-        parser.error(f"--tokens must be multiples of {SEQUENCE} and at least {ERROR_ROWS}, --rounds at least 1")
+        parser.error(
+            f"--tokens must be multiples of {SEQUENCE} and at least {ERROR_ROWS}, --rounds at least 1, got "
+            f"{options.tokens} and {options.rounds}"
+        )
     show(f"{machine(*PACKAGES)}; median of {options.rounds} rounds, chunks of {options.chunk_elements} logits")
     failed = False
     with tuned(device, CHUNK_ELEMENTS=options.chunk_elements):

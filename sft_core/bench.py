@@ -130,7 +130,9 @@ def run(
     parser.add_argument("--torch_compile", action="store_true")
     options = parser.parse_args(argv)
     if options.steps < 1 or min(options.tokens) < LEAST_TOKENS:
-        parser.error(f"--steps must be at least 1, --tokens at least {LEAST_TOKENS}")
+        parser.error(
+            f"--steps must be at least 1, --tokens at least {LEAST_TOKENS}, got {options.steps} and {options.tokens}"
+        )
     training = {name: getattr(options, name) for name in ("gradient_checkpointing", "torch_compile")}
     with distributed.usage_errors():
         rank, world_size, _, device = distributed.init_distributed()

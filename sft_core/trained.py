@@ -90,7 +90,7 @@ class Results:
         self._model()
         if self._trained is None:
             raise ValueError(
-                "output_dir does not hold the model: call train() first, or write a model object that you changed with "
-                "its save_pretrained."
+                "output_dir does not hold the model: call train() first, or if you changed the model object, write it "
+                "with its save_pretrained."
             )
         return self._trained

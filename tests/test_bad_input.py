@@ -57,7 +57,7 @@ BEST = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strate
         ({"top_p": 0.9}, "leave them out in training"),
         ({"top_k": 50}, "leave them out in training"),
         ({"min_p": 0.1}, "leave them out in training"),
-        ({"generation_kwargs": '{"stop_token_ids": [1, 9999]}'}, "stop_token_ids [9999] are no tokens"),
+        ({"generation_kwargs": '{"stop_token_ids": [1, 9999]}'}, "stop_token_ids [9999] are not tokens"),
         (
             {"chat_template_kwargs": '{"thinking": true}'},
             "row 1 of the data: the chat template does not use `thinking`",
@@ -144,8 +144,8 @@ CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
 @pytest.mark.parametrize(
     ("text", "change", "says"),
     [
-        (CHAT * 3 + CHAT[:40], {}, "line 4 is not complete JSON: the file ends in the middle of it"),
-        (CHAT + CHAT[:40] + "\n" + CHAT, {}, "line 2 is not complete JSON"),
+        (CHAT * 3 + CHAT[:40], {}, "line 4 is not a JSON object: the file ends in the middle of it"),
+        (CHAT + CHAT[:40] + "\n" + CHAT, {}, "line 2 is not a JSON object"),
         ("[1]\n", {}, "row 1 of the data: `text` must be text and is int"),
         (CHAT.replace("assistant", "bot"), {}, "row 1 of the data: unknown role 'bot' in `messages`"),
         (CHAT + CHAT.replace('"ho"', "null"), {}, "row 2 of the data: a message of the assistant in `messages` is not"),
@@ -162,7 +162,7 @@ CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
         (CHAT, {"dataset_streaming": "true"}, "give the number of steps with --max_steps"),
         (CHAT, {"dataset_streaming": "true", "max_steps": 2}, "take 1024 tokens, but the model has 256 positions"),
         (CHAT.replace("assistant", "bot"), {"dataset_streaming": "true", "max_steps": 2}, "row 1 of the data: unknown"),
-        (CHAT * 3 + CHAT[:40], {"dataset_streaming": "true", "max_steps": 2}, "line 4 is not complete JSON: the file"),
+        (CHAT * 3 + CHAT[:40], {"dataset_streaming": "true", "max_steps": 2}, "line 4 is not a JSON object: the file"),
         (CHAT, {"gradient_checkpointing_every": 2}, "give --gradient_checkpointing true too"),
         (CHAT, {"chat_template": "{% for"}, "the chat template is not valid Jinja"),
         ("", {"dataset_streaming": "true", "max_steps": 2}, "rows.jsonl cannot be read as json: no rows"),

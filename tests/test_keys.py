@@ -140,7 +140,7 @@ def test_on_the_command_line(flags, says):
         ("max_length: 4\nmax_seq_length: 8", "max_length is given twice, under two of its names"),
         ("env: [A]", "must hold `NAME: value` lines"),
         ("learning_rate: .nan", "learning_rate must be finite, got nan"),
-        ("dataset_mixture: {datasets: {id: a}}", "datasets must be a list of a JSON object"),
+        ("dataset_mixture: {datasets: {id: a}}", "datasets must be a list in which each entry is a JSON object"),
         ("dataset_mixture: {datasets: [{path: a}]}", "DatasetConfig has no option `path`"),
         ("dataset_mixture: {datasets: [{id: a, weight: half}]}", "weight must be a number, got 'half'"),
         ("dataset_mixture: {datasets: [{id: a, split: [a, b]}]}", "split must be text"),

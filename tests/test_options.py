@@ -71,7 +71,7 @@ def test_choices(kind, field):
         ({"max_steps": True}, "max_steps must be a whole number, got True"),
         ({"bf16": "yes"}, "bf16 must be true or false, got 'yes'"),
         ({"eval_strategy": "never"}, "eval_strategy must be one of no, steps, epoch, got 'never'"),
-        ({"reward_weights": ["a"]}, "reward_weights must be a list of a number"),
+        ({"reward_weights": ["a"]}, "reward_weights must be a list in which each entry is a number"),
         ({"lr_scheduler_kwargs": 3}, "lr_scheduler_kwargs must be a JSON object, got 3"),
         ({"learning_rat": 1.0}, "GRPOConfig has no option `learning_rat`: did you mean `learning_rate`"),
         ({"use_vllm": True, "engine": "torch"}, "contradict"),

@@ -183,7 +183,8 @@ class TorchEngine:
                 raise RuntimeError(f"the engine has no parameter {name!r}: start it from the policy's own model")
             if tensor.shape != parameters[name].shape:
                 raise RuntimeError(
-                    f"{name} has shape {tuple(tensor.shape)}, but {tuple(parameters[name].shape)} in the engine's model"
+                    f"{name} has shape {tuple(tensor.shape)}, but {tuple(parameters[name].shape)} in the engine's "
+                    "model: start it from the policy's own model"
                 )
             parameters[name].copy_(tensor)
             held.add(name, parameters[name].to(tensor.dtype))  # some models keep some parameters in float32

@@ -90,7 +90,7 @@ def _check_gpu_memory(share: float) -> None:
         raise ValueError(
             f"the engine needs {share * total / GIB:.1f} GiB (gpu_memory_utilization {share:g} of "
             f"{total / GIB:.1f} GiB) but only {free / GIB:.1f} GiB of the GPU are free: lower gpu_memory_utilization "
-            f"below {free / total:.2f}, or free memory on the device"
+            f"(in training vllm_gpu_memory_utilization) below {free / total:.2f}, or free memory on the device"
         )
 
 

@@ -90,7 +90,7 @@ def sync_weights(
     def watched() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
             if name not in expected:
-                raise RuntimeError(f"weight sync {version}: {name!r} is not a parameter of the policy: send only these")
+                raise RuntimeError(f"weight sync {version}: {name!r} is not in the policy: send only its parameters")
             if name in sent.kinds:
                 raise RuntimeError(f"weight sync {version}: {name!r} was sent twice: send it once")
             sent.add(name, tensor)
@@ -203,7 +203,10 @@ def probe(
         raise RuntimeError(f"probe: policy_logps scored {tuple(ours.shape)} of {len(theirs)} tokens: it must score all")
     for whose, logps in (("the engine's", theirs), ("the policy's", ours)):
         if not logps.isfinite().all():
-            raise RuntimeError(f"probe: {whose} log-probs (weights version {engine.version}) are not finite")
+            raise RuntimeError(
+                f"probe: {whose} log-probs (weights version {engine.version}) are not finite: check the weights, or "
+                "use another --engine"
+            )
     difference = (ours - theirs).abs()
     figures = {
         "mean_abs": difference.mean().item(),
@@ -214,6 +217,7 @@ def probe(
         raise RuntimeError(
             f"probe: the engine's log-probs (weights version {engine.version}) differ from the policy's by "
             f"{figures['mean_abs']:.4g} on average and {figures['max_abs']:.4g} at most over {len(difference)} tokens, "
-            f"more than {tolerance:g} (max_logp_difference): the engine does not sample from the policy; use another"
+            f"more than {tolerance:g} (max_logp_difference): the engine does not sample from the policy; use "
+            "another --engine"
         )
     return figures

@@ -53,7 +53,9 @@ def read_problem(row: dict[str, Any]) -> tuple[str, str | None, str]:
     if {"problem", "answer"} <= row.keys():
         problem, answer = str(row["problem"]).strip(), str(row["answer"]).strip()
         return problem, operation(problem, answer), answer
-    raise ValueError(f"a row needs `question` and `answer`, or `problem` and `answer`; this one has {', '.join(row)}.")
+    raise ValueError(
+        f"a row needs `question` and `answer`, or `problem` and `answer`; this one has {', '.join(row)}: rename them."
+    )
 
 
 def operation(problem: str, answer: str) -> str | None:

@@ -48,8 +48,9 @@ def render(
     except Exception as error:  # Jinja's own errors and the templates' raise_exception
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise ValueError(
-            f"the chat template refuses a conversation of the roles {roles}: {error}; give a --chat_template that "
-            "accepts them, or change the messages (--system_prompt '' leaves out the system prompt)."
+            f"the chat template refuses a conversation of the roles {roles}: {error}; use a chat template that "
+            "accepts them (in training --chat_template), or change the messages (--system_prompt '' leaves out the "
+            "system prompt)."
         ) from error
 
 
@@ -191,7 +192,7 @@ def check_shown(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any
             if name not in links and value != "" and render(tokenizer, other, more) == text:
                 raise ValueError(
                     f"the chat template leaves out `{name}` of message {i + 1} (role {message['role']}): "
-                    "give a --chat_template that shows it, or remove it from the data."
+                    "use a chat template that shows it (in training --chat_template), or leave it out."
                 )
 
 

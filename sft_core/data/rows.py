@@ -107,7 +107,9 @@ def _mix(mixture: DatasetMixtureConfig, test: bool) -> tuple[Dataset, Dataset | 
         split = mixed.train_test_split(test_size=size, seed=mixture.seed)
         return split["train"], split["test"] if test else None
     if test:
-        raise ValueError("evaluation needs a test split: give the mixture a test_split_size.")
+        raise ValueError(
+            "evaluation needs a test split: give the mixture a test_split_size, or leave out do_eval and eval_strategy."
+        )
     return mixed, None
 
 
@@ -175,7 +177,7 @@ def _read_file(name: str, streaming: bool, option: str) -> Any:
     if not streaming:
         columns = [column for column, feature in rows.features.items() if "Json" not in repr(feature)]
         fault = on_first_rank(lambda: damaged_line(path, columns), patient=True)
-        require(fault is None, f"{name} cannot be read: {fault}.")
+        require(fault is None, f"{name} cannot be read: {fault}; correct the file.")
     return rows
 
 
@@ -203,16 +205,19 @@ def damaged_line(path: Path, columns: Sequence[str] | None = None) -> str | None
                 try:
                     row = json.loads(line) if line.strip() else {}
                     if not isinstance(row, dict):
-                        raise ValueError("it is not an object")
+                        raise ValueError(f"it is a {type(row).__name__}")
                 except ValueError as error:
                     if columns is not None and not isinstance(error, UnicodeDecodeError):
                         return None
                     end = str(error) if line.endswith(b"\n") else "the file ends in the middle of it"
-                    return f"line {number} is not complete JSON: {end}"
+                    return f"line {number} is not a JSON object: {end}"
                 for name in columns or ():
                     kind = kind_of(row.get(name))
                     if kind != "NoneType" and kinds.setdefault(name, kind) != kind:
-                        return f"in line {number} `{name}` is {row[name]!r:.80}, above a {kinds[name]}: use one type"
+                        return (
+                            f"in line {number} `{name}` is {row[name]!r:.80}, above a {kinds[name]}, but a column has "
+                            "one type"
+                        )
     except (EOFError, OSError) as error:  # of a gzip file
         return str(error)
     return None

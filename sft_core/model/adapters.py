@@ -50,7 +50,7 @@ def check_adapters(config: ModelConfig, training: TrainingConfig, info: Pretrain
     for option, package in (("use_peft", "peft"), (quantised, "bitsandbytes")):
         require(
             not option or importlib.util.find_spec(package) is not None,
-            f"{option} needs {package}, which is not installed: pip install 'grpo_core[adapters]'.",
+            f"{option} needs {package}, which is not installed: run pip install -e '.[adapters]'.",
         )
     for option in ("use_dora", "load_in_8bit"):  # peft reads a weight's type; bitsandbytes' layers change when used
         require(

@@ -47,7 +47,7 @@ def check_schedule(config: TrainingConfig, total_steps: int) -> None:
         stages = sum(given.get(name, 0) for name in ("num_decay_steps", "num_stable_steps"))
     except (TypeError, ValueError, KeyError) as error:  # raised by transformers
         raise ValueError(
-            f"lr_scheduler_kwargs {given} do not fit {kind}: {error}; fix them (YAML reads 1e-6 as text, not 1.0e-6)."
+            f"lr_scheduler_kwargs {given} do not fit {kind}: {error}; correct them (as numbers, not as texts)."
         ) from error
     if warmup + stages > max(warmup, total_steps) or not 0 <= last < math.inf:
         raise ValueError(

@@ -327,7 +327,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> f
     ids |= set(declared if isinstance(declared, list) else [declared])
     ids.discard(None)
     if not ids:
-        raise ValueError(f"{config.model_name_or_path} has no EOS token, so answers would never end: give it one.")
+        raise ValueError(f"{config.model_name_or_path} has no EOS token: set eos_token in its tokenizer_config.json.")
     return frozenset(ids)
 
 

@@ -46,7 +46,7 @@ def with_init_kwargs(model: ModelConfig, config: C) -> tuple[ModelConfig, C]:
             found |= quantised_options(value)
         elif name == "device_map":
             whole = value is None or value == "auto" or isinstance(value, Mapping) and list(value) == [""]
-            require(whole, f"device_map {value!r} is not supported, models are sharded over the ranks: leave it out.")
+            require(whole, f"device_map {value!r} is not supported (models are sharded over the ranks): leave it out.")
         elif name in INIT:
             # torch.bfloat16 becomes "bfloat16"
             value = str(value).removeprefix("torch.") if value is not None and INIT[name] == "dtype" else value

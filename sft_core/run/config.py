@@ -177,7 +177,8 @@ class TrainingConfig(OfTheProcess, Options):
         require(not self.fp16, "fp16 is not supported (it needs loss scaling): use --bf16 true.")
         require(
             str(self.resume_from_checkpoint).lower() != "false",
-            "a run always resumes from its last checkpoint: to start over, give another --output_dir.",
+            "resume_from_checkpoint false is not supported, as a run always resumes from its last checkpoint: to start "
+            "over, give another --output_dir.",
         )
         require(
             self.gradient_checkpointing or not self.activation_offloading,
@@ -198,7 +199,10 @@ class TrainingConfig(OfTheProcess, Options):
             self.warmup_steps < 1 or self.warmup_steps % 1 == 0,
             f"warmup_steps {self.warmup_steps} must be a whole number of steps, or below 1 a share of all steps.",
         )
-        require(self.max_steps > 0 or self.num_train_epochs > 0, "give --max_steps or --num_train_epochs above 0.")
+        require(
+            self.max_steps > 0 or self.num_train_epochs > 0,
+            f"max_steps {self.max_steps} and num_train_epochs {self.num_train_epochs} give no step: set one above 0.",
+        )
         if self.load_best_model_at_end:
             self._check_best()
 

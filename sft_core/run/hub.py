@@ -94,9 +94,9 @@ def repository(name: str, private: bool | None, kind: str) -> str:
         return _made(endpoint, get_token(), name, private, kind)
     except (HTTPError, OSError, HFValidationError) as error:
         raise ValueError(
-            f"the Hub at {endpoint} does not accept {kind} {name} ({_reason(error)}): check its name (--hub_model_id), "
-            "the token (`hf auth login` or HF_TOKEN, with write access), the network, HF_ENDPOINT and HF_HUB_OFFLINE, "
-            "or do not push."
+            f"the Hub at {endpoint} does not accept {kind} {name} ({_reason(error)}): check its name (of a model: "
+            "--hub_model_id), the token (`hf auth login` or HF_TOKEN, with write access), the network, HF_ENDPOINT and "
+            "HF_HUB_OFFLINE, or do not push."
         ) from error
 
 

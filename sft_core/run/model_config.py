@@ -83,7 +83,9 @@ class DatasetMixtureConfig(Options):
     def check(self) -> None:
         super().check()
         require(
-            self.datasets != [], "dataset_mixture takes a list `datasets`, `seed`, `test_split_size`: give `datasets`."
+            self.datasets != [],
+            "dataset_mixture has no `datasets`: give a list of entries with an `id` (`seed` and `test_split_size` are "
+            "optional).",
         )
         self.sets()
 

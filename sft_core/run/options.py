@@ -222,7 +222,7 @@ def _words(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, parts))
     if origin is list:
-        return f"a list of {_words(parts[0])}"
+        return f"a list in which each entry is {_words(parts[0])}"
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", JsonDict: "a JSON object"}
     return words.get(kind, str(kind))
 

@@ -39,7 +39,9 @@ def named(report_to: Sequence[str]) -> list[str]:
     try:
         _callbacks(names)
     except (ValueError, RuntimeError, ImportError) as error:
-        raise ValueError(f"report_to {' '.join(names)} cannot be used: {error}") from error
+        raise ValueError(
+            f"report_to {' '.join(names)} cannot be used ({error}): install its package, or leave it out."
+        ) from error
     return names
 
 

@@ -243,7 +243,7 @@ def test_pushed(tmp_path, monkeypatch):
         (["--eval_dataset", "aime24=/nowhere.jsonl"], "give its rows as --eval_dataset aime24=FILE"),
         (["--dataset", "/nowhere.jsonl"], "no data file at /nowhere.jsonl"),
         (["--ngramsize", "7"], "did you mean `ngram_size`?"),
-        (["--output_dir="], "--output_dir is required"),
+        (["--output_dir="], "--output_dir is missing"),
     ],
 )
 def test_bad_input(more, says, shared, tmp_path, capfd):

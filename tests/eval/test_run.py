@@ -184,7 +184,7 @@ def test_another_metric_judges_the_answers_again(tiny_model, data, tmp_path):
         ({"metric": "[]"}, "a list whose first entry has compute"),
         ({"metric": "[type('M', (), {'compute': lambda *_: 1.0})()]"}, "must pickle"),
         ({"name": "../out"}, "its name may contain only letters"),
-        ({"choices": "[]"}, "fails on row 0"),
+        ({"choices": "[]"}, "fails on row 1"),
         ({"choices": "[None]"}, "has no problem or no right answer"),
         ({"choices": "line['answer'] +"}, "SyntaxError"),
     ],
@@ -201,7 +201,7 @@ def test_right_answers_that_the_metric_cannot_read(tiny_model, tmp_path):
     options = {"num_samples": 1, "max_new_tokens": 4}
     code, log = launch.run("eval.run", arguments(tiny_model, data, tmp_path / "a", **options), tmp_path / "log")
     assert code == 0 and "2 of 4 right answers (the first of problem 1) contain nothing" in log
-    for bad, says in (("a fox", "4 of 4 right answers"), (None, "row 0 of")):
+    for bad, says in (("a fox", "4 of 4 right answers"), (None, "row 1 of")):
         write(data, [row | {"answer": bad} for row in rows])
         code, log = launch.run("eval.run", arguments(tiny_model, data, tmp_path / "b", **options), tmp_path / f"{bad}")
         assert code == 2 and says in log and "Traceback" not in log, log

@@ -176,7 +176,7 @@ def test_four_bits_learn_alike_on_two_ranks(tiny_model, rows, tmp_path):
         ({"use_peft": "false", "load_in_4bit": "true"}, "give --use_peft true with load_in_4bit"),
         ({"benchmarks": ["math_500"], "benchmark_kwargs": '{"engine": "torch"}'}, "give --merge_adapter true"),
         ({"activation_offloading": "true"}, "give --gradient_checkpointing true"),
-        ({"missing": "peft"}, "use_peft needs peft, which is not installed: pip install 'grpo_core[adapters]'"),
+        ({"missing": "peft"}, "use_peft needs peft, which is not installed: run pip install -e '.[adapters]'"),
         ({"missing": "bitsandbytes", "load_in_8bit": "true"}, "load_in_8bit needs bitsandbytes, which is not"),
     ],
 )

@@ -106,7 +106,7 @@ def test_schedules(kind, more, expected):
     ("kind", "given", "says"),
     [
         ("polynomial", {"lr_end": 2.0}, "lr_end .* must be smaller"),
-        ("polynomial", {"lr_end": "1e-6"}, "YAML reads 1e-6 as text"),
+        ("polynomial", {"lr_end": "1e-6"}, "as numbers, not as texts"),
         ("polynomial", {"min_lr": 0.1}, "do not fit polynomial: .* unexpected keyword argument 'min_lr'"),
         ("constant", {"min_lr": 0.1}, "constant takes no lr_scheduler_kwargs, got .*: remove"),
         ("constant_with_warmup", {"min_lr": 0.1}, "constant_with_warmup takes no lr_scheduler_kwargs"),
@@ -192,7 +192,7 @@ def test_a_mixture_takes_its_shares_and_splits(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"datasets": []}, "takes a list `datasets`"),
+        ({"datasets": []}, "has no `datasets`: give a list"),
         ({"fraction": 1}, "has no option `fraction`"),
         ({"datasets": [{"id": "A", "weight": 1.5}]}, "weight must be at most 1, got 1.5"),
         ({"datasets": [{"id": "A", "weight": 0.5}]}, "weight 0.5 of .* leaves none of its 1 rows"),

@@ -122,7 +122,7 @@ def test_a_line_that_is_damaged_further_on(tmp_path):
     rows = [json.dumps({"i": i, "n": 1, "text": "x" * 1000}) for i in range(30_000)]
     path.write_text("\n".join([*rows[:29_000], rows[29_000][:20], *rows[29_001:]]) + "\n")
     for found in run_ranks(2, faulty, str(path), 29_500):
-        assert "rows.jsonl cannot be read: line 29001 is not complete JSON" in str(found[0])
+        assert "rows.jsonl cannot be read: line 29001 is not a JSON object" in str(found[0])
 
 
 def test_a_window_is_bounded_in_bytes_too(path):
