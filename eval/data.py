@@ -36,10 +36,10 @@ def places_of(tasks: list[LightevalTaskConfig], entries: list[str], option: str)
     return places
 
 
-def load_docs(task: LightevalTaskConfig, place: str, limit: int | None) -> list[Doc]:
-    """The questions of a task from `place`, a Hub id or a local file."""
+def load_docs(task: LightevalTaskConfig, place: str, limit: int | None = None, option: str = "--dataset") -> list[Doc]:
+    """The questions of a task from `place`, a Hub id or a local file, which `option` can name."""
     subset = None if task.hf_subset == "default" else task.hf_subset
-    rows = load_rows(place, subset, task.evaluation_splits[0], option=f"--dataset {task.name}=file")
+    rows = load_rows(place, subset, task.evaluation_splits[0], option=f"{option} {task.name}=file")
     rows = rows.select(range(min(len(rows), limit or len(rows))))
     docs = []
     for i, row in enumerate(rows):

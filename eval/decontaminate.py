@@ -156,7 +156,7 @@ def load_sets(config: DecontaminateConfig) -> dict[str, list[str]]:
     sets = {}
     for task in tasks:
         try:
-            docs = load_docs(task, places[task.name], None)
+            docs = load_docs(task, places[task.name], option="--eval_dataset")
         except ValueError as error:
             remedy = f"give its rows as --eval_dataset {task.name}=FILE, or choose other sets with --tasks"
             raise ValueError(f"evaluation set {task.name} cannot be loaded: {remedy}. {error}") from error

@@ -23,11 +23,11 @@ MODES = {"greedy": 0.0, "pass@1": 1.0}  # temperatures
 def problems(file: str) -> list[dict[str, str]]:
     """`prompt` and `solution` of each row. ValueError: a row without one of them, or fewer than two rows."""
     rows = []
-    for number, row in enumerate(load_rows(file, option="--heldout")):
+    for number, row in enumerate(load_rows(file, option="--heldout"), 1):
         problem, solution = (row.get(a) or row.get(b) for a, b in (("problem", "prompt"), ("solution", "answer")))
         require(problem and solution, f"{file}: row {number} needs `problem` and `solution`, it has {', '.join(row)}.")
         rows.append({"prompt": str(problem).strip(), "solution": str(solution)})
-    require(len(rows) > 1, f"{file} needs two problems or more.")
+    require(len(rows) > 1, f"{file} needs two problems or more, it has {len(rows)}.")
     return rows
 
 

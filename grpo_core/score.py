@@ -71,7 +71,7 @@ def check(options: argparse.Namespace) -> None:
     check_engine_available(options.engine)
     for name in ("model", "sft", "grpo"):
         path = Path(getattr(options, name)).expanduser()
-        require(path.exists(), f"--{name} {path} does not exist.")
+        require(path.exists(), f"--{name} {path} does not exist: check --{name}.")
     for name in ("sft_train.jsonl", "grpo_train.jsonl"):
         path = options.data / name
         require(path.exists(), f"{path} does not exist: write it with recipes/SmolLM2-135M-Instruct/prepare.py.")
@@ -83,21 +83,26 @@ def check(options: argparse.Namespace) -> None:
         f"{options.grpo}: models are scored without a system prompt: set system_prompt: '' in the recipe.",
     )
     heldout, demonstrations = problems(options.heldout), load_rows(str(options.data / "sft_train.jsonl"))
-    require("messages" in demonstrations.column_names, f"{options.data / 'sft_train.jsonl'} needs a column `messages`.")
+    columns = demonstrations.column_names
+    require(
+        "messages" in columns,
+        f"{options.data / 'sft_train.jsonl'} needs a column `messages`, it has {', '.join(columns)}.",
+    )
     seen = {row["prompt"] for row in problems(str(options.data / "grpo_train.jsonl"))}
     for row in demonstrations:
         seen |= {message["content"].strip() for message in row["messages"] if message["role"] == "user"}
-    common = {row["prompt"] for row in heldout} & seen
+    common = sorted({row["prompt"] for row in heldout} & seen)
     require(
-        not common, f"{len(common)} problems of {options.heldout} are trained on, such as {min(common, default='')!r}."
+        not common, f"{len(common)} problems of {options.heldout} are trained on: remove them, such as {common[:1]}."
     )
     with WorkerPool(2) as pool:
-        bad = unparseable_golds([row["solution"] for row in heldout], pool)
+        bad = sorted(unparseable_golds([row["solution"] for row in heldout], pool))
     require(
-        not bad, f"{options.heldout}: the answer of row {min(bad, default=0)} cannot be parsed: correct or remove it."
+        not bad,
+        f"{options.heldout}: the answer of row {min(bad, default=0) + 1} cannot be parsed: correct or remove it.",
     )
     if options.scores is not None:
-        check_writable(str(options.scores.parent), "It is the folder of --scores.")
+        check_writable(str(options.scores.parent), "Choose another --scores.")
 
 
 def grpo_config(recipe: Path) -> GRPOConfig:

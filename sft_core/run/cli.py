@@ -27,7 +27,7 @@ from transformers.hf_argparser import string_to_bool
 
 from sft_core.run.distributed import usage_errors
 from sft_core.run.open_r1_keys import FOREIGN_KEYS, REFUSED_KEYS, defaults_there, pass_over
-from sft_core.run.options import Options, check_once, default_of, known_names, nearest, require
+from sft_core.run.options import JsonDict, Options, as_json, check_once, default_of, known_names, nearest, require
 
 
 class _Repeated(argparse.Action):
@@ -44,6 +44,7 @@ class Parser(HfArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-3 for a flag
+        self.register("type", JsonDict, as_json)
         for kind in (int, float):
             self.register("type", kind, lambda text, kind=kind: None if text in ("null", "none") else kind(text))
 
@@ -80,7 +81,7 @@ def parse(config_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
         if key == "env":
             env = texts[key] or {}
             sound = isinstance(env, dict) and all(isinstance(text, str) for text in env.values())
-            require(sound, f"`env` in {path} must hold `NAME: value` lines, got {value!r}.")
+            require(sound, f"`env` in {path} must hold `NAME: value` lines.")
             os.environ.update(env)
         elif key in known:
             check_once([*given, known[key].name])

@@ -34,12 +34,16 @@ def require(condition: bool, message: str) -> None:
 
 
 class JsonDict(dict):
-    """A dict that can also be given as a JSON object on the command line."""
+    """A dict that can also be given as a JSON object in text."""
 
-    def __init__(self, value: Any) -> None:
-        parsed = json.loads(value) if isinstance(value, str) else dict(value)  # dataclasses.asdict gives pairs
-        require(isinstance(parsed, dict), f"expected a JSON object, got {value!r}")
-        super().__init__(parsed)
+
+def as_json(text: str) -> Any:
+    """The JSON object in `text`. Other text is returned as it is, and refused with the option's name."""
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    return JsonDict(parsed) if isinstance(parsed, dict) else text
 
 
 class _OptionsType(type):
@@ -189,7 +193,7 @@ def _converted(value: Any, kind: Any) -> Any:
     if isinstance(value, bool) and str in kinds and bool not in kinds:
         return str(value).lower()
     if isinstance(value, str) and JsonDict in kinds:
-        return JsonDict(value)
+        return as_json(value)
     if isinstance(value, str | int | float) and not is_a(value, kind) and any(get_origin(k) is list for k in kinds):
         return [value]
     return value

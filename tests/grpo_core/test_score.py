@@ -47,9 +47,9 @@ def arguments(tiny_model, folder, **more):
         ({"scores": "/proc/scores/s.jsonl"}, None, "--scores"),
         ({}, [{"problem": "0 + 2", "solution": "2"}, PROBLEMS[0]], "1 problems of"),
         ({}, [{"problem": "3 + 3", "solution": "6"}, PROBLEMS[0]], "are trained on, such as '3 + 3'"),
-        ({}, [PROBLEMS[0], {"problem": "What?", "solution": ""}], "row 1 needs `problem` and `solution`"),
+        ({}, [PROBLEMS[0], {"problem": "What?", "solution": ""}], "row 2 needs `problem` and `solution`"),
         ({}, PROBLEMS[:1], "needs two problems or more"),
-        ({}, [PROBLEMS[0], {"problem": "Where?", "solution": "It depends"}], "the answer of row 1 cannot be parsed"),
+        ({}, [PROBLEMS[0], {"problem": "Where?", "solution": "It depends"}], "the answer of row 2 cannot be parsed"),
         ({"grpo": score.RECIPES / "grpo" / "config_warm.yaml"}, None, "set system_prompt: '' in the recipe"),
     ],
 )
