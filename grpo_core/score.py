@@ -97,10 +97,8 @@ def check(options: argparse.Namespace) -> None:
     )
     with WorkerPool(2) as pool:
         bad = sorted(unparseable_golds([row["solution"] for row in heldout], pool))
-    require(
-        not bad,
-        f"{options.heldout}: the answer of row {min(bad, default=0) + 1} cannot be parsed: correct or remove it.",
-    )
+    for index in bad[:1]:
+        raise ValueError(f"{options.heldout}: the answer of row {index + 1} cannot be parsed: correct or remove it.")
     if options.scores is not None:
         check_writable(str(options.scores.parent), "Choose another --scores.")
 

@@ -71,7 +71,8 @@ def test_what_is_written_has_the_mode_that_the_umask_says(umask, tmp_path):
         ("reward_weights: [.nan, 1]", [], "reward_weights must be finite, got [nan, 1]"),
         ("lr_scheduler_kwargs: {min_lr: .nan}", [], "lr_scheduler_kwargs must be finite, got {'min_lr': nan}"),
         ("seed: 1", ["--lr_scheduler_kwargs", '{"min_lr": Infinity}'], "lr_scheduler_kwargs must be finite"),
-        ("lr_scheduler_kwargs: cosine", [], "--lr_scheduler_kwargs"),
+        ("lr_scheduler_kwargs: cosine", [], "lr_scheduler_kwargs must be a JSON object, got 'cosine'"),
+        ("seed: 1", ["--lr_scheduler_kwargs", "[1]"], "lr_scheduler_kwargs must be a JSON object, got '[1]'"),
         (
             "dataset_mixture: {datasets: [openai/gsm8k]}",
             [],

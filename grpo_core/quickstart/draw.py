@@ -21,5 +21,5 @@ def draw(folder: Path, image: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "grpo" / "metrics.jsonl").is_file():
-        raise SystemExit("error: name the folder of a finished quickstart, such as runs/quickstart")
+        raise SystemExit(f"error: name a finished quickstart's folder, such as runs/quickstart, got {sys.argv[1:]}")
     draw(Path(sys.argv[1]), Path(__file__).with_name("reward.png"))

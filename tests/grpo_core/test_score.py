@@ -46,7 +46,7 @@ def arguments(tiny_model, folder, **more):
         ({"output_dir": "data"}, None, "is not empty: name a new folder"),
         ({"scores": "/proc/scores/s.jsonl"}, None, "--scores"),
         ({}, [{"problem": "0 + 2", "solution": "2"}, PROBLEMS[0]], "1 problems of"),
-        ({}, [{"problem": "3 + 3", "solution": "6"}, PROBLEMS[0]], "are trained on, such as '3 + 3'"),
+        ({}, [{"problem": "3 + 3", "solution": "6"}, PROBLEMS[0]], "are trained on: remove them, such as ['3 + 3']"),
         ({}, [PROBLEMS[0], {"problem": "What?", "solution": ""}], "row 2 needs `problem` and `solution`"),
         ({}, PROBLEMS[:1], "needs two problems or more"),
         ({}, [PROBLEMS[0], {"problem": "Where?", "solution": "It depends"}], "the answer of row 2 cannot be parsed"),
