@@ -43,7 +43,7 @@ MINUTES ?= 60
 RECIPES := recipes/SmolLM2-135M-Instruct
 score: setup
 	@test -n "$(MODEL)" -a -n "$(PROBLEMS)" || { echo "error: say make score MODEL=folder PROBLEMS=file.jsonl [MINUTES=60]"; exit 2; }
-	$(BIN)/python $(RECIPES)/prepare.py --short --held_out 0.22 --dataset_name '$(PROBLEMS)' --output_dir data/words
+	$(BIN)/python $(RECIPES)/prepare.py --short --held_out 0.22 --demonstrations 400 --dataset_name '$(PROBLEMS)' --output_dir data/words
 	$(BIN)/python -m grpo_core.score --model '$(MODEL)' --data data/words --minutes $(MINUTES) --scores $(RECIPES)/scores.jsonl
 
 # make evaluate MODEL=org/name TASK=math_500 [PARALLEL=data|tensor NUM_GPUS=8]
