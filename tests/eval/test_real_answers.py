@@ -4,10 +4,12 @@ pytest tests/eval/test_real_answers.py --log-cli-level=INFO     (prints the coun
 """
 
 import logging
+import re
 
 import pytest
 
 from eval.bench import judge, near_misses, notations, read_golds
+from eval.verify import check_answer
 from eval.workers import WorkerPool
 
 
@@ -28,6 +30,21 @@ def test_fifty_golds(shared, name):
 def test_ten_thousand_checks(shared):
     pairs = [pair for name in ("math_500.jsonl", "gsm8k_test.jsonl") for pair in read_golds(shared / "data" / name)]
     check(pairs[:10_000])
+
+
+def test_equations_of_worked_solutions(shared):
+    """Operations that people wrote, such as `48/2=24`, with an x for times and commas in thousands."""
+    text = (shared / "data" / "gsm8k_train.jsonl").read_text()
+    pairs = []
+    for left, right in re.findall(r"<<([-+*/().\d]+)=(\d+)>>", text)[::100]:
+        left, result = (
+            re.sub(r"(?<![\d.])\d{4,9}(?![\d.])", lambda found: f"{int(found[0]):,}", t) for t in (left, right)
+        )
+        spaced = re.sub(r"([-+*/])", r" \1 ", left).replace("*", "x")
+        pairs += [(right, f"{spaced} = {result}", True), (str(int(right) + 1), f"{spaced} = {result}", False)]
+    assert len(pairs) > 300
+    wrong = [pair for pair in pairs if check_answer(*pair[:2]) != pair[2]]
+    assert wrong == []
 
 
 def test_what_is_checked():
