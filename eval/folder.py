@@ -30,6 +30,7 @@ from sft_core.run.files import keep_settings
 from sft_core.run.options import require
 
 CHECKERS = ("math-verify", "latex2sympy2_extended", "sympy")
+RULES = ("verify.py", "notation.py")  # the project's own part of the checker
 MISSING = "there is no text"  # starts the error of a sample without an answer
 
 
@@ -82,7 +83,8 @@ def verdicts_by(config: EvalConfig, task: LightevalTaskConfig) -> str:
         source = ""
     state = {name: getattr(value, "__qualname__", None) or str(value) for name, value in vars(metric).items()}
     versions = [importlib.metadata.version(name) for name in CHECKERS]
-    return digest([type(metric).__qualname__, source, state, versions, config.check_timeout])
+    rules = [Path(__file__).with_name(name).read_text() for name in RULES]
+    return digest([type(metric).__qualname__, source, state, versions, rules, config.check_timeout])
 
 
 def has_verdicts(path: Path, config: EvalConfig, task: LightevalTaskConfig) -> bool:

@@ -72,9 +72,11 @@ def test_generations_that_are_there(tmp_path, capsys, monkeypatch):
     assert [row["id"] for row in rows_of(tmp_path / "out", "filtered")] == [0, 8]
     assert details.stat().st_mtime_ns == when
     # another version of the checker checks again
-    monkeypatch.setattr("eval.folder.CHECKERS", ("math-verify",))
-    run(*argv, str(tmp_path / "out"))
-    assert details.stat().st_mtime_ns > when and rows_of(tmp_path / "out") == found
+    for name, value in (("CHECKERS", ("math-verify",)), ("RULES", ("verify.py",))):
+        when = details.stat().st_mtime_ns
+        monkeypatch.setattr(f"eval.folder.{name}", value)
+        run(*argv, str(tmp_path / "out"))
+        assert details.stat().st_mtime_ns > when and rows_of(tmp_path / "out") == found
     # the output can be scored again; its old verdicts are replaced
     run("--dataset", str(tmp_path / "out" / "filtered.parquet"), *argv[2:], str(tmp_path / "again"))
     assert rows_of(tmp_path / "again") == rows_of(tmp_path / "out", "filtered")
