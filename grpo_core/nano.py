@@ -106,8 +106,7 @@ class Batch:
     attention_mask: Tensor  # [B, P + C] int64: 1 for a token, 0 for padding
     completion_mask: Tensor  # [B, C] bool: True for a token (EOS included), False for padding
     advantages: Tensor  # [B]
-    # set by `set_old_and_ref_logps`:
-    old_logps: Tensor = field(init=False)  # [B, C] of the policy before its first update on these samples
+    old_logps: Tensor = field(init=False)  # [B, C] of the policy before its first update (`set_old_and_ref_logps`)
     ref_logps: Tensor | None = field(init=False)  # [B, C] of the reference model; None: no KL
 
 
@@ -249,8 +248,7 @@ def grpo_loss(
     """This micro-batch's share of the loss and of the metrics; the shares of all micro-batches add up.
 
     ratio r    exp(logp - old_logp): how much more likely the token is than when it was sampled; 1 in the first update
-    policy     -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A): no gradient if r > 1 + epsilon and A > 0, or if
-               r < 1 - epsilon and A < 0
+    policy     -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A): no gradient above the range if A > 0, below it if A < 0
     KL         exp(d) - d - 1 with d = ref_logp - logp: never negative, and on average KL(policy || reference) ("k3")
     weight     1 / (num_sequences * length of its sequence): the mean over a sequence's tokens, then over sequences
     """

@@ -96,7 +96,7 @@ def train(side: str, task: str, model: str, seed: int, data: str | None) -> None
             report_to="none",
             save_strategy="no",
             **options,
-            **({"use_cpu": True} if side == "TRL" else {"engine": "torch"}),
+            **({"use_cpu": True} if side == "TRL" else {"engine": "torch", "max_prompt_length": 128}),
         )
         reward = share_of_e if task == "letters" else right_answer
         GRPOTrainer(model, reward, config, train_dataset=Dataset.from_list(rows), callbacks=[Record()]).train()

@@ -158,7 +158,7 @@ def test_cosine_edges():
     assert get_cosine_scaled_reward()(messages("whatever"), ["words only"]) == [None]
     with pytest.raises(ValueError, match="completion_ids"):
         get_cosine_scaled_reward(tokens=True)(messages(RIGHT), [GOLD])
-    with pytest.raises(ValueError, match="max_len 0"):
+    with pytest.raises(ValueError, match="cosine_max_len must be at least 1, got 0"):
         get_cosine_scaled_reward(max_len=0)
 
 
