@@ -256,7 +256,7 @@ def test_what_a_recipe_gives_has_the_options_type(tmp_path):
     given |= {"lr_scheduler_kwargs": {"num_cycles": 2}, "benchmark_kwargs": {"limit": 3}, "learning_rate": 1e-5}
     assert config == GRPOConfig(output_dir="o", **given)
     path.write_text("output_dir: o\nreward_weights: [a]\n")
-    with pytest.raises(ValueError, match=r"reward_weights must be a list of a number, got \['a'\]"):
+    with pytest.raises(ValueError, match=r"reward_weights must be a list in which each entry is a number, got \['a'\]"):
         parse((GRPOConfig,), ["--config", str(path)])
     path.write_text("reward_funcs: []\ndataset_name: d\n")
     with pytest.raises(ValueError, match="reward_funcs"):

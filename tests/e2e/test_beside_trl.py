@@ -96,7 +96,7 @@ CASES = {  # our side, TRL's side, exit code, lines of the output
         [
             TRL_ROW,
             "| ours | 1.00 | 1.00 1.00 | 64 | 8.0 | 20.0 | 60.0 | float32 | "
-            "2 steps of completions of 7.5 tokens in the mean, not 8 |",
+            "2 steps with a mean completion length of 7.5, not 8 |",
             f"| not measured | {TIME} | - | <= 0.4 |",
         ],
     ),

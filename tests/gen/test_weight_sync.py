@@ -119,7 +119,7 @@ def test_names_missing_unknown_and_repeated(policy):
     pairs = list(policy.named_parameters())
     with pytest.raises(RuntimeError, match="1 tensors did not arrive: model.norm.weight"):
         sync_weights(Forgetful(), pairs[:-1], names(policy), 1)
-    with pytest.raises(RuntimeError, match="'spare' is not a parameter"):
+    with pytest.raises(RuntimeError, match="'spare' is not in the policy"):
         sync_weights(Forgetful(), [*pairs, ("spare", torch.zeros(1))], names(policy), 1)
     with pytest.raises(RuntimeError, match="sent twice"):
         sync_weights(Forgetful(), [*pairs, pairs[0]], names(policy), 1)

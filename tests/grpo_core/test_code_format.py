@@ -24,7 +24,7 @@ def test_repetition_of_chinese_words(monkeypatch):
     monkeypatch.setitem(sys.modules, "jieba", None)
     with pytest.raises(ValueError, match="run `pip install jieba`"):
         get_repetition_penalty_reward(2, -1.0, language="zh")
-    with pytest.raises(ValueError, match="language 'fr' of repetition_penalty must be en"):
+    with pytest.raises(ValueError, match="repetition_penalty must be en or zh, got 'fr'"):
         get_repetition_penalty_reward(2, -1.0, language="fr")
 
 
