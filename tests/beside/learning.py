@@ -30,7 +30,7 @@ SIDES = ("grpo_core", "TRL")
 TASKS: dict[str, dict[str, Any]] = {
     "letters": {"steps": 20, "prompts": 4, "max_completion_length": 12, "learning_rate": 5e-5},
     "sums": {"steps": 50, "prompts": 24, "max_completion_length": 32, "learning_rate": 3e-4, "adam_beta2": 0.95},
-    "words": {"steps": 15, "prompts": 8, "max_completion_length": 20, "learning_rate": 3e-5},
+    "words": {"steps": 12, "prompts": 4, "max_completion_length": 20, "learning_rate": 3e-5},
 }
 GROUP = 8  # completions per prompt
 SUBJECTS = ("The weather", "My sister", "A good book", "The old house", "Our teacher", "This city", "The train")
