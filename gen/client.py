@@ -8,14 +8,14 @@ Each request goes to the server with the fewest requests in flight. How a failur
 * The server is unavailable: it cannot be reached, it broke the connection and is down, or it answers 429 or 503. The
   client leaves the server alone for a while (longer each time, with jitter) and sends the request to another server, or
   waits. This uses up no retry. A server that was down must answer /v1/models before it gets requests again. When no
-  server has answered anything for `patience` seconds, the client raises ServerError.
+  server has answered a request for `patience` seconds, the client raises ServerError.
 * The request may be the cause: the server answers 408, another 5xx or something that is not a chat completion, or it
   is up but breaks the connection or does not answer within `timeout`. This uses up one of the request's `retries`,
   after a wait that doubles each time. A server that has failed STREAK times in a row is left alone, too, and then gets
   one request at a time until it answers one: a crashed engine behind a running HTTP server then costs few prompts.
 * The request is the cause: any other 4xx is final for this request. But 401, 403, 404, 405 and redirects would hit
   every request, so that server is not used again; when no server is left, the client raises ServerError. It also does
-  so when many requests in a row have failed and no server has answered for `patience` seconds, or ever.
+  so when many requests in a row have failed and any last answer is over `patience` seconds old.
 
 Each sample is a separate request with its own seed: some servers do not support n > 1, and when one sample fails, the
 other samples of its prompt need not be repeated. Set OPENAI_API_KEY if a server needs a key.
@@ -219,7 +219,7 @@ class Client:
 
     def _give_up_if_idle(self, since: float, server: _Server) -> None:
         if self.last_answer <= since and not any(server.in_flight for server in self.servers):
-            alone = "" if len(self.servers) == 1 else f" (nor do the other {len(self.servers) - 1} servers answer)"
+            alone = "" if len(self.servers) == 1 else f" (none of the {len(self.servers)} servers answers)"
             raise ServerError(f"{server.chat} {server.trouble}, for {self.patience:g} s now{alone}: check the server")
 
     async def _post(self, server: _Server, body: bytes) -> Answer | _Trouble:
@@ -274,7 +274,7 @@ class Client:
         return well
 
     async def models(self, server: _Server) -> list[str] | str:
-        """The models that a server lists ([] if it has no such list), or a text that says why it cannot be used."""
+        """The models that a server lists ([] if its list cannot be read), or a text that says why it cannot be used."""
         try:
             async with self.session.get(f"{server.url}/models", timeout=aiohttp.ClientTimeout(PROBE_TIMEOUT)) as reply:
                 if reply.status in (401, 403):
@@ -291,7 +291,7 @@ class Client:
 
 
 def check_servers(urls: list[str], model: str, option: str) -> None:
-    """Raise ValueError unless a server can be reached, and all that can be reached serve `model`.
+    """Raise ValueError unless a server can be reached, and no list of models that can be read lacks `model`.
 
     option: the option that named the servers, for the message. The check takes a few seconds at most.
     """

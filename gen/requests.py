@@ -64,7 +64,7 @@ class Work:
     async def ask_servers(self, indices: Iterable[int], at_once: int) -> None:
         """Generate the missing samples of these batches on the servers, `at_once` requests at a time.
 
-        It always writes the complete rows of unfinished batches, too.
+        After an error or a stop, too, it writes the complete rows of unfinished batches.
 
         Raises ServerError if no server is left.
         """
@@ -141,7 +141,7 @@ class Work:
 
 
 def longest_prompt(store: Store, sampler: EngineSampler, indices: Iterable[int]) -> int:
-    """Tokens of the longest missing prompt that fits the model's context; 0 if there is none.
+    """Tokens of the longest unfinished prompt that fits the model's context; 0 if there is none.
 
     Raises ValueError if no prompt fits and none is done.
     """

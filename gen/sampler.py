@@ -33,7 +33,7 @@ from sft_core.run.distributed import usage_errors
 Messages = list[dict[str, str]]
 NO_LIMIT = 1 << 30  # tokens
 TRIES, AT_ONCE = 5, 256  # attempts per request; requests in flight
-TIMEOUT, PATIENCE = 3600.0, 10.0  # seconds: for one (possibly long) answer; without any usable server
+TIMEOUT, PATIENCE = 3600.0, 10.0  # seconds per (long) answer; seconds with no usable server
 
 
 class EngineSampler:

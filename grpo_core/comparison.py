@@ -59,7 +59,7 @@ class Comparison:
             run(["-m", "grpo_core.heldout", json.dumps(self.heldout), *missing])
 
     def report(self, *names: str) -> dict[str, dict[str, tuple[float, float]]]:
-        """Print a table of models, and of GRPO less the others, paired. Returns percent and half the 95 % interval."""
+        """Print a table of models, and of GRPO minus SFT, paired. Returns percent and half the 95 % interval."""
         models = {name: self.folder / name for name in names}
         scores = {name: {mode: interval(read(model)[mode]) for mode in MODES} for name, model in models.items()}
         paired = {
@@ -81,7 +81,7 @@ def run(command: list[Any]) -> None:
     """Run a Python command to its end; its failure is ours."""
     command = [sys.executable, *map(str, command)]
     print("$ python", shlex.join(command[1:]), flush=True)
-    threads = {"OMP_NUM_THREADS": "1"} if "torch.distributed.run" in command else {}  # torchrun's, without its message
+    threads = {"OMP_NUM_THREADS": "1"} if "torch.distributed.run" in command else {}  # torchrun's default, silently
     code = subprocess.run(command, env=threads | os.environ).returncode
     if code != 0:
         raise SystemExit(code)

@@ -268,7 +268,7 @@ def grpo_loss(
     metrics = {
         "loss": loss.detach(),
         "kl": (weights * kl).sum().detach(),
-        "clipped": (weights * (clipped < unclipped)).sum(),  # share of tokens that the clip removes from the gradient
+        "clipped": (weights * (clipped < unclipped)).sum(),  # weighted share of tokens without gradient, by the clip
         "nll": -(weights * logps).sum().detach(),  # estimates the policy's entropy if the policy sampled the tokens
     }
     return loss, metrics
@@ -340,7 +340,7 @@ def train(config: Config, model: Any, tokenizer: Any, problems: list[Problem], r
             metrics = add_gradients(model, batches, num_sequences, config)
             grad_norm = optimizer_step(model, optimizer)
 
-        # 7 log: of the last update; if it is also the first, the loss is beta * kl, because advantages sum to 0
+        # 7 log: metrics of the last update; if there is only one, loss = beta * kl, because advantages sum to 0
         history.append(sum(rewards) / len(rewards))
         length = sum(len(s.completion_ids) for s in samples) / len(samples)
         cut = sum(s.finish_reason == "length" for s in samples) / len(samples)

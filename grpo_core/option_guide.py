@@ -23,7 +23,7 @@ INTRODUCTION = """\
 This page says what every option of TRL 1.16.0 (GRPOConfig, SFTConfig, ModelConfig, ScriptArguments) is here, and
 every option that open-r1 or an earlier TRL (0.15 to 0.18, with the transformers of that time) adds. There are three
 cases. It is an option here. Or it is ignored with one line on the console, because it cannot change what is
-trained. Or it is refused with the reason, unless its value asks for what is done anyway.
+trained. Or it is refused with the reason, unless its value changes nothing here.
 
 `python -m grpo_core.option_guide` writes this page.
 """

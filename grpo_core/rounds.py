@@ -31,7 +31,7 @@ class Rounds:
     def add(self, samples: list[Sample]) -> None:
         """Add this rank's scored samples of a round. A collective.
 
-        A group is used unless all its advantages are 0. They are 0 if its rewards are exactly equal: `advantage.py`
+        A group counts unless all its advantages are 0. They are 0 if its rewards are exactly equal: `advantage.py`
         compares the rewards, not their std.
         """
         self.sampled += self.prompts

@@ -7,8 +7,8 @@ Candidates compute GRPO's clipped loss of the same tokens and its gradients w.r.
 a GPU. The hidden states contain the weight rows of their targets, so that the softmax is as peaked as a trained
 model's: on noise, a library that skips small gradients would skip them all.
 
-A round runs the candidate and the bare GEMMs in turn, with the L2 cache cleared in between, for at most two seconds
-each. The table shows the candidate's median time and its ratio to that of the GEMMs. TFLOP/s counts three GEMMs,
+Rounds run the candidate and the bare GEMMs in turn, each at most for about two seconds in all. The L2 cache is cleared
+before each run. The table shows the candidate's median time and its ratio to that of the GEMMs. TFLOP/s counts three GEMMs,
 6 T D V, even if a candidate runs more. `peak` is the most memory allocated beyond the inputs, both gradients included.
 `workspace` is `peak` minus dX [T, D] in the states' dtype and dW [V, D] in float32; it may be negative if a candidate's
 dW is in half precision. Errors are those of the first 512 rows against float64: the largest error of a log-prob, and

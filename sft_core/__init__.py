@@ -22,9 +22,9 @@ from typing import Any
 
 from sft_core.run.parent import end_with_launcher
 
-# Library messages that would confuse users: bitsandbytes also looks for the Hub's `kernels` and works without it; vLLM
-# on the CPU needs no Triton, and warns that memory is bound to a NUMA node. `datasets` shows no progress bars, other
-# libraries show them after ten seconds.
+# Turn off library messages that would confuse users: bitsandbytes also looks for the Hub's `kernels` and works without
+# it; vLLM on the CPU needs no Triton, and warns that memory is bound to a NUMA node. Turn off the progress bars of
+# `datasets`, and delay those of other libraries by ten seconds.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -38,7 +38,7 @@ class JsonDict(dict):
 
 
 def as_json(text: str) -> Any:
-    """The JSON object in `text`. Other text is returned as it is, and refused with the option's name."""
+    """The JSON object in `text`. Other text is returned as it is, for the type check to refuse."""
     try:
         parsed = json.loads(text)
     except json.JSONDecodeError:
@@ -216,7 +216,7 @@ def is_a(value: Any, kind: Any) -> bool:
         return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if kind is JsonDict:
         return isinstance(value, Mapping)
-    return not isinstance(kind, type) or isinstance(value, kind)  # Any, and whatever is not a class, accepts everything
+    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _words(kind: Any) -> str:
