@@ -8,17 +8,15 @@ a GPU. The hidden states contain the weight rows of their targets, so that the s
 model's: on noise, a library that skips small gradients would skip them all.
 
 Rounds run the candidate and the bare GEMMs in turn, each at most for about two seconds in all. The L2 cache is cleared
-before each run. The table shows the candidate's median time and its ratio to that of the GEMMs. TFLOP/s counts three GEMMs,
-6 T D V, even if a candidate runs more. `peak` is the most memory allocated beyond the inputs, both gradients included.
-`workspace` is `peak` minus dX [T, D] in the states' dtype and dW [V, D] in float32; it may be negative if a candidate's
-dW is in half precision. Errors are those of the first 512 rows against float64: the largest error of a log-prob, and
-the relative (Frobenius) errors of the gradients. `repeats`: a second run gives the same bits of loss and gradients. For
-all --tokens but the first, only the memory of our loss is measured.
-
-Each line is printed once it is measured. A candidate that fails gets a note in its line, and the exit code is 1. If it
-runs out of memory or is not installed, it gets only the note:
-
-    pip install liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0      (in a separate environment)
+before each run. The table shows the candidate's median time and its ratio to that of the GEMMs. TFLOP/s counts three
+GEMMs, 6 T D V, even if a candidate runs more. `peak` is the most memory allocated beyond the inputs, both gradients
+included. `workspace` is `peak` minus dX [T, D] in the states' dtype and dW [V, D] in float32; it may be negative if a
+candidate's dW is in half precision. Errors are those of the first 512 rows against float64: the largest error of a
+log-prob, and the relative (Frobenius) errors of the gradients. `repeats`: a second run gives the same bits of loss and
+gradients. For all --tokens but the first, only the memory of our loss is measured. Each line is printed once it is
+measured. A candidate that fails gets a note in its line, and the exit code is 1. If it runs out of memory or is not
+installed, it gets only the note: pip install liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0 (in a separate
+environment)
 """
 
 import argparse
