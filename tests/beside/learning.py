@@ -9,8 +9,8 @@
 1 for the right answer to a word problem: `sums` is for the quickstart's model and data, `words` for a warm start and
 its training problems from `python -m grpo_core.score`. Both sides compute in float32, without KL, and sample from a
 transformers model without top-p or top-k. Each seed of a side has a process of its own. Steps are appended to
-curves.jsonl beside this file; seeds that are there are not run again. Written last: NAME.png, the mean reward of each
-step with the range of the seeds, and a table.
+curves.jsonl beside this file; seeds that are there are not run again. Written last: curves.png, the mean reward of
+each step with the range of the seeds, and a table.
 """
 
 import argparse
@@ -140,24 +140,26 @@ def summary(task: str, last: int = 5) -> str:
     return "\n".join(lines)
 
 
-def draw(task: str) -> None:
+def draw() -> None:
+    """One panel per task: the mean reward of each step, and the range of the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for side, colour in zip(SIDES, ("tab:blue", "tab:orange"), strict=True):
-        runs = [[row["reward"] for row in rows] for (name, _), rows in curves(task).items() if name == side]
-        if runs:
-            steps = range(1, len(runs[0]) + 1)
-            by_step = list(zip(*runs, strict=True))
-            means = [statistics.mean(values) for values in by_step]
-            axes.plot(steps, means, colour, label=f"{side}, {len(runs)} seeds")
-            axes.fill_between(steps, list(map(min, by_step)), list(map(max, by_step)), color=colour, alpha=0.2)
-    axes.set(xlabel="step", ylabel="mean reward of the step", title=f"{task}: mean and range of the seeds")
-    axes.legend()
-    figure.savefig(HERE / f"{task}.png", dpi=110)
+    tasks = [task for task in TASKS if curves(task)]
+    figure, panels = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.6), layout="constrained", squeeze=False)
+    for task, axes in zip(tasks, panels[0], strict=True):
+        for side, colour in zip(SIDES, ("tab:blue", "tab:orange"), strict=True):
+            runs = [[row["reward"] for row in rows] for (name, _), rows in curves(task).items() if name == side]
+            if runs:
+                steps = range(1, len(runs[0]) + 1)
+                by_step = list(zip(*runs, strict=True))
+                axes.plot(steps, [statistics.mean(values) for values in by_step], colour, label=side)
+                axes.fill_between(steps, list(map(min, by_step)), list(map(max, by_step)), color=colour, alpha=0.2)
+        axes.set(xlabel="step", ylabel="mean reward", title=task)
+        axes.legend()
+    figure.savefig(HERE / "curves.png", dpi=80)
 
 
 def main() -> None:
@@ -179,7 +181,7 @@ def main() -> None:
         for side in options.sides:
             if (side, seed) not in curves(options.task):
                 run(side, seed, options.trl_python if side == "TRL" else sys.executable, sys.argv[1:])
-    draw(options.task)
+    draw()
     print(summary(options.task))
 
 
