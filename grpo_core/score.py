@@ -131,7 +131,7 @@ def score(options: argparse.Namespace, started: float) -> None:
     if each < SHORTEST:
         raise SystemExit(f"error: --minutes {options.minutes:g} is too short on this machine: give {least:.0f} or more")
     comparison.train("grpo", "sft", each)
-    control = ("--lr_scheduler_type=constant", "--warmup_steps=0", "--max_steps=1000000")
+    control = ("--lr_scheduler_type=constant", "--warmup_ratio=0", "--warmup_steps=0", "--max_steps=1000000")
     comparison.train("control", "sft", min(each, comparison.seconds("grpo")), control)
     comparison.evaluate("grpo", "control")
     report(comparison, options.scores, time.time() - started)
