@@ -35,7 +35,7 @@ class Comparison:
     ranks: Mapping[str, int]  # stage -> its processes
 
     def train(self, name: str, model: str, seconds: float = math.inf, more: tuple[str, ...] = ()) -> None:
-        """Make model `name` from `model`; the first step after `seconds` is the last. more: options after the others"""
+        """Make model `name` from `model`; the first step after `seconds` is the last. more: last options."""
         stage = "grpo" if name == "grpo" else "sft"
         record = self.folder / f"{name}-seconds.json"
         if record.exists():
